@@ -1,0 +1,33 @@
+"""Training-free sparse attention for long prompts in Hugging Face Transformers.
+
+patch_model(model, "flexprefill.yaml")  # model.generate(...) now prefills sparsely
+print(sparsity_report(model))  # what was really computed
+unpatch_model(model)  # bit for bit what it was
+"""
+
+from sparse_patch.config import PatchConfig, load_config, packaged_configs
+from sparse_patch.errors import ConfigError, PatchError, SparsePatchError, UnsupportedCallError
+from sparse_patch.patching import (
+    capture_plans,
+    patch_model,
+    patched,
+    reset_report,
+    sparsity_report,
+    unpatch_model,
+)
+
+__all__ = [
+    "ConfigError",
+    "PatchConfig",
+    "PatchError",
+    "SparsePatchError",
+    "UnsupportedCallError",
+    "capture_plans",
+    "load_config",
+    "packaged_configs",
+    "patch_model",
+    "patched",
+    "reset_report",
+    "sparsity_report",
+    "unpatch_model",
+]

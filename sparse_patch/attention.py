@@ -1,0 +1,256 @@
+"""The hook: the attention function that Transformers calls on a patched model.
+
+It turns module, tensors and mask into an `AttentionCall`, asks the layer's method for a plan and has an op execute it.
+Whatever a sparse path cannot serve goes, counted with its reason, to the implementation that the model had before, with
+the very mask that this implementation would have got.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from sparse_patch.call import AttentionCall, Phase
+from sparse_patch.config import PatchConfig
+from sparse_patch.errors import PatchError, UnsupportedCallError
+from sparse_patch.masks import DECODE_MAX_QUERIES, LazyMask, lazy_mask
+from sparse_patch.ops.block_sparse import attend
+from sparse_patch.plans import Dense, Plan
+from sparse_patch.report import LayerCounts, Work
+
+NAME = "sparse_patch"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Tensors among the keyword arguments that leave the arithmetic of attention as it is. Any other one makes a call dense.
+_HARMLESS_TENSORS = frozenset({"position_ids", "cache_position", "text_position_ids", "labels", "input_ids"})
+
+AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass
+class LayerState:
+    """What a patched attention module carries, as its attribute `sparse_patch`.
+
+    Attributes:
+        name: dotted path of the module in its model.
+        layer: index of the layer.
+        config: the configuration; shared by all layers.
+        phases: phases in which this layer uses the configured method; it is dense in the others.
+        original_config: the Transformers config that the module had before.
+        dense: the attention function of the implementation that the model had before.
+        warned: reasons that were warned about; shared by all layers.
+        counts: what was computed, for the report.
+        captured: when not None, the plans of the calls that ran, newest last.
+    """
+
+    name: str
+    layer: int
+    config: PatchConfig
+    phases: frozenset[Phase]
+    original_config: Any
+    dense: AttentionFunction
+    warned: set[str]
+    counts: LayerCounts = field(default_factory=LayerCounts)
+    captured: list[tuple[Phase, Plan]] | None = None
+
+
+class _Unpatched:
+    """The module as its own attention function knows it: with the config it had before, everything else its own."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self._module = module
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def register() -> None:
+    """Register the hook with Transformers; registering it again changes nothing."""
+    AttentionInterface.register(NAME, sparse_attention)
+    AttentionMaskInterface.register(NAME, lazy_mask)
+
+
+def dispatch_scope(module: nn.Module) -> dict[str, Any] | None:
+    """The globals of the module's forward if that forward asks Transformers' attention interface, else None."""
+    forward = inspect.unwrap(module.forward)  # past the hooks of accelerate
+    code, scope = getattr(forward, "__code__", None), getattr(forward, "__globals__", None)
+    if code is None or not isinstance(scope, dict):
+        return None
+    return scope if {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= set(code.co_names) else None
+
+
+def sparse_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function that is registered with Transformers (see its AttentionInterface).
+
+    Args:
+        module: the attention module, patched.
+        query: `[B, Hq, Sq, D]`.
+        key: `[B, Hkv, Skv, D]`, everything the cache returns.
+        value: `[B, Hkv, Skv, Dv]`.
+        attention_mask: a `LazyMask`, or what the caller passed in its place.
+        scaling: factor on the logits; None for `D ** -0.5`.
+
+    Returns:
+        The output `[B, Sq, Hq, Dv]`, and the attention weights where the implementation that the model had gives them.
+
+    Raises:
+        PatchError: the module was not patched, or the cache is a paged one, which goes around the mask.
+        UnsupportedCallError: the method cannot serve the call and the configuration says `on_unsupported: error`.
+    """
+    state: LayerState | None = getattr(module, "sparse_patch", None)
+    if state is None:
+        raise PatchError(f"{type(module).__name__} runs the hook without a patch; call patch_model on its model")
+    if kwargs.get("cache") is not None:
+        raise PatchError("continuous batching does not work on a patched model; use generate, or unpatch_model first")
+    phase: Phase = _phase(attention_mask, query.shape[2])
+    counts = state.counts.of(phase)
+    dense, tally = _dense_by_design(state, phase, attention_mask), counts.dense
+    if dense is None:
+        dense, tally = _unsupported(module, (query, key, value), attention_mask, kwargs), counts.fallbacks
+        if dense is not None:
+            _complain(state, phase, dense.reason)
+    if dense is None:
+        call = _attention_call(state, phase, (query, key, value), attention_mask, scaling, kwargs)
+        output = _run_plan(state, call, attention_mask.work)
+        if torch.is_tensor(output):
+            return output, None
+        dense, tally = output, counts.dense
+    if not torch.compiler.is_compiling():  # a graph would be compiled anew for every value of a Python counter
+        tally[dense.reason] += 1
+        counts.add_dense(attention_mask.work if isinstance(attention_mask, LazyMask) else _full_work(query, key))
+        _capture(state, phase, dense)
+    return _attend_densely(state, module, (query, key, value), attention_mask, scaling=scaling, **kwargs)
+
+
+def _phase(mask: Any, q_length: int) -> Phase:
+    is_decode = mask.is_decode if isinstance(mask, LazyMask) else q_length <= DECODE_MAX_QUERIES
+    return "decode" if is_decode else "prefill"
+
+
+def _dense_by_design(state: LayerState, phase: Phase, mask: Any) -> Dense | None:
+    """Dense because the configuration or the model wants it so."""
+    method = state.config.method(phase)
+    if method is None:
+        return Dense(f"no {phase} method")
+    if phase not in state.phases:
+        return Dense("layer not selected")
+    if method.method == "dense":
+        return Dense("method: dense")
+    if isinstance(mask, LazyMask) and mask.window is not None:
+        return Dense("sliding-window layer")
+    return None
+
+
+def _unsupported(
+    module: nn.Module, tensors: tuple[torch.Tensor, ...], mask: Any, kwargs: dict[str, Any]
+) -> Dense | None:
+    """Dense because no sparse path can serve the call."""
+    if not isinstance(mask, LazyMask):
+        return Dense("no mask was built" if mask is None else "mask tensor passed by the caller")
+    if not mask.is_plain_causal:
+        return Dense("mask is more than causal (packed sequences, prefix-LM or bidirectional blocks)")
+    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        return Dense("attention is not causal")
+    if kwargs.get("output_attentions"):
+        return Dense("output_attentions")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return Dense("gradients are needed (use torch.no_grad for inference)")
+    if kwargs.get("dropout"):
+        return Dense("attention dropout")
+    if kwargs.get("s_aux") is not None or getattr(module, "sinks", None) is not None:
+        return Dense("attention sinks in the softmax")
+    for name, value in kwargs.items():
+        if torch.is_tensor(value) and name not in _HARMLESS_TENSORS:
+            return Dense(f"argument {name}")
+    if any(tensor.dtype not in _DTYPES for tensor in tensors):
+        return Dense(f"dtype {tensors[0].dtype}")
+    if torch.compiler.is_compiling():
+        return Dense("prefill inside torch.compile")
+    if tensors[1].shape[2] != mask.kv_length or mask.q_start + mask.q_length > mask.kv_length:
+        return Dense("the cache returns other keys than the mask describes")
+    if not mask.has_left_padding_only:
+        return Dense("padding that is not on the left")
+    return None
+
+
+def _attention_call(
+    state: LayerState,
+    phase: Phase,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: LazyMask,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> AttentionCall:
+    query, key, value = tensors
+    valid = mask.q_start + mask.q_length  # the tail of a static cache is not valid
+    return AttentionCall(
+        q=query,
+        k=key[:, :, :valid],
+        v=value[:, :, :valid],
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        layer=state.layer,
+        phase=phase,
+        q_start=mask.q_start,
+        kv_start=mask.real_row_starts,
+        softcap=kwargs.get("softcap"),
+    )
+
+
+def _run_plan(state: LayerState, call: AttentionCall, work: Work) -> torch.Tensor | Dense:
+    """Plan, attend and record: the output `[B, Sq, Hq, Dv]`, or the dense plan that the method made."""
+    method = state.config.method(call.phase)
+    assert method is not None, "a phase without a method is dense by design"
+    plan = method.plan(call)
+    if isinstance(plan, Dense):
+        return plan
+    output, _ = attend(call, plan, state.config.backend)
+    state.counts.of(call.phase).add_sparse(work, plan.computed_pairs().sum(0))
+    _capture(state, call.phase, plan)
+    return output.transpose(1, 2).contiguous()
+
+
+def _attend_densely(
+    state: LayerState, module: nn.Module, tensors: tuple[torch.Tensor, ...], mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the model did before it was patched."""
+    if isinstance(mask, LazyMask):
+        mask = mask.build(state.original_config._attn_implementation)
+    unpatched: Any = _Unpatched(module, state.original_config)
+    return state.dense(unpatched, *tensors, mask, **kwargs)
+
+
+def _full_work(query: torch.Tensor, key: torch.Tensor) -> Work:
+    """The work of a call about whose mask nothing is known: the causal triangle."""
+    batch, _, queries, _ = query.shape
+    before = key.shape[2] - queries
+    causal = batch * (queries * before + queries * (queries + 1) // 2)
+    return Work(batch * queries, causal, causal)
+
+
+def _capture(state: LayerState, phase: Phase, plan: Plan) -> None:
+    if state.captured is not None:
+        state.captured.append((phase, plan))
+
+
+def _complain(state: LayerState, phase: Phase, reason: str) -> None:
+    """Do what `on_unsupported` says."""
+    if state.config.on_unsupported == "error":
+        raise UnsupportedCallError(
+            f"{state.name}: {phase}: {reason}: not supported by {state.config.source}; on_unsupported: warn goes dense"
+        )
+    if state.config.on_unsupported == "warn" and reason not in state.warned:
+        state.warned.add(reason)
+        warnings.warn(f"sparse_patch: {phase} falls back to dense attention: {reason}", stacklevel=2)

@@ -1,0 +1,68 @@
+"""What one attention call looks like to a method and to an op."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One causal attention call, after RoPE and after the KV cache was updated.
+
+    Positions are absolute: query `i` of the call stands at `q_start + i`, key `j` at `j`, and the last query is the
+    last key (`q_start + Sq == Skv`), so the causal rule is `j <= q_start + i`. Row `b` of a left-padded batch begins at
+    key `kv_start[b]`; what lies before is padding and is never read.
+
+    Attributes:
+        q: `[B, Hq, Sq, D]`, any strides.
+        k: `[B, Hkv, Skv, D]`, not repeated over a GQA group, cropped to the keys that are valid.
+        v: `[B, Hkv, Skv, Dv]`; `Dv` may differ from `D`.
+        scale: factor on `q @ k.T`, as the model passes it (not always `D ** -0.5`).
+        layer: index of the layer, from 0.
+        phase: "prefill" or "decode".
+        q_start: absolute position of the first query.
+        kv_start: int64 `[B]` on the device of `q`, or None when no row is padded.
+        softcap: logits become `softcap * tanh(logits / softcap)` after scaling; None for none.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
+    layer: int
+    phase: Phase
+    q_start: int = 0
+    kv_start: torch.Tensor | None = None
+    softcap: float | None = None
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def kv_length(self) -> int:
+        """Number of keys of the longest row, padding included."""
+        return self.k.shape[2]
+
+    def row_starts(self) -> torch.Tensor:
+        """First real key of each row, int64 `[B]`."""
+        if self.kv_start is not None:
+            return self.kv_start
+        return torch.zeros(self.q.shape[0], dtype=torch.int64, device=self.q.device)
+
+
+def causal_pairs(q_start: int, kv_length: int, row_starts: torch.Tensor) -> torch.Tensor:
+    """Number of (query, key) pairs of the causal triangle that each row of a call holds, int64 `[B]`."""
+    first_query = (q_start - row_starts).clamp(min=0)
+    length = kv_length - row_starts
+    return (length * (length + 1) - first_query * (first_query + 1)) // 2
+
+
+def apply_softcap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """`softcap * tanh(logits / softcap)`, in place; the logits themselves when `softcap` is None."""
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

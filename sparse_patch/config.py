@@ -1,0 +1,220 @@
+"""Configurations: strict, from YAML files, packaged names, dicts or lists of them.
+
+    load_config("flexprefill.yaml", prefill={"gamma": 0.9})
+
+Every problem is a `ConfigError` of one line that names the source, the path of the field, what was expected and, for an
+unknown key, the nearest known one.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError
+from pydantic_core import ErrorDetails
+
+from sparse_patch.call import PHASES, Phase
+from sparse_patch.errors import ConfigError
+from sparse_patch.methods.base import Excluded, Method, registry
+
+ConfigSource = str | PathLike[str] | Mapping[str, Any]
+Backend = Literal["auto", "torch", "reference"]
+
+
+class PatchConfig(BaseModel):
+    """What `patch_model` does to a model.
+
+    Attributes:
+        prefill: method for calls that process a prompt or a chunk of one; None leaves them dense.
+        decode: method for calls that generate tokens; None leaves them dense.
+        backend: which implementation executes plans: "auto" takes the fastest that serves the device.
+        on_unsupported: what a call that the method cannot serve does: "warn" (once per reason) and go dense, "error",
+            or "silent" (dense; the report counts it in any case).
+        source: where the configuration came from, for messages and the report.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    prefill: SerializeAsAny[Method] | None = None
+    decode: SerializeAsAny[Method] | None = None
+    backend: Backend = "auto"
+    on_unsupported: Literal["warn", "error", "silent"] = "warn"
+    source: str = "dict"
+
+    def method(self, phase: Phase) -> Method | None:
+        return self.prefill if phase == "prefill" else self.decode
+
+    def settings(self) -> dict[str, Any]:
+        """The resolved configuration as plain data, every default spelled out."""
+        return self.model_dump(exclude={"source"}, exclude_none=True)
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits that change whenever a setting does."""
+        return hashlib.sha256(yaml.safe_dump(self.settings()).encode()).hexdigest()[:12]
+
+    def layers(self, phase: Phase, num_layers: int) -> set[int]:
+        """The layers that use a method in this phase; raises ConfigError for an index the model does not have."""
+        method = self.method(phase)
+        if method is None:
+            return set()
+        if method.layers == "all":
+            return set(range(num_layers))
+        if isinstance(method.layers, Excluded):
+            return set(range(num_layers)) - self._indices(phase, method.layers.exclude, num_layers)
+        return self._indices(phase, method.layers, num_layers)
+
+    def _indices(self, phase: Phase, layers: Iterable[int], num_layers: int) -> set[int]:
+        for layer in layers:
+            if not -num_layers <= layer < num_layers:
+                raise ConfigError(
+                    f"{self.source}: {phase}.layers: the model has no layer {layer}; it has {num_layers} layers, 0 to "
+                    f"{num_layers - 1}"
+                )
+        return {layer % num_layers for layer in layers}
+
+
+def packaged_configs() -> dict[str, Path]:
+    """The configurations that ship with the package, by file name."""
+    inside = Path(str(files("sparse_patch"))) / "configs"  # an installed wheel
+    folder = inside if inside.is_dir() else inside.parent.parent / "configs"  # a checkout
+    return {path.name: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_config(source: ConfigSource | Sequence[ConfigSource], /, **overrides: Any) -> PatchConfig:
+    """Read, merge and check a configuration.
+
+    Args:
+        source: a path, the name of a packaged configuration ("flexprefill.yaml" or "flexprefill"; a file of that name
+            in the working directory comes first), a dict, or a list of these that do not both set a phase.
+        **overrides: fields to change, merged into the source: `prefill={"gamma": 0.9}`. An override that names another
+            `method` replaces the phase instead.
+
+    Raises:
+        ConfigError: see the module's text.
+    """
+    sources = list(source) if isinstance(source, Sequence) and not isinstance(source, str) else [source]
+    if not sources:
+        raise ConfigError("config: the list is empty; give at least one file, name or dict")
+    parts = [_read(part) for part in sources]
+    name = "+".join(part_name for part_name, _ in parts)
+    merged: dict[str, Any] = {}
+    for part_name, data in parts:
+        _merge_part(merged, part_name, data)
+    for key, value in overrides.items():
+        merged[key] = _override(merged.get(key), value)
+    return _validate(name, merged)
+
+
+def _read(source: ConfigSource) -> tuple[str, dict[str, Any]]:
+    if isinstance(source, Mapping):
+        return "dict", dict(source)
+    if not isinstance(source, str | PathLike):
+        raise ConfigError(f"config: expected a path, a packaged name or a dict, got {type(source).__name__} {source!r}")
+    path = _find(Path(source))
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        kind = "an empty file" if data is None else f"a {type(data).__name__}"
+        raise ConfigError(f"{path}: expected a mapping with the keys {_known_keys()}, got {kind}")
+    return path.name if path in packaged_configs().values() else str(source), data
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    packaged = packaged_configs()
+    if path.parent == Path("."):
+        for name in (path.name, f"{path.name}.yaml"):
+            if name in packaged:
+                return packaged[name]
+    hint = _nearest(path.stem, [name.removesuffix(".yaml") for name in packaged])
+    raise ConfigError(f"{path}: no such file{hint}; packaged configs: {', '.join(packaged)}")
+
+
+def _merge_part(merged: dict[str, Any], name: str, data: dict[str, Any]) -> None:
+    for key, value in data.items():
+        if key in merged:
+            raise ConfigError(f"{name}: {key}: an earlier config of the list sets it too; keep it in one of them")
+        merged[key] = value
+
+
+def _override(old: Any, new: Any) -> Any:
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return new
+    if new.get("method", old.get("method")) != old.get("method"):
+        return dict(new)
+    return {**old, **new}
+
+
+def _validate(name: str, data: dict[str, Any]) -> PatchConfig:
+    if "source" in data:
+        raise ConfigError(f"{name}: source: unknown key; known keys: {_known_keys()}")
+    if not any(data.get(phase) for phase in PHASES) and not data.keys() - PatchConfig.model_fields.keys():
+        raise ConfigError(f"{name}: sets neither prefill nor decode; give at least one of them a `method`")
+    resolved = dict(data)
+    for phase in PHASES:
+        if data.get(phase) is not None:
+            resolved[phase] = _validate_method(name, phase, data[phase])
+    try:
+        return PatchConfig(**resolved, source=name)
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {_explain(error.errors()[0], (), PatchConfig)}") from None
+    except TypeError:
+        raise ConfigError(f"{name}: expected keys that are strings, {_known_keys()}; got {list(data)}") from None
+
+
+def _validate_method(name: str, phase: Phase, data: Any) -> Method:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{name}: {phase}: expected a mapping with a `method`, got {data!r}")
+    methods = {key: method for key, method in registry().items() if phase in method.phases}
+    known = f"expected one of {', '.join(methods)}"
+    if "method" not in data:
+        raise ConfigError(f"{name}: {phase}.method: missing; {known}")
+    method = methods.get(data["method"]) if isinstance(data["method"], str) else None
+    if method is None:
+        raise ConfigError(f"{name}: {phase}.method: {known}, got {data['method']!r}{_nearest(data['method'], methods)}")
+    try:
+        return method.model_validate(dict(data))
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {_explain(error.errors()[0], (phase,), method)}") from None
+
+
+def _explain(error: ErrorDetails, prefix: tuple[str, ...], model: type[BaseModel]) -> str:
+    """One line for the first problem that pydantic found."""
+    field = str(error["loc"][0]) if error["loc"] else ""
+    path = ".".join((*prefix, field)) if field else ".".join(prefix)
+    if error["type"] == "extra_forbidden":
+        known = [key for key in model.model_fields if key != "source"]
+        return f"{path}: unknown key{_nearest(field, known)}; known keys: {', '.join(known)}"
+    if error["type"] == "value_error":  # raised by a method's own validator, which names the field first
+        return ".".join((*prefix, str(error["ctx"]["error"])))
+    if field == "layers":
+        return (
+            f'{path}: expected "all", a list of layer numbers or {{exclude: [numbers]}}, got {_short(error["input"])}'
+        )
+    expected = error["msg"].removeprefix("Input should be ")
+    optional = " or null" if field in model.model_fields and model.model_fields[field].default is None else ""
+    return f"{path}: expected {expected}{optional}, got {_short(error['input'])}"
+
+
+def _nearest(word: Any, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    return f", did you mean {match[0]!r}?" if match else ""
+
+
+def _known_keys() -> str:
+    return ", ".join(key for key in PatchConfig.model_fields if key != "source")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

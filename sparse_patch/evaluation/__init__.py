@@ -1,0 +1,1 @@
+"""Evaluation: long prompts with known answers, made without a download."""

@@ -1,0 +1,52 @@
+"""What a configuration means for a model, without its weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from sparse_patch.config import PatchConfig
+from sparse_patch.errors import SparsePatchError
+from sparse_patch.patching import patched, sparsity_report
+
+
+def layers_of(model: str | Path, settings: PatchConfig) -> list[dict[str, Any]]:
+    """What each layer of a model would run, from the model's config alone.
+
+    Args:
+        model: a model folder or id.
+        settings: the configuration.
+
+    Raises:
+        SparsePatchError: the model is not there, or cannot be patched.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise SparsePatchError(f"--model: {model}: cannot be loaded: {reason}") from None
+    text = skeleton.config.get_text_config(decoder=True)
+    with patched(skeleton, settings):
+        return [
+            {
+                "layer": layer.layer,
+                "attention": attention_kind(text, layer.layer),
+                "query_heads": text.num_attention_heads,
+                "kv_heads": text.num_key_value_heads,
+                "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+                "prefill": layer.prefill_method or "dense",
+                "decode": layer.decode_method or "dense",
+            }
+            for layer in sparsity_report(skeleton).layers
+        ]
+
+
+def attention_kind(config: PreTrainedConfig, layer: int) -> str:
+    """ "full", or the kind of local attention that the model itself gives a layer (which stays dense)."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return str(kinds[layer]).removesuffix("_attention")
+    return "sliding" if getattr(config, "sliding_window", None) else "full"

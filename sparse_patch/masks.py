@@ -1,0 +1,187 @@
+"""The lazy mask: what the mask of a forward is, without building it (a dense one is 16 GiB at 128k tokens)."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+from sparse_patch.call import causal_pairs
+from sparse_patch.report import Work
+
+DECODE_MAX_QUERIES = 16  # speculative decoding verifies a few tokens at once: still decode
+_ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class LazyMask:
+    """The arguments that Transformers hands to a mask function; the mask itself is built on demand.
+
+    One object serves all layers of a forward. It passes through Transformers where a 4-D mask tensor would, so it has
+    the few tensor methods that are called on masks on the way.
+    """
+
+    arguments: dict[str, Any]
+    parent: "tuple[LazyMask, slice] | None" = None  # the mask that this one is some query rows of
+    _built: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    _moved: dict[torch.device, "LazyMask"] = field(default_factory=dict)
+
+    ndim = 4
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.arguments["batch_size"], 1, self.q_length, self.kv_length
+
+    @property
+    def q_length(self) -> int:
+        return int(self.arguments["q_length"])
+
+    @property
+    def kv_length(self) -> int:
+        """Keys that the cache returns; of a static cache the whole buffer."""
+        return int(self.arguments["kv_length"])
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.arguments["device"])
+
+    @property
+    def padding(self) -> torch.Tensor | None:
+        """The 2-D padding mask of the batch, bool, or None."""
+        padding: torch.Tensor | None = self.arguments["attention_mask"]
+        return padding
+
+    @property
+    def window(self) -> int | None:
+        """Width of the window in sliding-window and chunked layers, None in full ones."""
+        window: int | None = self.arguments.get("local_size")
+        return window
+
+    def contiguous(self) -> "LazyMask":
+        return self
+
+    def to(self, device: Any = None, *args: Any, **kwargs: Any) -> "LazyMask":
+        """The mask on another device: accelerate calls this before a layer that lives elsewhere."""
+        if isinstance(device, torch.dtype) or device is None or torch.device(device) == self.device:
+            return self
+        device = torch.device(device)
+        if device not in self._moved:
+            moved = {
+                key: value.to(device) if torch.is_tensor(value) else value for key, value in self.arguments.items()
+            }
+            self._moved[device] = LazyMask({**moved, "device": device})
+        return self._moved[device]
+
+    def __getitem__(self, index: Any) -> "LazyMask":
+        """`mask[:, :, rows, :]` with a slice of query rows, which Gemma's KV-shared layers take."""
+        if not (isinstance(index, tuple) and len(index) == 4 and (*index[:2], index[3]) == (_ALL, _ALL, _ALL)):
+            raise TypeError(f"a LazyMask can be sliced by query rows only, as mask[:, :, rows, :]; got {index!r}")
+        start, stop, step = index[2].indices(self.q_length)
+        if step != 1:
+            raise TypeError(f"a LazyMask can be sliced with step 1 only, got {step}")
+        rows = {"q_offset": self.arguments["q_offset"] + start, "q_length": max(stop - start, 0)}
+        return LazyMask({**self.arguments, **rows}, (self, slice(start, stop)))
+
+    def build(self, implementation: str) -> torch.Tensor | None:
+        """The mask that Transformers would have built for `implementation`, kept for the other layers."""
+        if implementation not in self._built:
+            self._built[implementation] = self._build(implementation)
+        return self._built[implementation]
+
+    def _build(self, implementation: str) -> torch.Tensor | None:
+        # `_global_mapping`, as Transformers itself asks: an implementation that is not in it gets no mask.
+        function: Any = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(implementation)
+        if function is None:
+            return None
+        if self.parent is None:
+            return function(**self.arguments)
+        whole, rows = self.parent
+        mask = whole.build(implementation)
+        if mask is not None:
+            return mask[:, :, rows] if mask.ndim == 4 else mask
+        offset = self.arguments["q_offset"]
+        last_query = self.q_length == 1 and isinstance(offset, int)
+        if self.q_length == whole.q_length or (
+            last_query and offset + 1 == self.kv_length + self.arguments["kv_offset"]
+        ):
+            return None  # causality alone still says what is visible
+        return function(**{**self.arguments, "allow_is_causal_skip": False})
+
+    @property
+    def is_plain_causal(self) -> bool:
+        """Whether nothing but causality and padding decides what is visible."""
+        return self.arguments["mask_function"] is causal_mask_function
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether few enough queries follow on a cache. A static cache hides on the device how many came before."""
+        offset = self.arguments["q_offset"]
+        return self.q_length <= DECODE_MAX_QUERIES and (torch.is_tensor(offset) or offset > 0)
+
+    @cached_property
+    def q_start(self) -> int:
+        """Absolute position of the first query. With a static cache it is read from the device, once per forward."""
+        return int(self.arguments["q_offset"])
+
+    @cached_property
+    def row_starts(self) -> torch.Tensor | None:
+        """First real key of each row, int64 `[B]`; None when the batch came without a padding mask."""
+        return None if self.padding is None else self.padding.to(torch.uint8).argmax(-1)
+
+    @cached_property
+    def _padding_facts(self) -> tuple[bool, bool]:
+        """(each row is padding and then tokens, some row is padded); read from the device, once per forward."""
+        if self.padding is None or self.row_starts is None:
+            return True, False
+        padding = self.padding[:, : self.q_start + self.q_length]
+        tokens = padding.sum(-1)
+        left_only = (tokens > 0) & (tokens == padding.shape[-1] - self.row_starts)
+        facts = torch.stack([left_only.all(), (self.row_starts > 0).any()]).tolist()
+        return facts[0], facts[1]
+
+    @property
+    def has_left_padding_only(self) -> bool:
+        return self._padding_facts[0]
+
+    @property
+    def real_row_starts(self) -> torch.Tensor | None:
+        """`row_starts`, or None when no row turns out to be padded."""
+        return self.row_starts if self._padding_facts[1] else None
+
+    @cached_property
+    def work(self) -> Work:
+        """How much a dense call of this forward does; on the host where that needs no reading from the device."""
+        batch, offset = self.shape[0], self.arguments["q_offset"]
+        if self.row_starts is None and isinstance(offset, int):
+            return _work(batch, offset, self.q_length, self.window)
+        starts = (
+            torch.zeros(batch, dtype=torch.int64, device=self.device) if self.row_starts is None else self.row_starts
+        )
+        end = offset + self.q_length
+        causal = causal_pairs(offset, end, starts).sum()
+        queries = (end - torch.maximum(starts, starts.new_zeros(()) + offset)).clamp(min=0).sum()
+        attended = causal if self.window is None else torch.minimum(causal, queries * self.window)
+        return Work(queries, causal, attended)
+
+
+def _work(batch: int, q_start: int, q_length: int, window: int | None) -> Work:
+    end = q_start + q_length
+    causal = (end * (end + 1) - q_start * (q_start + 1)) // 2
+    attended = causal
+    if window is not None and end > window:
+        inside = max(window - q_start, 0)  # queries that see fewer keys than the window is wide
+        triangle = (window * (window + 1) - q_start * (q_start + 1)) // 2 if inside else 0
+        attended = triangle + (q_length - inside) * window
+    return Work(batch * q_length, batch * causal, batch * attended)
+
+
+def lazy_mask(**arguments: Any) -> LazyMask:
+    """The mask function that is registered with Transformers: keeps the arguments for later."""
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, LazyMask):  # `generate` builds the masks of a static cache ahead
+        return mask
+    if isinstance(arguments["q_offset"], torch.Tensor):
+        # With a static cache this is the cache's own counter, which moves on before attention runs.
+        arguments["q_offset"] = arguments["q_offset"].clone()
+    return LazyMask(arguments)

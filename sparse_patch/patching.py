@@ -1,0 +1,281 @@
+"""Patching: find a model's attention modules, attach the hook, detach it again.
+
+A patch gives the model its own copies of the Transformers configs that its attention reads, with the implementation
+name `sparse_patch`, and a `LayerState` on every attention module. Another model that was built from the same config
+object is not touched, and unpatching puts the original config objects back.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sparse_patch.attention import NAME, LayerState, dispatch_scope, register
+from sparse_patch.call import PHASES, Phase
+from sparse_patch.config import ConfigSource, PatchConfig, load_config
+from sparse_patch.errors import PatchError
+from sparse_patch.plans import Plan
+from sparse_patch.report import LayerCounts, LayerReport, SparsityReport
+
+
+@dataclass
+class Patch:
+    """What a patched model carries, as its attribute `sparse_patch`: enough to undo the patch.
+
+    Attributes:
+        config: the configuration in force.
+        attention: the patched attention modules, in the order of their layers.
+        own_configs: the model's copies of Transformers configs.
+        holders: the modules that were given one of them.
+    """
+
+    config: PatchConfig
+    attention: list[nn.Module]
+    own_configs: list["OwnConfig"]
+    holders: list[nn.Module]
+
+
+@dataclass
+class OwnConfig:
+    """A Transformers config that was replaced by a copy, and the attributes of the copy as they were then."""
+
+    original: PreTrainedConfig
+    copy: PreTrainedConfig
+    attributes: dict[str, Any]
+
+    def carry_over_changes(self) -> None:
+        """Set on the original what was set on the copy while the model was patched (`resize_token_embeddings`, ...)."""
+        for key, value in vars(self.copy).items():
+            if key != "_attn_implementation_internal" and self.attributes.get(key, self) is not value:
+                setattr(self.original, key, value)
+
+
+def patch_model(
+    model: nn.Module, config: ConfigSource | Sequence[ConfigSource] | PatchConfig, /, **overrides: Any
+) -> nn.Module:
+    """Make a Transformers model run sparse attention. The model is changed in place and returned.
+
+    Args:
+        model: a decoder of Transformers, or anything that wraps one (a LoRA model; a vision-language model, of which
+            the text tower is patched).
+        config: a path, the name of a packaged configuration, a dict, or a list of these; see `load_config`.
+        **overrides: fields to change, `prefill={"gamma": 0.9}`.
+
+    Raises:
+        ConfigError: the configuration is not valid, or names layers that the model does not have.
+        PatchError: the model is patched already, or its attention cannot be reached. The model is as it was.
+    """
+    settings = _settings(config, overrides)
+    root = _transformers_model(model)
+    attention = _attention_modules(root)
+    states = _states(root, settings, attention)
+    register()
+    holders = [module for module in model.modules() if isinstance(vars(module).get("config"), PreTrainedConfig)]
+    own_configs = _give_own_configs(holders)
+    for module, state in zip(attention.values(), states, strict=True):
+        _config_of(module)._attn_implementation = NAME
+        module.sparse_patch = state  # type: ignore[assignment]
+    root.sparse_patch = Patch(settings, list(attention.values()), own_configs, holders)  # type: ignore[assignment]
+    return model
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Undo `patch_model`: the model computes what it computed before, bit for bit. Returns the model.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    root = _transformers_model(model)
+    patch = _patch_of(root)
+    originals = {id(own.copy): own.original for own in patch.own_configs}
+    for module in (*patch.holders, *model.modules()):  # the model may have been wrapped since
+        if id(vars(module).get("config")) in originals:
+            module.config = originals[id(module.config)]  # type: ignore[assignment]
+    for own in patch.own_configs:
+        own.carry_over_changes()
+    for module in patch.attention:
+        del module.sparse_patch
+    del root.sparse_patch
+    return model
+
+
+@contextmanager
+def patched(
+    model: nn.Module, config: ConfigSource | Sequence[ConfigSource] | PatchConfig, /, **overrides: Any
+) -> Iterator[nn.Module]:
+    """`patch_model` for a `with` block; unpatches at its end, also after an exception."""
+    patch_model(model, config, **overrides)
+    try:
+        yield model
+    finally:
+        unpatch_model(model)
+
+
+def sparsity_report(model: nn.Module) -> SparsityReport:
+    """What the model computed since it was patched, or since `reset_report`, layer by layer and head by head.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    patch = _patch_of(_transformers_model(model))
+    return SparsityReport(
+        config=patch.config.settings(),
+        source=patch.config.source,
+        fingerprint=patch.config.fingerprint(),
+        hook_active=all(_config_of(module)._attn_implementation == NAME for module in patch.attention),
+        versions={name: version(name) for name in ("torch", "transformers", "sparse_patch")},
+        layers=[_layer_report(state_of(module)) for module in patch.attention],
+    )
+
+
+def reset_report(model: nn.Module) -> None:
+    """Start the counts of `sparsity_report` again from zero.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    for module in _patch_of(_transformers_model(model)).attention:
+        state_of(module).counts = LayerCounts()
+
+
+@contextmanager
+def capture_plans(model: nn.Module) -> Iterator[dict[int, list[tuple[Phase, Plan]]]]:
+    """Keep the plans of the calls that run in a `with` block, by layer, oldest first: for pictures and for tests.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    states = [state_of(module) for module in _patch_of(_transformers_model(model)).attention]
+    captured: dict[int, list[tuple[Phase, Plan]]] = {}
+    for state in states:
+        state.captured = captured.setdefault(state.layer, [])
+    try:
+        yield captured
+    finally:
+        for state in states:
+            state.captured = None
+
+
+def state_of(module: nn.Module) -> LayerState:
+    """The state of a patched attention module."""
+    state = module.sparse_patch
+    assert isinstance(state, LayerState)
+    return state
+
+
+def _settings(config: ConfigSource | Sequence[ConfigSource] | PatchConfig, overrides: dict[str, Any]) -> PatchConfig:
+    if not isinstance(config, PatchConfig):
+        return load_config(config, **overrides)
+    return load_config(config.settings(), **overrides) if overrides else config
+
+
+def _config_of(module: nn.Module) -> PreTrainedConfig:
+    config = module.config
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                return module
+    raise PatchError(f"{type(model).__name__} is not a Transformers model and holds none; pass a PreTrainedModel")
+
+
+def _patch_of(root: PreTrainedModel) -> Patch:
+    patch = getattr(root, "sparse_patch", None)
+    if not isinstance(patch, Patch):
+        raise PatchError(f"{type(root).__name__} is not patched; call patch_model first")
+    return patch
+
+
+def _attention_modules(root: PreTrainedModel) -> dict[str, nn.Module]:
+    """The causal self-attention modules of the decoder by name; the hook can reach every one of them."""
+    decoder_config = root.config.get_text_config(decoder=True)
+    found: dict[str, nn.Module] = {}
+    unreachable: list[str] = []
+    for name, module in root.named_modules():
+        if hasattr(module, "sparse_patch"):
+            raise PatchError(f"{type(root).__name__} is patched already; call unpatch_model first")
+        if not _is_self_attention(module, decoder_config):
+            continue
+        if dispatch_scope(module) is None:
+            unreachable.append(f"{name} ({type(module).__module__}.{type(module).__qualname__})")
+        found[name] = module
+    if unreachable:
+        raise PatchError(
+            f"{type(root).__name__}: {len(unreachable)} of {len(found)} attention modules do not ask Transformers' "
+            f"attention interface, first {unreachable[0]}; load the model without trust_remote_code, or undo the other "
+            "patch of its forward"
+        )
+    if not found:
+        raise PatchError(
+            f"{type(root).__name__}: found no causal self-attention; sparse_patch needs a decoder-only model "
+            "of Transformers 5.5 or later"
+        )
+    return found
+
+
+def _is_self_attention(module: nn.Module, decoder_config: PreTrainedConfig) -> bool:
+    return (
+        "attention" in type(module).__name__.lower()
+        and isinstance(getattr(module, "layer_idx", None), int)
+        and getattr(module, "config", None) is decoder_config
+        and getattr(module, "is_causal", True)
+        and not getattr(module, "is_cross_attention", False)
+    )
+
+
+def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.Module]) -> list[LayerState]:
+    num_layers = 1 + max(int(module.layer_idx) for module in attention.values())  # type: ignore[arg-type]
+    selected = {phase: config.layers(phase, num_layers) for phase in PHASES}
+    warned: set[str] = set()
+    states = []
+    for name, module in attention.items():
+        scope = dispatch_scope(module)
+        assert scope is not None, "checked by _attention_modules"
+        layer, original = int(module.layer_idx), _config_of(module)  # type: ignore[arg-type]
+        states.append(
+            LayerState(
+                name=name,
+                layer=layer,
+                config=config,
+                phases=frozenset(phase for phase in PHASES if layer in selected[phase]),
+                original_config=original,
+                dense=scope["ALL_ATTENTION_FUNCTIONS"].get_interface(
+                    original._attn_implementation, scope.get("eager_attention_forward")
+                ),
+                warned=warned,
+            )
+        )
+    return states
+
+
+def _give_own_configs(holders: list[nn.Module]) -> list[OwnConfig]:
+    """Replace the configs of modules by copies; configs that were one object stay one."""
+    memo: dict[int, Any] = {}
+    owned: dict[int, OwnConfig] = {}
+    for module in holders:
+        original = _config_of(module)
+        own = copy.deepcopy(original, memo)
+        module.config = own  # type: ignore[assignment]
+        owned[id(original)] = OwnConfig(original, own, dict(vars(own)))
+    return list(owned.values())
+
+
+def _layer_report(state: LayerState) -> LayerReport:
+    method = {phase: state.config.method(phase) if phase in state.phases else None for phase in PHASES}
+    return LayerReport(
+        layer=state.layer,
+        name=state.name,
+        prefill_method=method["prefill"].method if method["prefill"] else None,
+        decode_method=method["decode"].method if method["decode"] else None,
+        prefill=state.counts.prefill.report(),
+        decode=state.counts.decode.report(),
+    )

@@ -1,0 +1,201 @@
+"""Plans: what a method decided, as data. A plan owns no kernel and knows no method.
+
+Every plan has `density()`, the share of the causal triangle it computes (padding excluded from both sides), so that
+methods, tests, the report, the pictures and the benchmarks mean the same by it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from sparse_patch.call import AttentionCall, causal_pairs
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Read every key: what a method answers when sparsity has nothing to give (short prompt, `gamma: 1`, ...)."""
+
+    reason: str
+
+    def density(self) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """The grid of square blocks that a call is cut into, each row of the batch from its own first key.
+
+    Key block `J` of row `b` holds the keys `kv_start[b] + J*B ... + B-1`. Query blocks lie on the same grid, so the
+    diagonal block of query block `I` is key block `I`; in a chunk that begins inside a block the first query block is
+    partial. Row `b` has its query blocks `first_block[b] + 0, 1, ...`. Because rows count from their own start, a
+    left-padded row is cut exactly as the same row alone.
+    """
+
+    batch: int
+    q_length: int
+    kv_length: int
+    q_start: int
+    row_starts: torch.Tensor
+    padded: bool
+    block_size: int
+
+    @classmethod
+    def of(cls, call: AttentionCall, block_size: int) -> "BlockGrid":
+        return cls(
+            batch=call.q.shape[0],
+            q_length=call.q.shape[2],
+            kv_length=call.kv_length,
+            q_start=call.q_start,
+            row_starts=call.row_starts(),
+            padded=call.kv_start is not None,
+            block_size=block_size,
+        )
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every row's query blocks begin at the first query of the call."""
+        return self.q_start % self.block_size == 0 and (not self.padded or self.q_start == 0)
+
+    @property
+    def num_key_blocks(self) -> int:
+        """Key blocks of the longest possible row, N."""
+        return -(-self.kv_length // self.block_size)
+
+    @property
+    def num_query_blocks(self) -> int:
+        """Query blocks that the row with the most of them can have, NQ (a host number, whatever the padding)."""
+        if not self.padded:
+            return self.num_key_blocks - self.q_start // self.block_size
+        worst = -(-self.q_length // self.block_size) + (self.q_start > 0)
+        return min(worst, self.num_key_blocks)
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """Real keys of each row, int64 `[B]`."""
+        return self.kv_length - self.row_starts
+
+    @cached_property
+    def key_blocks_per_row(self) -> torch.Tensor:
+        """Key blocks of each row, int64 `[B]`."""
+        return -(-self.lengths // self.block_size)
+
+    @cached_property
+    def tail(self) -> torch.Tensor:
+        """Tokens that each row's last key block lacks, int64 `[B]`."""
+        return self.key_blocks_per_row * self.block_size - self.lengths
+
+    @cached_property
+    def has_key_block(self) -> torch.Tensor:
+        """Which key blocks each row has, bool `[B, N]`."""
+        key_block = torch.arange(self.num_key_blocks, device=self.row_starts.device)
+        return key_block < self.key_blocks_per_row[:, None]
+
+    @cached_property
+    def first_query(self) -> torch.Tensor:
+        """Position, within its row, of each row's first real query, int64 `[B]`."""
+        return (self.q_start - self.row_starts).clamp(min=0)
+
+    @cached_property
+    def query_block_ids(self) -> torch.Tensor:
+        """Grid index of every query block, int64 `[B, NQ]`; blocks past a row's end have no rows."""
+        steps = torch.arange(self.num_query_blocks, device=self.row_starts.device)
+        return self.first_query[:, None] // self.block_size + steps
+
+    @cached_property
+    def query_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """First and last-plus-one real query of each query block, as positions within the row, int64 `[B, NQ]` each."""
+        begin = self.query_block_ids * self.block_size
+        end = torch.minimum(begin + self.block_size, self.lengths[:, None])
+        begin = torch.maximum(begin, self.first_query[:, None])
+        return begin, torch.maximum(begin, end)
+
+    @cached_property
+    def causal(self) -> torch.Tensor:
+        """Blocks that hold at least one causal pair of real tokens, bool `[B, NQ, N]`."""
+        key_block = torch.arange(self.num_key_blocks, device=self.row_starts.device)
+        begin, end = self.query_bounds
+        return (key_block <= self.query_block_ids[..., None]) & (end > begin)[..., None]
+
+    @cached_property
+    def query_index(self) -> torch.Tensor:
+        """Index into the call's queries of every slot of every query block, int64 `[B, NQ, block]`; may lie outside."""
+        slots = torch.arange(self.block_size, device=self.row_starts.device)
+        in_row = self.query_block_ids[..., None] * self.block_size + slots
+        return in_row + (self.row_starts - self.q_start)[:, None, None]
+
+    @cached_property
+    def query_is_real(self) -> torch.Tensor:
+        """Which slots of `query_index` hold a real query, bool `[B, NQ, block]`."""
+        first_index = (self.row_starts - self.q_start).clamp(min=0)[:, None, None]
+        return (self.query_index >= first_index) & (self.query_index < self.q_length)
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """For each (row, query head, query block), the key blocks to read.
+
+    Attributes:
+        indices: int32 `[B, Hq, NQ, N]`; the first `counts` entries of a list are key blocks in ascending order, each at
+            most once and none above the diagonal. What follows them has no meaning.
+        counts: int32 `[B, Hq, NQ]`; 0 for the query blocks that a row does not have.
+        grid: the grid that the indices refer to.
+    """
+
+    indices: torch.Tensor
+    counts: torch.Tensor
+    grid: BlockGrid
+
+    @classmethod
+    def from_blocks(cls, blocks: torch.Tensor, grid: BlockGrid) -> "BlockPlan":
+        """From a map of blocks, bool `[B, Hq, NQ, N]`; blocks outside the causal triangle are dropped."""
+        blocks = blocks & grid.causal[:, None]
+        position = blocks.cumsum(-1, dtype=torch.int32) - 1
+        capacity = blocks.shape[-1]
+        key_block = torch.arange(capacity, dtype=torch.int32, device=blocks.device).expand(blocks.shape)
+        # Unselected blocks all write to one spare slot, which is cut off again: no host sync, fixed shapes.
+        indices = torch.zeros(*blocks.shape[:-1], capacity + 1, dtype=torch.int32, device=blocks.device)
+        indices.scatter_(-1, torch.where(blocks, position, capacity).long(), key_block)
+        return cls(indices[..., :capacity], blocks.sum(-1, dtype=torch.int32), grid)
+
+    @property
+    def listed(self) -> torch.Tensor:
+        """Which entries of `indices` count, bool `[B, Hq, NQ, N]`."""
+        return torch.arange(self.indices.shape[-1], device=self.counts.device) < self.counts[..., None]
+
+    def blocks(self) -> torch.Tensor:
+        """The plan as a map of blocks, bool `[B, Hq, NQ, N]`."""
+        blocks = torch.zeros(*self.indices.shape[:-1], self.indices.shape[-1] + 1, dtype=torch.bool)
+        blocks = blocks.to(self.indices.device)
+        target = torch.where(self.listed, self.indices, self.indices.shape[-1])
+        return blocks.scatter_(-1, target.long(), True)[..., :-1]
+
+    def mask(self) -> torch.Tensor:
+        """The plan as a mask of tokens, bool `[B, Hq, Sq, Skv]`: for the oracle and for pictures, N x N large."""
+        grid, device = self.grid, self.indices.device
+        query = torch.arange(grid.q_start, grid.q_start + grid.q_length, device=device) - grid.row_starts[:, None]
+        key = torch.arange(grid.kv_length, device=device) - grid.row_starts[:, None]
+        query_block = query.clamp(min=0) // grid.block_size - grid.query_block_ids[:, :1]
+        key_block = key.clamp(min=0) // grid.block_size
+        rows = torch.arange(grid.batch, device=device)[:, None, None]
+        tokens = self.blocks().permute(0, 2, 3, 1)[rows, query_block[:, :, None], key_block[:, None, :]]
+        causal = (key[:, None, :] <= query[:, :, None]) & (key[:, None, :] >= 0)
+        return tokens.permute(0, 3, 1, 2) & causal[:, None]
+
+    def computed_pairs(self) -> torch.Tensor:
+        """Causal (query, key) pairs of real tokens that the plan computes, int64 `[B, Hq]`."""
+        begin, end = (bound[:, None] for bound in self.grid.query_bounds)
+        block_start = self.grid.query_block_ids[:, None] * self.grid.block_size
+        on_diagonal = ((self.indices == self.grid.query_block_ids[:, None, :, None]) & self.listed).any(-1)
+        below = (self.counts - on_diagonal.int()) * (end - begin) * self.grid.block_size
+        # sum of (query - block_start + 1) over the real queries of the block
+        triangle = (end - begin) * (begin + end + 1 - 2 * block_start) // 2
+        return (below + on_diagonal * triangle).sum(-1)
+
+    def density(self) -> torch.Tensor:
+        """Share of the causal triangle that is computed, float32 `[B, Hq]`."""
+        causal = causal_pairs(self.grid.q_start, self.grid.kv_length, self.grid.row_starts)
+        return self.computed_pairs().float() / causal[:, None].clamp(min=1).float()
+
+
+Plan = BlockPlan | Dense

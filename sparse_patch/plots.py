@@ -1,0 +1,104 @@
+"""Pictures of what was computed: the block map of chosen heads, and the density of every layer and head."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparse_patch.call import Phase
+from sparse_patch.errors import SparsePatchError
+from sparse_patch.plans import BlockPlan, Plan
+from sparse_patch.report import SparsityReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Captured = dict[int, list[tuple[Phase, Plan]]]
+
+
+def plot_sparsity(
+    report: SparsityReport, plans: Captured, path: str | Path, heads: Sequence[tuple[int, int]] | None = None
+) -> None:
+    """Write one PNG: the density of every layer and head, and the block maps of a few heads.
+
+    Args:
+        report: what `sparsity_report` gave.
+        plans: what `capture_plans` gave; the last prefill plan of each layer is drawn.
+        path: where the picture goes.
+        heads: (layer, query head) pairs to draw; by default six heads from the sparsest to the densest.
+
+    Raises:
+        SparsePatchError: matplotlib is not installed, no prefill was sparse, or a head does not exist.
+    """
+    figure_class, colors = _matplotlib()
+    block_plans = {layer: plan for layer in plans if (plan := last_block_plan(plans[layer])) is not None}
+    if not block_plans:
+        raise SparsePatchError("plot: no sparse prefill was captured; run a prompt longer than min_length first")
+    chosen = list(heads) if heads is not None else _spread_of_heads(block_plans)
+    columns = 1 + -(-len(chosen) // 2)
+    figure = figure_class(figsize=(3.1 * columns + 1, 6.6), layout="constrained")
+    grid = figure.add_gridspec(2, columns)
+    density = figure.add_subplot(grid[:, 0])
+    draw_density(density, report)
+    for number, (layer, head) in enumerate(chosen):
+        axes = figure.add_subplot(grid[number % 2, 1 + number // 2])
+        draw_blocks(axes, block_plans, layer, head, colors)
+    figure.savefig(path, dpi=110)
+
+
+def last_block_plan(plans: Sequence[tuple[Phase, Plan]]) -> BlockPlan | None:
+    """The last sparse prefill plan of a layer, or None."""
+    found = [plan for phase, plan in plans if phase == "prefill" and isinstance(plan, BlockPlan)]
+    return found[-1] if found else None
+
+
+def draw_density(axes: "Axes", report: SparsityReport) -> None:
+    """Prefill density of each layer (rows) and query head (columns) as a heat map."""
+    width = max((len(layer.prefill.density_by_head) for layer in report.layers), default=0) or 1
+    rows = [
+        layer.prefill.density_by_head or [1.0 if layer.prefill.density is None else layer.prefill.density] * width
+        for layer in report.layers
+    ]
+    image = axes.imshow(rows, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+    axes.set(xlabel="query head", ylabel="layer", title=f"density, mean {report.density() or 0:.2f}")
+    axes.get_figure().colorbar(image, ax=axes, orientation="horizontal", label="share of the causal triangle")  # type: ignore[union-attr]
+
+
+def draw_blocks(axes: "Axes", plans: dict[int, BlockPlan], layer: int, head: int, colors: Any) -> None:
+    """The blocks that one head of the batch's first row computes: queries downwards, keys to the right."""
+    if layer not in plans or not 0 <= head < plans[layer].counts.shape[1]:
+        raise SparsePatchError(f"plot: there is no sparse layer {layer} with a head {head}; layers {sorted(plans)}")
+    plan = plans[layer]
+    blocks = plan.blocks()[0, head].cpu().float()
+    causal = plan.grid.causal[0].cpu()
+    axes.imshow(
+        torch.where(causal, 1 + blocks, 0.0).numpy(),
+        cmap=colors(["#ffffff", "#dfe3ee", "#1f4e9c"]),
+        vmin=0,
+        vmax=2,
+        interpolation="nearest",
+    )
+    density = float(plan.density()[0, head])
+    axes.set(title=f"layer {layer}, head {head}: {density:.2f}", xlabel="key block", ylabel="query block")
+
+
+def _spread_of_heads(plans: dict[int, BlockPlan], number: int = 6) -> list[tuple[int, int]]:
+    """(layer, head) pairs spread evenly from the sparsest to the densest head."""
+    ranked = sorted(
+        (density, layer, head)
+        for layer, plan in plans.items()
+        for head, density in enumerate(plan.density()[0].tolist())
+    )
+    steps = torch.linspace(0, len(ranked) - 1, min(number, len(ranked))).round().int().tolist()
+    return [(ranked[step][1], ranked[step][2]) for step in steps]
+
+
+def _matplotlib() -> tuple["type[Figure]", Any]:
+    try:
+        from matplotlib.colors import ListedColormap
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SparsePatchError('plot: matplotlib is missing; pip install "sparse_patch[plots]"') from error
+    return Figure, ListedColormap

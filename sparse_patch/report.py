@@ -1,0 +1,213 @@
+"""What was really computed: counters that the hook fills, and the typed report made from them."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from sparse_patch.call import PHASES, Phase
+
+Count = int | torch.Tensor  # a device tensor where the number is known on the device only; read when a report is made
+
+
+@dataclass(frozen=True)
+class Work:
+    """The size of one call, summed over the rows of the batch, padding excluded.
+
+    Attributes:
+        queries: query tokens.
+        causal: (query, key) pairs of the causal triangle.
+        attended: pairs that the model's own dense attention reads: fewer than `causal` in sliding-window layers.
+    """
+
+    queries: Count
+    causal: Count
+    attended: Count
+
+
+@dataclass
+class PhaseCounts:
+    """Running totals of one layer in one phase. Nothing here is read on the host until a report is made."""
+
+    calls: int = 0
+    sparse_calls: int = 0
+    queries: Count = 0
+    causal: Count = 0
+    attended_by_all: Count = 0
+    attended_by_head: torch.Tensor | None = None
+    dense: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+    def add_dense(self, work: Work) -> None:
+        self._add(work)
+        self.attended_by_all = self.attended_by_all + work.attended
+
+    def add_sparse(self, work: Work, attended_by_head: torch.Tensor) -> None:
+        """`attended_by_head`: pairs that each query head computed, summed over the batch, int64 `[Hq]`."""
+        self._add(work)
+        self.sparse_calls += 1
+        known = self.attended_by_head
+        self.attended_by_head = attended_by_head if known is None else known + attended_by_head
+
+    def _add(self, work: Work) -> None:
+        self.calls += 1
+        self.queries = self.queries + work.queries
+        self.causal = self.causal + work.causal
+
+    def report(self) -> "PhaseReport":
+        causal, queries = int(self.causal), int(self.queries)
+        by_head = [0] if self.attended_by_head is None else self.attended_by_head.tolist()
+        attended = [int(self.attended_by_all) + pairs for pairs in by_head]
+        mean = sum(attended) / len(attended)
+        return PhaseReport(
+            calls=self.calls,
+            sparse_calls=self.sparse_calls,
+            density=mean / causal if causal else None,
+            density_by_head=[pairs / causal for pairs in attended] if causal and self.sparse_calls else [],
+            attended=mean / queries if queries else None,
+            dense=dict(self.dense),
+            fallbacks=dict(self.fallbacks),
+            pairs=(mean, causal, queries),
+        )
+
+
+@dataclass
+class LayerCounts:
+    """The totals of one layer."""
+
+    prefill: PhaseCounts = field(default_factory=PhaseCounts)
+    decode: PhaseCounts = field(default_factory=PhaseCounts)
+
+    def of(self, phase: Phase) -> PhaseCounts:
+        return self.prefill if phase == "prefill" else self.decode
+
+
+class PhaseReport(BaseModel):
+    """One layer in one phase.
+
+    Attributes:
+        calls: attention calls. Calls inside `torch.compile` graphs are not counted.
+        sparse_calls: those that ran a sparse plan.
+        density: share of the causal triangle that was computed, mean over heads, dense calls included; None without
+            calls.
+        density_by_head: the same for each query head; empty when no call was sparse.
+        attended: keys read per query token, mean over heads; None without calls.
+        dense: dense calls by the configuration or by the model's design, by reason.
+        fallbacks: dense calls because the method could not serve them, by reason.
+        pairs: (pairs computed, pairs of the causal triangle, queries): what totals are made from.
+    """
+
+    calls: int
+    sparse_calls: int
+    density: float | None
+    density_by_head: list[float]
+    attended: float | None
+    dense: dict[str, int]
+    fallbacks: dict[str, int]
+    pairs: tuple[float, int, int]
+
+
+class LayerReport(BaseModel):
+    """One attention module: its layer index, its path in the model, its method per phase and what it computed."""
+
+    layer: int
+    name: str
+    prefill_method: str | None
+    decode_method: str | None
+    prefill: PhaseReport
+    decode: PhaseReport
+
+    def phase(self, phase: Phase) -> PhaseReport:
+        return self.prefill if phase == "prefill" else self.decode
+
+
+class SparsityReport(BaseModel):
+    """What a patched model computed since it was patched, or since `reset_report`.
+
+    `print(report)` shows a table; `report.model_dump_json()` and `report.save(path)` give JSON.
+    """
+
+    config: dict[str, Any]
+    source: str
+    fingerprint: str
+    hook_active: bool
+    versions: dict[str, str]
+    layers: list[LayerReport]
+
+    def density(self, phase: Phase = "prefill") -> float | None:
+        """Share of the causal triangle computed over all layers, dense ones included; None without calls."""
+        pairs = [layer.phase(phase).pairs for layer in self.layers]
+        causal = sum(pair[1] for pair in pairs)
+        return sum(pair[0] for pair in pairs) / causal if causal else None
+
+    def attended(self, phase: Phase = "decode") -> float | None:
+        """Keys read per query token and layer, mean; None without calls."""
+        pairs = [layer.phase(phase).pairs for layer in self.layers]
+        queries = sum(pair[2] for pair in pairs)
+        return sum(pair[0] for pair in pairs) / queries if queries else None
+
+    def fallbacks(self, phase: Phase | None = None) -> dict[str, int]:
+        """Calls that went dense because the method could not serve them, by reason, over all layers."""
+        total: Counter[str] = Counter()
+        for layer in self.layers:
+            for name in PHASES if phase is None else (phase,):
+                total.update(layer.phase(name).fallbacks)
+        return dict(total)
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        console = Console(width=100, color_system=None)
+        with console.capture() as capture:
+            console.print(self.table(), *self.notes(), sep="\n", markup=False, highlight=False)
+        return capture.get().rstrip()
+
+    def table(self) -> Table:
+        """One line a layer."""
+        table = Table(title=f"{self.source} ({self.fingerprint})", title_justify="left")
+        for column in (
+            "layer",
+            "sparse prefills",
+            "density",
+            "min-max head",
+            "sparse decodes",
+            "keys per decoded token",
+        ):
+            table.add_column(column, justify="right")
+        for layer in self.layers:
+            heads = layer.prefill.density_by_head
+            table.add_row(
+                str(layer.layer),
+                f"{layer.prefill.sparse_calls} of {layer.prefill.calls}",
+                _number(layer.prefill.density, 3),
+                f"{min(heads):.2f}-{max(heads):.2f}" if heads else "",
+                f"{layer.decode.sparse_calls} of {layer.decode.calls}",
+                _number(layer.decode.attended, 0),
+            )
+        table.add_row("all", "", _number(self.density(), 3), "", "", _number(self.attended(), 0))
+        return table
+
+    def notes(self) -> list[str]:
+        """Why calls were dense, one line a reason, and whether the hook is still in place."""
+        notes = []
+        for phase in PHASES:
+            for kind in ("dense", "fallbacks"):
+                total: Counter[str] = Counter()
+                for layer in self.layers:
+                    total.update(getattr(layer.phase(phase), kind))
+                label = "dense" if kind == "dense" else "FALLBACK to dense"
+                notes += [f"{phase}: {label}, {reason}: {count} calls" for reason, count in total.items()]
+        if not self.hook_active:
+            notes.append("the hook is not active: the attention implementation was changed after patch_model")
+        return notes
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

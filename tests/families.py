@@ -1,0 +1,148 @@
+"""Tiny random models, one per attention dialect that `sparse_patch` has to get right.
+
+Nothing is downloaded and everything is float32, in eval mode and seeded, so two calls of a factory give two models
+with equal weights. Weights are large on purpose: with the usual 0.02 attention is almost uniform, and a wrong mask, a
+wrong scale or a lost soft cap hardly moves the logits. Sliding windows are shorter than the tests' prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+VOCAB = 96
+WINDOW = 12  # shorter than every prompt of the tests, and not a divisor of their chunk size
+IMAGE_TOKEN = VOCAB - 1  # only `vlm` treats it as a placeholder
+IMAGE_TOKENS = 16  # longer than WINDOW: a bidirectional image block reaches beyond the sliding window
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,  # generation never stops early
+    "tie_word_embeddings": False,
+}
+
+
+def _build(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """`transformers.<name>ForCausalLM` on a tiny config, seeded, in eval mode."""
+    torch.manual_seed(seed)
+    config_name = f"{name}TextConfig" if name in ("Gemma3", "Gemma4") else f"{name}Config"
+    config = getattr(transformers, config_name)(**{**COMMON, **overrides})
+    return getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
+
+
+def llama() -> PreTrainedModel:
+    """The plain case: grouped-query attention, no window, no cap."""
+    return _build("Llama")
+
+
+def mistral() -> PreTrainedModel:
+    """A sliding window on every layer, which reaches the attention function as a keyword only."""
+    return _build("Mistral", sliding_window=WINDOW)
+
+
+def qwen2() -> PreTrainedModel:
+    """A group of 7 query heads per KV head (not a power of two), and biases."""
+    return _build("Qwen2", hidden_size=112, num_attention_heads=14, use_sliding_window=False)
+
+
+def qwen3() -> PreTrainedModel:
+    """Query and key norms; head_dim is not hidden_size / heads."""
+    return _build("Qwen3", head_dim=32)
+
+
+def gemma2() -> PreTrainedModel:
+    """Soft cap 50, windows on every other layer, eager by default. Its scale makes the cap bite."""
+    return _build("Gemma2", num_hidden_layers=4, head_dim=16, query_pre_attn_scalar=2, sliding_window=WINDOW)
+
+
+def gemma3() -> PreTrainedModel:
+    """head_dim 256, two sliding layers and a full one, query and key norms."""
+    layer_types = ["sliding_attention", "sliding_attention", "full_attention"]
+    shape = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256}
+    return _build("Gemma3", **shape, layer_types=layer_types, sliding_window=WINDOW)
+
+
+def gemma4() -> PreTrainedModel:
+    """The last layers reuse earlier keys and, of a prompt, see the last query only; full layers have wider heads."""
+    pytest.importorskip("transformers.models.gemma4", reason="this Transformers has no Gemma 4")
+    layer_types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    heads = {"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "num_kv_shared_layers": 2}
+    per_layer = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16}
+    shape = {"num_hidden_layers": 6, "layer_types": layer_types, "sliding_window": WINDOW}
+    return _build("Gemma4", **heads, **per_layer, **shape)
+
+
+def phi3() -> PreTrainedModel:
+    """One fused projection: queries, keys and values are slices of it."""
+    return _build("Phi3", sliding_window=None)
+
+
+def minicpm3() -> PreTrainedModel:
+    """Multi-head latent attention: the query/key dimension (24) is not the value dimension (16)."""
+    pytest.importorskip("transformers.models.minicpm3", reason="this Transformers has no MiniCPM3")
+    latent = {"q_lora_rank": 32, "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    return _build("MiniCPM3", num_key_value_heads=4, scale_emb=2, dim_model_base=32, **latent)
+
+
+def granite() -> PreTrainedModel:
+    """An attention scale that is not head_dim ** -0.5."""
+    multipliers = {"attention_multiplier": 0.1, "embedding_multiplier": 3.0, "residual_multiplier": 0.6}
+    return _build("Granite", **multipliers, logits_scaling=2.0)
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "gemma2": gemma2,
+    "gemma3": gemma3,
+    "gemma4": gemma4,
+    "phi3": phi3,
+    "minicpm3": minicpm3,
+    "granite": granite,
+}
+
+
+def gpt_oss() -> PreTrainedModel:
+    """Attention sinks (an extra softmax column per head), windows on every other layer, eager by default."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+    positions = {"max_position_embeddings": 131072}  # what its default YaRN scaling expects
+    model = _build("GptOss", num_hidden_layers=4, head_dim=16, sliding_window=WINDOW, **experts, **positions)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, mean=1.0)
+    return model
+
+
+def vlm() -> PreTrainedModel:
+    """Gemma 3 with its vision tower: image tokens see each other in both directions."""
+    text = {**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "sliding_window": WINDOW}
+    text["layer_types"] = ["sliding_attention", "sliding_attention", "full_attention"]
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 56, "patch_size": 14}
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=IMAGE_TOKENS,
+        image_token_index=IMAGE_TOKEN,
+        boi_token_index=VOCAB - 2,
+        eoi_token_index=VOCAB - 3,
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config).float().eval()
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zeros as built: no image
+    return model

@@ -1,0 +1,33 @@
+"""Every method in one table: the shared tests in `test_methods.py` run each row through the same matrix.
+
+A new method adds a row. `small` settings select a part of a call of a few hundred tokens; `full` ones keep everything.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MethodCase:
+    """Settings of one method, for the shared tests."""
+
+    small: dict[str, Any]
+    full: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(value) for value in (self.small["method"], self.small.get("selection", "")) if value)
+
+
+def _flexprefill(selection: str, **changes: Any) -> MethodCase:
+    base = {"method": "flexprefill", "selection": selection, "block_size": 16, "min_length": 0}
+    return MethodCase(
+        small={**base, "gamma": 0.7, "tau": 0.2, "min_budget": 32, **changes},
+        full={**base, "gamma": 1.0},
+    )
+
+
+PREFILL_METHODS = [
+    _flexprefill("reference"),
+    _flexprefill("coverage", gamma=0.5, min_budget=16),
+]

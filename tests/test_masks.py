@@ -1,0 +1,111 @@
+"""The lazy mask against the masks that Transformers builds."""
+
+import pytest
+import torch
+from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
+
+from sparse_patch.masks import LazyMask, lazy_mask
+
+
+def make(
+    q_offset: int | torch.Tensor, q_length: int, padding: torch.Tensor | None = None, **changes: object
+) -> LazyMask:
+    total = int(q_offset) + q_length
+    arguments = {
+        "batch_size": 1 if padding is None else len(padding),
+        "q_length": q_length,
+        "kv_length": total,
+        "q_offset": q_offset,
+        "kv_offset": 0,
+        "mask_function": causal_mask_function,
+        "attention_mask": padding,
+        "allow_is_causal_skip": False,
+        "device": "cpu",
+    }
+    return lazy_mask(**{**arguments, **changes})
+
+
+PADDING = torch.tensor([[1] * 30, [0] * 4 + [1] * 26, [0] * 29 + [1]], dtype=torch.bool)
+
+
+def test_it_builds_what_transformers_builds_once() -> None:
+    mask = make(10, 20, PADDING)
+    assert torch.equal(mask.build("sdpa"), sdpa_mask(**mask.arguments))  # type: ignore[arg-type]
+    assert mask.build("sdpa") is mask.build("sdpa")
+    assert mask.build("an implementation without masks") is None
+
+
+@pytest.mark.parametrize("q_offset, q_length", [(0, 30), (10, 20), (29, 1)])
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["plain", "padded"])
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("window", [None, 7])
+def test_work_counts_the_mask(
+    q_offset: int, q_length: int, padding: torch.Tensor | None, on_device: bool, window: int | None
+) -> None:
+    if window is not None and (on_device or padding is not None):
+        pytest.skip("counted by a bound: sliding layers are never sparse")
+    start = torch.tensor(q_offset) if on_device else q_offset
+    mask = make(start, q_length, padding)
+    causal = mask.build("sdpa")
+    assert causal is not None
+    if window is not None:
+        mask = make(start, q_length, mask_function=sliding_window_causal_mask_function(window), local_size=window)
+    attended = mask.build("sdpa")
+    assert attended is not None
+    work = mask.work
+    assert int(work.causal) == causal.sum()
+    assert int(work.attended) == attended.sum()
+    assert int(work.queries) == causal[:, 0].any(-1).sum()
+
+
+def test_the_counter_of_a_static_cache_is_cloned() -> None:
+    counter = torch.tensor(5)
+    mask = make(counter, 3)
+    counter += 3
+    assert mask.q_start == 5
+
+
+def test_row_starts_and_kinds_of_padding() -> None:
+    assert make(0, 30, PADDING).real_row_starts.tolist() == [0, 4, 29]  # type: ignore[union-attr]
+    assert make(0, 30, torch.ones(2, 30, dtype=torch.bool)).real_row_starts is None
+    assert make(0, 30).real_row_starts is None
+    right, hole, empty = (torch.ones(1, 30, dtype=torch.bool) for _ in range(3))
+    right[:, 20:], hole[:, 10], empty[:] = False, False, False
+    assert make(0, 30, PADDING).has_left_padding_only
+    for padding in (right, hole, empty):
+        assert not make(0, 30, padding).has_left_padding_only
+
+
+def test_decode_is_a_few_queries_on_a_cache() -> None:
+    assert make(10, 1).is_decode and make(10, 16).is_decode and make(torch.tensor(10), 1).is_decode
+    assert not make(0, 1).is_decode and not make(10, 17).is_decode and not make(torch.tensor(10), 17).is_decode
+
+
+@pytest.mark.parametrize("rows", [slice(-1, None), slice(5, 9), slice(None)], ids=str)
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["plain", "padded"])
+@pytest.mark.parametrize("skip", [True, False])
+def test_slicing_rows(rows: slice, padding: torch.Tensor | None, skip: bool) -> None:
+    mask = make(0, 30, padding, kv_length=40, allow_is_causal_skip=skip)  # ten free slots, as in a static cache
+    full = make(0, 30, padding, kv_length=40).build("sdpa")
+    part = mask[:, :, rows, :].build("sdpa")
+    assert full is not None
+    if part is None:  # only where causality alone says the same
+        assert rows == slice(None)
+    else:
+        assert torch.equal(part.expand(full[:, :, rows].shape), full[:, :, rows])
+
+
+def test_other_slices_are_errors() -> None:
+    for index in ((slice(None), 0), (slice(None), slice(None), slice(None), slice(0, 3))):
+        with pytest.raises(TypeError, match="query rows only"):
+            make(0, 30)[index]
+
+
+def test_it_passes_for_a_mask_tensor() -> None:
+    mask = make(0, 30, PADDING)
+    assert mask.ndim == 4 and mask.shape == (3, 1, 30, 30) and mask.contiguous() is mask
+    assert mask.to("cpu") is mask and mask.to(torch.float16) is mask
+    moved = mask.to("meta")
+    assert moved.device.type == "meta" and moved.padding.device.type == "meta"  # type: ignore[union-attr]
+    assert mask.to("meta") is moved
+    assert lazy_mask(attention_mask=mask) is mask

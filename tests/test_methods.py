@@ -1,0 +1,99 @@
+"""What holds for every prefill method, whatever it selects."""
+
+import pytest
+import torch
+from calls import make_call, row_alone
+from method_table import PREFILL_METHODS, MethodCase
+
+from sparse_patch.methods.base import Method, registry
+from sparse_patch.ops.block_sparse import attend
+from sparse_patch.plans import BlockPlan, Dense
+
+CASES = pytest.mark.parametrize("case", PREFILL_METHODS, ids=lambda case: case.name)
+
+
+def build(settings: dict[str, object]) -> Method:
+    return registry()[str(settings["method"])].model_validate(settings)
+
+
+def plan_of(case: MethodCase, call: object) -> BlockPlan:
+    plan = build(case.small).plan(call)  # type: ignore[arg-type]
+    assert isinstance(plan, BlockPlan)
+    return plan
+
+
+def test_every_prefill_method_is_in_the_table() -> None:
+    sparse = {name for name, method in registry().items() if "prefill" in method.phases and name != "dense"}
+    assert {case.small["method"] for case in PREFILL_METHODS} == sparse
+
+
+@CASES
+@pytest.mark.parametrize("queries", [400, 150], ids=["whole", "chunk"])
+def test_lists_are_causal_ascending_and_sparse(case: MethodCase, queries: int) -> None:
+    plan = plan_of(case, make_call(400, queries=queries))
+    diagonal = plan.grid.query_block_ids
+    for row in range(plan.counts.shape[2]):
+        for head in range(plan.counts.shape[1]):
+            blocks = plan.indices[0, head, row, : plan.counts[0, head, row]].tolist()
+            assert blocks == sorted(set(blocks)), "a key block is listed twice or out of order"
+            assert blocks[-1] == diagonal[0, row], "the diagonal is missing"
+    assert 0 < plan.density().min() <= plan.density().mean() < 1
+
+
+@CASES
+@pytest.mark.parametrize("queries", [400, 150], ids=["whole", "chunk"])
+def test_a_padded_row_equals_the_row_alone(case: MethodCase, queries: int) -> None:
+    batch = make_call(400, queries=queries, row_starts=[0, 7, 64, 130], value_dim=24)
+    plan = plan_of(case, batch)
+    output, _ = attend(batch, plan)
+    assert plan.density().max() < 1
+    for row in range(4):
+        alone, real = row_alone(batch, row)
+        alone_plan = plan_of(case, alone)
+        expected, _ = attend(alone, alone_plan)
+        rows, keys = alone_plan.counts.shape[2], alone_plan.counts.shape[3:] or alone_plan.indices.shape[3:]
+        assert torch.equal(plan.blocks()[row, :, :rows, : keys[0]], alone_plan.blocks()[0])
+        torch.testing.assert_close(output[row : row + 1, :, real], expected, atol=2e-6, rtol=1e-5)
+        assert torch.equal(plan.computed_pairs()[row], alone_plan.computed_pairs()[0])
+
+
+@CASES
+def test_a_short_row_in_a_batch_is_dense_as_it_is_alone(case: MethodCase) -> None:
+    method = build({**case.small, "min_length": 200})
+    batch = make_call(400, row_starts=[0, 250])
+    plan = method.plan(batch)
+    assert isinstance(plan, BlockPlan)
+    assert plan.density()[0].max() < 1
+    assert plan.density()[1].min() == 1
+    alone, _ = row_alone(batch, 1)
+    assert isinstance(method.plan(alone), Dense)
+
+
+@CASES
+def test_heads_are_independent(case: MethodCase) -> None:
+    call = make_call(400, heads=(6, 6))
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = type(call)(**{**vars(call), "q": call.q[:, order], "k": call.k[:, order], "v": call.v[:, order]})
+    assert torch.equal(plan_of(case, call).blocks()[:, order], plan_of(case, shuffled).blocks())
+
+
+@CASES
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_grouped_heads_equal_repeated_ones(case: MethodCase, group: int) -> None:
+    call = make_call(300, heads=(2 * group, 2))
+    repeated = type(call)(
+        **{**vars(call), "k": call.k.repeat_interleave(group, 1), "v": call.v.repeat_interleave(group, 1)}
+    )
+    assert torch.equal(plan_of(case, call).blocks(), plan_of(case, repeated).blocks())
+
+
+@CASES
+def test_full_settings_are_dense(case: MethodCase) -> None:
+    assert isinstance(build(case.full).plan(make_call(400)), Dense)
+
+
+@CASES
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 33])
+def test_short_calls_are_dense(case: MethodCase, length: int) -> None:
+    plan = build({**case.small, "min_length": 64}).plan(make_call(length))
+    assert isinstance(plan, Dense) and "min_length" in plan.reason

@@ -1,0 +1,52 @@
+"""Plans and their grid, against direct counting."""
+
+import pytest
+import torch
+from calls import make_call
+from ops.test_block_sparse import random_plan
+
+from sparse_patch.plans import BlockGrid, BlockPlan
+
+
+@pytest.mark.parametrize("row_starts", [None, [0, 3, 50, 99]])
+@pytest.mark.parametrize("queries", [100, 64, 37])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_pairs_and_density_count_the_mask(row_starts: list[int] | None, queries: int, block_size: int) -> None:
+    call = make_call(100, queries=queries, row_starts=row_starts)
+    plan = random_plan(call, block_size, 0.5)
+    mask = plan.mask()
+    query = torch.arange(100 - queries, 100)[:, None]
+    key = torch.arange(100)
+    starts = torch.tensor(row_starts or [0])[:, None, None]
+    causal = (key <= query) & (key >= starts)
+    assert torch.equal(mask & causal[:, None], mask)
+    assert torch.equal(plan.computed_pairs(), mask.sum((-1, -2)))
+    expected = mask.sum((-1, -2)) / causal.sum((-1, -2))[:, None]
+    torch.testing.assert_close(plan.density(), expected, atol=1e-6, rtol=0)
+
+
+def test_lists_and_map_hold_the_same_blocks() -> None:
+    call = make_call(200, queries=150, row_starts=[0, 40])
+    grid = BlockGrid.of(call, 32)
+    blocks = torch.rand(2, 4, grid.num_query_blocks, grid.num_key_blocks) < 0.5
+    plan = BlockPlan.from_blocks(blocks, grid)
+    assert torch.equal(plan.blocks(), blocks & grid.causal[:, None])
+    assert torch.equal(plan.counts, (blocks & grid.causal[:, None]).sum(-1).int())
+    assert plan.indices.dtype == plan.counts.dtype == torch.int32
+
+
+def test_the_grid_starts_at_each_rows_first_token() -> None:
+    call = make_call(100, row_starts=[0, 37])
+    grid = BlockGrid.of(call, 32)
+    assert grid.key_blocks_per_row.tolist() == [4, 2]
+    assert grid.tail.tolist() == [28, 1]
+    assert grid.query_index[1, 0, 0] == 37
+    assert grid.query_is_real.sum((-1, -2)).tolist() == [100, 63]
+
+
+def test_a_chunk_lies_on_the_grid_of_the_whole_prompt() -> None:
+    call = make_call(100, queries=30)
+    grid = BlockGrid.of(call, 32)
+    assert grid.query_block_ids.tolist() == [[2, 3]]
+    assert [bound.tolist() for bound in grid.query_bounds] == [[[70, 96]], [[96, 100]]]
+    assert not grid.aligned
