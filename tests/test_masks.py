@@ -35,27 +35,30 @@ def test_it_builds_what_transformers_builds_once() -> None:
     assert mask.build("an implementation without masks") is None
 
 
-@pytest.mark.parametrize("q_offset, q_length", [(0, 30), (10, 20), (29, 1)])
+CALLS = pytest.mark.parametrize("q_offset, q_length", [(0, 30), (10, 20), (29, 1)])
+
+
+def assert_counts(mask: LazyMask, causal: torch.Tensor | None, attended: torch.Tensor | None) -> None:
+    assert causal is not None and attended is not None
+    assert int(mask.work.causal) == causal.sum()
+    assert int(mask.work.attended) == attended.sum()
+    assert int(mask.work.queries) == causal[:, 0].any(-1).sum()
+
+
+@CALLS
 @pytest.mark.parametrize("padding", [None, PADDING], ids=["plain", "padded"])
 @pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
-@pytest.mark.parametrize("window", [None, 7])
-def test_work_counts_the_mask(
-    q_offset: int, q_length: int, padding: torch.Tensor | None, on_device: bool, window: int | None
-) -> None:
-    if window is not None and (on_device or padding is not None):
-        pytest.skip("counted by a bound: sliding layers are never sparse")
-    start = torch.tensor(q_offset) if on_device else q_offset
-    mask = make(start, q_length, padding)
-    causal = mask.build("sdpa")
-    assert causal is not None
-    if window is not None:
-        mask = make(start, q_length, mask_function=sliding_window_causal_mask_function(window), local_size=window)
-    attended = mask.build("sdpa")
-    assert attended is not None
-    work = mask.work
-    assert int(work.causal) == causal.sum()
-    assert int(work.attended) == attended.sum()
-    assert int(work.queries) == causal[:, 0].any(-1).sum()
+def test_work_counts_the_mask(q_offset: int, q_length: int, padding: torch.Tensor | None, on_device: bool) -> None:
+    mask = make(torch.tensor(q_offset) if on_device else q_offset, q_length, padding)
+    assert_counts(mask, mask.build("sdpa"), mask.build("sdpa"))
+
+
+@CALLS
+@pytest.mark.parametrize("window", [1, 7, 15, 40])
+def test_work_counts_a_window(q_offset: int, q_length: int, window: int) -> None:
+    function = sliding_window_causal_mask_function(window)
+    mask = make(q_offset, q_length, mask_function=function, local_size=window)
+    assert_counts(mask, make(q_offset, q_length).build("sdpa"), mask.build("sdpa"))
 
 
 def test_the_counter_of_a_static_cache_is_cloned() -> None:

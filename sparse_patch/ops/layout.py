@@ -29,7 +29,7 @@ def query_blocks(q: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
 
 def merge_query_blocks(blocks: torch.Tensor, grid: BlockGrid, padding: float = 0.0) -> torch.Tensor:
     """The inverse of `query_blocks`: `[B, Hq, NQ, block, ...]` as `[B, Hq, Sq, ...]`, `padding` for padding queries."""
-    flat = blocks.flatten(2, 3)
+    flat = blocks.flatten(2, 3)  # a view, whatever the layout
     if not grid.padded and grid.aligned:
         return flat[:, :, : grid.q_length]
     query = torch.arange(grid.q_start, grid.q_start + grid.q_length, device=blocks.device)

@@ -10,7 +10,7 @@ from sparse_patch.ops.block_sparse import BACKENDS, attend
 from sparse_patch.plans import BlockGrid, BlockPlan
 
 FAST = [name for name in BACKENDS if name != "reference"]
-# Rounding of float32 logits of about 40 over up to 256 terms, times values of about 3; for half precision, of the output.
+# Rounding of float32 logits of about 40 over up to 256 terms, times values of 3; in half precision of the output.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 

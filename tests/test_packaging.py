@@ -1,0 +1,54 @@
+"""The wheel: built, installed in a fresh environment, used from an empty folder."""
+
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+SCRIPT = """
+import sparse_patch, torch, transformers
+config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                  num_attention_heads=2, num_key_value_heads=1)
+model = transformers.LlamaForCausalLM(config).eval()
+sparse_patch.patch_model(model, "flexprefill.yaml")
+with torch.no_grad():
+    model(torch.ones(1, 8, dtype=torch.long))
+print(sparse_patch.__file__, sorted(sparse_patch.packaged_configs()), len(sparse_patch.sparsity_report(model).layers))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_it_holds_the_package_and_the_configs_alone(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"sparse_patch/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= set(names)
+    assert "sparse_patch/py.typed" in names
+    assert all(name.startswith(("sparse_patch/", "sparse_patch-")) for name in names)
+    assert wheel.stat().st_size < 1_000_000
+
+
+def test_patch_model_works_from_the_wheel_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
+    """Only the dependencies come from the environment of the tests, which holds the checkout as an editable install."""
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, check=True, capture_output=True, text=True)
+    site = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
+    # A .pth line adds the folder but not the .pth files in it, so the editable install stays out of sight.
+    (Path(site.strip()) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    result = subprocess.run([python, "-c", SCRIPT], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(str(tmp_path / "env"))
+    assert "flexprefill.yaml" in result.stdout and result.stdout.strip().endswith(" 1")

@@ -1,0 +1,65 @@
+"""Pictures: that they are written, and that they show the plan."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from sparse_patch import SparsePatchError, capture_plans, patched, sparsity_report
+from sparse_patch.plots import Captured, draw_blocks, draw_density, last_block_plan, plot_sparsity
+from sparse_patch.report import SparsityReport
+
+SPARSE = {"prefill": {"method": "flexprefill", "block_size": 16, "min_budget": 16, "gamma": 0.5, "min_length": 64}}
+
+
+@pytest.fixture(scope="module")
+def recorded() -> tuple[SparsityReport, Captured]:
+    model = FAMILIES["llama"]()
+    with patched(model, SPARSE, prefill={"layers": [0, 2]}), capture_plans(model) as plans, torch.no_grad():
+        model(torch.randint(3, 90, (1, 200)))
+        return sparsity_report(model), dict(plans)
+
+
+@pytest.mark.parametrize("heads", [None, [(0, 1), (2, 3)]])
+def test_it_writes_a_picture(
+    recorded: tuple[SparsityReport, Captured], tmp_path: Path, heads: list[tuple[int, int]] | None
+) -> None:
+    plot_sparsity(*recorded, tmp_path / "a.png", heads)
+    data = (tmp_path / "a.png").read_bytes()
+    assert data.startswith(b"\x89PNG") and len(data) > 10_000
+
+
+def test_the_block_map_is_the_plan(recorded: tuple[SparsityReport, Captured]) -> None:
+    plan = last_block_plan(recorded[1][2])
+    assert plan is not None
+    axes = Figure().add_subplot()
+    draw_blocks(axes, {2: plan}, 2, 1, ListedColormap)
+    drawn = torch.from_numpy(axes.images[0].get_array().data)
+    assert torch.equal(drawn == 2, plan.blocks()[0, 1])
+    assert torch.equal(drawn > 0, plan.grid.causal[0])
+
+
+def test_the_heat_map_is_the_report(recorded: tuple[SparsityReport, Captured]) -> None:
+    axes = Figure().add_subplot()
+    draw_density(axes, recorded[0])
+    drawn = axes.images[0].get_array()
+    assert drawn.shape == (3, 4) and (drawn[1] == 1).all()
+    assert drawn[0].tolist() == pytest.approx(recorded[0].layers[0].prefill.density_by_head)
+
+
+def test_what_cannot_be_drawn_is_one_line(
+    recorded: tuple[SparsityReport, Captured], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, plans = recorded
+    with pytest.raises(SparsePatchError, match="no sparse layer 1 with a head 0"):
+        plot_sparsity(report, plans, tmp_path / "a.png", [(1, 0)])
+    with pytest.raises(SparsePatchError, match="no sparse prefill was captured"):
+        plot_sparsity(report, {1: plans[1]}, tmp_path / "a.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SparsePatchError, match=r'pip install "sparse_patch\[plots\]"'):
+        plot_sparsity(report, plans, tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()

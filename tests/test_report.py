@@ -1,0 +1,92 @@
+"""The report against direct counting on real forwards."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+from transformers import PreTrainedModel
+
+from sparse_patch import capture_plans, patched, reset_report, sparsity_report
+from sparse_patch.plans import BlockPlan
+from sparse_patch.report import SparsityReport
+
+SPARSE = {"prefill": {"method": "flexprefill", "block_size": 16, "min_budget": 16, "gamma": 0.5, "min_length": 64}}
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return FAMILIES["llama"]()
+
+
+def forward(model: PreTrainedModel, length: int, padding: int = 0) -> None:
+    ids = torch.randint(3, 90, (2, length))
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    with torch.no_grad():
+        model(ids, attention_mask=mask)
+
+
+def test_density_is_pairs_over_the_causal_triangle(llama: PreTrainedModel) -> None:
+    with patched(llama, SPARSE), capture_plans(llama) as plans:
+        forward(llama, 200, padding=60)
+        forward(llama, 50)  # dense: shorter than min_length
+        report = sparsity_report(llama)
+    long, short = 200 * 201 // 2 + 140 * 141 // 2, 2 * 50 * 51 // 2
+    for layer in report.layers:
+        plan = plans[layer.layer][0][1]
+        assert isinstance(plan, BlockPlan)
+        pairs = plan.mask().sum((0, 2, 3)) + short
+        assert layer.prefill.density_by_head == pytest.approx((pairs / (long + short)).tolist())
+        assert layer.prefill.density == pytest.approx((pairs.float().mean() / (long + short)).item())
+        assert layer.prefill.attended == pytest.approx((pairs.float().mean() / (200 + 140 + 100)).item())
+        assert (layer.prefill.calls, layer.prefill.sparse_calls) == (2, 1)
+        assert layer.prefill.dense == {"shorter than min_length 64": 1}
+    assert report.density() == pytest.approx(sum(layer.prefill.density or 0 for layer in report.layers) / 3)
+
+
+def test_decode_counts_the_keys_of_each_token(llama: PreTrainedModel) -> None:
+    with patched(llama, SPARSE):
+        llama.generate(torch.randint(3, 90, (1, 30)), max_new_tokens=4, do_sample=False)
+        report = sparsity_report(llama)
+    assert report.layers[0].decode.calls == 3
+    assert report.attended("decode") == pytest.approx((31 + 32 + 33) / 3)
+    assert report.layers[0].decode.dense == {"no decode method": 3}
+    assert report.fallbacks() == {}
+
+
+def test_sliding_layers_attend_to_their_window(llama: PreTrainedModel) -> None:
+    model = FAMILIES["mistral"]()
+    window = model.config.sliding_window
+    with patched(model, SPARSE):
+        with torch.no_grad():
+            model(torch.randint(3, 90, (1, 80)))
+        report = sparsity_report(model)
+    pairs = window * (window + 1) // 2 + (80 - window) * window
+    assert report.layers[0].prefill.attended == pytest.approx(pairs / 80)
+    assert report.density() == pytest.approx(pairs / (80 * 81 // 2))
+
+
+def test_reset_and_no_calls(llama: PreTrainedModel) -> None:
+    with patched(llama, SPARSE):
+        forward(llama, 100)
+        reset_report(llama)
+        report = sparsity_report(llama)
+        assert report.density() is None and report.attended() is None and report.layers[0].prefill.calls == 0
+        assert "all" in str(report)
+
+
+def test_it_prints_and_round_trips_as_json(llama: PreTrainedModel, tmp_path: Path) -> None:
+    with patched(llama, SPARSE, on_unsupported="silent"):
+        forward(llama, 200)
+        with torch.no_grad():
+            llama(torch.randint(3, 90, (1, 100)), output_attentions=True)
+        report = sparsity_report(llama)
+    text = str(report)
+    assert "1 of 2" in text and "FALLBACK to dense, output_attentions: 3 calls" in text
+    assert f"{report.density():.3f}" in text and report.fingerprint in text
+    report.save(tmp_path / "report.json")
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["config"]["prefill"]["gamma"] == 0.5 and saved["versions"].keys() >= {"torch", "transformers"}
+    assert SparsityReport.model_validate(saved) == report
