@@ -15,6 +15,7 @@ from sparse_patch.patching import (
     sparsity_report,
     unpatch_model,
 )
+from sparse_patch.version import __version__
 
 __all__ = [
     "ConfigError",
@@ -22,6 +23,7 @@ __all__ = [
     "PatchError",
     "SparsePatchError",
     "UnsupportedCallError",
+    "__version__",
     "capture_plans",
     "load_config",
     "packaged_configs",

@@ -181,7 +181,12 @@ def lazy_mask(**arguments: Any) -> LazyMask:
     mask = arguments.get("attention_mask")
     if isinstance(mask, LazyMask):  # `generate` builds the masks of a static cache ahead
         return mask
-    if isinstance(arguments["q_offset"], torch.Tensor):
-        # With a static cache this is the cache's own counter, which moves on before attention runs.
-        arguments["q_offset"] = arguments["q_offset"].clone()
-    return LazyMask(arguments)
+    if not isinstance(arguments["q_offset"], torch.Tensor):
+        return LazyMask(arguments)
+    # With a static cache this is the cache's own counter, which moves on before attention runs.
+    mask = LazyMask({**arguments, "q_offset": arguments["q_offset"].clone()})
+    if mask.is_decode and not torch.compiler.is_compiling():
+        # `generate` compiles this step. Built inside the graph, the mask would tie it to function objects of this step.
+        for implementation in ("sdpa", "eager"):
+            mask.build(implementation)
+    return mask

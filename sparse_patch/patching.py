@@ -9,9 +9,10 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
+import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -21,6 +22,7 @@ from sparse_patch.config import ConfigSource, PatchConfig, load_config
 from sparse_patch.errors import PatchError
 from sparse_patch.plans import Plan
 from sparse_patch.report import LayerCounts, LayerReport, SparsityReport
+from sparse_patch.version import __version__
 
 
 @dataclass
@@ -128,7 +130,11 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
         source=patch.config.source,
         fingerprint=patch.config.fingerprint(),
         hook_active=all(_config_of(module)._attn_implementation == NAME for module in patch.attention),
-        versions={name: version(name) for name in ("torch", "transformers", "sparse_patch")},
+        versions={
+            "sparse_patch": __version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+        },
         layers=[_layer_report(state_of(module)) for module in patch.attention],
     )
 

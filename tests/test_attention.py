@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import FAMILIES, gpt_oss, vlm
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
 from sparse_patch import PatchError, UnsupportedCallError, capture_plans, patched, sparsity_report
 from sparse_patch.plans import BlockPlan
@@ -246,6 +246,35 @@ def test_training_is_dense_with_the_right_gradients(llama: PreTrainedModel) -> N
 def test_paged_caches_are_refused(llama: PreTrainedModel) -> None:
     with patched(llama, SPARSE), pytest.raises(PatchError, match="continuous batching"):
         logits_of(llama, input_ids=ids_of(llama), cache=object())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_generate_compiles_the_decode_step_of_a_static_cache(family: str) -> None:
+    """What `generate` does on a GPU: the step compiles as one graph, and the dense config gives the same logits."""
+    torch._dynamo.reset()
+    model = FAMILIES[family]()
+    options = CompileConfig(backend="eager", fullgraph=True)
+    options._compile_all_devices = True
+    ids = ids_of(model, batch=2, length=60)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+
+    def steps() -> torch.Tensor:
+        result = model.generate(
+            **{"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False},
+            **{"cache_implementation": "static", "compile_config": options},
+            **{"output_logits": True, "return_dict_in_generate": True},
+        )
+        return torch.stack(result.logits)
+
+    expected = steps()
+    with patched(model, "dense.yaml"):
+        assert torch.equal(steps(), expected)
+        assert sparsity_report(model).layers[0].decode.calls == 0, "the step was not compiled"
+    with patched(model, SPARSE):
+        assert not torch.equal(steps(), expected)
+    assert torch.equal(steps(), expected)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
