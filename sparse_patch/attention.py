@@ -117,7 +117,7 @@ def sparse_attention(
         raise PatchError("continuous batching does not work on a patched model; use generate, or unpatch_model first")
     phase: Phase = _phase(attention_mask, query.shape[2])
     counts = state.counts.of(phase)
-    dense, tally = _dense_by_design(state, phase, attention_mask), counts.dense
+    dense, tally = _dense_by_design(state, phase, attention_mask, kwargs), counts.dense
     if dense is None:
         dense, tally = _unsupported(module, (query, key, value), attention_mask, kwargs), counts.fallbacks
         if dense is not None:
@@ -140,7 +140,7 @@ def _phase(mask: Any, q_length: int) -> Phase:
     return "decode" if is_decode else "prefill"
 
 
-def _dense_by_design(state: LayerState, phase: Phase, mask: Any) -> Dense | None:
+def _dense_by_design(state: LayerState, phase: Phase, mask: Any, kwargs: dict[str, Any]) -> Dense | None:
     """Dense because the configuration or the model wants it so."""
     method = state.config.method(phase)
     if method is None:
@@ -149,7 +149,7 @@ def _dense_by_design(state: LayerState, phase: Phase, mask: Any) -> Dense | None
         return Dense("layer not selected")
     if method.method == "dense":
         return Dense("method: dense")
-    if isinstance(mask, LazyMask) and mask.window is not None:
+    if kwargs.get("sliding_window") or (isinstance(mask, LazyMask) and mask.window is not None):
         return Dense("sliding-window layer")
     return None
 

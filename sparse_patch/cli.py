@@ -45,7 +45,7 @@ def demo(
     config: Annotated[str, typer.Option(help="A packaged configuration or a YAML file.")] = "flexprefill.yaml",
     seed: Annotated[int, typer.Option(help="Chooses text, keys and numbers.")] = 0,
     needles: Annotated[int, typer.Option(min=1, help="Numbers to find.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="Times that each prefill is timed.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that each prefill is timed.")] = 3,
     model: Annotated[str | None, typer.Option(help="Model folder or id.", show_default="examples/needle-llama")] = None,
     json_file: JsonOption = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture here (PNG).")] = None,

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -21,6 +22,7 @@ from sparse_patch.evaluation.tasks import NeedleDocument, needle_document
 from sparse_patch.patching import capture_plans, patched, sparsity_report
 from sparse_patch.plots import Captured
 from sparse_patch.report import SparsityReport
+from sparse_patch.version import __version__
 
 _ANSWER_TOKENS = 12
 _WARM_UP_TOKENS = 6144  # long enough that the sparse path runs too
@@ -64,6 +66,7 @@ class DemoResult:
             "seed": self.seed,
             "config": self.config.settings(),
             "needles": len(self.document.questions),
+            "repeats": len(self.dense.prefill_s),
             "dense": {"exact_match": self.exact_match(self.dense), "prefill_s": median(self.dense.prefill_s)},
             "sparse": {
                 "exact_match": self.exact_match(self.sparse),
@@ -84,7 +87,7 @@ class DemoResult:
 
 
 def run_demo(
-    model_path: str | Path, config: str, length: int, seed: int, needles: int = 8, repeats: int = 2, step: Step = print
+    model_path: str | Path, config: str, length: int, seed: int, needles: int = 8, repeats: int = 3, step: Step = print
 ) -> DemoResult:
     """Answer questions about a document of `length` tokens, with dense and with sparse prefill, and time both.
 
@@ -219,10 +222,21 @@ def _synchronize() -> None:
 
 
 def _machine() -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (platform.processor() or platform.machine())
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "sparse_patch": __version__,
     }
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

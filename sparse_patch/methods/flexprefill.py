@@ -153,31 +153,35 @@ def _last_block_profiles(call: AttentionCall, grid: BlockGrid) -> tuple[torch.Te
     """Mean attention of the last `block` queries by key and by distance, float32 `[B, Hq, Skv]` each, sums of 1.
 
     By key: indexed by position in the buffer, padding 0. By distance: entry `o` sums the attention to the key `o` back.
+    One head at a time: all probabilities at once are `[B, Hq, block, Skv]`, 2 GB at 128k tokens and 32 heads.
     """
-    block, length = grid.block_size, grid.kv_length
-    q = call.q[:, :, -block:].float() * call.scale
-    batch, heads, _, dim = q.shape
-    grouped = q.reshape(batch, -1, call.group_size * block, dim)
-    logits = apply_softcap(grouped @ call.k.float().transpose(-1, -2), call.softcap).view(batch, heads, block, length)
-    future = torch.ones(block, block, dtype=torch.bool, device=q.device).triu(1)
-    logits[..., -block:].masked_fill_(future, -torch.inf)
+    hidden = torch.ones(grid.block_size, grid.kv_length, dtype=torch.bool, device=call.q.device)
+    hidden = hidden.triu(1 + grid.kv_length - grid.block_size)  # the future
     if grid.padded:
-        padding = torch.arange(length, device=q.device) < grid.row_starts[:, None]
-        logits.masked_fill_(padding[:, None, None], -torch.inf)
-    weights = logits.softmax(-1)
-    return weights.mean(-2), _diagonal_sums(weights).flip(-1) / block
+        hidden = hidden | (torch.arange(grid.kv_length, device=call.q.device) < grid.row_starts[:, None])[:, None]
+    profiles = [_head_profiles(call, head, hidden) for head in range(call.q.shape[1])]
+    by_key, by_distance = (torch.stack(profile, 1) for profile in zip(*profiles, strict=True))
+    return by_key, by_distance
+
+
+def _head_profiles(call: AttentionCall, head: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_last_block_profiles` of one query head, `[B, Skv]` each; `hidden`, `[B, block, Skv]`: keys out of sight."""
+    q = call.q[:, head, -hidden.shape[-2] :].float() * call.scale
+    logits = apply_softcap(q @ call.k[:, head // call.group_size].float().transpose(-1, -2), call.softcap)
+    weights = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
+    return weights.mean(-2), _diagonal_sums(weights).flip(-1) / len(q[0])
 
 
 def _diagonal_sums(weights: torch.Tensor) -> torch.Tensor:
-    """Sums `[B, Hq, n]` over the diagonals, farthest first, of the attention `[B, Hq, R, n]` of the last R queries.
+    """Sums `[B, n]` over the diagonals, farthest first, of the attention `[B, R, n]` of the last R of n queries.
 
     Reading each row one step further than the row before lines the diagonals up in columns, without a copy. Where that
     runs over a row's end, it reads what lies above the previous row's diagonal, which is 0.
     """
-    rows, length = weights.shape[-2:]
-    stride = (*weights.stride()[:2], length + 1, 1)
-    far = weights.as_strided((*weights.shape[:2], rows - 1, rows - 1), stride, length - rows + 2)
-    near = weights.as_strided((*weights.shape[:2], rows, length - rows + 1), stride, 0)
+    batch, rows, length = weights.shape
+    stride = (rows * length, length + 1, 1)
+    far = weights.as_strided((batch, rows - 1, rows - 1), stride, length - rows + 2)
+    near = weights.as_strided((batch, rows, length - rows + 1), stride, 0)
     return torch.cat([far.sum(-2), near.sum(-2)], -1)
 
 
