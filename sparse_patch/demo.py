@@ -10,7 +10,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -22,7 +21,6 @@ from sparse_patch.evaluation.tasks import NeedleDocument, needle_document
 from sparse_patch.patching import capture_plans, patched, sparsity_report
 from sparse_patch.plots import Captured
 from sparse_patch.report import SparsityReport
-from sparse_patch.version import __version__
 
 _ANSWER_TOKENS = 12
 _WARM_UP_TOKENS = 6144  # long enough that the sparse path runs too
@@ -82,7 +80,7 @@ class DemoResult:
                     self.document.questions, self.dense.answers, self.sparse.answers, strict=True
                 )
             ],
-            "machine": _machine(),
+            "machine": {**_machine(), **self.report.versions},
         }
 
 
@@ -226,9 +224,6 @@ def _machine() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "sparse_patch": __version__,
     }
 
 
