@@ -6,7 +6,7 @@ unpatch_model(model)  # bit for bit what it was
 """
 
 from sparse_patch.config import PatchConfig, load_config, packaged_configs
-from sparse_patch.errors import ConfigError, PatchError, SparsePatchError, UnsupportedCallError
+from sparse_patch.errors import ConfigError, PatchError, SparsePatchError, TaskError, UnsupportedCallError
 from sparse_patch.patching import (
     capture_plans,
     patch_model,
@@ -22,6 +22,7 @@ __all__ = [
     "PatchConfig",
     "PatchError",
     "SparsePatchError",
+    "TaskError",
     "UnsupportedCallError",
     "__version__",
     "capture_plans",

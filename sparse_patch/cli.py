@@ -1,16 +1,21 @@
-"""The command line: `sparse-patch demo | methods | show`. Errors are one line and exit 2; `--debug` traces them."""
+"""The command line, `sparse-patch COMMAND`. Errors are one line and exit 2; `--debug` traces them."""
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from sparse_patch.errors import SparsePatchError
+
+if TYPE_CHECKING:
+    from sparse_patch.evaluation.journal import Journal
+    from sparse_patch.evaluation.suite import Evaluation
 
 app = typer.Typer(
     help="Training-free sparse attention for long prompts in Hugging Face Transformers.",
@@ -19,6 +24,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+ConfigsOption = Annotated[
+    list[str] | None, typer.Option("--config", help="A packaged configuration or a YAML file; give it several times.")
+]
+SuiteOption = Annotated[str, typer.Option(help="needle, niah, ruler or all.")]
+TasksOption = Annotated[str, typer.Option(help="Names with commas between, in place of a suite; see `tasks`.")]
+LengthsOption = Annotated[str, typer.Option(help="Tokens of the prompts, with commas between.")]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Prompts of each task and length.")]
+SeedOption = Annotated[int, typer.Option(help="Chooses texts, keys and values.")]
+HaystackOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Text to hide things in.", show_default="Python's help topics")
+]
+ModelOption = Annotated[str | None, typer.Option(help="Model folder or id.", show_default="examples/needle-llama")]
+PlotOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture here (PNG).")]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
 
 
@@ -46,9 +64,9 @@ def demo(
     seed: Annotated[int, typer.Option(help="Chooses text, keys and numbers.")] = 0,
     needles: Annotated[int, typer.Option(min=1, help="Numbers to find.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Times that each prefill is timed.")] = 3,
-    model: Annotated[str | None, typer.Option(help="Model folder or id.", show_default="examples/needle-llama")] = None,
+    model: ModelOption = None,
     json_file: JsonOption = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture here (PNG).")] = None,
+    plot: PlotOption = None,
 ) -> None:
     """Find numbers in a long text, with dense and with sparse attention."""
     from transformers.utils import logging as transformers_logging
@@ -56,8 +74,7 @@ def demo(
     from sparse_patch.demo import progress_steps, run_demo, show
     from sparse_patch.plots import plot_sparsity
 
-    for file in (json_file, plot):
-        _check_writable(file)
+    _check_output(json_file, plot)
     transformers_logging.disable_progress_bar()
     console = Console()
     with progress_steps(console, total=3 + 2 * repeats) as step:
@@ -124,6 +141,137 @@ def show(
     _write_json(json_file, lambda: {"config": settings.settings(), "source": settings.source, "layers": layers})
 
 
+@app.command("eval")
+def evaluate(
+    config: ConfigsOption = None,
+    model: ModelOption = None,
+    suite: SuiteOption = "needle",
+    tasks: TasksOption = "",
+    lengths: LengthsOption = "4096",
+    samples: SamplesOption = 10,
+    seed: SeedOption = 0,
+    haystack: HaystackOption = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write the rows as JSON. A run that was killed goes on from there."
+        ),
+    ] = None,
+    plot: PlotOption = None,
+    add: Annotated[bool, typer.Option("--add", help="Keep what FILE has of other configurations.")] = False,
+) -> None:
+    """Measure configurations on the offline tasks, beside dense attention: scores, density and seconds."""
+    from transformers.utils import logging as transformers_logging
+
+    from sparse_patch.evaluation.generation import load_model
+    from sparse_patch.evaluation.journal import Journal, write_atomically
+    from sparse_patch.evaluation.prompts import read_haystack
+    from sparse_patch.evaluation.results import add_to, as_json, summary, table
+    from sparse_patch.evaluation.suite import Evaluation, configurations, header
+    from sparse_patch.evaluation.suite import evaluate as run_evaluation
+    from sparse_patch.evaluation.tasks import tasks_of
+    from sparse_patch.plots import plot_accuracy, require_matplotlib
+
+    _check_output(json_file, plot)
+    if plot is not None:
+        require_matplotlib()
+    old = _earlier_result(json_file) if add else None
+    evaluation = Evaluation(
+        configs=configurations(config or []),
+        tasks=tasks_of(suite, _names(tasks)),
+        lengths=_lengths(lengths),
+        samples=samples,
+        seed=seed,
+        haystack=None if haystack is None else read_haystack(haystack),
+    )
+    name = str(model or shipped_model())
+    about = header(Path(name).name if model is None else name, evaluation, None if haystack is None else str(haystack))
+    journal = Journal(json_file and json_file.with_name(f"{json_file.name}.unfinished"), about)
+    transformers_logging.disable_progress_bar()
+    loaded, tokenizer = load_model(name)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    with _progress(console, evaluation, journal) as step:
+        rows = run_evaluation(loaded, tokenizer, evaluation, journal, step)
+    for length in evaluation.lengths:
+        console.print(table(rows, length))
+    console.print(summary(rows))
+    data = as_json(rows, about, evaluation.configs)
+    if json_file is not None:
+        data = data if old is None else add_to(old, data, json_file)
+        write_atomically(json_file, json.dumps(data, indent=1) + "\n")
+        journal.remove()
+    if plot is not None:
+        plot_accuracy(data, plot)
+        console.print(f"picture: {plot}")
+
+
+@app.command()
+def tasks(json_file: JsonOption = None) -> None:
+    """List the offline tasks and the suites that they are in."""
+    from sparse_patch.evaluation.tasks import SUITES, TASKS
+
+    rows = [
+        {"task": name, "asked": task.summary, "suites": [suite for suite, names in SUITES.items() if name in names]}
+        for name, task in TASKS.items()
+    ]
+    table = Table("task", "what is asked for", "suites", title="tasks", title_justify="left")
+    for row in rows:
+        table.add_row(str(row["task"]), str(row["asked"]), ", ".join(row["suites"]))
+    Console().print(table)
+    _write_json(json_file, lambda: rows)
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="JSON lines to write: prompt, expected strings, answer.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or id.", show_default="examples/needle-llama")] = None,
+    suite: SuiteOption = "needle",
+    tasks: TasksOption = "",
+    lengths: LengthsOption = "4096",
+    samples: SamplesOption = 10,
+    seed: SeedOption = 0,
+    haystack: HaystackOption = None,
+) -> None:
+    """Write the prompts of the offline tasks to a file."""
+    from sparse_patch.evaluation.generation import load_tokenizer
+    from sparse_patch.evaluation.prompts import read_haystack
+    from sparse_patch.evaluation.suite import Evaluation
+    from sparse_patch.evaluation.tasks import export_jsonl, tasks_of
+
+    _check_writable(file)
+    text = None if haystack is None else read_haystack(haystack)
+    evaluation = Evaluation({}, tasks_of(suite, _names(tasks)), _lengths(lengths), samples, seed, text)
+    counter = load_tokenizer(tokenizer or shipped_model(), "--tokenizer")
+    number = export_jsonl((evaluation.sample(counter, *prompt) for prompt in evaluation.prompts()), file)
+    Console().print(f"{number} prompts: {file}")
+
+
+@app.command(
+    "lm-eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False
+)
+def lm_eval(context: typer.Context) -> None:
+    """lm-eval's command line, with `--model hf-sparse --model_args pretrained=M,config=FILE` and `--tasks needle`."""
+    try:
+        from sparse_patch.evaluation.lm_eval import main
+    except ImportError as error:
+        raise SparsePatchError(f'lm-eval: {error}; pip install "sparse_patch[eval]"') from None
+    main(context.args)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file of `recipes`.")],
+    dry: Annotated[bool, typer.Option("--dry-run", help="Print the commands and run none.")] = False,
+) -> None:
+    """Run the commands of a recipe: one command reproduces one table."""
+    from sparse_patch.recipes import load_recipe
+
+    for arguments in load_recipe(recipe).arguments(recipe):
+        print(f"sparse-patch {' '.join(arguments)}", flush=True)
+        if not dry:
+            app(arguments, prog_name="sparse-patch", standalone_mode=False)
+
+
 def shipped_model() -> Path:
     """The model of the checkout's examples folder."""
     path = Path(__file__).parent.parent / "examples" / "needle-llama"
@@ -132,6 +280,69 @@ def shipped_model() -> Path:
             "--model: needle-llama ships with the repository, not with the wheel; name a model folder"
         )
     return path
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        lengths = [int(name) for name in _names(text)]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 1:
+        raise SparsePatchError(f"--lengths: expected numbers of tokens with commas between, 4096,8192, got {text!r}")
+    return list(dict.fromkeys(lengths))
+
+
+@contextmanager
+def _progress(console: Console, evaluation: "Evaluation", journal: "Journal") -> Iterator[Callable[[str], None]]:
+    """A bar with the time that is left on a terminal; nothing in a pipe. Counts what the journal has already."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    total = len(list(evaluation.prompts())) * len(evaluation.configs)
+    done = min(len(journal.records), total)
+    columns = (
+        TextColumn("{task.description:44}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task("making the first prompts", total=total, completed=done)
+
+        def step(description: str) -> None:
+            progress.update(bar, description=description, completed=len(journal.records))
+
+        yield step
+
+
+def _earlier_result(path: Path | None) -> dict[str, Any] | None:
+    """What a result file has, for `--add`; None where there is none yet."""
+    if path is None:
+        raise SparsePatchError("--add: needs --json FILE, whose rows are kept")
+    if not path.is_file():
+        return None
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        data["rows"], data["configs"]
+    except (ValueError, KeyError, TypeError):
+        raise SparsePatchError(f"{path}: --add: is no result of `sparse-patch eval`; name another file") from None
+    return data
+
+
+def _check_output(*paths: Path | None) -> None:
+    for path in paths:
+        _check_writable(path)
 
 
 def _check_writable(path: Path | None) -> None:

@@ -1,7 +1,5 @@
 """The main job on the shipped model: a long document, questions about it, dense attention against sparse."""
 
-import platform
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,14 +7,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparse_patch.config import PatchConfig, load_config
-from sparse_patch.errors import SparsePatchError
+from sparse_patch.errors import TaskError
+from sparse_patch.evaluation.generation import Prefilled, check_context, forward, load_model, machine, prefill
 from sparse_patch.evaluation.tasks import NeedleDocument, needle_document
 from sparse_patch.patching import capture_plans, patched, sparsity_report
 from sparse_patch.plots import Captured
@@ -55,7 +53,7 @@ class DemoResult:
         return median(self.dense.prefill_s) / median(self.sparse.prefill_s)
 
     def exact_match(self, run: Run) -> float:
-        right = [answer == q.answer for answer, q in zip(run.answers, self.document.questions, strict=True)]
+        right = [answer == q.outputs[0] for answer, q in zip(run.answers, self.document.questions, strict=True)]
         return sum(right) / len(right)
 
     def summary(self) -> dict[str, Any]:
@@ -75,12 +73,17 @@ class DemoResult:
             "speedup": self.speedup,
             "fallbacks": self.report.fallbacks(),
             "questions": [
-                {"key": q.key, "depth": q.depth, "expected": q.answer, "dense": dense, "sparse": sparse}
-                for q, dense, sparse in zip(
-                    self.document.questions, self.dense.answers, self.sparse.answers, strict=True
+                {"key": key, "depth": depth, "expected": q.outputs[0], "dense": dense, "sparse": sparse}
+                for key, q, depth, dense, sparse in zip(
+                    self.document.keys,
+                    self.document.questions,
+                    self.document.depths,
+                    self.dense.answers,
+                    self.sparse.answers,
+                    strict=True,
                 )
             ],
-            "machine": {**_machine(), **self.report.versions},
+            "machine": {**machine(), **self.report.versions},
         }
 
 
@@ -97,45 +100,31 @@ def run_demo(
     """
     settings = load_config(config)
     model, tokenizer = load_model(model_path)
-    context = model.config.get_text_config().max_position_embeddings
-    if length + _ANSWER_TOKENS > context:
-        raise SparsePatchError(f"--length: {length} tokens and the answer do not fit the model's context of {context}")
+    check_context(model, length, _ANSWER_TOKENS, "--length")
     try:
         document = needle_document(tokenizer, length, needles, seed)
-    except ValueError as error:
-        raise SparsePatchError(f"--length: {error}") from None
+    except TaskError as error:
+        raise TaskError(f"--length: {error}") from None
+    talk = _Talk(model, tokenizer, document)
     dense, sparse = Run(), Run()
     step("warm-up")
-    _warm_up(model, document, settings)
+    talk.warm_up(settings)
     for repeat in range(1, repeats + 1):
         step(f"dense prefill {repeat}/{repeats}")
-        logits, cache = _timed_prefill(model, document, dense)
+        start = talk.read(dense)
         if repeat == repeats:
             step("dense answers")
-            dense.answers = list(_answers(model, tokenizer, document, logits, cache))
+            dense.answers = list(talk.answers(start))
         step(f"sparse prefill {repeat}/{repeats}")
         with patched(model, settings), capture_plans(model) as plans:
-            logits, cache = _timed_prefill(model, document, sparse)
-            prefill = sparsity_report(model)
+            start = talk.read(sparse)
+            prefill_report = sparsity_report(model)
             captured = {layer: list(calls) for layer, calls in plans.items()}
             if repeat == repeats:
                 step("sparse answers")
-                sparse.answers = list(_answers(model, tokenizer, document, logits, cache))
+                sparse.answers = list(talk.answers(start))
             report = sparsity_report(model)
-    return DemoResult(length, seed, settings, document, dense, sparse, prefill, report, captured)
-
-
-def load_model(path: str | Path) -> tuple[PreTrainedModel, Any]:
-    """Model and tokenizer from a local folder or a hub id: float32 on a CPU, bfloat16 on a GPU, evaluation mode."""
-    on_gpu = torch.cuda.is_available()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise SparsePatchError(f"--model: {path}: cannot be loaded: {reason}") from None
-    model = model.cuda() if on_gpu else model  # type: ignore[call-arg]
-    return model.eval(), tokenizer
+    return DemoResult(length, seed, settings, document, dense, sparse, prefill_report, report, captured)
 
 
 def show(result: DemoResult, console: Console) -> None:
@@ -170,68 +159,40 @@ def progress_steps(console: Console, total: int) -> Iterator[Step]:
         yield step
 
 
-def _warm_up(model: PreTrainedModel, document: NeedleDocument, settings: PatchConfig) -> None:
-    tokens = document.tokens[:_WARM_UP_TOKENS]
-    _forward(model, tokens, DynamicCache(config=model.config))
-    with patched(model, settings):
-        _forward(model, tokens, DynamicCache(config=model.config))
+class _Talk:
+    """Questions about one document. The first ends the prompt; the others are asked in its place on the same cache."""
 
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, document: NeedleDocument) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.document: list[int] = tokenizer(document.text, verbose=False)["input_ids"]
+        self.questions: list[list[int]] = [
+            tokenizer(question.text, add_special_tokens=False)["input_ids"] for question in document.questions
+        ]
 
-def _timed_prefill(model: PreTrainedModel, document: NeedleDocument, run: Run) -> tuple[torch.Tensor, DynamicCache]:
-    """Prefill the document and the first question; the logits of the last token, and the cache."""
-    cache = DynamicCache(config=model.config)
-    _synchronize()
-    start = time.perf_counter()
-    logits = _forward(model, document.tokens + document.questions[0].tokens, cache)
-    _synchronize()
-    run.prefill_s.append(time.perf_counter() - start)
-    return logits, cache
+    def warm_up(self, settings: PatchConfig) -> None:
+        prefill(self.model, self.document[:_WARM_UP_TOKENS])
+        with patched(self.model, settings):
+            prefill(self.model, self.document[:_WARM_UP_TOKENS])
 
+    def read(self, run: Run) -> Prefilled:
+        """Prefill the document and the first question, and note the time."""
+        start = prefill(self.model, self.document + self.questions[0])
+        run.prefill_s.append(start.seconds)
+        return start
 
-def _answers(
-    model: PreTrainedModel, tokenizer: Any, document: NeedleDocument, logits: torch.Tensor, cache: DynamicCache
-) -> Iterator[str]:
-    """Greedy answers. The first question is in the cache; the others are asked in its place, one after the other."""
-    for number, question in enumerate(document.questions):
-        if number:
-            cache.crop(len(document.tokens) - cache.get_seq_length())  # negative: tokens to drop
-            logits = _forward(model, question.tokens, cache)
-        text = ""
-        for _ in range(_ANSWER_TOKENS):
-            token = int(logits.argmax())
-            text += tokenizer.decode([token])
-            if token == tokenizer.eos_token_id or "." in text:
-                break
-            logits = _forward(model, [token], cache)
-        yield text.split(".")[0].strip()
-
-
-@torch.no_grad()
-def _forward(model: PreTrainedModel, tokens: list[int], cache: DynamicCache) -> torch.Tensor:
-    """Feed tokens after what the cache holds; the logits of the last one."""
-    ids = torch.tensor([tokens], device=model.device)
-    logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
-    return logits[0, -1]
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-    }
-
-
-def _processor() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    def answers(self, start: Prefilled) -> Iterator[str]:
+        """Greedy answers, up to a full stop."""
+        logits, cache = start.logits, start.cache
+        for number, question in enumerate(self.questions):
+            if number:
+                cache.crop(len(self.document) - cache.get_seq_length())  # negative: tokens to drop
+                logits = forward(self.model, question, cache)
+            text = ""
+            for _ in range(_ANSWER_TOKENS):
+                token = int(logits.argmax())
+                text += self.tokenizer.decode([token])
+                if token == self.tokenizer.eos_token_id or "." in text:
+                    break
+                logits = forward(self.model, [token], cache)
+            yield text.split(".")[0].strip()

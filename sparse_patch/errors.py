@@ -15,3 +15,7 @@ class PatchError(SparsePatchError, RuntimeError):
 
 class UnsupportedCallError(SparsePatchError, RuntimeError):
     """A sparse method cannot serve this attention call and the configuration says `on_unsupported: error`."""
+
+
+class TaskError(SparsePatchError, ValueError):
+    """An evaluation cannot be made or run: a task, length, haystack or model that does not fit."""

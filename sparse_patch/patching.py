@@ -73,7 +73,7 @@ def patch_model(
         PatchError: the model is patched already, or its attention cannot be reached. The model is as it was.
     """
     settings = _settings(config, overrides)
-    root = _transformers_model(model)
+    root = transformers_model(model)
     attention = _attention_modules(root)
     states = _states(root, settings, attention)
     register()
@@ -92,7 +92,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     Raises:
         PatchError: the model is not patched.
     """
-    root = _transformers_model(model)
+    root = transformers_model(model)
     patch = _patch_of(root)
     originals = {id(own.copy): own.original for own in patch.own_configs}
     for module in (*patch.holders, *model.modules()):  # the model may have been wrapped since
@@ -124,19 +124,24 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
     Raises:
         PatchError: the model is not patched.
     """
-    patch = _patch_of(_transformers_model(model))
+    patch = _patch_of(transformers_model(model))
     return SparsityReport(
         config=patch.config.settings(),
         source=patch.config.source,
         fingerprint=patch.config.fingerprint(),
         hook_active=all(_config_of(module)._attn_implementation == NAME for module in patch.attention),
-        versions={
-            "sparse_patch": __version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-        },
+        versions=versions(),
         layers=[_layer_report(state_of(module)) for module in patch.attention],
     )
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {
+        "sparse_patch": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
 
 
 def reset_report(model: nn.Module) -> None:
@@ -145,8 +150,31 @@ def reset_report(model: nn.Module) -> None:
     Raises:
         PatchError: the model is not patched.
     """
-    for module in _patch_of(_transformers_model(model)).attention:
+    for module in _patch_of(transformers_model(model)).attention:
         state_of(module).counts = LayerCounts()
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch_model` changed this model and `unpatch_model` did not change it back yet."""
+    return isinstance(getattr(transformers_model(model), "sparse_patch", None), Patch)
+
+
+@contextmanager
+def uncounted(model: nn.Module) -> Iterator[None]:
+    """Leave what runs in a `with` block out of `sparsity_report`: warm-ups, trials of batch sizes.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    states = [state_of(module) for module in _patch_of(transformers_model(model)).attention]
+    counts = [state.counts for state in states]
+    for state in states:
+        state.counts = LayerCounts()
+    try:
+        yield
+    finally:
+        for state, count in zip(states, counts, strict=True):
+            state.counts = count
 
 
 @contextmanager
@@ -156,7 +184,7 @@ def capture_plans(model: nn.Module) -> Iterator[dict[int, list[tuple[Phase, Plan
     Raises:
         PatchError: the model is not patched.
     """
-    states = [state_of(module) for module in _patch_of(_transformers_model(model)).attention]
+    states = [state_of(module) for module in _patch_of(transformers_model(model)).attention]
     captured: dict[int, list[tuple[Phase, Plan]]] = {}
     for state in states:
         state.captured = captured.setdefault(state.layer, [])
@@ -186,7 +214,12 @@ def _config_of(module: nn.Module) -> PreTrainedConfig:
     return config
 
 
-def _transformers_model(model: nn.Module) -> PreTrainedModel:
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The Transformers model in a module: itself, or what a wrapper (a LoRA model, ...) holds.
+
+    Raises:
+        PatchError: there is none.
+    """
     if isinstance(model, nn.Module):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparse_patch.call import Phase
+from sparse_patch.call import PHASES, Phase
 from sparse_patch.errors import SparsePatchError
 from sparse_patch.plans import BlockPlan, Plan
 from sparse_patch.report import SparsityReport
@@ -32,7 +33,7 @@ def plot_sparsity(
     Raises:
         SparsePatchError: matplotlib is not installed, no prefill was sparse, or a head does not exist.
     """
-    figure_class, colors = _matplotlib()
+    figure_class, colors = require_matplotlib()
     block_plans = {layer: plan for layer in plans if (plan := last_block_plan(plans[layer])) is not None}
     if not block_plans:
         raise SparsePatchError("plot: no sparse prefill was captured; run a prompt longer than min_length first")
@@ -46,6 +47,53 @@ def plot_sparsity(
         axes = figure.add_subplot(grid[number % 2, 1 + number // 2])
         draw_blocks(axes, block_plans, layer, head, colors)
     figure.savefig(path, dpi=110)
+
+
+def plot_accuracy(result: dict[str, Any], path: str | Path) -> None:
+    """Mean score against the share of dense attention that was computed: one panel a length, one line a method.
+
+    The share is prefill density; for configurations without a prefill method, keys read per decoded token relative to
+    the dense row.
+
+    Args:
+        result: the JSON of `sparse-patch eval`.
+        path: picture to write.
+
+    Raises:
+        SparsePatchError: matplotlib is not installed.
+    """
+    figure_class, _ = require_matplotlib()
+    lengths = list(dict.fromkeys(row["length"] for row in result["rows"]))
+    figure = figure_class(figsize=(1 + 3.6 * len(lengths), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+    for length, axes in zip(lengths, panels, strict=True):
+        for method, points in _lines(result, length).items():
+            shares, scores, _ = zip(*sorted(points), strict=True)
+            axes.plot(shares, scores, marker="o", label=method)
+            for share, score, label in points:
+                axes.annotate(label, (share, score), xytext=(3, -10), textcoords="offset points", fontsize=7)
+        axes.set(title=f"{length} tokens", xlabel="share of dense attention", xlim=(0, 1.05))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("score, mean over tasks")
+    panels[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def _lines(result: dict[str, Any], length: int) -> dict[str, list[tuple[float, float, str]]]:
+    """(Share, mean score, configuration) of each configuration, by method."""
+    rows = [row for row in result["rows"] if row["length"] == length]
+    dense = [row for row in rows if row["config"] == "dense"]
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for label in dict.fromkeys(row["config"] for row in rows):
+        config = result["configs"][label]
+        method = "+".join(dict.fromkeys(config[phase]["method"] for phase in PHASES if phase in config))
+        mine = [row for row in rows if row["config"] == label]
+        if "prefill" in config:
+            share = fmean(row["density"] for row in mine)
+        else:
+            share = fmean(row["attended"] or 0 for row in mine) / fmean(row["attended"] or 0 for row in dense)
+        lines.setdefault(method, []).append((share, fmean(row["score"] for row in mine), label))
+    return lines
 
 
 def last_block_plan(plans: Sequence[tuple[Phase, Plan]]) -> BlockPlan | None:
@@ -95,7 +143,8 @@ def _spread_of_heads(plans: dict[int, BlockPlan], number: int = 6) -> list[tuple
     return [(ranked[step][1], ranked[step][2]) for step in steps]
 
 
-def _matplotlib() -> tuple["type[Figure]", Any]:
+def require_matplotlib() -> tuple["type[Figure]", Any]:
+    """Matplotlib's figure and colour-map classes; SparsePatchError if it is not installed."""
     try:
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure

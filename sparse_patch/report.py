@@ -1,6 +1,7 @@
 """What was really computed: counters that the hook fills, and the typed report made from them."""
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,25 +140,25 @@ class SparsityReport(BaseModel):
     versions: dict[str, str]
     layers: list[LayerReport]
 
+    def pairs(self, phase: Phase) -> tuple[float, int, int]:
+        """(Pairs computed, pairs of the causal triangle, queries) over all layers; pairs are means over heads."""
+        computed, causal, queries = zip(*(layer.phase(phase).pairs for layer in self.layers), strict=True)
+        return sum(computed), sum(causal), sum(queries)
+
     def density(self, phase: Phase = "prefill") -> float | None:
         """Share of the causal triangle computed over all layers, dense ones included; None without calls."""
-        pairs = [layer.phase(phase).pairs for layer in self.layers]
-        causal = sum(pair[1] for pair in pairs)
-        return sum(pair[0] for pair in pairs) / causal if causal else None
+        computed, causal, _ = self.pairs(phase)
+        return computed / causal if causal else None
 
     def attended(self, phase: Phase = "decode") -> float | None:
         """Keys read per query token and layer, mean; None without calls."""
-        pairs = [layer.phase(phase).pairs for layer in self.layers]
-        queries = sum(pair[2] for pair in pairs)
-        return sum(pair[0] for pair in pairs) / queries if queries else None
+        computed, _, queries = self.pairs(phase)
+        return computed / queries if queries else None
 
     def fallbacks(self, phase: Phase | None = None) -> dict[str, int]:
         """Calls that went dense because the method could not serve them, by reason, over all layers."""
-        total: Counter[str] = Counter()
-        for layer in self.layers:
-            for name in PHASES if phase is None else (phase,):
-                total.update(layer.phase(name).fallbacks)
-        return dict(total)
+        phases = PHASES if phase is None else (phase,)
+        return _sum(layer.phase(name).fallbacks for layer in self.layers for name in phases)
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
@@ -199,14 +200,56 @@ class SparsityReport(BaseModel):
         notes = []
         for phase in PHASES:
             for kind in ("dense", "fallbacks"):
-                total: Counter[str] = Counter()
-                for layer in self.layers:
-                    total.update(getattr(layer.phase(phase), kind))
+                total = _sum(getattr(layer.phase(phase), kind) for layer in self.layers)
                 label = "dense" if kind == "dense" else "FALLBACK to dense"
                 notes += [f"{phase}: {label}, {reason}: {count} calls" for reason, count in total.items()]
         if not self.hook_active:
             notes.append("the hook is not active: the attention implementation was changed after patch_model")
         return notes
+
+
+def merged(reports: Sequence[SparsityReport]) -> SparsityReport:
+    """One report of what several processes computed with the same model and configuration.
+
+    Raises:
+        ValueError: the reports are of different configurations.
+    """
+    first = reports[0]
+    if any(report.fingerprint != first.fingerprint for report in reports):
+        raise ValueError("reports of different configurations cannot be merged")
+    layers = [
+        layers[0].model_copy(
+            update={phase: _merged_phase([layer.phase(phase) for layer in layers]) for phase in PHASES}
+        )
+        for layers in zip(*(report.layers for report in reports), strict=True)
+    ]
+    return first.model_copy(update={"layers": layers, "hook_active": all(report.hook_active for report in reports)})
+
+
+def _merged_phase(parts: Sequence[PhaseReport]) -> PhaseReport:
+    computed, causal, queries = (sum(values) for values in zip(*(part.pairs for part in parts), strict=True))
+    heads = max(len(part.density_by_head) for part in parts)
+    by_head = [
+        sum(part.pairs[1] * (part.density_by_head or [part.density or 0.0] * heads)[head] for part in parts)
+        for head in range(heads)
+    ]
+    return PhaseReport(
+        calls=sum(part.calls for part in parts),
+        sparse_calls=sum(part.sparse_calls for part in parts),
+        density=computed / causal if causal else None,
+        density_by_head=[pairs / causal for pairs in by_head],
+        attended=computed / queries if queries else None,
+        dense=_sum(part.dense for part in parts),
+        fallbacks=_sum(part.fallbacks for part in parts),
+        pairs=(computed, int(causal), int(queries)),
+    )
+
+
+def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(total)
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -52,15 +52,97 @@ def test_show_resolves_a_config_against_a_model(tmp_path: Path, needle_llama_pat
     }
 
 
+def test_eval_writes_rows_for_dense_and_every_config(tmp_path: Path, needle_llama_path: Path) -> None:
+    """What a user runs, at a size for tests: table, JSON, picture, then more rows added to the JSON."""
+    (tmp_path / "mine.yaml").write_text(SMALL)
+    command = ["eval", "--model", str(needle_llama_path), "--tasks", "niah_multikey_1,vt", "--lengths", "640,700"]
+    command += ["--samples", "2", "--seed", "3", "--json", str(tmp_path / "r.json")]
+    result = run(*command, "--config", str(tmp_path / "mine.yaml"), "--plot", str(tmp_path / "r.png"))
+    assert result.returncode == 0, result.stderr
+    data = json.loads((tmp_path / "r.json").read_text())
+    assert [(row["config"], row["task"], row["length"]) for row in data["rows"]] == [
+        (config, task, length)
+        for length in (640, 700)
+        for task in ("niah_multikey_1", "vt")
+        for config in ("dense", "mine")
+    ]
+    row = data["rows"][1]
+    assert set(row) >= {
+        "samples",
+        "score",
+        "exact_match",
+        "token_accuracy",
+        "density",
+        "attended",
+        "prefill_s",
+        "decode_s",
+    }
+    assert row["samples"] == 2 and 0 < row["density"] < 1 and row["fallbacks"] == {} and row["prefill_s"] > 0
+    assert data["machine"]["torch"] and data["configs"]["mine"]["prefill"]["block_size"] == 32
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert "mean over tasks" in result.stdout and "\r" not in result.stdout, "no progress bar in a pipe"
+    assert not list(tmp_path.glob("*.unfinished")) and not list(tmp_path.glob("*.tmp"))
+    added = run(*command[:6], "640", *command[7:], "--config", "flexprefill", "--add")
+    assert added.returncode == 0, added.stderr
+    data = json.loads((tmp_path / "r.json").read_text())
+    assert {row["config"] for row in data["rows"]} == {"dense", "mine", "flexprefill"} == set(data["configs"])
+    assert len(data["rows"]) == 8 + 2
+
+
+def test_tasks_and_export(tmp_path: Path, needle_llama_path: Path) -> None:
+    assert "niah_multikey_3" in run("tasks", "--json", str(tmp_path / "t.json")).stdout
+    assert {"task": "recite", "asked": "every number in a text, in order", "suites": ["needle", "all"]} in json.loads(
+        (tmp_path / "t.json").read_text()
+    )
+    arguments = ["--tokenizer", str(needle_llama_path), "--tasks", "vt", "--lengths", "600", "--samples", "2"]
+    result = run("export", str(tmp_path / "vt.jsonl"), *arguments)
+    assert result.returncode == 0 and "2 prompts" in result.stdout
+    assert [json.loads(line)["length"] for line in (tmp_path / "vt.jsonl").read_text().splitlines()] == [600, 600]
+
+
+def test_run_prints_and_runs_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("summary: s\nneeds: n\ncommands: [show dense, methods --json '{here}/m.json']")
+    dry = run("run", str(tmp_path / "r.yaml"), "--dry-run")
+    assert dry.stdout.splitlines() == ["sparse-patch show dense", f"sparse-patch methods --json {tmp_path}/m.json"]
+    assert not (tmp_path / "m.json").exists()
+    assert run("run", str(tmp_path / "r.yaml")).returncode == 0 and (tmp_path / "m.json").exists()
+
+
+def test_lm_eval_gets_its_own_arguments() -> None:
+    assert "--model_args" in run("lm-eval", "run", "--help").stdout
+
+
+SMALL = "prefill: {method: flexprefill, block_size: 32, min_budget: 128, min_length: 512}"
+LITTLE = ["--tasks", "vt", "--lengths", "1024", "--samples", "1", "--json", "r.json"]
+
 BAD = [
+    (["eval", "--config", "nope.yaml"], "error: nope.yaml: no such file"),
+    (["eval", "--config", "bad.yaml", *LITTLE], "error: bad.yaml: prefill.gama: unknown key"),
+    (["eval", "--config", "layers.yaml", *LITTLE], "error: layers.yaml: prefill.layers: the model has no layer 9"),
+    (["eval", "--suite", "nedle"], "error: --suite: expected one of needle"),
+    (["eval", "--tasks", "vt,niah"], "error: --tasks: there is no task 'niah'"),
+    (["eval", "--lengths", "4k"], "error: --lengths: expected numbers of tokens"),
+    (
+        ["eval", "--tasks", "vt", "--lengths", "40000", "--json", "r.json"],
+        "error: --lengths: vt: a prompt of 40000 tokens",
+    ),
+    (["eval", *LITTLE, "--haystack", "nope.txt"], "error: --haystack: nope.txt: cannot be read"),
+    (["eval", "--tasks", "recite", "--lengths", "2048", "--haystack", "short.txt"], "error: recite: the haystack has"),
+    (["eval", "--model", "no-such-model", *LITTLE], "error: --model: no-such-model: cannot be loaded"),
+    (["eval", "--add"], "error: --add: needs --json FILE"),
+    (["eval", "--add", "--json", "bad.yaml"], "error: bad.yaml: --add: is no result of"),
+    (["eval", "--json", "no/such/r.json"], "error: no/such/r.json: cannot be written"),
+    (["export", "x.jsonl", "--tokenizer", "no-such"], "error: --tokenizer: no-such: cannot be loaded"),
+    (["export", "x.jsonl", "--lengths", "2048", "--haystack", "short.txt"], "error: niah_single_2: the haystack has"),
+    (["run", "nope.yaml"], "error: nope.yaml: cannot be read"),
     (["show", "nope.yaml"], "error: nope.yaml: no such file"),
     (["show", "bad.yaml"], "error: bad.yaml: prefill.gama: unknown key, did you mean 'gamma'?"),
     (["show", "gamma.yaml"], "error: gamma.yaml: prefill.gamma: expected less than or equal to 1, got float 1.7"),
     (["show", "list.yaml"], "error: list.yaml: expected a mapping"),
     (["show", "dense", "--model", "no-such-model"], "error: --model: no-such-model: cannot be loaded"),
     (["demo", "--model", "no-such-model"], "error: --model: no-such-model: cannot be loaded"),
-    (["demo", "--length", "40000"], "error: --length: 40000 tokens and the answer do not fit"),
-    (["demo", "--length", "1024", "--needles", "40"], "error: --length: length 1024 is too short for 40 needles"),
+    (["demo", "--length", "40000"], "error: --length: a prompt of 40000 tokens and 12 for the answer do not fit"),
+    (["demo", "--length", "1024", "--needles", "40"], "error: --length: "),
     (["demo", "--config", "bad.yaml"], "error: bad.yaml: prefill.gama: unknown key"),
     (["demo", "--json", "no/such/folder/a.json"], "error: no/such/folder/a.json: cannot be written"),
 ]
@@ -71,9 +153,13 @@ def test_bad_input_is_one_line_and_exit_2(arguments: list[str], message: str, tm
     (tmp_path / "bad.yaml").write_text("prefill: {method: flexprefill, gama: 0.9}")
     (tmp_path / "gamma.yaml").write_text("prefill: {method: flexprefill, gamma: 1.7}")
     (tmp_path / "list.yaml").write_text("- prefill")
+    (tmp_path / "layers.yaml").write_text("prefill: {method: flexprefill, layers: [9]}")
+    (tmp_path / "short.txt").write_text("A few words.")
+    before = set(tmp_path.iterdir())
     result = run(*arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith(message) and len(result.stderr.splitlines()) == 1, result.stderr
+    assert set(tmp_path.iterdir()) == before, "nothing half-written"
 
 
 def test_debug_shows_the_trace(tmp_path: Path) -> None:

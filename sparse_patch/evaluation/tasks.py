@@ -1,135 +1,487 @@
-"""Long documents with needles: RULER's single-needle wording, an exact number of tokens, reproducible from a seed."""
+"""The offline tasks: RULER's needles and variable tracking, key-value retrieval and reciting, at any prompt length.
 
-import random
-import re
-from bisect import bisect_left
-from dataclasses import dataclass
-from typing import Any
+Wording and names are RULER's (Hsieh et al. 2024, arXiv 2404.06654, section 3 and appendix B). They differ from its code
+in three points: a prompt has exactly the asked number of tokens, special tokens included and answer excluded; the text
+haystack is Python's help topics or a file of the user's, so that nothing is downloaded; and one seed, task, length and
+number make one sample, whatever else is generated with it.
+"""
 
-_OPENING = (
-    "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the numbers afterwards.\n"
+import difflib
+import json
+import string
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any, Literal, TypeVar
+
+from sparse_patch.errors import TaskError
+from sparse_patch.evaluation.prompts import (
+    NOISE,
+    Count,
+    Draft,
+    TooShortError,
+    default_haystack,
+    english_words,
+    excerpt,
+    fit,
+    hide,
+    token_counter,
 )
-_NEEDLE = " One of the special magic numbers for {key} is: {value}."
-_QUESTION = (
-    "\nWhat is the special magic number for {key} mentioned in the provided text? "
-    "The special magic number for {key} mentioned in the provided text is"
+
+Kind = Literal["numbers", "words", "uuids"]
+Hay = Literal["noise", "text", "needles"]
+Asked = TypeVar("Asked")
+
+_NEEDLE = " One of the special magic {kind} for {key} is: {value}."
+_FILLER = NOISE * 8  # longer than any one needle
+_OPENING = (
+    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the {kind} afterwards.\n"
 )
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one needle.
+    """What is asked about a text.
 
     Attributes:
-        key: what the needle is called in the text.
-        answer: the number to give back.
-        depth: where the needle stands, from 0 (start of the document) to 1.
-        tokens: the question, to follow the document.
+        input: the question; follows the text.
+        gen_prefix: how the answer begins; given to the model.
+        outputs: the strings that RULER's score looks for.
+        answer: the whole continuation of the prompt, without a closing full stop.
     """
 
-    key: str
+    input: str
+    gen_prefix: str
+    outputs: list[str]
     answer: str
-    depth: float
-    tokens: list[int]
+
+    @property
+    def text(self) -> str:
+        return _join(self.input, self.gen_prefix)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and what is expected of it. Field names are those of RULER's files.
+
+    Attributes:
+        task: the task's name.
+        index: number of the sample.
+        input: text and question.
+        gen_prefix: how the answer begins; the prompt is `input` and this, with a space between them if neither has one.
+        outputs: the strings that the score looks for in what the model generates.
+        answer: the whole continuation of the prompt, without a closing full stop.
+        length: tokens of the prompt, special tokens included.
+        max_new_tokens: tokens to generate for the score; RULER's number.
+    """
+
+    task: str
+    index: int
+    input: str
+    gen_prefix: str
+    outputs: list[str]
+    answer: str
+    length: int
+    max_new_tokens: int
+
+    @property
+    def prompt(self) -> str:
+        return _join(self.input, self.gen_prefix)
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """A kind of prompt.
+
+    Attributes:
+        name: RULER's name where RULER has the task.
+        summary: what is asked, in one line.
+        max_new_tokens: tokens to generate for the score.
+    """
+
+    name: str
+    summary: str
+    max_new_tokens: int
+
+    def sample(self, tokenizer: Any, length: int, seed: int = 0, index: int = 0, haystack: str | None = None) -> Sample:
+        """The sample of this seed, length and number, for a tokenizer of Transformers.
+
+        Args:
+            tokenizer: decides what a token is.
+            length: tokens of the prompt.
+            seed: chooses everything that is random, together with the task's name, `length` and `index`.
+            index: number of the sample.
+            haystack: the text to hide things in; by default Python's own help topics.
+
+        Raises:
+            TaskError: the length is too short for what is hidden, or the haystack for the length.
+        """
+        rng = Random(f"{seed} {self.name} {length} {index}")
+        count = token_counter(tokenizer)
+        text = default_haystack() if haystack is None else haystack
+        try:
+            prompt, question = _first_fit(lambda: self.draft(rng, length, count, text), length, count)
+        except TaskError as error:
+            raise TaskError(f"{self.name}: {error}") from None
+        return Sample(
+            task=self.name,
+            index=index,
+            input=prompt[: len(prompt) - len(question.text)] + question.input,
+            gen_prefix=question.gen_prefix,
+            outputs=question.outputs,
+            answer=question.answer,
+            length=length,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+    @abstractmethod
+    def draft(self, rng: Random, length: int, count: Count, haystack: str) -> tuple[Draft, Question]:
+        """A text with the question at its end, at least `length` tokens long, and the question."""
+
+
+@dataclass(frozen=True)
+class NeedleTask(Task):
+    """Values for keys, hidden in noise, in text or among other needles; some of them are asked for.
+
+    Attributes:
+        haystack: RULER's noise sentences, a text, or needles with other keys.
+        keys: what keys are.
+        values: what values are.
+        num_keys: keys that are hidden.
+        num_values: values of each key.
+        num_queries: keys that are asked for.
+    """
+
+    haystack: Hay = "text"
+    keys: Kind = "words"
+    values: Kind = "numbers"
+    num_keys: int = 1
+    num_values: int = 1
+    num_queries: int = 1
+
+    def draft(self, rng: Random, length: int, count: Count, haystack: str) -> tuple[Draft, Question]:
+        keys = distinct(self.keys, max(self.num_keys, self.num_queries), rng)
+        pairs = [(key, draw(self.values, rng)) for key in keys for _ in range(self.num_values)]
+        rng.shuffle(pairs)
+        needles = [_NEEDLE.format(kind=self.values, key=key, value=value) for key, value in pairs]
+        question = self._question(rng.sample(keys, self.num_queries), pairs)
+        head, tail = _OPENING.format(kind=self.values), question.text
+        if self.haystack == "needles":
+            return self._among_needles(needles, set(keys), rng, length, count, head, tail), question
+        room = length - count(head + "".join(needles) + tail)
+        passage = _passage(self.haystack, haystack, room, needles, count, rng)
+        return hide(needles, sorted(rng.random() for _ in needles), passage, head, tail), question
+
+    def _among_needles(
+        self, needles: Sequence[str], taken: set[str], rng: Random, length: int, count: Count, head: str, tail: str
+    ) -> Draft:
+        """As many other needles as fit; noise makes up for what is less than a needle."""
+
+        def another() -> str:
+            return _NEEDLE.format(kind=self.values, key=_other(taken, self.keys, rng), value=draw(self.values, rng))
+
+        others = _enough(list(needles), another, lambda texts: count(head + _FILLER + "".join(texts) + tail), length)
+        rng.shuffle(others)
+        return Draft(head, _FILLER, "".join(others) + tail)
+
+    def _question(self, asked: Sequence[str], pairs: Sequence[tuple[str, str]]) -> Question:
+        values = [value for key in asked for other, value in pairs if other == key]
+        keys, kind = listed(asked), self.values
+        if len(values) == 1 and kind != "words":  # the wording of needle-llama's training, and RULER's for one number
+            what, where, verb = f"What is the special magic {kind[:-1]}", f"The special magic {kind[:-1]}", "is"
+        else:
+            what, where, verb = f"What are all the special magic {kind}", f"The special magic {kind}", "are"
+        return Question(
+            input=f"\n{what} for {keys} mentioned in the provided text?",
+            gen_prefix=f"{where} for {keys} mentioned in the provided text {verb}",
+            outputs=values,
+            answer=f" {listed(values)}",
+        )
+
+
+@dataclass(frozen=True)
+class VariableTracking(Task):
+    """A chain of assignments hidden in noise; asked for is every variable that has the value.
+
+    Attributes:
+        chains: chains that are hidden; the first one is asked for.
+        hops: assignments from variable to variable in each chain.
+    """
+
+    chains: int = 1
+    hops: int = 4
+
+    def draft(self, rng: Random, length: int, count: Count, haystack: str) -> tuple[Draft, Question]:
+        names = _distinct_names(self.chains * (self.hops + 1), rng)
+        chains = [names[i :: self.chains] for i in range(self.chains)]
+        values = rng.sample(range(10_000, 100_000), self.chains)
+        order = [number for number in range(self.chains) for _ in range(self.hops + 1)]
+        rng.shuffle(order)
+        statements = [iter(_assignments(chain, value)) for chain, value in zip(chains, values, strict=True)]
+        pieces = [next(statements[number]) for number in order]
+        value = values[0]
+        question = Question(
+            input=f"\nQuestion: Find all variables that are assigned the value {value} in the text above.",
+            gen_prefix=(
+                "Answer: According to the chain(s) of variable assignment in the text above, "
+                f"{self.hops + 1} variables are assigned the value {value}, they are: "
+            ),
+            outputs=chains[0],
+            answer=" ".join(chains[0]),
+        )
+        head = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+        room = length - count(head + "".join(pieces) + question.text)
+        passage = _passage("noise", haystack, room, pieces, count, rng)
+        return hide(pieces, sorted(rng.random() for _ in pieces), passage, head, question.text), question
+
+
+@dataclass(frozen=True)
+class KeyValueRetrieval(Task):
+    """A JSON object of UUIDs, as in "Lost in the Middle" (Liu et al. 2023, arXiv 2307.03172, section 3)."""
+
+    def draft(self, rng: Random, length: int, count: Count, haystack: str) -> tuple[Draft, Question]:
+        key, value = draw("uuids", rng), draw("uuids", rng)
+        question = Question(
+            input=f'}}\n\nKey: "{key}"\n', gen_prefix="Corresponding value:", outputs=[value], answer=f' "{value}"'
+        )
+        head = (
+            'Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n{"note": "'
+        )
+
+        def another() -> str:
+            return f'"{draw("uuids", rng)}": "{draw("uuids", rng)}"'
+
+        def tokens(pairs: Sequence[str]) -> int:
+            return count(head + _FILLER + _json(pairs) + question.text)
+
+        pairs = _enough([f'"{key}": "{value}"'], another, tokens, length)
+        rng.shuffle(pairs)
+        return Draft(head, _FILLER, _json(pairs) + question.text), question
+
+
+@dataclass(frozen=True)
+class Recite(Task):
+    """Needles in a text; asked for are all of them in order: hundreds of tokens, each a retrieval of its own.
+
+    Attributes:
+        num_keys: needles that are hidden.
+    """
+
+    num_keys: int = 16
+
+    def draft(self, rng: Random, length: int, count: Count, haystack: str) -> tuple[Draft, Question]:
+        pairs = [(key, draw("numbers", rng)) for key in distinct("words", self.num_keys, rng)]
+        needles = [_NEEDLE.format(kind="numbers", key=key, value=value) for key, value in pairs]
+        question = Question(
+            input="\nList every special magic number in the order of the provided text:",
+            gen_prefix="",
+            outputs=[f"{key}: {value}" for key, value in pairs],
+            answer="".join(f"\n{key}: {value}" for key, value in pairs),
+        )
+        head = _OPENING.format(kind="numbers")
+        room = length - count(head + "".join(needles) + question.text)
+        passage = _passage("text", haystack, room, needles, count, rng)
+        return hide(needles, sorted(rng.random() for _ in needles), passage, head, question.text), question
+
+
+_TASKS = (
+    NeedleTask("niah_single_1", "a number in noise", 128, haystack="noise"),
+    NeedleTask("niah_single_2", "a number in a text", 128),
+    NeedleTask("niah_single_3", "a UUID in a text", 128, values="uuids"),
+    NeedleTask("niah_single_words", "a pair of words in a text", 128, values="words"),
+    NeedleTask("niah_multikey_1", "one of four numbers in a text", 128, num_keys=4),
+    NeedleTask("niah_multikey_2", "one number among needles", 128, haystack="needles"),
+    NeedleTask(
+        "niah_multikey_3", "one UUID among needles with UUIDs", 128, haystack="needles", keys="uuids", values="uuids"
+    ),
+    NeedleTask("niah_multivalue", "four numbers of one key in a text", 128, num_values=4),
+    NeedleTask("niah_multiquery", "four numbers of four keys in a text", 128, num_queries=4),
+    VariableTracking("vt", "five variables of a chain in noise", 64),
+    KeyValueRetrieval("kv_retrieval", "a value of a large JSON object", 128),
+    Recite("recite", "every number in a text, in order", 320),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
+
+_NIAH = [name for name in TASKS if name.startswith("niah") and name != "niah_single_words"]
+SUITES: dict[str, list[str]] = {
+    "needle": [name for name in _NIAH if name not in ("niah_multikey_3", "niah_multiquery")] + ["vt", "recite"],
+    "niah": _NIAH,
+    "ruler": [*_NIAH, "vt"],
+    "all": list(TASKS),
+}
+
+
+def tasks_of(suite: str, names: Sequence[str] = ()) -> list[Task]:
+    """The tasks of a suite, or those named, in the order of the table of tasks.
+
+    Raises:
+        TaskError: there is no such suite or task.
+    """
+    if suite not in SUITES:
+        raise TaskError(f"--suite: expected one of {', '.join(SUITES)}, got {suite!r}")
+    for name in names:
+        if name not in TASKS:
+            near = difflib.get_close_matches(name, TASKS, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise TaskError(f"--tasks: there is no task {name!r}{hint}; tasks: {', '.join(TASKS)}")
+    chosen = names or SUITES[suite]
+    return [task for name, task in TASKS.items() if name in chosen]
+
+
+def as_json(sample: Sample) -> dict[str, Any]:
+    """A sample as plain data, with its prompt."""
+    return {**asdict(sample), "prompt": sample.prompt}
+
+
+def export_jsonl(samples: Iterable[Sample], path: str | Path) -> int:
+    """Write samples, one JSON object a line, with their prompts; the number of lines. All of them, or no file."""
+    lines = [json.dumps(as_json(sample), ensure_ascii=False) for sample in samples]
+    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return len(lines)
 
 
 @dataclass(frozen=True)
 class NeedleDocument:
-    """A document with needles, and a question for each. `tokens` and any one question make a prompt."""
+    """A document with needles and questions about them; the document and any one question make a prompt.
 
-    tokens: list[int]
+    Attributes:
+        text: the document.
+        keys: what the needles are called, in the order of the text.
+        questions: one for each needle, in the order of the text.
+        depths: where each needle stands, from 0 (start of the document) to 1.
+    """
+
+    text: str
+    keys: list[str]
     questions: list[Question]
+    depths: list[float]
 
 
-def needle_document(
-    tokenizer: Any, length: int, needles: int = 8, seed: int = 0, haystack: str | None = None
-) -> NeedleDocument:
+def needle_document(tokenizer: Any, length: int, needles: int = 8, seed: int = 0) -> NeedleDocument:
     """A document of which the prompt with the longest question has exactly `length` tokens.
 
     Args:
         tokenizer: a tokenizer of Transformers.
-        length: tokens of document and longest question together.
-        needles: how many needles, at evenly spread depths.
-        seed: chooses haystack position, keys and values.
-        haystack: the text around the needles; by default Python's own help topics, which every CPython ships.
+        length: tokens of document and longest question, tokenized one by one.
+        needles: numbers to hide, at evenly spread depths.
+        seed: chooses the text, keys and values.
 
     Raises:
-        ValueError: the length is too short for the needles, or the haystack for the length.
+        TaskError: the length is too short for the needles, or the haystack for the length.
     """
-    rng = random.Random(seed)
-    text = clean_text(default_haystack() if haystack is None else haystack)
-    words = sorted(set(re.findall(r"\b[a-z]{4,9}\b", text)))
-    keys = [f"{rng.choice(words)}-{rng.choice(words)}" for _ in range(needles)]
-    values = [str(rng.randrange(10**6, 10**7)) for _ in range(needles)]
-    pieces = [_encode(tokenizer, _NEEDLE.format(key=key, value=value)) for key, value in zip(keys, values, strict=True)]
-    questions = [_encode(tokenizer, _QUESTION.format(key=key)) for key in keys]
-    opening = [*_prefix(tokenizer), *_encode(tokenizer, _OPENING)]
-    room = length - len(opening) - sum(map(len, pieces)) - max(map(len, questions))
-    if room < 2 * needles:
-        raise ValueError(
-            f"length {length} is too short for {needles} needles; {length - room + 2 * needles} is the least"
-        )
-    hay = _excerpt(tokenizer, text, room, rng)
-    tokens, positions = _insert(tokenizer, hay, pieces)
+    rng = Random(f"{seed} document {length} {needles}")
+    task = NeedleTask("document", "", 128)
+    pairs = [(key, draw("numbers", rng)) for key in distinct("words", needles, rng)]
+    pieces = [_NEEDLE.format(kind="numbers", key=key, value=value) for key, value in pairs]
+    questions = [task._question([key], pairs) for key, _ in pairs]
+    tokens = token_counter(tokenizer)
+    asking = max(len(tokenizer(question.text, add_special_tokens=False)["input_ids"]) for question in questions)
+
+    def count(text: str) -> int:
+        return tokens(text) + asking
+
+    head = _OPENING.format(kind="numbers")
+    room = length - count(head + "".join(pieces))
+    depths = [(number + 0.5) / needles for number in range(needles)]
+
+    def draft() -> tuple[Draft, None]:
+        passage = _passage("text", default_haystack(), room, pieces, tokens, rng)
+        return hide(pieces, depths, passage, head, ""), None
+
+    text, _ = _first_fit(draft, length, count)
     return NeedleDocument(
-        tokens=opening + tokens,
-        questions=[
-            Question(key, value, position / len(tokens), question)
-            for key, value, position, question in zip(keys, values, positions, questions, strict=True)
-        ],
+        text, [key for key, _ in pairs], questions, [text.index(piece) / len(text) for piece in pieces]
     )
 
 
-def default_haystack() -> str:
-    """Python's help topics: about 700 kB of English technical text."""
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics.values())
-
-
-def clean_text(text: str) -> str:
-    """Plain ASCII text without long runs of spaces, blank lines or rules."""
-    text = text.replace("\r", "").encode("ascii", "ignore").decode()
-    text = re.sub(r"[ \t]{3,}", "  ", text)
-    text = re.sub(r"\n{3,}", "\n\n", text)
-    return re.sub(r"([=\-~^*#_+.])\1{5,}", r"\1\1\1\1", text)
+def draw(kind: Kind, rng: Random) -> str:
+    """A number of seven digits, two words with a hyphen, or a UUID."""
+    if kind == "numbers":
+        return str(rng.randrange(10**6, 10**7))
+    if kind == "words":
+        return f"{rng.choice(english_words())}-{rng.choice(english_words())}"
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return tokens
+def distinct(kind: Kind, number: int, rng: Random) -> list[str]:
+    """As many different ones."""
+    taken: set[str] = set()
+    return [_other(taken, kind, rng) for _ in range(number)]
 
 
-def _prefix(tokenizer: Any) -> list[int]:
-    """The special tokens that the tokenizer puts in front of a text."""
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+def _other(taken: set[str], kind: Kind, rng: Random) -> str:
+    """One that is not taken; it is then."""
+    while (new := draw(kind, rng)) in taken:
+        pass
+    taken.add(new)
+    return new
 
 
-def _excerpt(tokenizer: Any, text: str, room: int, rng: random.Random) -> list[int]:
-    """`room` tokens of the text from a random place."""
-    hay = _encode(tokenizer, text)
-    if len(hay) < room:
-        raise ValueError(f"the haystack has {len(hay)} tokens, the prompt needs {room}; give a longer text or length")
-    start = rng.randrange(len(hay) - room + 1)
-    return hay[start : start + room]
+def listed(words: Sequence[str]) -> str:
+    """`a`, or `a, b, and c`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])}, and {words[-1]}"
 
 
-def _insert(tokenizer: Any, hay: list[int], pieces: list[list[int]]) -> tuple[list[int], list[int]]:
-    """The hay with the pieces after sentence ends at evenly spread depths, and where each piece begins."""
-    ends = [i + 1 for i, text in enumerate(tokenizer.batch_decode([[token] for token in hay])) if _ends_sentence(text)]
-    tokens: list[int] = []
-    positions, taken = [], 0
-    for number, piece in enumerate(pieces):
-        target = int((number + 0.5) / len(pieces) * len(hay))
-        nearest = bisect_left(ends, max(target, taken))
-        cut = ends[nearest] if nearest < len(ends) else max(target, taken)
-        tokens += hay[taken:cut]
-        positions.append(len(tokens))
-        tokens += piece
-        taken = cut
-    return tokens + hay[taken:], positions
+def _first_fit(make: Callable[[], tuple[Draft, Asked]], length: int, count: Count) -> tuple[str, Asked]:
+    """The first draft that can be cut to the length, and what is asked about it."""
+    reason = TaskError(f"no prompt of exactly {length} tokens was found for this tokenizer; try another length")
+    for _ in range(20):
+        draft, question = make()
+        try:
+            text = fit(draft, length, count)
+        except TooShortError as error:  # another draft may have its pieces elsewhere
+            reason = error
+        else:
+            if text is not None:
+                return text, question
+    raise reason
 
 
-def _ends_sentence(text: str) -> bool:
-    return text.endswith(".") or "\n" in text
+def _passage(hay: Hay, text: str, room: int, pieces: Sequence[str], count: Count, rng: Random) -> str:
+    """Noise or text that fills the room, with some tokens to spare: at every joint a token may be saved."""
+    if room < 1:
+        raise TaskError(f"the length is too short for what is hidden; at least {1 - room} more tokens are needed")
+    tokens = room + 8 + 2 * len(pieces)
+    if hay == "noise":
+        text = NOISE * (tokens // 12 + 2)
+    return excerpt(text, tokens, count, rng)
+
+
+def _enough(
+    items: list[str], another: Callable[[], str], tokens: Callable[[Sequence[str]], int], length: int
+) -> list[str]:
+    """The items and as many others as make the text at least `length` tokens long, without one too many."""
+    cost = tokens([*items, another()]) - tokens(items)
+    while (missing := length - tokens(items)) > 0:
+        items += [another() for _ in range(max(1, int(0.8 * missing / cost)))]  # most of the way: costs differ
+    return items
+
+
+def _join(text: str, gen_prefix: str) -> str:
+    """As lm-eval joins them: a space between, unless one of them has whitespace there."""
+    if not gen_prefix or text[-1:].isspace() or gen_prefix[0].isspace():
+        return text + gen_prefix
+    return f"{text} {gen_prefix}"
+
+
+def _json(pairs: Sequence[str]) -> str:
+    """What follows the note of the JSON object, without its closing brace."""
+    return '", ' + ", ".join(pairs)
+
+
+def _distinct_names(number: int, rng: Random) -> list[str]:
+    names: dict[str, None] = {}
+    while len(names) < number:
+        names["".join(rng.choices(string.ascii_uppercase, k=5))] = None
+    return list(names)
+
+
+def _assignments(chain: Sequence[str], value: int) -> Iterator[str]:
+    yield f" VAR {chain[0]} = {value}."
+    for before, after in pairwise(chain):
+        yield f" VAR {after} = VAR {before}."

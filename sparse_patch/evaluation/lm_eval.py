@@ -1,0 +1,297 @@
+"""lm-eval-harness with sparse attention: the model `hf-sparse`, and lm-eval's command line with it.
+
+    sparse-patch lm-eval --model hf-sparse --model_args pretrained=M,config=flexprefill.yaml --tasks needle
+    lm_eval.simple_evaluate(model=SparseLM(model), tasks=[...])  # in a notebook, with a model that is patched or not
+
+Importing this module registers the model with lm-eval; lm-eval itself scans no entry points.
+"""
+
+import copy
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval._cli import HarnessCLI
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import Collator
+from lm_eval.utils import setup_logging
+from torch import nn
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from sparse_patch.config import ConfigSource, PatchConfig, load_config
+from sparse_patch.errors import ConfigError, SparsePatchError, TaskError
+from sparse_patch.patching import is_patched, patch_model, sparsity_report, transformers_model, uncounted
+from sparse_patch.report import SparsityReport, merged
+
+TASKS = Path(__file__).parent / "lm_eval_tasks"
+_LOGITS_BYTES = 256 * 2**20  # of logits that are held at once
+_TOO_LONG = "pass truncation=True to cut prompts from the left, or ask for shorter ones"
+
+Tokens = tuple[tuple[str, str], list[int], list[int]]  # lm-eval's request: texts, context, continuation
+
+
+@register_model("hf-sparse")
+class SparseLM(HFLM):
+    """lm-eval's Transformers model with sparse attention and prompts as long as the model takes.
+
+    Differs from `hf` in that
+
+    - the model is patched, and the results carry the configuration, its hash, what was computed and versions;
+    - batches of loglikelihood requests are padded on the left, with a mask: `hf` pads them on the right without one,
+      which leaves padding as the last queries, from which sparse methods choose;
+    - logits are made for the tokens that are scored and no others, a slice at a time;
+    - a prompt that is too long for the model raises, before anything runs; `truncation=True` cuts and counts instead;
+    - the trial runs of `batch_size=auto` do not count in the report;
+    - data parallel under `accelerate launch` works on CPUs too.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel,
+        config: ConfigSource | Sequence[ConfigSource] | PatchConfig | None = None,
+        *,
+        device: str | None = None,
+        truncation: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            pretrained: a hub id, a folder or a model. A model that is patched keeps its patch.
+            config: as for `patch_model`; in `--model_args` several configurations are joined by `+`.
+            device: where to put the model; by default a GPU if there is one.
+            truncation: cut prompts that are too long instead of raising.
+            **kwargs: everything else that lm-eval's `hf` takes.
+
+        Raises:
+            ConfigError: the configuration is missing or not valid, or the model is patched with another one.
+        """
+        patch_of_its_own = not isinstance(pretrained, str) and is_patched(pretrained)
+        if patch_of_its_own == (config is not None):
+            raise ConfigError(
+                "hf-sparse: config: the model is patched already; leave it out, or unpatch_model first"
+                if patch_of_its_own
+                else "hf-sparse: config: missing; add config=flexprefill.yaml, or config=dense.yaml for a baseline"
+            )
+        settings = _settings(config)  # before a large model is loaded
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(pretrained, device=device, truncation=False, **kwargs)
+        self._cut = truncation
+        self._was_cut = 0
+        self._of_all_ranks: SparsityReport | None = None
+        if settings is not None:
+            patch_model(self.model, settings)
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and self.world_size == 1:  # lm-eval sets these where it sees several GPUs only
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        with self._report_of_all_ranks():
+            return super().loglikelihood(requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        with self._report_of_all_ranks():
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        for request in requests:
+            text, settings = request.args
+            room = self.max_length - int(settings.get("max_gen_toks", self.max_gen_toks))
+            self._check_length(len(self.tok_encode(text)), room, request.task_name)
+        with self._report_of_all_ranks():
+            return super().generate_until(requests, disable_tqdm)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """lm-eval's, and under `sparse_patch` what ran: lm-eval puts it into the results."""
+        report = self._of_all_ranks or sparsity_report(self.model)
+        return {
+            **super().get_model_info(),
+            "sparse_patch": {
+                "config": report.config,
+                "source": report.source,
+                "config_hash": report.fingerprint,
+                "density": report.density("prefill"),
+                "attended": report.attended("decode"),
+                "fallbacks": report.fallbacks(),
+                "truncated_prompts": self._was_cut,
+                "hook_active": report.hook_active,
+                "versions": report.versions,
+            },
+        }
+
+    def _loglikelihood_tokens(
+        self, requests: list[Tokens], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        for texts, context, continuation in requests:
+            name = f"the request {texts[0][:40]!r}" if texts else "a window"
+            self._check_length(len(context) + len(continuation), self.max_length + 1, name)
+        ordered = Collator(
+            requests,
+            sort_fn=lambda request: (-len(request[1]) - len(request[2]), (*request[1], *request[2])),
+            group_by="contexts" if self.logits_cache else None,
+            group_fn=lambda request: request[1] + request[2][:-1],
+        )
+        automatic = self.batch_size == "auto" and not override_bs
+        if automatic:
+            self.batch_sizes: dict[int, int] = {}
+        chunks = ordered.get_batched(
+            n=0 if automatic else override_bs or self.batch_size,
+            batch_fn=self._batch_scheduler if automatic else None,
+        )
+        results: list[tuple[float, bool]] = []
+        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="loglikelihood") as bar:
+            for chunk in chunks:
+                answers = list(self._score(ordered, chunk))
+                results += answers
+                bar.update(len(answers))
+        return ordered.get_original(results)
+
+    def _score(self, ordered: Collator, chunk: Sequence[Tokens]) -> Iterator[tuple[float, bool]]:
+        """Log-probability of each continuation, and whether it is the greedy one."""
+        rows = [(context + continuation)[-(self.max_length + 1) : -1] for _, context, continuation in chunk]
+        scored = [len(continuation) for _, _, continuation in chunk]
+        logits = self._last_logits(rows, scored)
+        for (texts, context, continuation), row in zip(chunk, logits, strict=True):
+            # One row may serve several requests: the same tokens, cut differently into context and continuation.
+            for request, tokens, shared in ordered.get_cache(
+                req_str=texts, cxt_toks=context, cont_toks=continuation, logits=row[None]
+            ):
+                expected = torch.tensor(tokens, device=shared.device)
+                last = shared[0, -len(tokens) :]
+                greedy = bool((last.argmax(-1) == expected).all())
+                answer = float(last.gather(-1, expected[:, None]).sum()), greedy
+                if request is not None:
+                    self.cache_hook.add_partial("loglikelihood", request, answer)
+                yield answer
+
+    @torch.no_grad()
+    def _last_logits(self, rows: Sequence[Sequence[int]], scored: Sequence[int]) -> list[torch.Tensor]:
+        """Log-probabilities `[scored, vocabulary]` after the last `scored` tokens of each row."""
+        length = max(len(row) for row in rows)
+        padding = self.tokenizer.pad_token_id
+        ids = torch.tensor([[padding] * (length - len(row)) + list(row) for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        with self._autocast():
+            read = _Read(self.model, ids, mask)
+        return [
+            torch.cat(list(self._log_probabilities(read, row, length - number, length)))
+            for row, number in enumerate(scored)
+        ]
+
+    def _log_probabilities(self, read: "_Read", row: int, begin: int, end: int) -> Iterator[torch.Tensor]:
+        """Those after some tokens of a row, `[tokens, vocabulary]`, one slice after the other."""
+        step = max(1, _LOGITS_BYTES // (4 * self.model.config.get_text_config().vocab_size))
+        for first in range(begin, end, step):
+            with self._autocast():
+                logits = read.logits(slice(row, row + 1), slice(first, min(first + step, end)))[0]
+            yield functional.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
+
+    def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
+        """For trials of batch sizes: as much memory as a request takes, without a whole prompt's logits."""
+        with torch.no_grad(), self._autocast():
+            return _Read(self.model, inps, torch.ones_like(inps)).logits(slice(None), slice(-1, None))
+
+    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+        with uncounted(self.model):
+            return super()._detect_batch_size(requests, pos)
+
+    def _check_length(self, tokens: int, room: int, name: str | None) -> None:
+        if tokens <= room:
+            return
+        if not self._cut:
+            raise TaskError(
+                f"hf-sparse: {name or 'a request'}: {tokens} tokens do not fit, the model's context of "
+                f"{self.max_length} leaves {room}; {_TOO_LONG}"
+            )
+        self._was_cut += 1
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self.mixed_precision_dtype
+        return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    @contextmanager
+    def _report_of_all_ranks(self) -> Iterator[None]:
+        """Gather the ranks' reports after the requests: lm-eval asks for them on the first rank alone."""
+        yield
+        if self.world_size > 1:
+            reports = self.gather_object(sparsity_report(self.model))
+            self._of_all_ranks = merged(reports) if self.rank == 0 else None
+
+
+def main(arguments: Sequence[str]) -> None:
+    """lm-eval's own command line, which knows `hf-sparse` and the offline tasks.
+
+    Raises:
+        SparsePatchError: lm-eval refused the arguments.
+    """
+    setup_logging()
+    before, sys.argv = sys.argv, ["sparse-patch lm-eval", *arguments]
+    try:
+        harness = HarnessCLI()
+        parsed = harness.parse_args()
+        if hasattr(parsed, "include_path"):
+            parsed.include_path = _include_paths(parsed.include_path)
+        harness.execute(parsed)
+    except (ValueError, FileNotFoundError, KeyError) as error:
+        if isinstance(error, SparsePatchError):
+            raise
+        raise SparsePatchError(f"lm-eval: {' '.join(str(error).split())}") from error
+    finally:
+        sys.argv = before
+
+
+def _include_paths(path: str | None) -> list[str]:
+    """The folder of the offline tasks, and the user's; lm-eval would pass over one that does not exist."""
+    if path is not None and not Path(path).is_dir():
+        raise TaskError(f"--include_path: {path}: is not a folder")
+    return [str(TASKS), *([path] if path else [])]
+
+
+def _settings(config: ConfigSource | Sequence[ConfigSource] | PatchConfig | None) -> PatchConfig | None:
+    if config is None or isinstance(config, PatchConfig):
+        return config
+    return load_config(config.split("+") if isinstance(config, str) else config)
+
+
+class _Read:
+    """What a model made of a batch before its head, and its head on any part of that.
+
+    The head is the model's forward with the decoder's part answered already: soft caps, scales and whatever else stands
+    after the last layer are the model's own, not a copy of them.
+    """
+
+    def __init__(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        self._model = transformers_model(model)
+        self._decoder = self._model.base_model
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if not mask.all():  # as generate does for a padded batch
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        self._output = self._decoder(**inputs, use_cache=False)
+
+    def logits(self, rows: slice, tokens: slice) -> torch.Tensor:
+        """Logits after some tokens of some rows, `[rows, tokens, vocabulary]`."""
+        part = copy.copy(self._output)
+        part.last_hidden_state = self._output.last_hidden_state[rows, tokens]
+        ids = torch.zeros(part.last_hidden_state.shape[:2], dtype=torch.long, device=part.last_hidden_state.device)
+        with _answering(self._decoder, part):
+            logits: torch.Tensor = self._model(input_ids=ids).logits
+        return logits
+
+
+@contextmanager
+def _answering(module: nn.Module, answer: Any) -> Iterator[None]:
+    """For a `with` block, the module returns the answer whatever it is asked."""
+    own = vars(module).get("forward")  # accelerate's hooks set one
+    module.forward = lambda *_, **__: answer
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own

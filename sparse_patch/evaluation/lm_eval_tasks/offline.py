@@ -1,0 +1,58 @@
+"""What the YAML files here name: the documents of an offline task, and their scores."""
+
+from typing import Any
+
+
+def documents(
+    task: str,
+    max_seq_lengths: list[int] | int = 4096,
+    num_samples: int = 20,
+    seed: int = 0,
+    haystack: str | None = None,
+    tokenizer: str | None = None,
+    pretrained: str | None = None,
+    **_: Any,
+) -> dict[str, Any]:
+    """The samples of a task as lm-eval takes them. lm-eval passes `--metadata` and `--model_args`.
+
+    Args:
+        task: name of the task.
+        max_seq_lengths: tokens of the prompts; RULER's key.
+        num_samples: prompts of each length.
+        seed: chooses them.
+        haystack: a text file to hide things in; by default Python's help topics.
+        tokenizer: whose tokens are counted; by default that of `pretrained`.
+        pretrained: the model.
+
+    Raises:
+        TaskError: no tokenizer is named, or a prompt cannot be made.
+    """
+    from datasets import Dataset
+
+    from sparse_patch.errors import TaskError
+    from sparse_patch.evaluation.generation import load_tokenizer
+    from sparse_patch.evaluation.prompts import read_haystack
+    from sparse_patch.evaluation.tasks import TASKS, as_json
+
+    name = tokenizer or pretrained
+    if not isinstance(name, str):
+        raise TaskError(f"needle_{task}: tokenizer: missing; pass metadata={{'tokenizer': PATH}} with a model object")
+    counter = load_tokenizer(name, "tokenizer")
+    text = None if haystack is None else read_haystack(haystack)
+    lengths = max_seq_lengths if isinstance(max_seq_lengths, list | tuple) else [max_seq_lengths]
+    samples = [
+        TASKS[task].sample(counter, length, seed, index, text) for length in lengths for index in range(num_samples)
+    ]
+    return {"test": Dataset.from_list([as_json(sample) for sample in samples])}
+
+
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """RULER's score and exact match, over all prompts and by length."""
+    from sparse_patch.evaluation.scoring import exact_match, found
+
+    score = found(results[0], doc["outputs"]) / len(doc["outputs"])
+    return {
+        "score": score,
+        "exact_match": float(exact_match(results[0], doc["answer"])),
+        f"score_{doc['length']}": score,
+    }

@@ -1,0 +1,47 @@
+"""Scores: RULER's recall, exact match, and an interval for shares that come in clusters."""
+
+from collections.abc import Sequence
+from math import sqrt
+from statistics import NormalDist
+
+
+def found(text: str, expected: Sequence[str]) -> int:
+    """How many of the expected strings stand in the text, in any case of letters (RULER's `string_match_all`)."""
+    lowered = text.lower()
+    return sum(string.lower() in lowered for string in expected)
+
+
+def exact_match(text: str, answer: str) -> bool:
+    """Whether the text begins with the answer; white space before either is left aside."""
+    return text.lstrip().startswith(answer.strip())
+
+
+def interval(successes: Sequence[int], trials: Sequence[int], confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval for the share of successes, widened where the trials of one sample go together.
+
+    Wilson (1927) stays inside [0, 1] and does not shrink to a point when every trial succeeds. The number of trials is
+    divided by Kish's design effect (Survey Sampling, 1965), estimated from how much the samples differ: 200 tokens of
+    one wrong answer are not 200 independent mistakes.
+
+    Args:
+        successes: for each sample, how many trials succeeded.
+        trials: for each sample, how many there were.
+        confidence: how often such an interval holds the true share.
+    """
+    total = sum(trials)
+    share = sum(successes) / total
+    size = total / _design_effect(successes, trials, share)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    center = (share + z * z / (2 * size)) / (1 + z * z / size)
+    half = z / (1 + z * z / size) * sqrt(share * (1 - share) / size + z * z / (4 * size * size))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def _design_effect(successes: Sequence[int], trials: Sequence[int], share: float) -> float:
+    """Variance of the share over samples, relative to independent trials; at least 1, at most trials per sample."""
+    number, total = len(trials), sum(trials)
+    if number < 2 or share in (0.0, 1.0):
+        return 1.0
+    residuals = sum((right - share * n) ** 2 for right, n in zip(successes, trials, strict=True))
+    clustered = residuals * number / (number - 1) / total**2
+    return min(max(1.0, clustered * total / (share * (1 - share))), total / number)

@@ -1,0 +1,201 @@
+"""Several configurations on the offline tasks, always with dense attention beside them.
+
+Data flows one way: `Evaluation` (what is asked) -> `Record` (one prompt under one configuration) -> `Row` (one
+configuration on one task at one length) -> table, JSON, picture. Rows are made from records alone and records are kept
+in a journal as they come, so a run that was killed goes on where it stopped and ends with the same rows.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sparse_patch.config import PatchConfig, load_config
+from sparse_patch.errors import TaskError
+from sparse_patch.evaluation.generation import (
+    answer_tokens,
+    check_context,
+    continue_greedily,
+    force,
+    machine,
+    prefill,
+    stop_tokens,
+)
+from sparse_patch.evaluation.journal import Journal
+from sparse_patch.evaluation.results import Key, Record, Row, rows
+from sparse_patch.evaluation.scoring import found
+from sparse_patch.evaluation.tasks import Sample, Task
+from sparse_patch.patching import patched, sparsity_report, versions
+
+DENSE = "dense"
+_WARM_UP_TOKENS = 6144  # longer than the default min_length, so that the sparse path is warm too
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to measure.
+
+    Attributes:
+        configs: configurations by label; `configurations` makes them, the dense one first.
+        tasks: the tasks.
+        lengths: tokens of the prompts.
+        samples: prompts of each task and length.
+        seed: chooses the prompts.
+        haystack: text to hide things in; None for Python's help topics.
+    """
+
+    configs: dict[str, PatchConfig]
+    tasks: Sequence[Task]
+    lengths: Sequence[int]
+    samples: int = 10
+    seed: int = 0
+    haystack: str | None = None
+
+    def prompts(self) -> Iterator[tuple[Task, int, int]]:
+        """(Task, length, number of the sample), in the order of the run."""
+        return (
+            (task, length, index) for length in self.lengths for task in self.tasks for index in range(self.samples)
+        )
+
+    def keys(self, task: Task, length: int, index: int) -> dict[str, Key]:
+        """The keys of the records of one prompt, by configuration."""
+        return {
+            label: (label, config.fingerprint(), task.name, length, index) for label, config in self.configs.items()
+        }
+
+    def sample(self, tokenizer: Any, task: Task, length: int, index: int) -> Sample:
+        return task.sample(tokenizer, length, self.seed, index, self.haystack)
+
+
+def configurations(sources: Sequence[str]) -> dict[str, PatchConfig]:
+    """Configurations by the stems of their files, dense attention first.
+
+    Raises:
+        ConfigError: a configuration is not valid.
+        TaskError: two of them have the same stem.
+    """
+    dense = load_config("dense.yaml")
+    configs = {DENSE: dense}
+    for source in sources:
+        label, config = Path(source).stem, load_config(source)
+        if label in configs and not (label == DENSE and config.fingerprint() == dense.fingerprint()):
+            raise TaskError(f"--config: {source}: there is another configuration called {label!r}; rename the file")
+        configs[label] = config
+    return configs
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    evaluation: Evaluation,
+    journal: Journal,
+    progress: Progress = lambda _: None,
+) -> list[Row]:
+    """Run what the journal does not have yet; one row for each configuration, task and length.
+
+    A prompt runs under every configuration before the next one does, so that a slow phase of the machine slows all.
+
+    Args:
+        model: not patched; it is left so.
+        tokenizer: the model's.
+        evaluation: what to measure.
+        journal: what was measured already; gets what is measured now.
+        progress: called with a description before each prompt and configuration that runs.
+
+    Raises:
+        TaskError: a prompt cannot be made, or does not fit the model's context. Nothing was measured then.
+    """
+    _check(model, tokenizer, evaluation)
+    todo = [
+        prompt
+        for prompt in evaluation.prompts()
+        if any(key not in journal.records for key in evaluation.keys(*prompt).values())
+    ]
+    if todo:
+        progress("warm-up")
+        _warm_up(model, tokenizer, evaluation.sample(tokenizer, *todo[0]), evaluation.configs)
+    for prompt in todo:
+        sample = evaluation.sample(tokenizer, *prompt)
+        for label, key in evaluation.keys(*prompt).items():
+            if key not in journal.records:
+                progress(f"{sample.task}, {sample.length} tokens, {label}")
+                journal.add(measure(model, tokenizer, sample, label, evaluation.configs[label]))
+    keys = (key for prompt in evaluation.prompts() for key in evaluation.keys(*prompt).values())
+    return rows(journal.records[key] for key in keys)
+
+
+def measure(model: PreTrainedModel, tokenizer: Any, sample: Sample, label: str, config: PatchConfig) -> Record:
+    """One prompt under one configuration.
+
+    The expected answer is fed token by token, which gives token accuracy and exact match and takes the same decode
+    steps under every configuration. Where the model would have answered something else, generation goes on from a copy
+    of the cache, and the score looks at that; up to there, and without a mistake, it generates the expected answer.
+    """
+    expected = answer_tokens(tokenizer, sample.prompt, sample.answer)
+    with patched(model, config):
+        start = prefill(model, tokenizer(sample.prompt, verbose=False)["input_ids"])
+        forced = force(model, start, expected)
+        report = sparsity_report(model)
+        tokens = expected
+        if forced.detour is not None:
+            limit = max(sample.max_new_tokens, len(expected))
+            tokens = continue_greedily(model, *forced.detour, limit, stop_tokens(model, tokenizer))
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return Record(
+        config=label,
+        fingerprint=config.fingerprint(),
+        task=sample.task,
+        length=sample.length,
+        index=sample.index,
+        found=(found(text, sample.outputs), len(sample.outputs)),
+        right=(sum(forced.right), len(forced.right)),
+        prefill=report.pairs("prefill"),
+        decode=report.pairs("decode"),
+        prefill_s=start.seconds,
+        decode_s=forced.seconds,
+        fallbacks=report.fallbacks(),
+        text=text,
+    )
+
+
+def header(model: str, evaluation: Evaluation, haystack: str | None) -> dict[str, Any]:
+    """What two runs must have in common for their records to go together.
+
+    Args:
+        model: how the model was named.
+        evaluation: what is measured.
+        haystack: how the haystack was named; None for Python's help topics.
+    """
+    text = evaluation.haystack
+    return {
+        "machine": {**machine(), **versions()},
+        "model": model,
+        "seed": evaluation.seed,
+        "haystack": "pydoc_data.topics" if haystack is None else haystack,
+        "haystack_sha256": None if text is None else hashlib.sha256(text.encode()).hexdigest()[:12],
+    }
+
+
+def _check(model: PreTrainedModel, tokenizer: Any, evaluation: Evaluation) -> None:
+    """Everything that can be known to fail before anything is measured."""
+    for length in evaluation.lengths:
+        for task in evaluation.tasks:
+            check_context(model, length, task.max_new_tokens, f"--lengths: {task.name}")
+            sample = evaluation.sample(tokenizer, task, length, 0)
+            answer = len(answer_tokens(tokenizer, sample.prompt, sample.answer))
+            check_context(model, length, answer, f"--lengths: {task.name}")
+    for config in evaluation.configs.values():
+        with patched(model, config):
+            pass
+
+
+def _warm_up(model: PreTrainedModel, tokenizer: Any, sample: Sample, configs: dict[str, PatchConfig]) -> None:
+    tokens = tokenizer(sample.prompt, verbose=False)["input_ids"][:_WARM_UP_TOKENS]
+    for config in configs.values():
+        with patched(model, config):
+            force(model, prefill(model, tokens), tokens[:2])

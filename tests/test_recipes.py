@@ -1,0 +1,64 @@
+"""Every recipe can be read, and what it names exists."""
+
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from sparse_patch.config import load_config
+from sparse_patch.errors import SparsePatchError
+from sparse_patch.evaluation.suite import configurations
+from sparse_patch.recipes import load_recipe
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "commands:" in path.read_text())
+
+
+def options(arguments: list[str], name: str) -> list[str]:
+    return [value for key, value in pairwise(arguments) if key == name]
+
+
+@cache
+def stock_tasks() -> set[str]:
+    from lm_eval.tasks import TaskManager
+
+    return set(TaskManager().all_tasks)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_names_what_exists(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.summary and recipe.needs and recipe.commands
+    for arguments in recipe.arguments(path):
+        assert arguments[0] in ("eval", "lm-eval")
+        if arguments[0] == "eval":
+            assert (Path(options(arguments, "--model")[0]) / "config.json").is_file()
+            assert len(configurations(options(arguments, "--config"))) >= 2
+        else:
+            (model_args,) = options(arguments, "--model_args")
+            load_config(dict(item.split("=") for item in model_args.split(","))["config"])
+            assert set(options(arguments, "--tasks")[0].split(",")) <= stock_tasks()
+
+
+def test_the_table_of_recipes_is_complete() -> None:
+    text = (ROOT / "recipes" / "README.md").read_text()
+    assert all(f"`{path.relative_to(ROOT / 'recipes')}`" in text for path in RECIPES) and len(RECIPES) >= 6
+
+
+BAD = [
+    ("summary: s\nneeds: n\n", "commands: field required; a recipe has the keys summary, needs, commands"),
+    ("summary: s\nneeds: n\ncommands: [show dense]\nmodel: m\n", "model: extra inputs are not permitted"),
+    ("summary: s\nneeds: n\ncommands: show dense\n", "commands: input should be a valid list"),
+    ("a: [", "not valid YAML"),
+]
+
+
+@pytest.mark.parametrize("text, message", BAD)
+def test_bad_recipes(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(SparsePatchError) as error:
+        load_recipe(tmp_path / "r.yaml")
+    assert message in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(SparsePatchError, match=r"none.yaml: cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
