@@ -77,7 +77,7 @@ class Sample:
         outputs: the strings that the score looks for in what the model generates.
         answer: the whole continuation of the prompt, without a closing full stop.
         length: tokens of the prompt, special tokens included.
-        max_new_tokens: tokens to generate for the score; RULER's number.
+        max_new_tokens: tokens to generate for the score: RULER's number, or those of the answer if they are more.
     """
 
     task: str
@@ -101,7 +101,7 @@ class Task(ABC):
     Attributes:
         name: RULER's name where RULER has the task.
         summary: what is asked, in one line.
-        max_new_tokens: tokens to generate for the score.
+        max_new_tokens: tokens to generate for the score, at least.
     """
 
     name: str
@@ -136,7 +136,7 @@ class Task(ABC):
             outputs=question.outputs,
             answer=question.answer,
             length=length,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=max(self.max_new_tokens, count(question.answer)),
         )
 
     @abstractmethod
@@ -269,13 +269,18 @@ class Recite(Task):
     """Needles in a text; asked for are all of them in order: hundreds of tokens, each a retrieval of its own.
 
     Attributes:
-        num_keys: needles that are hidden.
+        spacing: tokens of text for each needle, as many as in needle-llama's training.
+        most: needles at most.
     """
 
-    num_keys: int = 16
+    spacing: int = 120
+    most: int = 64
 
     def draft(self, rng: Random, length: int, count: Count, haystack: str) -> tuple[Draft, Question]:
-        pairs = [(key, draw("numbers", rng)) for key in distinct("words", self.num_keys, rng)]
+        pairs = [
+            (key, draw("numbers", rng))
+            for key in distinct("words", max(2, min(self.most, length // self.spacing)), rng)
+        ]
         needles = [_NEEDLE.format(kind="numbers", key=key, value=value) for key, value in pairs]
         question = Question(
             input="\nList every special magic number in the order of the provided text:",
@@ -303,7 +308,7 @@ _TASKS = (
     NeedleTask("niah_multiquery", "four numbers of four keys in a text", 128, num_queries=4),
     VariableTracking("vt", "five variables of a chain in noise", 64),
     KeyValueRetrieval("kv_retrieval", "a value of a large JSON object", 128),
-    Recite("recite", "every number in a text, in order", 320),
+    Recite("recite", "every number in a text, in order", 64),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 
