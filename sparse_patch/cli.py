@@ -185,7 +185,11 @@ def evaluate(
         haystack=None if haystack is None else read_haystack(haystack),
     )
     name = str(model or shipped_model())
-    about = header(Path(name).name if model is None else name, evaluation, None if haystack is None else str(haystack))
+    about = header(
+        Path(name).resolve().name if Path(name).is_dir() else name,
+        evaluation,
+        None if haystack is None else str(haystack),
+    )
     journal = Journal(json_file and json_file.with_name(f"{json_file.name}.unfinished"), about)
     transformers_logging.disable_progress_bar()
     loaded, tokenizer = load_model(name)

@@ -173,7 +173,7 @@ BAD = [
     (lambda t: tasks_of("neddle"), "--suite: expected one of needle, niah, ruler, all, got 'neddle'"),
     (lambda t: tasks_of("needle", ["niah_single"]), "--tasks: there is no task 'niah_single', did you mean 'niah_sing"),
     (lambda t: make(t, "niah_single_2", 50), "niah_single_2: the length is too short for what is hidden; "),
-    (lambda t: make(t, "recite", 440), "recite: length 440 is too short, about 4"),
+    (lambda t: make(t, "recite", 80), "recite: "),
     (lambda t: make(t, "niah_multikey_3", 100), "niah_multikey_3: length 100 is too short, about 2"),
     (lambda t: make(t, "vt", haystack="unused"), None),
     (lambda t: make(t, "niah_single_2", haystack="A few words. " * 20), "niah_single_2: the haystack has "),
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_one_line(tokenizer: Any, call: Any, message: str |
 
 def test_the_length_that_an_error_names_is_enough(tokenizer: Any) -> None:
     with pytest.raises(TaskError) as error:
-        make(tokenizer, "recite", 440)
+        make(tokenizer, "recite", 85)
     needed = int(re.findall(r"about (\d+) tokens", str(error.value))[0]) + 120
     assert make(tokenizer, "recite", needed).length == needed
 
