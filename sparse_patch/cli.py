@@ -2,20 +2,15 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from sparse_patch.errors import SparsePatchError
-
-if TYPE_CHECKING:
-    from sparse_patch.evaluation.journal import Journal
-    from sparse_patch.evaluation.suite import Evaluation
 
 app = typer.Typer(
     help="Training-free sparse attention for long prompts in Hugging Face Transformers.",
@@ -71,8 +66,9 @@ def demo(
     """Find numbers in a long text, with dense and with sparse attention."""
     from transformers.utils import logging as transformers_logging
 
-    from sparse_patch.demo import progress_steps, run_demo, show
+    from sparse_patch.demo import run_demo, show
     from sparse_patch.plots import plot_sparsity
+    from sparse_patch.progress import progress_steps
 
     _check_output(json_file, plot)
     transformers_logging.disable_progress_bar()
@@ -171,11 +167,11 @@ def evaluate(
     from sparse_patch.evaluation.suite import evaluate as run_evaluation
     from sparse_patch.evaluation.tasks import tasks_of
     from sparse_patch.plots import plot_accuracy, require_matplotlib
+    from sparse_patch.progress import progress_steps
 
     _check_output(json_file, plot)
     if plot is not None:
         require_matplotlib()
-    old = _earlier_result(json_file) if add else None
     evaluation = Evaluation(
         configs=configurations(config or []),
         tasks=tasks_of(suite, _names(tasks)),
@@ -190,11 +186,14 @@ def evaluate(
         evaluation,
         None if haystack is None else str(haystack),
     )
+    old = _earlier_result(json_file) if add else None
+    if old is not None and json_file is not None:
+        add_to(old, as_json([], about, evaluation.configs), json_file)  # whether they go together, before the work
     journal = Journal(json_file and json_file.with_name(f"{json_file.name}.unfinished"), about)
     transformers_logging.disable_progress_bar()
     loaded, tokenizer = load_model(name)
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    with _progress(console, evaluation, journal) as step:
+    with progress_steps(console, evaluation.missing(journal)) as step:
         rows = run_evaluation(loaded, tokenizer, evaluation, journal, step)
     for length in evaluation.lengths:
         console.print(table(rows, length))
@@ -298,36 +297,6 @@ def _lengths(text: str) -> list[int]:
     if not lengths or min(lengths) < 1:
         raise SparsePatchError(f"--lengths: expected numbers of tokens with commas between, 4096,8192, got {text!r}")
     return list(dict.fromkeys(lengths))
-
-
-@contextmanager
-def _progress(console: Console, evaluation: "Evaluation", journal: "Journal") -> Iterator[Callable[[str], None]]:
-    """A bar with the time that is left on a terminal; nothing in a pipe. Counts what the journal has already."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    total = len(list(evaluation.prompts())) * len(evaluation.configs)
-    done = min(len(journal.records), total)
-    columns = (
-        TextColumn("{task.description:44}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("making the first prompts", total=total, completed=done)
-
-        def step(description: str) -> None:
-            progress.update(bar, description=description, completed=len(journal.records))
-
-        yield step
 
 
 def _earlier_result(path: Path | None) -> dict[str, Any] | None:

@@ -1,14 +1,12 @@
 """The main job on the shipped model: a long document, questions about it, dense attention against sparse."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -18,12 +16,11 @@ from sparse_patch.evaluation.generation import Prefilled, check_context, forward
 from sparse_patch.evaluation.tasks import NeedleDocument, needle_document
 from sparse_patch.patching import capture_plans, patched, sparsity_report
 from sparse_patch.plots import Captured
+from sparse_patch.progress import Step
 from sparse_patch.report import SparsityReport
 
 _ANSWER_TOKENS = 12
 _WARM_UP_TOKENS = 6144  # long enough that the sparse path runs too
-
-Step = Callable[[str], None]
 
 
 @dataclass
@@ -144,19 +141,6 @@ def show(result: DemoResult, console: Console) -> None:
         match, seconds = result.exact_match(run), median(run.prefill_s)
         comparison.add_row(name, f"{match:.2f}", f"{seconds:.2f}", f"{density:.3f}", f"{speedup:.2f}")
     console.print(result.report.table(), *result.report.notes(), answers, comparison, sep="\n")
-
-
-@contextmanager
-def progress_steps(console: Console, total: int) -> Iterator[Step]:
-    """A progress bar on a terminal; nothing in a pipe."""
-    columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("loading", total=total)
-
-        def step(description: str) -> None:
-            progress.update(task, description=description, advance=1)
-
-        yield step
 
 
 class _Talk:

@@ -10,7 +10,15 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from sparse_patch import SparsePatchError, capture_plans, patched, sparsity_report
-from sparse_patch.plots import Captured, draw_blocks, draw_density, last_block_plan, plot_sparsity
+from sparse_patch.plots import (
+    Captured,
+    _lines,
+    draw_blocks,
+    draw_density,
+    last_block_plan,
+    plot_accuracy,
+    plot_sparsity,
+)
 from sparse_patch.report import SparsityReport
 
 SPARSE = {"prefill": {"method": "flexprefill", "block_size": 16, "min_budget": 16, "gamma": 0.5, "min_length": 64}}
@@ -63,3 +71,22 @@ def test_what_cannot_be_drawn_is_one_line(
     with pytest.raises(SparsePatchError, match=r'pip install "sparse_patch\[plots\]"'):
         plot_sparsity(report, plans, tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
+
+
+def test_accuracy_lines_are_scores_against_shares(tmp_path: Path) -> None:
+    """Prefill methods by density; decode methods by keys read, relative to dense."""
+    figures = {"dense": (1.0, 0.9, 400.0), "a": (0.5, 0.8, 400.0), "b": (0.2, 0.6, 400.0), "d": (1.0, 0.7, 100.0)}
+    rows = [
+        {"config": config, "task": "vt", "length": 9, "density": density, "score": score, "attended": attended}
+        for config, (density, score, attended) in figures.items()
+    ]
+    flex, delta = {"method": "flexprefill"}, {"method": "delta"}
+    configs = {"dense": {"prefill": {"method": "dense"}, "decode": {"method": "dense"}}, "a": {"prefill": flex}}
+    result = {"rows": rows, "configs": {**configs, "b": {"prefill": flex}, "d": {"decode": delta}}}
+    assert _lines(result, 9) == {
+        "dense": [(1.0, 0.9, "dense")],
+        "flexprefill": [(0.5, 0.8, "a"), (0.2, 0.6, "b")],
+        "delta": [(0.25, 0.7, "d")],
+    }
+    plot_accuracy(result, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

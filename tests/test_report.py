@@ -9,8 +9,9 @@ from families import FAMILIES
 from transformers import PreTrainedModel
 
 from sparse_patch import capture_plans, patched, reset_report, sparsity_report
+from sparse_patch.patching import is_patched, uncounted
 from sparse_patch.plans import BlockPlan
-from sparse_patch.report import SparsityReport
+from sparse_patch.report import SparsityReport, merged
 
 SPARSE = {"prefill": {"method": "flexprefill", "block_size": 16, "min_budget": 16, "gamma": 0.5, "min_length": 64}}
 
@@ -90,3 +91,41 @@ def test_it_prints_and_round_trips_as_json(llama: PreTrainedModel, tmp_path: Pat
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["config"]["prefill"]["gamma"] == 0.5 and saved["versions"].keys() >= {"torch", "transformers"}
     assert SparsityReport.model_validate(saved) == report
+
+
+def test_reports_of_several_processes_add_up(llama: PreTrainedModel) -> None:
+    """Two models that share the calls, against one that has them all."""
+    reports = []
+    for lengths in ([(200, 60), (50, 0)], [(120, 0)], [(200, 60), (50, 0), (120, 0)]):
+        with patched(llama, SPARSE):
+            torch.manual_seed(1)
+            for length, padding in lengths:
+                forward(llama, length, padding)
+            reports.append(sparsity_report(llama))
+    whole = merged(reports[:2])
+    assert [layer.prefill.calls for layer in whole.layers] == [3, 3, 3]
+    assert whole.density() == pytest.approx(
+        sum(report.pairs("prefill")[0] for report in reports[:2]) / reports[2].pairs("prefill")[1]
+    )
+    for layer, first, second in zip(whole.layers, reports[0].layers, reports[1].layers, strict=True):
+        triangles = first.prefill.pairs[1], second.prefill.pairs[1]
+        for head, density in enumerate(layer.prefill.density_by_head):
+            parts = first.prefill.density_by_head[head], second.prefill.density_by_head[head]
+            expected = (parts[0] * triangles[0] + parts[1] * triangles[1]) / sum(triangles)
+            assert density == pytest.approx(expected)
+        assert layer.prefill.dense == first.prefill.dense
+    with patched(llama, SPARSE, prefill={"gamma": 0.9}), pytest.raises(ValueError, match="different configurations"):
+        merged([reports[0], sparsity_report(llama)])
+
+
+def test_what_runs_uncounted_is_not_reported(llama: PreTrainedModel) -> None:
+    with patched(llama, SPARSE):
+        forward(llama, 100)
+        before = sparsity_report(llama)
+        with pytest.raises(RuntimeError), uncounted(llama):
+            forward(llama, 200)
+            raise RuntimeError("out of memory")
+        assert sparsity_report(llama) == before
+        forward(llama, 100)
+        assert sparsity_report(llama).layers[0].prefill.calls == 2
+    assert not is_patched(llama)

@@ -18,7 +18,7 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import Collator
+from lm_eval.models.utils import Collator, normalize_gen_kwargs
 from lm_eval.utils import setup_logging
 from torch import nn
 from torch.nn import functional
@@ -82,9 +82,11 @@ class SparseLM(HFLM):
         settings = _settings(config)  # before a large model is loaded
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained, device=device, truncation=False, **kwargs)
+        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ConfigError("hf-sparse: peft: prompt tuning adds tokens of its own, which is not supported; use hf")
         self._cut = truncation
-        self._was_cut = 0
-        self._of_all_ranks: SparsityReport | None = None
+        self._cut_here = 0
+        self._of_all_ranks: tuple[SparsityReport, int] | None = None
         if settings is not None:
             patch_model(self.model, settings)
         accelerator = getattr(self, "accelerator", None)
@@ -102,14 +104,14 @@ class SparseLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         for request in requests:
             text, settings = request.args
-            room = self.max_length - int(settings.get("max_gen_toks", self.max_gen_toks))
+            room = self.max_length - normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
             self._check_length(len(self.tok_encode(text)), room, request.task_name)
         with self._report_of_all_ranks():
             return super().generate_until(requests, disable_tqdm)
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's, and under `sparse_patch` what ran: lm-eval puts it into the results."""
-        report = self._of_all_ranks or sparsity_report(self.model)
+        report, cut = self._of_all_ranks or (sparsity_report(self.model), self._cut_here)
         return {
             **super().get_model_info(),
             "sparse_patch": {
@@ -119,7 +121,7 @@ class SparseLM(HFLM):
                 "density": report.density("prefill"),
                 "attended": report.attended("decode"),
                 "fallbacks": report.fallbacks(),
-                "truncated_prompts": self._was_cut,
+                "truncated_prompts": cut,
                 "hook_active": report.hook_active,
                 "versions": report.versions,
             },
@@ -209,7 +211,7 @@ class SparseLM(HFLM):
                 f"hf-sparse: {name or 'a request'}: {tokens} tokens do not fit, the model's context of "
                 f"{self.max_length} leaves {room}; {_TOO_LONG}"
             )
-        self._was_cut += 1
+        self._cut_here += 1
 
     def _autocast(self) -> torch.autocast:
         dtype = self.mixed_precision_dtype
@@ -220,8 +222,10 @@ class SparseLM(HFLM):
         """Gather the ranks' reports after the requests: lm-eval asks for them on the first rank alone."""
         yield
         if self.world_size > 1:
-            reports = self.gather_object(sparsity_report(self.model))
-            self._of_all_ranks = merged(reports) if self.rank == 0 else None
+            parts = self.gather_object((sparsity_report(self.model), self._cut_here))
+            if self.rank == 0:
+                reports, cut = zip(*parts, strict=True)
+                self._of_all_ranks = merged(reports), sum(cut)
 
 
 def main(arguments: Sequence[str]) -> None:

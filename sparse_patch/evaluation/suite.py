@@ -6,7 +6,7 @@ in a journal as they come, so a run that was killed goes on where it stopped and
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,10 @@ from sparse_patch.evaluation.results import Key, Record, Row, rows
 from sparse_patch.evaluation.scoring import found
 from sparse_patch.evaluation.tasks import Sample, Task
 from sparse_patch.patching import patched, sparsity_report, versions
+from sparse_patch.progress import Step
 
 DENSE = "dense"
 _WARM_UP_TOKENS = 6144  # longer than the default min_length, so that the sparse path is warm too
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,10 @@ class Evaluation:
             label: (label, config.fingerprint(), task.name, length, index) for label, config in self.configs.items()
         }
 
+    def missing(self, journal: Journal) -> int:
+        """Records that the journal does not have yet."""
+        return sum(key not in journal.records for prompt in self.prompts() for key in self.keys(*prompt).values())
+
     def sample(self, tokenizer: Any, task: Task, length: int, index: int) -> Sample:
         return task.sample(tokenizer, length, self.seed, index, self.haystack)
 
@@ -94,7 +97,7 @@ def evaluate(
     tokenizer: Any,
     evaluation: Evaluation,
     journal: Journal,
-    progress: Progress = lambda _: None,
+    progress: Step = lambda _: None,
 ) -> list[Row]:
     """Run what the journal does not have yet; one row for each configuration, task and length.
 
@@ -111,20 +114,18 @@ def evaluate(
         TaskError: a prompt cannot be made, or does not fit the model's context. Nothing was measured then.
     """
     _check(model, tokenizer, evaluation)
-    todo = [
-        prompt
-        for prompt in evaluation.prompts()
-        if any(key not in journal.records for key in evaluation.keys(*prompt).values())
-    ]
-    if todo:
-        progress("warm-up")
-        _warm_up(model, tokenizer, evaluation.sample(tokenizer, *todo[0]), evaluation.configs)
-    for prompt in todo:
+    warm = False
+    for prompt in evaluation.prompts():
+        todo = [label for label, key in evaluation.keys(*prompt).items() if key not in journal.records]
+        if not todo:
+            continue
         sample = evaluation.sample(tokenizer, *prompt)
-        for label, key in evaluation.keys(*prompt).items():
-            if key not in journal.records:
-                progress(f"{sample.task}, {sample.length} tokens, {label}")
-                journal.add(measure(model, tokenizer, sample, label, evaluation.configs[label]))
+        if not warm:
+            _warm_up(model, tokenizer, sample, evaluation.configs)
+            warm = True
+        for label in todo:
+            progress(f"{sample.task}, {sample.length} tokens, {label}")
+            journal.add(measure(model, tokenizer, sample, label, evaluation.configs[label]))
     keys = (key for prompt in evaluation.prompts() for key in evaluation.keys(*prompt).values())
     return rows(journal.records[key] for key in keys)
 

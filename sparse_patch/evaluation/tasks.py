@@ -269,17 +269,17 @@ class Recite(Task):
     """Needles in a text; asked for are all of them in order: hundreds of tokens, each a retrieval of its own.
 
     Attributes:
-        spacing: tokens of text for each needle, as many as in needle-llama's training.
-        most: needles at most.
+        num_keys: needles that are hidden; fewer in short prompts.
+        spacing: tokens of the prompt for each needle, at least.
     """
 
+    num_keys: int = 16
     spacing: int = 120
-    most: int = 64
 
     def draft(self, rng: Random, length: int, count: Count, haystack: str) -> tuple[Draft, Question]:
         pairs = [
             (key, draw("numbers", rng))
-            for key in distinct("words", max(2, min(self.most, length // self.spacing)), rng)
+            for key in distinct("words", max(2, min(self.num_keys, length // self.spacing)), rng)
         ]
         needles = [_NEEDLE.format(kind="numbers", key=key, value=value) for key, value in pairs]
         question = Question(

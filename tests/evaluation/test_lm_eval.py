@@ -10,6 +10,7 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
+from families import gemma2, llama
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -19,7 +20,6 @@ from sparse_patch import ConfigError, SparsePatchError, TaskError, patch_model, 
 from sparse_patch.evaluation.lm_eval import TASKS, SparseLM, _answering, _Read
 from sparse_patch.evaluation.tasks import TASKS as OFFLINE
 from sparse_patch.patching import is_patched
-from tests.families import gemma2, llama
 
 SPARSE = {"prefill": {"method": "flexprefill", "block_size": 32, "min_budget": 64, "min_length": 256, "gamma": 0.6}}
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_tokenizers import byte_fallback_bpe, unigram
 from transformers import AutoTokenizer
 
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.prompts import read_haystack
 from sparse_patch.evaluation.tasks import SUITES, TASKS, NeedleTask, Sample, export_jsonl, needle_document, tasks_of
-from tests.tiny_tokenizers import byte_fallback_bpe, unigram
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +126,9 @@ def test_key_value_retrieval_is_a_json_object(tokenizer: Any) -> None:
 def test_recite_lists_every_needle_in_order(tokenizer: Any) -> None:
     sample = make(tokenizer, "recite")
     found = [f"{match['key']}: {match['value']}" for match in re.finditer(NEEDLE_GROUPS, sample.input)]
-    assert found == sample.outputs and len(found) == 2048 // 120
+    assert found == sample.outputs and len(found) == 16
     assert sample.max_new_tokens > 200
-    assert len(make(tokenizer, "recite", 9000).outputs) == 64
+    assert len(make(tokenizer, "recite", 600).outputs) == 5
     assert sample.answer == "".join(f"\n{line}" for line in found)
     assert sample.gen_prefix == "" and sample.prompt == sample.input
 
@@ -173,7 +173,7 @@ BAD = [
     (lambda t: tasks_of("neddle"), "--suite: expected one of needle, niah, ruler, all, got 'neddle'"),
     (lambda t: tasks_of("needle", ["niah_single"]), "--tasks: there is no task 'niah_single', did you mean 'niah_sing"),
     (lambda t: make(t, "niah_single_2", 50), "niah_single_2: the length is too short for what is hidden; "),
-    (lambda t: make(t, "recite", 80), "recite: "),
+    (lambda t: make(t, "recite", 80), "recite: the length is too short for what is hidden; at least "),
     (lambda t: make(t, "niah_multikey_3", 100), "niah_multikey_3: length 100 is too short, about 2"),
     (lambda t: make(t, "vt", haystack="unused"), None),
     (lambda t: make(t, "niah_single_2", haystack="A few words. " * 20), "niah_single_2: the haystack has "),
@@ -194,9 +194,9 @@ def test_what_does_not_fit_is_one_line(tokenizer: Any, call: Any, message: str |
 
 def test_the_length_that_an_error_names_is_enough(tokenizer: Any) -> None:
     with pytest.raises(TaskError) as error:
-        make(tokenizer, "recite", 85)
-    needed = int(re.findall(r"about (\d+) tokens", str(error.value))[0]) + 120
-    assert make(tokenizer, "recite", needed).length == needed
+        make(tokenizer, "niah_multikey_3", 100)
+    needed = int(re.findall(r"about (\d+) tokens", str(error.value))[0])
+    assert make(tokenizer, "niah_multikey_3", needed + 100).length == needed + 100
 
 
 def test_document_of_the_demo(tokenizer: Any) -> None:
