@@ -34,7 +34,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_holds_the_package_and_the_configs_alone(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"sparse_patch/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= set(names)
-    assert "sparse_patch/py.typed" in names
+    assert {"sparse_patch/py.typed", "sparse_patch/evaluation/words.txt"} <= set(names)
+    assert "sparse_patch/evaluation/lm_eval_tasks/_needle.yaml" in names
     assert all(name.startswith(("sparse_patch/", "sparse_patch-")) for name in names)
     assert wheel.stat().st_size < 1_000_000
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
+from sparse_patch.caches import growing_cache
 from sparse_patch.errors import SparsePatchError, TaskError
 
 
@@ -63,7 +64,7 @@ class Prefilled:
 
 def prefill(model: PreTrainedModel, tokens: Sequence[int]) -> Prefilled:
     """Read a prompt in one forward."""
-    cache = DynamicCache(config=model.config)
+    cache = growing_cache(model.config)
     synchronize()
     start = time.perf_counter()
     logits = forward(model, tokens, cache)

@@ -273,7 +273,7 @@ class Recite(Task):
         spacing: tokens of the prompt for each needle, at least.
     """
 
-    num_keys: int = 16
+    num_keys: int = 64
     spacing: int = 120
 
     def draft(self, rng: Random, length: int, count: Count, haystack: str) -> tuple[Draft, Question]:

@@ -181,7 +181,7 @@ def test_nothing_is_measured_when_something_cannot_be(loaded: tuple[PreTrainedMo
             r"--lengths: vt: a prompt of 32768 tokens and 64 for the answer do not fit the model's "
             r"context of 32768; ask for at most 32704",
         ),
-        (100, "niah_multikey_3: the length is too short"),
+        (100, "niah_single_1: the length is too short"),
     ):
         steps: list[str] = []
         tasks = [TASKS["niah_single_1"], TASKS["niah_multikey_3"]] if length == 100 else [TASKS["vt"]]

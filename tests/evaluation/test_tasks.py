@@ -126,9 +126,10 @@ def test_key_value_retrieval_is_a_json_object(tokenizer: Any) -> None:
 def test_recite_lists_every_needle_in_order(tokenizer: Any) -> None:
     sample = make(tokenizer, "recite")
     found = [f"{match['key']}: {match['value']}" for match in re.finditer(NEEDLE_GROUPS, sample.input)]
-    assert found == sample.outputs and len(found) == 16
+    assert found == sample.outputs and len(found) == 17
     assert sample.max_new_tokens > 200
     assert len(make(tokenizer, "recite", 600).outputs) == 5
+    assert len(make(tokenizer, "recite", 9000).outputs) == 64
     assert sample.answer == "".join(f"\n{line}" for line in found)
     assert sample.gen_prefix == "" and sample.prompt == sample.input
 

@@ -1,0 +1,69 @@
+"""The growing cache against the one of Transformers, bit for bit."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from families import gemma3, llama
+from transformers import DynamicCache, PreTrainedModel
+
+from sparse_patch import caches
+from sparse_patch.caches import GrowingLayer, growing_cache
+
+
+@pytest.fixture(params=[llama, gemma3], ids=["llama", "gemma3"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    family: Callable[[], PreTrainedModel] = request.param
+    return family()
+
+
+@torch.no_grad()
+def test_logits_are_those_of_a_dynamic_cache(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt, chunk and tokens, through several growths; a copy goes its own way."""
+    monkeypatch.setattr(caches, "_SPARE", 3)
+    ids = torch.randint(3, 90, (2, 80))
+    growing, dynamic = growing_cache(model.config), DynamicCache(config=model.config)
+    assert any(isinstance(layer, GrowingLayer) for layer in growing.layers)
+    for begin, end in [(0, 30), (30, 41), *((i, i + 1) for i in range(41, 70))]:
+        ours, theirs = (model(ids[:, begin:end], past_key_values=cache).logits for cache in (growing, dynamic))
+        assert torch.equal(ours, theirs)
+    fork = copy.deepcopy(growing)
+    expected = model(ids[:, 70:75], past_key_values=copy.deepcopy(dynamic)).logits
+    model(ids[:, 3:9], past_key_values=growing)
+    assert torch.equal(model(ids[:, 70:75], past_key_values=fork).logits, expected)
+
+
+@torch.no_grad()
+def test_tokens_are_appended_in_place() -> None:
+    model = llama()
+    cache = growing_cache(model.config)
+    model(torch.randint(3, 90, (1, 40)), past_key_values=cache)
+    before = cache.layers[0].keys.data_ptr()
+    for _ in range(20):
+        model(torch.tensor([[7]]), past_key_values=cache)
+    assert cache.layers[0].keys.data_ptr() == before and cache.get_seq_length() == 60
+
+
+@torch.no_grad()
+def test_cropping_and_reordering(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caches, "_SPARE", 8)
+    model = llama()
+    ids = torch.randint(3, 90, (2, 40))
+    results = []
+    for cache in (growing_cache(model.config), DynamicCache(config=model.config)):
+        model(ids[:, :30], past_key_values=cache)
+        cache.crop(-5)
+        model(ids[:, 30:33], past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        model(ids[:, 33:34], past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        results.append(model(ids[:, 34:36].repeat_interleave(2, 0), past_key_values=cache).logits)
+    assert torch.equal(*results)
+
+
+def test_generate_takes_it(model: PreTrainedModel) -> None:
+    ids = torch.randint(3, 90, (2, 20))
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, past_key_values=growing_cache(model.config), **settings), expected)
