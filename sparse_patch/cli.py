@@ -70,7 +70,7 @@ def demo(
     from sparse_patch.plots import plot_sparsity
     from sparse_patch.progress import progress_steps
 
-    _check_output(json_file, plot)
+    _check_writable(json_file, plot)
     transformers_logging.disable_progress_bar()
     console = Console()
     with progress_steps(console, total=3 + 2 * repeats) as step:
@@ -169,7 +169,7 @@ def evaluate(
     from sparse_patch.plots import plot_accuracy, require_matplotlib
     from sparse_patch.progress import progress_steps
 
-    _check_output(json_file, plot)
+    _check_writable(json_file, plot)
     if plot is not None:
         require_matplotlib()
     evaluation = Evaluation(
@@ -313,14 +313,10 @@ def _earlier_result(path: Path | None) -> dict[str, Any] | None:
     return data
 
 
-def _check_output(*paths: Path | None) -> None:
+def _check_writable(*paths: Path | None) -> None:
     for path in paths:
-        _check_writable(path)
-
-
-def _check_writable(path: Path | None) -> None:
-    if path is not None and not path.absolute().parent.is_dir():
-        raise SparsePatchError(f"{path}: cannot be written: {path.absolute().parent} is not a folder")
+        if path is not None and not path.absolute().parent.is_dir():
+            raise SparsePatchError(f"{path}: cannot be written: {path.absolute().parent} is not a folder")
 
 
 def _write_json(path: Path | None, make: Callable[[], Any]) -> None:

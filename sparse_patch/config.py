@@ -110,18 +110,33 @@ def load_config(source: ConfigSource | Sequence[ConfigSource], /, **overrides: A
     return _validate(name, merged)
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the known one that is meant, or nothing."""
+    match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    return f", did you mean {match[0]!r}?" if match else ""
+
+
 def _read(source: ConfigSource) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Mapping):
         return "dict", dict(source)
     if not isinstance(source, str | PathLike):
         raise ConfigError(f"config: expected a path, a packaged name or a dict, got {type(source).__name__} {source!r}")
     path = _find(Path(source))
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    data = read_yaml(path)
     if not isinstance(data, dict):
         kind = "an empty file" if data is None else f"a {type(data).__name__}"
         raise ConfigError(f"{path}: expected a mapping with the keys {_known_keys()}, got {kind}")
@@ -136,7 +151,7 @@ def _find(path: Path) -> Path:
         for name in (path.name, f"{path.name}.yaml"):
             if name in packaged:
                 return packaged[name]
-    hint = _nearest(path.stem, [name.removesuffix(".yaml") for name in packaged])
+    hint = nearest(path.stem, [name.removesuffix(".yaml") for name in packaged])
     raise ConfigError(f"{path}: no such file{hint}; packaged configs: {', '.join(packaged)}")
 
 
@@ -181,7 +196,7 @@ def _validate_method(name: str, phase: Phase, data: Any) -> Method:
         raise ConfigError(f"{name}: {phase}.method: missing; {known}")
     method = methods.get(data["method"]) if isinstance(data["method"], str) else None
     if method is None:
-        raise ConfigError(f"{name}: {phase}.method: {known}, got {data['method']!r}{_nearest(data['method'], methods)}")
+        raise ConfigError(f"{name}: {phase}.method: {known}, got {data['method']!r}{nearest(data['method'], methods)}")
     try:
         return method.model_validate(dict(data))
     except ValidationError as error:
@@ -194,7 +209,7 @@ def _explain(error: ErrorDetails, prefix: tuple[str, ...], model: type[BaseModel
     path = ".".join((*prefix, field)) if field else ".".join(prefix)
     if error["type"] == "extra_forbidden":
         known = [key for key in model.model_fields if key != "source"]
-        return f"{path}: unknown key{_nearest(field, known)}; known keys: {', '.join(known)}"
+        return f"{path}: unknown key{nearest(field, known)}; known keys: {', '.join(known)}"
     if error["type"] == "value_error":  # raised by a method's own validator, which names the field first
         return ".".join((*prefix, str(error["ctx"]["error"])))
     if field == "layers":
@@ -204,11 +219,6 @@ def _explain(error: ErrorDetails, prefix: tuple[str, ...], model: type[BaseModel
     expected = error["msg"].removeprefix("Input should be ")
     optional = " or null" if field in model.model_fields and model.model_fields[field].default is None else ""
     return f"{path}: expected {expected}{optional}, got {_short(error['input'])}"
-
-
-def _nearest(word: Any, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
-    return f", did you mean {match[0]!r}?" if match else ""
 
 
 def _known_keys() -> str:

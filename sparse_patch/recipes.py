@@ -3,9 +3,9 @@
 import shlex
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sparse_patch.config import read_yaml
 from sparse_patch.errors import SparsePatchError
 
 
@@ -37,12 +37,7 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         SparsePatchError: there is no such file, or a field of it is wrong.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise SparsePatchError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise SparsePatchError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    data = read_yaml(path)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:

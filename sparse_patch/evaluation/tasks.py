@@ -6,7 +6,6 @@ haystack is Python's help topics or a file of the user's, so that nothing is dow
 number make one sample, whatever else is generated with it.
 """
 
-import difflib
 import json
 import string
 import uuid
@@ -18,6 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, TypeVar
 
+from sparse_patch.config import nearest
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.prompts import (
     NOISE,
@@ -331,9 +331,7 @@ def tasks_of(suite: str, names: Sequence[str] = ()) -> list[Task]:
         raise TaskError(f"--suite: expected one of {', '.join(SUITES)}, got {suite!r}")
     for name in names:
         if name not in TASKS:
-            near = difflib.get_close_matches(name, TASKS, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise TaskError(f"--tasks: there is no task {name!r}{hint}; tasks: {', '.join(TASKS)}")
+            raise TaskError(f"--tasks: there is no task {name!r}{nearest(name, TASKS)}; tasks: {', '.join(TASKS)}")
     chosen = names or SUITES[suite]
     return [task for name, task in TASKS.items() if name in chosen]
 
