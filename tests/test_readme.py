@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from sparse_patch.evaluation.generation import answer_tokens
+from sparse_patch.evaluation.generation import encode
 from sparse_patch.evaluation.scoring import interval
 from sparse_patch.evaluation.tasks import TASKS
 from sparse_patch.methods.base import registry
@@ -51,7 +51,7 @@ def test_the_dense_rows_agree_with_the_model_card_within_intervals() -> None:
         cells = re.findall(line, card)[0]
         exact, tokens = cells[:2] if row["length"] == 4096 else cells[2:]
         sample = TASKS[row["task"]].sample(tokenizer, row["length"])
-        answer = len(answer_tokens(tokenizer, sample.prompt, sample.answer))
+        answer = len(encode(tokenizer, sample.prompt, sample.answer)[1])
         number = PROMPTS[row["length"]]
         for figure, text, trials in (("exact_match", exact, 1), ("token_accuracy", tokens, answer)):
             successes = round(float(text) * number * trials)

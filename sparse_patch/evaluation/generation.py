@@ -123,14 +123,14 @@ def continue_greedily(
     return generated
 
 
-def answer_tokens(tokenizer: Any, prompt: str, answer: str) -> list[int]:
-    """The tokens of an answer as they follow the prompt; on its own where the two would merge into one token."""
+def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """The tokens of a prompt, and those of its answer as they follow it; on its own where both merge into one token."""
     before: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
     both: list[int] = tokenizer(prompt + answer, verbose=False)["input_ids"]
     if both[: len(before)] == before and len(both) > len(before):
-        return both[len(before) :]
+        return before, both[len(before) :]
     alone: list[int] = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return alone
+    return before, alone
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:

@@ -157,42 +157,41 @@ class SparseLM(HFLM):
     def _score(self, ordered: Collator, chunk: Sequence[Tokens]) -> Iterator[tuple[float, bool]]:
         """Log-probability of each continuation, and whether it is the greedy one."""
         rows = [(context + continuation)[-(self.max_length + 1) : -1] for _, context, continuation in chunk]
-        scored = [len(continuation) for _, _, continuation in chunk]
-        logits = self._last_logits(rows, scored)
-        for (texts, context, continuation), row in zip(chunk, logits, strict=True):
+        read = self._read(rows)
+        for number, (texts, context, continuation) in enumerate(chunk):
             # One row may serve several requests: the same tokens, cut differently into context and continuation.
-            for request, tokens, shared in ordered.get_cache(
-                req_str=texts, cxt_toks=context, cont_toks=continuation, logits=row[None]
-            ):
-                expected = torch.tensor(tokens, device=shared.device)
-                last = shared[0, -len(tokens) :]
-                greedy = bool((last.argmax(-1) == expected).all())
-                answer = float(last.gather(-1, expected[:, None]).sum()), greedy
+            shared = ordered.get_cache(
+                req_str=texts, cxt_toks=context, cont_toks=continuation, logits=torch.empty(1, 0, 0)
+            )
+            for request, tokens, _ in shared:
+                answer = self._log_probability(read, number, tokens)
                 if request is not None:
                     self.cache_hook.add_partial("loglikelihood", request, answer)
                 yield answer
 
     @torch.no_grad()
-    def _last_logits(self, rows: Sequence[Sequence[int]], scored: Sequence[int]) -> list[torch.Tensor]:
-        """Log-probabilities `[scored, vocabulary]` after the last `scored` tokens of each row."""
+    def _read(self, rows: Sequence[Sequence[int]]) -> "_Read":
         length = max(len(row) for row in rows)
         padding = self.tokenizer.pad_token_id
         ids = torch.tensor([[padding] * (length - len(row)) + list(row) for row in rows], device=self.device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
         with self._autocast():
-            read = _Read(self.model, ids, mask)
-        return [
-            torch.cat(list(self._log_probabilities(read, row, length - number, length)))
-            for row, number in enumerate(scored)
-        ]
+            return _Read(self.model, ids, mask)
 
-    def _log_probabilities(self, read: "_Read", row: int, begin: int, end: int) -> Iterator[torch.Tensor]:
-        """Those after some tokens of a row, `[tokens, vocabulary]`, one slice after the other."""
+    @torch.no_grad()
+    def _log_probability(self, read: "_Read", row: int, tokens: Sequence[int]) -> tuple[float, bool]:
+        """Log-probability of the last tokens of a row, and whether they are the greedy ones; a slice at a time."""
         step = max(1, _LOGITS_BYTES // (4 * self.model.config.get_text_config().vocab_size))
-        for first in range(begin, end, step):
+        total, greedy = 0.0, True
+        for begin in range(0, len(tokens), step):
+            expected = torch.tensor(tokens[begin : begin + step], device=self.device)
+            first = read.length - len(tokens) + begin
             with self._autocast():
-                logits = read.logits(slice(row, row + 1), slice(first, min(first + step, end)))[0]
-            yield functional.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
+                logits = read.logits(slice(row, row + 1), slice(first, first + len(expected)))[0]
+            probabilities = functional.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
+            total += float(probabilities.gather(-1, expected[:, None]).sum())
+            greedy = greedy and bool((probabilities.argmax(-1) == expected).all())
+        return total, greedy
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
         """For trials of batch sizes: as much memory as a request takes, without a whole prompt's logits."""
@@ -277,6 +276,7 @@ class _Read:
         if not mask.all():  # as generate does for a padded batch
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         self._output = self._decoder(**inputs, use_cache=False)
+        self.length = ids.shape[1]
 
     def logits(self, rows: slice, tokens: slice) -> torch.Tensor:
         """Logits after some tokens of some rows, `[rows, tokens, vocabulary]`."""

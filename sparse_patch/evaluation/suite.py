@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from sparse_patch.config import PatchConfig, load_config
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.generation import (
-    answer_tokens,
     check_context,
     continue_greedily,
+    encode,
     force,
     machine,
     prefill,
@@ -75,6 +75,15 @@ class Evaluation:
         return task.sample(tokenizer, length, self.seed, index, self.haystack)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A sample, the tokens of its prompt and those of its answer."""
+
+    sample: Sample
+    tokens: list[int]
+    answer: list[int]
+
+
 def configurations(sources: Sequence[str]) -> dict[str, PatchConfig]:
     """Configurations by the stems of their files, dense attention first.
 
@@ -120,29 +129,30 @@ def evaluate(
         if not todo:
             continue
         sample = evaluation.sample(tokenizer, *prompt)
+        asked = Asked(sample, *encode(tokenizer, sample.prompt, sample.answer))
         if not warm:
-            _warm_up(model, tokenizer, sample, evaluation.configs)
+            _warm_up(model, asked.tokens, evaluation.configs)
             warm = True
         for label in todo:
             progress(f"{sample.task}, {sample.length} tokens, {label}")
-            journal.add(measure(model, tokenizer, sample, label, evaluation.configs[label]))
+            journal.add(measure(model, tokenizer, asked, label, evaluation.configs[label]))
     keys = (key for prompt in evaluation.prompts() for key in evaluation.keys(*prompt).values())
     return rows(journal.records[key] for key in keys)
 
 
-def measure(model: PreTrainedModel, tokenizer: Any, sample: Sample, label: str, config: PatchConfig) -> Record:
+def measure(model: PreTrainedModel, tokenizer: Any, asked: Asked, label: str, config: PatchConfig) -> Record:
     """One prompt under one configuration.
 
     The expected answer is fed token by token, which gives token accuracy and exact match and takes the same decode
     steps under every configuration. Where the model would have answered something else, generation goes on from a copy
     of the cache, and the score looks at that; up to there, and without a mistake, it generates the expected answer.
     """
-    expected = answer_tokens(tokenizer, sample.prompt, sample.answer)
+    sample = asked.sample
     with patched(model, config):
-        start = prefill(model, tokenizer(sample.prompt, verbose=False)["input_ids"])
-        forced = force(model, start, expected)
+        start = prefill(model, asked.tokens)
+        forced = force(model, start, asked.answer)
         report = sparsity_report(model)
-        tokens = expected
+        tokens = asked.answer
         if forced.detour is not None:
             tokens = continue_greedily(model, *forced.detour, sample.max_new_tokens, stop_tokens(model, tokenizer))
     text = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -193,8 +203,7 @@ def _check(model: PreTrainedModel, tokenizer: Any, evaluation: Evaluation) -> No
             pass
 
 
-def _warm_up(model: PreTrainedModel, tokenizer: Any, sample: Sample, configs: dict[str, PatchConfig]) -> None:
-    tokens = tokenizer(sample.prompt, verbose=False)["input_ids"][:_WARM_UP_TOKENS]
+def _warm_up(model: PreTrainedModel, tokens: Sequence[int], configs: dict[str, PatchConfig]) -> None:
     for config in configs.values():
         with patched(model, config):
-            force(model, prefill(model, tokens), tokens[:2])
+            force(model, prefill(model, tokens[:_WARM_UP_TOKENS]), tokens[:2])

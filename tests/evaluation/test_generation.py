@@ -8,9 +8,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparse_patch.errors import SparsePatchError, TaskError
 from sparse_patch.evaluation.generation import (
-    answer_tokens,
     check_context,
     continue_greedily,
+    encode,
     force,
     load_model,
     prefill,
@@ -55,12 +55,13 @@ def test_generation_stops_at_a_stop_token_or_the_limit() -> None:
     assert continue_greedily(model, [first], DynamicCache(), 6, [first]) == [first]
 
 
-def test_answer_tokens_follow_the_prompt() -> None:
+def test_the_tokens_of_an_answer_follow_the_prompt() -> None:
     for tokenizer in (byte_fallback_bpe(), unigram()):
         prompt = "The special magic number is"
-        tokens = answer_tokens(tokenizer, prompt, " 123")
-        assert tokenizer(prompt)["input_ids"] + tokens == tokenizer(prompt + " 123")["input_ids"]
-        merging = answer_tokens(tokenizer, "they are: ", "ABCDE")
+        before, answer = encode(tokenizer, prompt, " 123")
+        assert before == tokenizer(prompt)["input_ids"]
+        assert before + answer == tokenizer(prompt + " 123")["input_ids"]
+        _, merging = encode(tokenizer, "they are: ", "ABCDE")
         assert tokenizer.decode(merging).strip() == "ABCDE"
 
 
