@@ -19,8 +19,9 @@ from sparse_patch.call import AttentionCall, Phase
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import PatchError, UnsupportedCallError
 from sparse_patch.masks import DECODE_MAX_QUERIES, LazyMask, lazy_mask
-from sparse_patch.ops.block_sparse import attend
-from sparse_patch.plans import Dense, Plan
+from sparse_patch.methods.base import Method
+from sparse_patch.ops.block_sparse import attend, unsupported
+from sparse_patch.plans import BlockPlan, Dense, Plan
 from sparse_patch.report import LayerCounts, Work
 
 NAME = "sparse_patch"
@@ -116,23 +117,26 @@ def sparse_attention(
     if kwargs.get("cache") is not None:
         raise PatchError("continuous batching does not work on a patched model; use generate, or unpatch_model first")
     phase: Phase = _phase(attention_mask, query.shape[2])
-    counts = state.counts.of(phase)
+    counts, tensors = state.counts.of(phase), (query, key, value)
     dense, tally = _dense_by_design(state, phase, attention_mask, kwargs), counts.dense
     if dense is None:
-        dense, tally = _unsupported(module, (query, key, value), attention_mask, kwargs), counts.fallbacks
-        if dense is not None:
-            _complain(state, phase, dense.reason)
+        dense, tally = _unsupported(module, tensors, attention_mask, kwargs), counts.fallbacks
     if dense is None:
-        call = _attention_call(state, phase, (query, key, value), attention_mask, scaling, kwargs)
-        output = _run_plan(state, call, attention_mask.work)
-        if torch.is_tensor(output):
-            return output, None
-        dense, tally = output, counts.dense
+        call = _attention_call(state, phase, tensors, attention_mask, scaling, kwargs)
+        plan = _method(state, phase).plan(call)
+        if isinstance(plan, Dense):
+            dense, tally = plan, counts.dense
+        elif reason := unsupported(call, plan, state.config.backend):
+            dense = Dense(reason)
+        else:
+            return _attend_sparsely(state, call, plan, attention_mask.work), None
+    if tally is counts.fallbacks:
+        _complain(state, phase, dense.reason)
     if not torch.compiler.is_compiling():  # a graph would be compiled anew for every value of a Python counter
         tally[dense.reason] += 1
         counts.add_dense(attention_mask.work if isinstance(attention_mask, LazyMask) else _full_work(query, key))
         _capture(state, phase, dense)
-    return _attend_densely(state, module, (query, key, value), attention_mask, scaling=scaling, **kwargs)
+    return _attend_densely(state, module, tensors, attention_mask, scaling=scaling, **kwargs)
 
 
 def _phase(mask: Any, q_length: int) -> Phase:
@@ -209,13 +213,14 @@ def _attention_call(
     )
 
 
-def _run_plan(state: LayerState, call: AttentionCall, work: Work) -> torch.Tensor | Dense:
-    """Plan, attend and record: the output `[B, Sq, Hq, Dv]`, or the dense plan that the method made."""
-    method = state.config.method(call.phase)
+def _method(state: LayerState, phase: Phase) -> Method:
+    method = state.config.method(phase)
     assert method is not None, "a phase without a method is dense by design"
-    plan = method.plan(call)
-    if isinstance(plan, Dense):
-        return plan
+    return method
+
+
+def _attend_sparsely(state: LayerState, call: AttentionCall, plan: BlockPlan, work: Work) -> torch.Tensor:
+    """Attend and record: the output `[B, Sq, Hq, Dv]`."""
     output, _ = attend(call, plan, state.config.backend)
     state.counts.of(call.phase).add_sparse(work, plan.computed_pairs().sum(0))
     _capture(state, call.phase, plan)

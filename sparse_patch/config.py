@@ -23,7 +23,7 @@ from sparse_patch.errors import ConfigError
 from sparse_patch.methods.base import Excluded, Method, registry
 
 ConfigSource = str | PathLike[str] | Mapping[str, Any]
-Backend = Literal["auto", "torch", "reference"]
+Backend = Literal["auto", "triton", "flash", "torch", "reference"]
 
 
 class PatchConfig(BaseModel):

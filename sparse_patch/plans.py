@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 
 from sparse_patch.call import AttentionCall, causal_pairs
+from sparse_patch.ops.compact import compact
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,13 @@ class BlockGrid:
     def causal(self) -> torch.Tensor:
         """Blocks that hold at least one causal pair of real tokens, bool `[B, NQ, N]`."""
         key_block = torch.arange(self.num_key_blocks, device=self.row_starts.device)
+        return (key_block <= self.query_block_ids[..., None]) & self.has_queries[..., None]
+
+    @cached_property
+    def has_queries(self) -> torch.Tensor:
+        """Which query blocks hold a real query, bool `[B, NQ]`."""
         begin, end = self.query_bounds
-        return (key_block <= self.query_block_ids[..., None]) & (end > begin)[..., None]
+        return end > begin
 
     @cached_property
     def query_index(self) -> torch.Tensor:
@@ -133,42 +139,59 @@ class BlockGrid:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """For each (row, query head, query block), the key blocks to read.
+    """For each (row, query head, query block), the key blocks to read, and single key columns beside them.
 
     Attributes:
         indices: int32 `[B, Hq, NQ, N]`; the first `counts` entries of a list are key blocks in ascending order, each at
             most once and none above the diagonal. What follows them has no meaning.
         counts: int32 `[B, Hq, NQ]`; 0 for the query blocks that a row does not have.
         grid: the grid that the indices refer to.
+        columns: int32 `[B, Hq, NQ, C]`; the first `column_counts` entries of a list are keys, as positions within the
+            row, each at most once, in none of the listed blocks and before the query block. None for no columns.
+        column_counts: int32 `[B, Hq, NQ]`, or None.
     """
 
     indices: torch.Tensor
     counts: torch.Tensor
     grid: BlockGrid
+    columns: torch.Tensor | None = None
+    column_counts: torch.Tensor | None = None
 
     @classmethod
-    def from_blocks(cls, blocks: torch.Tensor, grid: BlockGrid) -> "BlockPlan":
-        """From a map of blocks, bool `[B, Hq, NQ, N]`; blocks outside the causal triangle are dropped."""
+    def from_blocks(cls, blocks: torch.Tensor, grid: BlockGrid, columns: torch.Tensor | None = None) -> "BlockPlan":
+        """From a map of blocks and from columns; what lies outside the causal triangle is dropped.
+
+        Args:
+            blocks: bool `[B, Hq, NQ, N]`.
+            grid: their grid.
+            columns: int64 `[B, Hq, C]`, keys as positions within the row, each at most once; a negative entry is none.
+                A query block reads those that come before it and lie in none of its blocks.
+        """
         blocks = blocks & grid.causal[:, None]
-        position = blocks.cumsum(-1, dtype=torch.int32) - 1
-        capacity = blocks.shape[-1]
-        key_block = torch.arange(capacity, dtype=torch.int32, device=blocks.device).expand(blocks.shape)
-        # Unselected blocks all write to one spare slot, which is cut off again: no host sync, fixed shapes.
-        indices = torch.zeros(*blocks.shape[:-1], capacity + 1, dtype=torch.int32, device=blocks.device)
-        indices.scatter_(-1, torch.where(blocks, position, capacity).long(), key_block)
-        return cls(indices[..., :capacity], blocks.sum(-1, dtype=torch.int32), grid)
+        key_block = torch.arange(blocks.shape[-1], dtype=torch.int32, device=blocks.device)
+        indices, counts = compact(blocks, key_block.expand(blocks.shape))
+        if columns is None:
+            return cls(indices, counts, grid)
+        block = (columns // grid.block_size).clamp(0, blocks.shape[-1] - 1)
+        of_all = block[:, :, None].expand(-1, -1, blocks.shape[2], -1)
+        before = columns[:, :, None] < grid.query_block_ids[:, None, :, None] * grid.block_size
+        wanted = before & (columns >= 0)[:, :, None] & ~blocks.gather(-1, of_all) & grid.has_queries[:, None, :, None]
+        return cls(indices, counts, grid, *compact(wanted, columns.int()[:, :, None].expand(wanted.shape)))
 
     @property
     def listed(self) -> torch.Tensor:
         """Which entries of `indices` count, bool `[B, Hq, NQ, N]`."""
-        return torch.arange(self.indices.shape[-1], device=self.counts.device) < self.counts[..., None]
+        return _leading(self.indices, self.counts)
+
+    @property
+    def on_diagonal(self) -> torch.Tensor:
+        """Which lists end with the diagonal block of their query block, bool `[B, Hq, NQ]`."""
+        last = self.indices.gather(-1, (self.counts.long() - 1).clamp(min=0)[..., None]).squeeze(-1)
+        return (self.counts > 0) & (last == self.grid.query_block_ids[:, None])
 
     def blocks(self) -> torch.Tensor:
-        """The plan as a map of blocks, bool `[B, Hq, NQ, N]`."""
-        blocks = torch.zeros(*self.indices.shape[:-1], self.indices.shape[-1] + 1, dtype=torch.bool)
-        blocks = blocks.to(self.indices.device)
-        target = torch.where(self.listed, self.indices, self.indices.shape[-1])
-        return blocks.scatter_(-1, target.long(), True)[..., :-1]
+        """The plan's blocks as a map, bool `[B, Hq, NQ, N]`."""
+        return _marked(self.indices, self.counts, self.grid.num_key_blocks)
 
     def mask(self) -> torch.Tensor:
         """The plan as a mask of tokens, bool `[B, Hq, Sq, Skv]`: for the oracle and for pictures, N x N large."""
@@ -179,6 +202,9 @@ class BlockPlan:
         key_block = key.clamp(min=0) // grid.block_size
         rows = torch.arange(grid.batch, device=device)[:, None, None]
         tokens = self.blocks().permute(0, 2, 3, 1)[rows, query_block[:, :, None], key_block[:, None, :]]
+        if self.columns is not None and self.column_counts is not None:
+            single = _marked(self.columns, self.column_counts, grid.kv_length).permute(0, 2, 3, 1)
+            tokens = tokens | single[rows, query_block[:, :, None], key.clamp(min=0)[:, None, :]]
         causal = (key[:, None, :] <= query[:, :, None]) & (key[:, None, :] >= 0)
         return tokens.permute(0, 3, 1, 2) & causal[:, None]
 
@@ -186,11 +212,14 @@ class BlockPlan:
         """Causal (query, key) pairs of real tokens that the plan computes, int64 `[B, Hq]`."""
         begin, end = (bound[:, None] for bound in self.grid.query_bounds)
         block_start = self.grid.query_block_ids[:, None] * self.grid.block_size
-        on_diagonal = ((self.indices == self.grid.query_block_ids[:, None, :, None]) & self.listed).any(-1)
+        on_diagonal = self.on_diagonal
         below = (self.counts - on_diagonal.int()) * (end - begin) * self.grid.block_size
         # sum of (query - block_start + 1) over the real queries of the block
         triangle = (end - begin) * (begin + end + 1 - 2 * block_start) // 2
-        return (below + on_diagonal * triangle).sum(-1)
+        pairs = below + on_diagonal * triangle
+        if self.column_counts is not None:
+            pairs = pairs + self.column_counts * (end - begin)
+        return pairs.sum(-1)
 
     def density(self) -> torch.Tensor:
         """Share of the causal triangle that is computed, float32 `[B, Hq]`."""
@@ -199,3 +228,15 @@ class BlockPlan:
 
 
 Plan = BlockPlan | Dense
+
+
+def _leading(lists: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Which entries of lists `[..., n]` are among the first `counts` `[...]`, bool `[..., n]`."""
+    return torch.arange(lists.shape[-1], device=counts.device) < counts[..., None]
+
+
+def _marked(lists: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Tensor:
+    """Lists of numbers below `size` as maps, bool `[..., size]`."""
+    marked = torch.zeros(*lists.shape[:-1], size + 1, dtype=torch.bool, device=lists.device)
+    target = torch.where(_leading(lists, counts), lists, size)
+    return marked.scatter_(-1, target.long(), True)[..., :-1]

@@ -8,7 +8,7 @@ from families import FAMILIES
 from sparse_patch import patched, sparsity_report
 from sparse_patch.call import AttentionCall
 from sparse_patch.methods.flexprefill import FlexPrefill
-from sparse_patch.ops.block_sparse import BACKENDS, attend
+from sparse_patch.ops.block_sparse import attend
 from sparse_patch.plans import BlockPlan
 
 pytestmark = pytest.mark.gpu
@@ -42,7 +42,7 @@ def test_planning_never_waits_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_ops_on_the_gpu(backend: str, dtype: torch.dtype) -> None:
     call = make_call(500, queries=300, row_starts=[0, 40], dtype=dtype, head_dim=64)

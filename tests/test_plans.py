@@ -11,9 +11,12 @@ from sparse_patch.plans import BlockGrid, BlockPlan
 @pytest.mark.parametrize("row_starts", [None, [0, 3, 50, 99]])
 @pytest.mark.parametrize("queries", [100, 64, 37])
 @pytest.mark.parametrize("block_size", [16, 32])
-def test_pairs_and_density_count_the_mask(row_starts: list[int] | None, queries: int, block_size: int) -> None:
+@pytest.mark.parametrize("columns", [None, 40])
+def test_pairs_and_density_count_the_mask(
+    row_starts: list[int] | None, queries: int, block_size: int, columns: int | None
+) -> None:
     call = make_call(100, queries=queries, row_starts=row_starts)
-    plan = random_plan(call, block_size, 0.5)
+    plan = random_plan(call, block_size, 0.5 if columns is None else 0.2, columns=columns)
     mask = plan.mask()
     query = torch.arange(100 - queries, 100)[:, None]
     key = torch.arange(100)
@@ -33,6 +36,17 @@ def test_lists_and_map_hold_the_same_blocks() -> None:
     assert torch.equal(plan.blocks(), blocks & grid.causal[:, None])
     assert torch.equal(plan.counts, (blocks & grid.causal[:, None]).sum(-1).int())
     assert plan.indices.dtype == plan.counts.dtype == torch.int32
+
+
+def test_columns_are_read_before_the_query_block_and_outside_of_its_blocks() -> None:
+    call = make_call(96, heads=(1, 1))
+    grid = BlockGrid.of(call, 32)
+    blocks = torch.zeros(1, 1, 3, 3, dtype=torch.bool)
+    blocks[0, 0, 2, 0] = True
+    plan = BlockPlan.from_blocks(blocks, grid, torch.tensor([[[70, 33, 5, -1, 40]]]))
+    assert plan.columns is not None and plan.column_counts is not None
+    assert plan.column_counts.tolist() == [[[0, 1, 2]]]
+    assert plan.columns[0, 0, 1, :1].tolist() == [5] and plan.columns[0, 0, 2, :2].tolist() == [33, 40]
 
 
 def test_the_grid_starts_at_each_rows_first_token() -> None:

@@ -30,6 +30,7 @@ from typing_extensions import Self
 from sparse_patch.call import AttentionCall, apply_softcap
 from sparse_patch.methods.base import PrefillMethod, Tokens
 from sparse_patch.ops.layout import key_blocks, query_blocks
+from sparse_patch.ops.profiles import last_query_profiles
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
 
 _REFERENCE_TOKENS_PER_BLOCK = 128  # the public code divides by this whatever its block size
@@ -98,7 +99,7 @@ class FlexPrefill(PrefillMethod):
     def _select(self, call: AttentionCall, grid: BlockGrid) -> torch.Tensor:
         """The blocks of every head, bool `[B, Hq, NQ, N]`; may hold blocks outside the causal triangle."""
         reference = self.selection == "reference"
-        by_key, by_distance = _last_block_profiles(call, grid)
+        by_key, by_distance = last_query_profiles(call, self.block_size)
         key_mass = _pool(by_key, grid, grid.row_starts)
         # The public code aligns distances to the start of the prompt: what the tail block lacks shifts them.
         distance_mass = _pool(by_distance, grid, -grid.tail if reference else torch.zeros_like(grid.tail))
@@ -147,42 +148,6 @@ class FlexPrefill(PrefillMethod):
             if self.max_blocks is not None:
                 taken[..., self.max_blocks :] = False
         return torch.zeros_like(taken).scatter(-1, order, taken).view(shape)
-
-
-def _last_block_profiles(call: AttentionCall, grid: BlockGrid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean attention of the last `block` queries by key and by distance, float32 `[B, Hq, Skv]` each, sums of 1.
-
-    By key: indexed by position in the buffer, padding 0. By distance: entry `o` sums the attention to the key `o` back.
-    One head at a time: all probabilities at once are `[B, Hq, block, Skv]`, 2 GB at 128k tokens and 32 heads.
-    """
-    hidden = torch.ones(grid.block_size, grid.kv_length, dtype=torch.bool, device=call.q.device)
-    hidden = hidden.triu(1 + grid.kv_length - grid.block_size)  # the future
-    if grid.padded:
-        hidden = hidden | (torch.arange(grid.kv_length, device=call.q.device) < grid.row_starts[:, None])[:, None]
-    profiles = [_head_profiles(call, head, hidden) for head in range(call.q.shape[1])]
-    by_key, by_distance = (torch.stack(profile, 1) for profile in zip(*profiles, strict=True))
-    return by_key, by_distance
-
-
-def _head_profiles(call: AttentionCall, head: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_last_block_profiles` of one query head, `[B, Skv]` each; `hidden`, `[B, block, Skv]`: keys out of sight."""
-    q = call.q[:, head, -hidden.shape[-2] :].float() * call.scale
-    logits = apply_softcap(q @ call.k[:, head // call.group_size].float().transpose(-1, -2), call.softcap)
-    weights = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
-    return weights.mean(-2), _diagonal_sums(weights).flip(-1) / len(q[0])
-
-
-def _diagonal_sums(weights: torch.Tensor) -> torch.Tensor:
-    """Sums `[B, n]` over the diagonals, farthest first, of the attention `[B, R, n]` of the last R of n queries.
-
-    Reading each row one step further than the row before lines the diagonals up in columns, without a copy. Where that
-    runs over a row's end, it reads what lies above the previous row's diagonal, which is 0.
-    """
-    batch, rows, length = weights.shape
-    stride = (rows * length, length + 1, 1)
-    far = weights.as_strided((batch, rows - 1, rows - 1), stride, length - rows + 2)
-    near = weights.as_strided((batch, rows, length - rows + 1), stride, 0)
-    return torch.cat([far.sum(-2), near.sum(-2)], -1)
 
 
 def _mean_keys(call: AttentionCall, grid: BlockGrid) -> torch.Tensor:

@@ -6,20 +6,29 @@ import torch.nn.functional as F
 from calls import make_call
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.block_sparse import BACKENDS, attend
+from sparse_patch.ops.block_sparse import attend
 from sparse_patch.plans import BlockGrid, BlockPlan
 
-FAST = [name for name in BACKENDS if name != "reference"]
+FAST = ["torch", "triton"]  # flash needs a GPU
+EVERYWHERE = ["reference", *FAST]
 # Rounding of float32 logits of about 40 over up to 256 terms, times values of 3; in half precision of the output.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
-def random_plan(call: AttentionCall, block_size: int, density: float, seed: int = 0) -> BlockPlan:
-    """Random blocks; some rows get none, some no diagonal, some all."""
+def random_plan(
+    call: AttentionCall, block_size: int, density: float, seed: int = 0, columns: int | None = None
+) -> BlockPlan:
+    """Random blocks; some rows get none, some no diagonal, some all. As many random columns per head, if any."""
     grid = BlockGrid.of(call, block_size)
-    shape = (call.q.shape[0], call.q.shape[1], grid.num_query_blocks, grid.num_key_blocks)
+    batch, heads = call.q.shape[:2]
+    shape = (batch, heads, grid.num_query_blocks, grid.num_key_blocks)
     generator = torch.Generator().manual_seed(seed)
-    return BlockPlan.from_blocks(torch.rand(shape, generator=generator) < density, grid)
+    blocks = torch.rand(shape, generator=generator) < density
+    if columns is None:
+        return BlockPlan.from_blocks(blocks, grid)
+    keys = torch.rand(batch, heads, call.kv_length, generator=generator).argsort(-1)[..., :columns]
+    keys[..., -1] = -1  # none
+    return BlockPlan.from_blocks(blocks, grid, keys)
 
 
 def assert_matches(call: AttentionCall, plan: BlockPlan, backend: str) -> None:
@@ -44,6 +53,8 @@ def test_lengths_around_block_edges(backend: str, block_size: int, length: int) 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("head_dim, value_dim", [(64, 64), (80, 80), (96, 64), (128, 128), (192, 128), (256, 256)])
 def test_head_dims_and_dtypes(backend: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> None:
+    if backend == "triton" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies bfloat16 wrongly; tests/test_gpu.py has it")
     call = make_call(150, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
     assert_matches(call, random_plan(call, 32, 0.5), backend)
 
@@ -63,7 +74,17 @@ def test_padding_chunks_and_softcap(backend: str, softcap: float | None, queries
     assert_matches(call, random_plan(call, 32, 0.4), backend)
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("columns", [1, 20, 90])
+@pytest.mark.parametrize("queries", [200, 70])
+def test_columns_beside_blocks(backend: str, columns: int, queries: int) -> None:
+    call = make_call(200, queries=queries, row_starts=[0, 5, 64, 150], heads=(4, 2))
+    plan = random_plan(call, 32, 0.2, columns=columns)
+    assert plan.column_counts is not None and (columns == 1 or plan.column_counts.any())
+    assert_matches(call, plan, backend)
+
+
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_all_blocks_equal_dense_attention(backend: str) -> None:
     call = make_call(333, heads=(8, 2), head_dim=64)
     plan = random_plan(call, 64, 1.1)
@@ -72,7 +93,7 @@ def test_all_blocks_equal_dense_attention(backend: str) -> None:
     assert plan.density().eq(1).all()
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_queries_without_a_key_give_zero(backend: str) -> None:
     call = make_call(128, row_starts=[0, 40])
     grid = BlockGrid.of(call, 32)
@@ -85,7 +106,7 @@ def test_queries_without_a_key_give_zero(backend: str) -> None:
     assert lse[0, :, :64].isneginf().all() and lse[0, :, 64:96].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_unplanned_keys_and_the_future_are_never_read(backend: str) -> None:
     call = make_call(256)
     blocks = torch.zeros(1, 4, 4, 4, dtype=torch.bool)

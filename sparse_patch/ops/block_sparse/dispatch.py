@@ -1,31 +1,57 @@
-"""Choice of the backend."""
+"""Choice of the backend: a module here with `attend`, and with `unsupported` if it does not serve every call."""
 
-from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.block_sparse.reference import attend_reference
-from sparse_patch.ops.block_sparse.torch import attend_torch
+from sparse_patch.errors import UnsupportedCallError
 from sparse_patch.plans import BlockPlan
 
-Attend = Callable[[AttentionCall, BlockPlan, bool], tuple[torch.Tensor, torch.Tensor | None]]
-
-BACKENDS: dict[str, Attend] = {"reference": attend_reference, "torch": attend_torch}
+BACKENDS = ("reference", "torch", "triton", "flash")
 
 
 def attend(
     call: AttentionCall, plan: BlockPlan, backend: str = "auto", return_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention over the planned blocks.
+    """Attention over the planned keys.
 
     Args:
         call: the attention call.
-        plan: the blocks to read; made for this call.
-        backend: a key of `BACKENDS`, or "auto" for the fastest one that serves this device.
+        plan: the keys to read; made for this call.
+        backend: one of `BACKENDS`, or "auto" for the fastest one that serves the call.
         return_lse: whether to compute the LSE as well.
 
     Returns:
         The output `[B, Hq, Sq, Dv]` in the dtype of `call.q`, and the LSE `[B, Hq, Sq]` in float32 or None.
+
+    Raises:
+        UnsupportedCallError: the backend cannot serve the call; `unsupported` tells before.
     """
-    return BACKENDS["torch" if backend == "auto" else backend](call, plan, return_lse)
+    name = fastest(call, plan) if backend == "auto" else backend
+    if reason := unsupported(call, plan, name):
+        raise UnsupportedCallError(reason)
+    attended: tuple[torch.Tensor, torch.Tensor | None] = _module(name).attend(call, plan, return_lse)
+    return attended
+
+
+def fastest(call: AttentionCall, plan: BlockPlan) -> str:
+    """The backend that "auto" stands for."""
+    order = ("flash", "triton") if call.q.is_cuda else ()
+    return next((name for name in order if unsupported(call, plan, name) is None), "torch")
+
+
+def unsupported(call: AttentionCall, plan: BlockPlan, backend: str) -> str | None:
+    """Why a backend cannot serve a call; None if it can, as "auto" always can."""
+    if backend in ("auto", "torch", "reference"):
+        return None
+    if backend == "triton" and find_spec("triton") is None:
+        return "backend triton needs the package triton"
+    reason: str | None = _module(backend).unsupported(call, plan)
+    return reason
+
+
+def _module(backend: str) -> Any:
+    return import_module(f"sparse_patch.ops.block_sparse.{backend}")

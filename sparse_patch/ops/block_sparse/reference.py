@@ -6,9 +6,7 @@ from sparse_patch.call import AttentionCall, apply_softcap
 from sparse_patch.plans import BlockPlan
 
 
-def attend_reference(
-    call: AttentionCall, plan: BlockPlan, return_lse: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `ops.block_sparse.attend`."""
     k = call.k.float().repeat_interleave(call.group_size, dim=1)
     v = call.v.float().repeat_interleave(call.group_size, dim=1)

@@ -1,11 +1,11 @@
-"""PyTorch backend: gathers the planned key blocks and computes nothing else, so it saves time on a CPU too.
+"""PyTorch backend: gathers the planned keys and computes nothing else, so it saves time on a CPU too.
 
-A task is one query block of one head: gather its key blocks, multiply, softmax, multiply. On a CPU every core works
-through tasks of its own with single-threaded operators: the scores stay in that core's cache, and there is no barrier
-of all cores after each small operator, which costs more than the arithmetic when another process is running.
+A task is one query block of one head: gather its key blocks and columns, multiply, softmax, multiply. On a CPU every
+core works through tasks of its own with single-threaded operators: the scores stay in that core's cache, and there is
+no barrier of all cores after each small operator, which costs more than the arithmetic when another process is running.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,9 +22,14 @@ class _Task:
 
     q: torch.Tensor  # [block, D]
     blocks: torch.Tensor  # int32 [count], indices into the work's key blocks, ascending
+    columns: torch.Tensor  # int32 [columns], indices into the work's keys
     on_diagonal: bool  # whether the last of them is the diagonal block
     out: torch.Tensor  # [block, Dv]
     lse: torch.Tensor | None  # [block]
+
+    @property
+    def keys(self) -> int:
+        return len(self.blocks) * len(self.q) + len(self.columns)
 
 
 @dataclass(frozen=True)
@@ -41,19 +46,15 @@ class _Work:
 class _Buffers:
     """Memory that the tasks of one worker share: fresh pages cost as much as the softmax."""
 
-    def __init__(self, work: _Work, most_blocks: int) -> None:
+    def __init__(self, work: _Work, most_keys: int) -> None:
         block = len(work.above_diagonal)
-        self.k = work.k.new_empty(most_blocks, work.k.shape[1])
-        self.v = work.v.new_empty(most_blocks, work.v.shape[1])
-        self.k_tokens = self.k.view(most_blocks * block, -1)
-        self.v_tokens = self.v.view(most_blocks * block, -1)
-        self.scores = work.k.new_empty(most_blocks * block**2)
+        self.k = work.k.new_empty(most_keys, work.k.shape[1] // block)
+        self.v = work.v.new_empty(most_keys, work.v.shape[1] // block)
+        self.scores = work.k.new_empty(most_keys * block)
         self.weights = torch.empty_like(self.scores)
 
 
-def attend_torch(
-    call: AttentionCall, plan: BlockPlan, return_lse: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `ops.block_sparse.attend`. Reads the plan on the host: meant for the CPU, correct anywhere."""
     grid, (batch, heads, rows) = plan.grid, plan.counts.shape
     work = _Work(
@@ -76,14 +77,25 @@ def _tasks(
 ) -> list[_Task]:
     """The tasks that have a list, longest first, so that the workers finish together."""
     counts: list[int] = plan.counts.flatten().tolist()
-    lists = (plan.indices + _first_key_block(call, plan))[plan.listed].split(counts)
-    last = plan.indices.gather(-1, (plan.counts.long() - 1).clamp(min=0)[..., None]).squeeze(-1)
-    on_diagonal = (last == plan.grid.query_block_ids[:, None]).flatten().tolist()
+    first_block = _first_key_block(call, plan)
+    lists = (plan.indices + first_block)[plan.listed].split(counts)
+    columns = _columns(plan, first_block * plan.grid.block_size)
+    on_diagonal = plan.on_diagonal.flatten().tolist()
     lses = [None] * len(counts) if lse is None else _each(lse)
     tasks = [
-        _Task(*fields) for fields in zip(_each(q), lists, on_diagonal, _each(out), lses, strict=True) if len(fields[1])
+        _Task(*fields)
+        for fields in zip(_each(q), lists, columns, on_diagonal, _each(out), lses, strict=True)
+        if len(fields[1]) + len(fields[2])
     ]
-    return sorted(tasks, key=lambda task: -len(task.blocks))
+    return sorted(tasks, key=lambda task: -task.keys)
+
+
+def _columns(plan: BlockPlan, first_key: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The columns of each query block of each head, as indices into the work's keys."""
+    if plan.columns is None or plan.column_counts is None:
+        return [plan.indices.new_empty(0)] * plan.counts.numel()
+    listed = torch.arange(plan.columns.shape[-1], device=plan.columns.device) < plan.column_counts[..., None]
+    return (plan.columns + first_key)[listed].split(plan.column_counts.flatten().tolist())
 
 
 def _each(x: torch.Tensor) -> list[torch.Tensor]:
@@ -103,7 +115,7 @@ def _run(work: _Work, tasks: list[_Task]) -> None:
     if not tasks:
         return
     threads = torch.get_num_threads() if work.k.device.type == "cpu" else 1
-    arguments = work, iter(tasks), len(tasks[0].blocks), torch.is_inference_mode_enabled()
+    arguments = work, iter(tasks), tasks[0].keys, torch.is_inference_mode_enabled()
     if threads == 1:
         return _run_tasks(*arguments)
     try:
@@ -120,27 +132,30 @@ def _set_up_worker() -> None:
     torch.set_flush_denormal(True)
 
 
-def _run_tasks(work: _Work, tasks: Iterator[_Task], most_blocks: int, inference_mode: bool) -> None:
+def _run_tasks(work: _Work, tasks: Iterator[_Task], most_keys: int, inference_mode: bool) -> None:
     """One worker: takes tasks until none is left."""
     with torch.inference_mode(inference_mode), torch.no_grad():
-        buffers = _Buffers(work, most_blocks)
+        buffers = _Buffers(work, most_keys)
         for task in tasks:
             _attend_task(work, task, buffers)
 
 
 def _attend_task(work: _Work, task: _Task, buffers: _Buffers) -> None:
     """Attend one task. Every operator here runs thousands of times a call, so there are as few as can be."""
-    block, count = len(task.q), len(task.blocks)
-    keys = count * block
-    torch.index_select(work.k, 0, task.blocks, out=buffers.k[:count])
-    torch.index_select(work.v, 0, task.blocks, out=buffers.v[:count])
+    block, in_blocks, keys = len(task.q), len(task.blocks) * len(task.q), task.keys
+    torch.index_select(work.k, 0, task.blocks, out=buffers.k[:in_blocks].view(-1, work.k.shape[1]))
+    torch.index_select(work.v, 0, task.blocks, out=buffers.v[:in_blocks].view(-1, work.v.shape[1]))
+    if keys > in_blocks:
+        head_dim, value_dim = buffers.k.shape[1], buffers.v.shape[1]
+        torch.index_select(work.k.view(-1, head_dim), 0, task.columns, out=buffers.k[in_blocks:keys])
+        torch.index_select(work.v.view(-1, value_dim), 0, task.columns, out=buffers.v[in_blocks:keys])
     scores = buffers.scores[: block * keys].view(block, keys)
-    torch.addmm(scores, task.q, buffers.k_tokens[:keys].t(), beta=0, alpha=work.scale, out=scores)
+    torch.addmm(scores, task.q, buffers.k[:keys].t(), beta=0, alpha=work.scale, out=scores)
     apply_softcap(scores, work.softcap)
     if task.on_diagonal:
-        scores[:, -block:].masked_fill_(work.above_diagonal, -torch.inf)
+        scores[:, in_blocks - block : in_blocks].masked_fill_(work.above_diagonal, -torch.inf)
     if task.lse is not None:
         torch.logsumexp(scores, -1, out=task.lse)
     weights = buffers.weights[: block * keys].view(block, keys)
     torch.softmax(scores, -1, out=weights)
-    torch.mm(weights, buffers.v_tokens[:keys], out=task.out)
+    torch.mm(weights, buffers.v[:keys], out=task.out)

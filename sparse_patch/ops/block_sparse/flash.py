@@ -1,0 +1,85 @@
+"""flash-attn-4's block-sparse forward (CuTe DSL, Hopper), when the package is installed.
+
+It wants full blocks and masked blocks in two lists: the blocks of a plan below the diagonal are full, the diagonal is
+masked. Its blocks count from the first token of the buffer, so it serves neither padded batches nor chunks that begin
+inside a block, and it has no single columns.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.plans import BlockPlan
+
+_BLOCK = 128
+_HEAD_DIMS = (64, 96, 128)
+
+
+def unsupported(call: AttentionCall, plan: BlockPlan) -> str | None:
+    """Why this backend cannot execute the plan; None if it can."""
+    if not call.q.is_cuda or torch.cuda.get_device_capability(call.q.device)[0] != 9:
+        return "backend flash needs a Hopper GPU"
+    if not _installed():
+        return "backend flash needs the package flash-attn-4"
+    if call.q.dtype not in (torch.float16, torch.bfloat16):
+        return f"backend flash: dtype {call.q.dtype}"
+    if call.q.shape[-1] not in _HEAD_DIMS or call.v.shape[-1] != call.q.shape[-1]:
+        return f"backend flash: head_dim {call.q.shape[-1]} and {call.v.shape[-1]}"
+    if plan.grid.block_size != _BLOCK:
+        return f"backend flash: block_size {plan.grid.block_size}"
+    if plan.columns is not None:
+        return "backend flash: single columns"
+    if plan.grid.padded or not plan.grid.aligned:
+        return "backend flash: padding, or a chunk that begins inside a block"
+    if call.softcap is not None:
+        return "backend flash: softcap"
+    return None
+
+
+def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `ops.block_sparse.attend`."""
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from flash_attn.cute.interface import flash_attn_func
+
+    diagonal = plan.grid.query_block_ids[:1].int()[:, None, :, None]  # the same for all rows and heads
+    on_diagonal = plan.on_diagonal.int()
+    out, lse = flash_attn_func(
+        *(x.transpose(1, 2) for x in (call.q, call.k, call.v)),
+        softmax_scale=call.scale,
+        pack_gqa=False,
+        mask_mod=_causal(),
+        block_sparse_tensors=BlockSparseTensorsTorch(
+            mask_block_cnt=on_diagonal,
+            mask_block_idx=diagonal,
+            full_block_cnt=plan.counts - on_diagonal,
+            full_block_idx=plan.indices,
+            block_size=(_BLOCK, _BLOCK),
+        ),
+        return_lse=return_lse,
+    )[:2]
+    return out.transpose(1, 2), lse if return_lse else None
+
+
+@cache
+def _installed() -> bool:
+    try:
+        return find_spec("flash_attn.cute") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@cache
+def _causal() -> Any:
+    """The mask inside a diagonal block, bottom-right aligned, as the package's own language has it."""
+    import cutlass.cute as cute
+    from flash_attn.cute import utils
+
+    @cute.jit
+    def causal(batch: Any, head: Any, query: Any, key: Any, lengths: Any, tensors: Any) -> Any:
+        before = utils.scalar_to_ssa(lengths.seqlen_k - lengths.seqlen_q, query.dtype)
+        return key <= query + before
+
+    return causal

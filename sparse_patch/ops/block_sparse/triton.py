@@ -1,0 +1,322 @@
+"""Triton kernel: one pass over the planned blocks and columns of a query block.
+
+A program holds one tile of queries. It reads the blocks below the diagonal, which need no mask, then the single
+columns, then the diagonal block with its mask. Programs are ordered so that what runs together shares keys in the
+cache: one KV head after the other, in it the query blocks from the last (the longest) to the first, and the query heads
+of the GQA group side by side. Keys and values arrive through tensor descriptors: the copy engine on Hopper and later,
+plain loads before.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.plans import BlockPlan
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the kernel is cut: queries and keys of a tile, warps of a program, depth of its pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_of(head_dim: int, dtype: torch.dtype, block_size: int, capability: tuple[int, int]) -> Tile:
+    """The tile for a head size, dtype and GPU generation; static, so that no prompt length waits for a search."""
+    wide = head_dim > 128
+    if dtype == torch.float32:
+        tile = Tile(64, 32, 4, 1 if wide else 2)
+    elif capability >= (9, 0):
+        tile = Tile(128, 64, 8, 2) if wide else Tile(64, 64, 4, 3)
+    elif capability == (8, 0):
+        tile = Tile(64, 64, 4, 2) if wide else Tile(128, 64, 8, 3)
+    else:  # about 100 KB of shared memory
+        tile = Tile(64, 32, 4, 2) if wide else Tile(64, 64, 4, 2)
+    return Tile(min(tile.block_m, block_size), min(tile.block_n, block_size), tile.num_warps, tile.num_stages)
+
+
+def unsupported(call: AttentionCall, plan: BlockPlan) -> str | None:
+    """Why this backend cannot execute the plan; None if it can."""
+    if not call.q.is_cuda and not triton.knobs.runtime.interpret:
+        return "backend triton needs a CUDA device"
+    if call.q.is_cuda and torch.cuda.get_device_capability(call.q.device) < (8, 0):
+        return "backend triton needs a GPU of compute capability 8.0 or more"
+    if call.scale <= 0:
+        return f"backend triton: scale {call.scale} is not positive"
+    if max(call.q.shape[-1], call.v.shape[-1]) > 256:
+        return f"backend triton: head_dim {max(call.q.shape[-1], call.v.shape[-1])} is above 256"
+    return None
+
+
+def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `ops.block_sparse.attend`."""
+    out, lse = block_sparse_attention(
+        call.q,
+        call.k,
+        call.v,
+        plan.indices,
+        plan.counts,
+        plan.columns,
+        plan.column_counts,
+        call.kv_start,
+        call.scale,
+        call.softcap or 0.0,
+        plan.grid.block_size,
+        call.q_start,
+        return_lse,
+    )
+    return out, lse if return_lse else None
+
+
+@torch.library.custom_op("sparse_patch::block_sparse_attention", mutates_args=())
+def block_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    columns: torch.Tensor | None,
+    column_counts: torch.Tensor | None,
+    kv_start: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    block_size: int,
+    q_start: int,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's launch; arguments as in `AttentionCall` and `BlockPlan`, softcap 0 for none.
+
+    Returns:
+        The output `[B, Hq, Sq, Dv]`, in memory as `[B, Sq, Hq, Dv]`, and the LSE `[B, Hq, Sq]`, empty if not asked for.
+    """
+    out, lse = _outputs(q, v, return_lse)
+    if kv_start is not None:  # no query block holds the padding queries
+        out.zero_(), lse.fill_(-torch.inf)
+    batch, heads, q_length, head_dim = q.shape
+    kv_heads, value_dim = k.shape[1], v.shape[3]
+    num_query_blocks = indices.shape[2]
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+    tile = tile_of(max(head_dim, value_dim), q.dtype, block_size, capability)
+    k, v = _copyable(k), _copyable(v)
+    block_d, block_dv = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
+    if columns is None or column_counts is None:
+        columns, column_counts = indices, counts
+    has_columns = columns is not indices
+    grid = (batch * heads * num_query_blocks * (block_size // tile.block_m),)
+    _block_sparse_kernel[grid](
+        q,
+        k,
+        v,
+        TensorDescriptor.from_tensor(k, [1, 1, tile.block_n, block_d]),
+        TensorDescriptor.from_tensor(v, [1, 1, tile.block_n, block_dv]),
+        out,
+        lse,
+        indices,
+        counts,
+        columns,
+        column_counts,
+        kv_start if kv_start is not None else counts,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        heads,
+        kv_heads,
+        num_query_blocks,
+        q_length,
+        q_start,
+        indices.stride(2),
+        columns.stride(2),
+        scale,
+        softcap,
+        D=head_dim,
+        DV=value_dim,
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        BLOCK=block_size,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        HAS_START=kv_start is not None,
+        HAS_COLUMNS=has_columns,
+        HAS_SOFTCAP=softcap > 0,
+        RETURN_LSE=return_lse,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out, lse
+
+
+@block_sparse_attention.register_fake
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *plan: torch.Tensor | float, **_: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _outputs(q, v, bool(plan[-1]))
+
+
+def _outputs(q: torch.Tensor, v: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, q_length, _ = q.shape
+    out = q.new_empty(batch, q_length, heads, v.shape[-1]).transpose(1, 2)
+    return out, q.new_empty((batch, heads, q_length) if return_lse else (0,), dtype=torch.float32)
+
+
+def _copyable(x: torch.Tensor) -> torch.Tensor:
+    """Keys or values that a tensor descriptor can describe: rows in one piece, steps of 16 bytes."""
+    step = 16 // x.element_size()
+    fits = x.stride(-1) == 1 and all(stride % step == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    return x if fits else x.contiguous()
+
+
+@triton.jit
+def _logits(q, k_tile, softcap, HAS_SOFTCAP: tl.constexpr, scale):
+    """Logits of a tile, in units that `_update` multiplies by its scale."""
+    s = tl.dot(q, k_tile)
+    if HAS_SOFTCAP:
+        s = softcap * (2.0 * tl.sigmoid(s * (2.0 * scale / softcap)) - 1.0)  # tanh(x) = 2 sigmoid(2x) - 1
+    return s
+
+
+@triton.jit
+def _update(s, v_tile, acc, m_i, l_i, to_log2):
+    """Online softmax: one more tile of logits and values. `to_log2` brings the logits to log2 units."""
+    m_new = tl.maximum(m_i, tl.max(s, 1) * to_log2)
+    p = tl.math.exp2(s * to_log2 - m_new[:, None])
+    alpha = tl.math.exp2(m_i - m_new)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None])
+    return acc, m_new, l_i
+
+
+@triton.jit(do_not_specialize=["num_query_blocks", "q_length", "q_start", "stride_list", "stride_columns"])
+def _block_sparse_kernel(
+    q,
+    k,
+    v,
+    k_desc,
+    v_desc,
+    o,
+    lse,
+    indices,
+    counts,
+    columns,
+    column_counts,
+    kv_start,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    heads,
+    kv_heads,
+    num_query_blocks,
+    q_length,
+    q_start,
+    stride_list,
+    stride_columns,
+    scale,
+    softcap,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+):
+    TILES: tl.constexpr = BLOCK // BLOCK_M  # query tiles of a block
+    PARTS: tl.constexpr = BLOCK // BLOCK_N  # key tiles of a block
+    group = heads // kv_heads
+    pid = tl.program_id(0)
+    i_g = pid % group
+    pid = pid // group
+    i_tile = num_query_blocks * TILES - 1 - pid % (num_query_blocks * TILES)
+    pid = pid // (num_query_blocks * TILES)
+    i_hk = pid % kv_heads
+    i_b = pid // kv_heads
+    i_h = i_hk * group + i_g
+    i_q = i_tile // TILES
+
+    start = 0
+    if HAS_START:
+        start = tl.load(kv_start + i_b).to(tl.int32)
+    query_block = tl.maximum(q_start - start, 0) // BLOCK + i_q
+    first = (i_tile % TILES) * BLOCK_M
+    offs_in = first + tl.arange(0, BLOCK_M)  # within the block
+    offs_m = query_block * BLOCK + offs_in + start - q_start  # within the call's queries
+    mask_m = (offs_m >= tl.maximum(start - q_start, 0)) & (offs_m < q_length)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    rows = offs_m.to(tl.int64)
+    p_q = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh + rows[:, None] * stride_qs + offs_d[None, :]
+    b_q = tl.load(p_q, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
+
+    i_list = (i_b * heads + i_h).to(tl.int64) * num_query_blocks + i_q
+    p_list = indices + i_list * stride_list
+    count = tl.load(counts + i_list)
+    last = tl.load(p_list + tl.maximum(count - 1, 0))
+    on_diagonal = (count > 0) & (last == query_block)
+    full = count - on_diagonal.to(tl.int32)
+
+    to_log2 = 1.4426950408889634 * (1.0 if HAS_SOFTCAP else scale)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    j_next = tl.load(p_list)  # one tile ahead: a load whose result is needed at once stalls the pipeline
+    for t in tl.range(0, full * PARTS):
+        j = j_next
+        j_next = tl.load(p_list + tl.minimum((t + 1) // PARTS, full - 1))
+        position = start + j * BLOCK + (t % PARTS) * BLOCK_N
+        b_k = k_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_D)
+        s = _logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale)
+        b_v = v_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_DV)
+        acc, m_i, l_i = _update(s, b_v, acc, m_i, l_i, to_log2)
+
+    if HAS_COLUMNS:
+        number = tl.load(column_counts + i_list)
+        p_columns = columns + i_list * stride_columns
+        p_k = k + i_b.to(tl.int64) * stride_kb + i_hk.to(tl.int64) * stride_kh
+        p_v = v + i_b.to(tl.int64) * stride_vb + i_hk.to(tl.int64) * stride_vh
+        for c in tl.range(0, number, BLOCK_N):
+            offs_c = c + tl.arange(0, BLOCK_N)
+            mask_c = offs_c < number
+            keys = tl.load(p_columns + offs_c, mask=mask_c, other=0).to(tl.int64) + start
+            b_k = tl.load(p_k + keys[None, :] * stride_ks + offs_d[:, None], mask=(offs_d < D)[:, None], other=0.0)
+            s = _logits(b_q, b_k, softcap, HAS_SOFTCAP, scale)
+            s = tl.where(mask_c[None, :], s, -float("inf"))
+            b_v = tl.load(p_v + keys[:, None] * stride_vs + offs_dv[None, :], mask=(offs_dv < DV)[None, :], other=0.0)
+            acc, m_i, l_i = _update(s, b_v, acc, m_i, l_i, to_log2)
+
+    if on_diagonal:
+        # From the left: every query of the tile sees the first key, so the running maximum is finite from there on.
+        for n in tl.range(0, first + BLOCK_M, BLOCK_N):
+            position = start + query_block * BLOCK + n
+            b_k = k_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_D)
+            s = _logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale)
+            s = tl.where(offs_in[:, None] >= (n + tl.arange(0, BLOCK_N))[None, :], s, -float("inf"))
+            b_v = v_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_DV)
+            acc, m_i, l_i = _update(s, b_v, acc, m_i, l_i, to_log2)
+
+    acc = tl.where(l_i[:, None] > 0, acc / l_i[:, None], 0.0)
+    p_o = o + i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh + rows[:, None] * stride_os + offs_dv[None, :]
+    tl.store(p_o, acc.to(o.dtype.element_ty), mask=mask_m[:, None] & (offs_dv < DV)[None, :])
+    if RETURN_LSE:
+        b_lse = (m_i + tl.math.log2(l_i)) * 0.6931471805599453
+        tl.store(lse + (i_b * heads + i_h).to(tl.int64) * q_length + rows, b_lse, mask=mask_m)
