@@ -23,17 +23,14 @@ last queries. Selection looks at the last queries of the call, so a token's outp
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from sparse_patch.call import AttentionCall, apply_softcap
+from sparse_patch.call import AttentionCall
 from sparse_patch.methods.base import PrefillMethod, Tokens
-from sparse_patch.ops.layout import key_blocks, query_blocks
-from sparse_patch.ops.profiles import last_query_profiles
+from sparse_patch.ops.block_means import key_means, query_means
+from sparse_patch.ops.lines import LineRule, QueryAware, choose_lines, plan_of_lines
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
-
-_REFERENCE_TOKENS_PER_BLOCK = 128  # the public code divides by this whatever its block size
 
 
 class FlexPrefill(PrefillMethod):
@@ -91,131 +88,29 @@ class FlexPrefill(PrefillMethod):
             return Dense(f"no longer than the {self.dense_length} tokens that are always kept")
         if call.q.shape[2] <= self.block_size:
             return Dense("no more queries than the selection itself attends to")
-        grid = BlockGrid.of(call, self.block_size)
-        blocks = self._select(call, grid)
+        return self._select(call, BlockGrid.of(call, self.block_size))
+
+    def _select(self, call: AttentionCall, grid: BlockGrid) -> BlockPlan:
+        mean_k = key_means(call.k, grid)
+        verticals, slashes, query_aware = choose_lines(call, grid, mean_k, self._rule)
         short_rows = grid.lengths <= self.dense_length
-        return BlockPlan.from_blocks(blocks | short_rows[:, None, None, None], grid)
+        aware = self._query_aware(query_aware, call, grid, mean_k) if self.tau > 0 else None
+        return plan_of_lines(verticals | short_rows[:, None, None], slashes, aware, grid)
 
-    def _select(self, call: AttentionCall, grid: BlockGrid) -> torch.Tensor:
-        """The blocks of every head, bool `[B, Hq, NQ, N]`; may hold blocks outside the causal triangle."""
-        reference = self.selection == "reference"
-        by_key, by_distance = last_query_profiles(call, self.block_size)
-        key_mass = _pool(by_key, grid, grid.row_starts)
-        # The public code aligns distances to the start of the prompt: what the tail block lacks shifts them.
-        distance_mass = _pool(by_distance, grid, -grid.tail if reference else torch.zeros_like(grid.tail))
-        pooled_k = _mean_keys(call, grid)
-        estimate = _estimate_last_block(call, grid, pooled_k)
-        distance = _js_distance(estimate, key_mass, grid.has_key_block[:, None], zero_is_nan=reference)
-        query_aware = distance < self.tau
-        verticals = self._choose(key_mass, by_key, query_aware, grid)
-        slashes = self._choose(distance_mass, by_distance, query_aware, grid)
-        if not reference:
-            slashes = slashes | F.pad(slashes, (1, -1))  # a bucket of distances touches two block diagonals
-        aware_blocks = self._query_aware_blocks(_block_attention(call, grid, pooled_k), grid)
-        return _lines(verticals, slashes, grid) | (aware_blocks & query_aware[..., None, None])
+    @property
+    def _rule(self) -> LineRule:
+        return LineRule(self.gamma, self.tau, self.min_blocks, self.max_blocks, reach=self.selection == "coverage")
 
-    def _choose(
-        self, mass: torch.Tensor, token_mass: torch.Tensor, query_aware: torch.Tensor, grid: BlockGrid
-    ) -> torch.Tensor:
-        """The verticals or slashes to take, bool `[B, Hq, N]`, from their `mass` `[B, Hq, N]`; number 0 always is.
-
-        Ties go to the lower number: the earlier key block, the nearer diagonal.
-        """
-        ranked = mass.masked_fill(~grid.has_key_block[:, None], -1.0)
-        ranked[..., 0] = torch.inf
-        order = ranked.argsort(dim=-1, descending=True, stable=True)
-        if self.selection == "reference":
-            wanted = _tokens_within(token_mass, self.gamma) // _REFERENCE_TOKENS_PER_BLOCK + 1
-        else:
-            wanted = _number_reaching(mass.gather(-1, order), self.gamma)
-        wanted = wanted.masked_fill(query_aware, self.min_blocks).clamp(self.min_blocks, self.max_blocks)
-        wanted = torch.minimum(wanted, grid.key_blocks_per_row[:, None])
-        taken = torch.arange(mass.shape[-1], device=mass.device) < wanted[..., None]
-        return torch.zeros_like(taken).scatter(-1, order, taken)
-
-    def _query_aware_blocks(self, attention: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-        """The blocks that a query-aware head takes from its pooled attention `[B, Hq, NQ, N]`, bool of that shape."""
-        shape = attention.shape
-        if self.selection == "reference":  # one sort over all rows of the head
-            attention = attention.flatten(-2)
-            quota = self.gamma * grid.causal.any(-1).sum(-1)[:, None, None]
-        sorted_attention, order = attention.sort(dim=-1, descending=True, stable=True)
-        reached = sorted_attention.cumsum(-1)
-        if self.selection == "reference":
-            taken = reached <= quota
-        else:
-            taken = reached - sorted_attention < self.gamma
-            if self.max_blocks is not None:
-                taken[..., self.max_blocks :] = False
-        return torch.zeros_like(taken).scatter(-1, order, taken).view(shape)
-
-
-def _mean_keys(call: AttentionCall, grid: BlockGrid) -> torch.Tensor:
-    """Mean key of each block, over the keys it really has, float32 `[B, Hkv, N, D]`."""
-    last = grid.lengths[:, None] - torch.arange(grid.num_key_blocks, device=call.k.device) * grid.block_size
-    count = last.clamp(1, grid.block_size)[:, None, :, None]
-    return key_blocks(call.k, grid).float().sum(-2) / count
-
-
-def _estimate_last_block(call: AttentionCall, grid: BlockGrid, pooled_k: torch.Tensor) -> torch.Tensor:
-    """Attention over key blocks of the mean of the last `block` queries, float32 `[B, Hq, N]`."""
-    mean_q = call.q[:, :, -grid.block_size :].float().mean(-2, keepdim=True)
-    logits = _pooled_logits(mean_q, pooled_k, call).squeeze(-2)
-    return logits.masked_fill(~grid.has_key_block[:, None], -torch.inf).softmax(-1)
-
-
-def _block_attention(call: AttentionCall, grid: BlockGrid, pooled_k: torch.Tensor) -> torch.Tensor:
-    """Causal attention of mean queries to mean keys, float32 `[B, Hq, NQ, N]`; query blocks a row lacks are 0."""
-    begin, end = grid.query_bounds
-    count = (end - begin).clamp(min=1)[:, None, :, None]
-    mean_q = query_blocks(call.q, grid).float().sum(-2) / count
-    logits = _pooled_logits(mean_q, pooled_k, call).masked_fill(~grid.causal[:, None], -torch.inf)
-    return logits.softmax(-1).masked_fill(~grid.causal[:, None], 0.0)
-
-
-def _pooled_logits(mean_q: torch.Tensor, pooled_k: torch.Tensor, call: AttentionCall) -> torch.Tensor:
-    """Logits of mean queries `[B, Hq, I, D]` against mean keys `[B, Hkv, N, D]`: `[B, Hq, I, N]`."""
-    grouped = (mean_q * call.scale).unflatten(1, (-1, call.group_size))
-    logits = grouped @ pooled_k.transpose(-1, -2)[:, :, None]
-    return apply_softcap(logits.flatten(1, 2), call.softcap)
-
-
-def _js_distance(p: torch.Tensor, q: torch.Tensor, exists: torch.Tensor, zero_is_nan: bool) -> torch.Tensor:
-    """Square root of the Jensen-Shannon divergence over the last axis where `exists`, in nats.
-
-    With `zero_is_nan`, a zero probability gives NaN (0 * log 0), which is below no threshold, as in the public code.
-    """
-    middle = (p + q) / 2
-    if zero_is_nan:
-        terms = p * (p / middle).log() + q * (q / middle).log()
-    else:
-        middle = middle.clamp(min=torch.finfo(middle.dtype).tiny)
-        terms = torch.xlogy(p, p / middle) + torch.xlogy(q, q / middle)
-    return (terms.masked_fill(~exists, 0.0).sum(-1) / 2).clamp(min=0).sqrt()
-
-
-def _lines(verticals: torch.Tensor, slashes: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """Blocks `[B, Hq, NQ, N]` in the columns `verticals` or on the diagonals `slashes`, both bool `[B, Hq, N]`."""
-    key_block = torch.arange(grid.num_key_blocks, device=slashes.device)
-    distance = (grid.query_block_ids[..., None] - key_block).clamp(0, grid.num_key_blocks - 1)
-    index = distance.flatten(1)[:, None].expand(-1, slashes.shape[1], -1)
-    return verticals[:, :, None] | slashes.gather(-1, index).unflatten(-1, distance.shape[1:])
-
-
-def _tokens_within(mass: torch.Tensor, gamma: float) -> torch.Tensor:
-    """1 + how many of the largest entries have a sum of at most `gamma`, int64 `[...]`."""
-    return (mass.sort(-1, descending=True).values.cumsum(-1) <= gamma).sum(-1) + 1
-
-
-def _number_reaching(ranked: torch.Tensor, gamma: float) -> torch.Tensor:
-    """How many leading entries it takes until their sum is at least `gamma`, int64 `[...]`."""
-    return (ranked.cumsum(-1) - ranked < gamma).sum(-1)
-
-
-def _pool(profile: torch.Tensor, grid: BlockGrid, offset: torch.Tensor) -> torch.Tensor:
-    """Sums of `profile` `[B, Hq, n]` over blocks that begin at entry `offset[b]`, 0 outside: `[B, Hq, N]`."""
-    index = torch.arange(grid.num_key_blocks * grid.block_size, device=profile.device) + offset[:, None]
-    inside = (index >= 0) & (index < profile.shape[-1])
-    index = index.clamp(0, profile.shape[-1] - 1)[:, None].expand(-1, profile.shape[1], -1)
-    taken = profile.gather(-1, index).masked_fill(~inside[:, None], 0.0)
-    return taken.unflatten(-1, (grid.num_key_blocks, grid.block_size)).sum(-1)
+    def _query_aware(
+        self, heads: torch.Tensor, call: AttentionCall, grid: BlockGrid, mean_k: torch.Tensor
+    ) -> QueryAware:
+        return QueryAware(
+            heads=heads,
+            mean_q=query_means(call.q, grid, heads),
+            mean_k=mean_k,
+            scale=call.scale,
+            softcap=call.softcap,
+            gamma=self.gamma,
+            each_row=self.selection == "coverage",
+            max_blocks=self.max_blocks,
+        )

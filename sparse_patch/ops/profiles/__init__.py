@@ -3,13 +3,17 @@
 from torch import Tensor
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.profiles.torch import last_query_profiles as in_torch
 
 
 def last_query_profiles(call: AttentionCall, queries: int) -> tuple[Tensor, Tensor]:
     """Mean attention of the last `queries` queries by key and by distance, float32 `[B, Hq, Skv]` each, sums of 1.
 
     By key: indexed by position in the buffer, padding 0. By distance: entry `o` sums the attention to the key `o` back.
-    Every row must have at least `queries` real tokens for its profile to mean anything.
+    Every row must have at least `queries` real tokens for its profile to mean anything; `queries` is a power of two
+    from 16 to 128.
     """
-    return in_torch(call, queries)
+    if call.q.is_cuda:
+        from sparse_patch.ops.profiles.triton import last_query_profiles as profiles
+    else:
+        from sparse_patch.ops.profiles.torch import last_query_profiles as profiles
+    return profiles(call, queries)

@@ -1,18 +1,10 @@
-"""Lists of what is marked in a map: fixed capacity and counts, no host sync."""
+"""PyTorch backend of the lists."""
 
 import torch
 
 
 def compact(marked: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The marked values of each row, in order, at the front of a list as long as the row.
-
-    Args:
-        marked: bool `[..., n]`.
-        values: int32 `[..., n]`.
-
-    Returns:
-        The lists, int32 `[..., n]`, of which the first `counts` entries have a meaning; the counts, int32 `[...]`.
-    """
+    """See `ops.compact`."""
     capacity = marked.shape[-1]
     position = marked.cumsum(-1, dtype=torch.int32) - 1
     # What is not marked all writes to one spare slot, which is cut off again.

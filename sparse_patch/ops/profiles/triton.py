@@ -1,0 +1,143 @@
+"""Triton kernels of the profiles: two passes over the keys, no probability is ever written to memory.
+
+The first pass makes the LSE of each query, the second the sums over columns and diagonals. A tile is square, so that
+its diagonals line up in columns after each row was turned by its own number: `turned[i, c] = tile[i, (i - c) % R]`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sparse_patch.call import AttentionCall
+
+_PROGRAMS = 1056  # enough for every GPU; more tiles in a program share its queries
+
+
+def last_query_profiles(call: AttentionCall, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ops.profiles`; `queries` is a power of two from 16 to 128."""
+    by_key, by_distance = stacked_profiles(call, queries)
+    return by_key, by_distance
+
+
+def stacked_profiles(call: AttentionCall, queries: int) -> torch.Tensor:
+    """Both profiles of `ops.profiles` in one tensor, float32 `[2, B, Hq, Skv]`."""
+    batch, heads, q_length, head_dim = call.q.shape
+    keys = call.kv_length
+    all_tiles = triton.cdiv(keys, queries)
+    tiles = min(16, max(1, batch * heads * all_tiles // _PROGRAMS))
+    splits = triton.cdiv(all_tiles, tiles)
+    partial = call.q.new_empty(batch, heads, splits, queries, dtype=torch.float32)
+    profiles = call.q.new_zeros(2, batch, heads, keys, dtype=torch.float32)
+    starts = call.kv_start if call.kv_start is not None else partial  # not read
+    arguments = (
+        call.q,
+        call.k,
+        starts,
+        *call.q.stride()[:3],
+        *call.k.stride()[:3],
+        heads,
+        call.group_size,
+        keys,
+        q_length - queries,
+        splits,
+        tiles,
+        call.scale,
+        call.softcap or 1.0,
+    )
+    settings = {
+        "D": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "R": queries,
+        "HAS_START": call.kv_start is not None,
+        "HAS_SOFTCAP": call.softcap is not None,
+        "PRECISION": "ieee" if call.q.dtype == torch.float32 else "tf32",
+        "num_warps": 8 if queries == 128 else 4,
+        "num_stages": 3 if head_dim <= 128 and call.q.element_size() == 2 else 1,
+    }
+    grid = (batch * heads * splits,)
+    _lse_kernel[grid](*arguments, partial, **settings)
+    lse = torch.logsumexp(partial, 2)
+    _profile_kernel[grid](*arguments, lse, profiles[0], profiles[1], **settings)
+    return profiles
+
+
+@triton.jit
+def _tile_logits(
+    b_q, p_k, stride_ks, keys, j, scale, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits of the R last queries and the R keys from `j`, `-inf` where a query does not see a key."""
+    offs_j = j + tl.arange(0, R)
+    offs_d = tl.arange(0, BLOCK_D)
+    rows = offs_j.to(tl.int64)
+    mask = (offs_j < keys)[None, :] & (offs_d < D)[:, None]
+    b_k = tl.load(p_k + rows[None, :] * stride_ks + offs_d[:, None], mask=mask, other=0.0)
+    s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+    if HAS_SOFTCAP:
+        s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)  # tanh(x) = 2 sigmoid(2x) - 1
+    seen = offs_j[None, :] <= (keys - R + tl.arange(0, R))[:, None]
+    return tl.where(seen, s, -float("inf"))
+
+
+@triton.jit(do_not_specialize=["keys", "first_query", "splits", "tiles"])
+def _lse_kernel(
+    q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, heads, group, keys, first_query,
+    splits, tiles, scale, softcap, partial,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    i_s, i_bh = (pid // group) % splits, (pid // group // splits) * group + pid % group
+    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
+    start = 0
+    if HAS_START:
+        start = tl.load(kv_start + i_b).to(tl.int32)
+    offs_r = tl.arange(0, R)
+    offs_d = tl.arange(0, BLOCK_D)
+    p_q = q + i_b * stride_qb + i_h * stride_qh + (first_query + offs_r).to(tl.int64)[:, None] * stride_qs
+    b_q = tl.load(p_q + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
+    p_k = k + i_b * stride_kb + (i_h // group) * stride_kh
+    m_i = tl.full([R], -float("inf"), dtype=tl.float32)
+    l_i = tl.zeros([R], dtype=tl.float32)
+    for j in tl.range(start + i_s * tiles * R, tl.minimum(start + (i_s + 1) * tiles * R, keys), R):
+        s = _tile_logits(b_q, p_k, stride_ks, keys, j, scale, softcap, D, BLOCK_D, R, HAS_SOFTCAP, PRECISION)
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        l_i = l_i * tl.exp(m_i - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
+        m_i = m_new
+    tl.store(partial + (i_bh.to(tl.int64) * splits + i_s) * R + offs_r, m_i + tl.log(l_i))
+
+
+@triton.jit(do_not_specialize=["keys", "first_query", "splits", "tiles"])
+def _profile_kernel(
+    q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, heads, group, keys, first_query,
+    splits, tiles, scale, softcap, lse, by_key, by_distance,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    i_s, i_bh = (pid // group) % splits, (pid // group // splits) * group + pid % group
+    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
+    start = 0
+    if HAS_START:
+        start = tl.load(kv_start + i_b).to(tl.int32)
+    offs_r = tl.arange(0, R)
+    offs_d = tl.arange(0, BLOCK_D)
+    p_q = q + i_b * stride_qb + i_h * stride_qh + (first_query + offs_r).to(tl.int64)[:, None] * stride_qs
+    b_q = tl.load(p_q + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
+    p_k = k + i_b * stride_kb + (i_h // group) * stride_kh
+    b_lse = tl.load(lse + i_bh.to(tl.int64) * R + offs_r)
+    p_key, p_distance = by_key + i_bh.to(tl.int64) * keys, by_distance + i_bh.to(tl.int64) * keys
+    turn = (offs_r[:, None] - offs_r[None, :] + R) % R
+    for j in tl.range(start + i_s * tiles * R, tl.minimum(start + (i_s + 1) * tiles * R, keys), R):
+        s = _tile_logits(b_q, p_k, stride_ks, keys, j, scale, softcap, D, BLOCK_D, R, HAS_SOFTCAP, PRECISION)
+        p = tl.exp(s - b_lse[:, None]) / R
+        tl.store(p_key + j + offs_r, tl.sum(p, 0), mask=j + offs_r < keys)
+        turned = tl.gather(p, turn, 1)
+        # Column c holds the distances `near + c` (from row c on) and `near + c - R` (above). A distance gets a sum from
+        # two tiles at most, so that the order of the additions does not matter.
+        near = keys - R - j + offs_r
+        below = offs_r[:, None] >= offs_r[None, :]
+        tl.atomic_add(p_distance + near, tl.sum(tl.where(below, turned, 0.0), 0), mask=near >= 0, sem="relaxed")
+        far = near - R
+        tl.atomic_add(p_distance + far, tl.sum(tl.where(below, 0.0, turned), 0), mask=far >= 0, sem="relaxed")
