@@ -93,13 +93,13 @@ class FlexPrefill(PrefillMethod):
     def _select(self, call: AttentionCall, grid: BlockGrid) -> BlockPlan:
         mean_k = key_means(call.k, grid)
         verticals, slashes, query_aware = choose_lines(call, grid, mean_k, self._rule)
-        short_rows = grid.lengths <= self.dense_length
         aware = self._query_aware(query_aware, call, grid, mean_k) if self.tau > 0 else None
-        return plan_of_lines(verticals | short_rows[:, None, None], slashes, aware, grid)
+        return plan_of_lines(verticals, slashes, aware, grid)
 
     @property
     def _rule(self) -> LineRule:
-        return LineRule(self.gamma, self.tau, self.min_blocks, self.max_blocks, reach=self.selection == "coverage")
+        reach = self.selection == "coverage"
+        return LineRule(self.gamma, self.tau, self.min_blocks, self.max_blocks, reach, self.dense_length)
 
     def _query_aware(
         self, heads: torch.Tensor, call: AttentionCall, grid: BlockGrid, mean_k: torch.Tensor

@@ -18,6 +18,7 @@ class LineRule:
         reach: take lines until their mass reaches `gamma`, each bucket of distances with both block diagonals that it
             touches; if not, one line for every 128 tokens that stay within `gamma`, plus one, distances counted
             from the start of the prompt, and a pooled probability of 0 makes a head not query-aware.
+        dense_length: rows of at most this many tokens take every block.
     """
 
     gamma: float
@@ -25,6 +26,7 @@ class LineRule:
     min_blocks: int
     max_blocks: int | None
     reach: bool
+    dense_length: int = 0
 
 
 @dataclass(frozen=True)

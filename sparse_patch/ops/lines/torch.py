@@ -25,7 +25,7 @@ def choose_lines(
     slashes = _choose(distance_mass, by_distance, query_aware, grid, rule)
     if rule.reach:
         slashes = slashes | F.pad(slashes, (1, -1))
-    return verticals, slashes, query_aware
+    return verticals | (grid.lengths <= rule.dense_length)[:, None, None], slashes, query_aware
 
 
 def plan_of_lines(

@@ -66,6 +66,7 @@ def choose_lines(
         rule.tau,
         rule.min_blocks,
         min(rule.max_blocks or blocks, blocks),
+        rule.dense_length,
         REACH=rule.reach,
         BLOCK=block,
         BLOCK_N=triton.next_power_of_2(blocks),
@@ -93,8 +94,7 @@ def plan_of_lines(
     queries, device = grid.num_query_blocks, verticals.device
     indices = torch.empty(batch, heads, queries, num_blocks, dtype=torch.int32, device=device)
     counts = torch.empty(batch, heads, queries, dtype=torch.int32, device=device)
-    first_block = grid.query_block_ids[:, 0].contiguous()
-    blocks_of_row = grid.has_queries.sum(-1)  # a row's real query blocks come first
+    geometry = (grid.row_starts, grid.q_start, grid.kv_length)
     held = batch * heads if aware is None else max(1, _SLICE_BYTES // (4 * queries * num_blocks))
     attention, floors = counts, counts  # not read without query-aware heads
     if aware is not None:
@@ -103,16 +103,15 @@ def plan_of_lines(
     for head in range(0, batch * heads, held):
         number = min(held, batch * heads - head)
         if aware is not None:
-            _attend_pooled(aware, attention, head, number, first_block, blocks_of_row)
-            _cut(aware, attention, floors, head, number, blocks_of_row)
+            _attend_pooled(aware, attention, head, number, grid)
+            _cut(aware, attention, floors, head, number, grid)
         _plan_kernel[(number * queries,)](
             verticals.contiguous(),
             slashes.contiguous(),
             verticals if aware is None else aware.heads.contiguous(),
             attention,
             floors,
-            first_block,
-            blocks_of_row,
+            *geometry,
             indices,
             counts,
             head,
@@ -122,6 +121,7 @@ def plan_of_lines(
             AWARE=aware is not None,
             EACH_ROW=aware is not None and aware.each_row,
             FLOORS=floors.shape[1] if aware is not None and not aware.each_row else 1,
+            SIDE=grid.block_size,
             BLOCK=min(1024, triton.next_power_of_2(num_blocks)),
         )
     return BlockPlan(indices, counts, grid)
@@ -139,8 +139,7 @@ def _attend_pooled(
     attention: torch.Tensor,
     head: int,
     number: int,
-    first_block: torch.Tensor,
-    blocks_of_row: torch.Tensor,
+    grid: BlockGrid,
 ) -> None:
     """The pooled attention of some heads, where they are query-aware."""
     _, heads, queries, head_dim = aware.mean_q.shape
@@ -149,8 +148,9 @@ def _attend_pooled(
         aware.mean_k,
         aware.heads.contiguous(),
         attention,
-        first_block,
-        blocks_of_row,
+        grid.row_starts,
+        grid.q_start,
+        grid.kv_length,
         head,
         heads,
         aware.mean_k.shape[1],
@@ -161,25 +161,28 @@ def _attend_pooled(
         HAS_SOFTCAP=aware.softcap is not None,
         D=head_dim,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        SIDE=grid.block_size,
         BLOCK_I=32,
         BLOCK_J=64,
     )
 
 
 def _cut(
-    aware: QueryAware, attention: torch.Tensor, floors: torch.Tensor, head: int, number: int, rows: torch.Tensor
+    aware: QueryAware, attention: torch.Tensor, floors: torch.Tensor, head: int, number: int, grid: BlockGrid
 ) -> None:
     """Where to cut the attention of some heads: entries whose bits are above the floor are taken."""
     _, heads, queries, _ = aware.mean_q.shape
     num_blocks = aware.mean_k.shape[2]
     if not aware.each_row and queries * num_blocks > _LONG:
-        return _cut_long(aware, attention, floors, head, number, rows)
+        return _cut_long(aware, attention, floors, head, number, grid)
     length = num_blocks if aware.each_row else queries * num_blocks
     block = min(4096 if aware.each_row else 16384, triton.next_power_of_2(length))
     _floor_kernel[(number * floors.shape[1],)](
         attention,
         aware.heads.contiguous(),
-        rows,
+        grid.row_starts,
+        grid.q_start,
+        grid.kv_length,
         floors,
         head,
         heads,
@@ -189,13 +192,14 @@ def _cut(
         ROWS=floors.shape[1],
         EACH_ROW=aware.each_row,
         LIMITED=aware.max_blocks is not None,
+        SIDE=grid.block_size,
         BLOCK=block,
         num_warps=max(4, block // 512),
     )
 
 
 def _cut_long(
-    aware: QueryAware, attention: torch.Tensor, floors: torch.Tensor, head: int, number: int, rows: torch.Tensor
+    aware: QueryAware, attention: torch.Tensor, floors: torch.Tensor, head: int, number: int, grid: BlockGrid
 ) -> None:
     """The same with many programs for a head, and a launch for each step of the search."""
     heads, length = aware.heads.shape[1], attention[0].numel()
@@ -206,7 +210,9 @@ def _cut_long(
         _digit_kernel[(number * chunks,)](
             attention,
             aware.heads.contiguous(),
-            rows,
+            grid.row_starts,
+            grid.q_start,
+            grid.kv_length,
             sums[step % 2],
             sums[1 - step % 2],
             floors,
@@ -216,9 +222,18 @@ def _cut_long(
             chunks,
             aware.gamma,
             step,
+            SIDE=grid.block_size,
             CHUNK=_CHUNK,
             CHUNKS=triton.next_power_of_2(chunks),
         )
+
+
+@triton.jit
+def _query_blocks(row_starts, q_start, keys, i_b, SIDE: tl.constexpr):
+    """The grid index of a row's first query block, and how many a row has."""
+    start = tl.load(row_starts + i_b).to(tl.int32)
+    first = tl.maximum(q_start - start, 0) // SIDE
+    return first, tl.cdiv(keys - start, SIDE) - first
 
 
 @triton.jit
@@ -284,10 +299,10 @@ def _count_kernel(x, counts, gamma, n, BLOCK: tl.constexpr):
     tl.store(counts + pid, (tl.sum(above, 0) + tl.maximum(ties, 0) + 1).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["head", "heads", "n", "most"])
+@triton.jit(do_not_specialize=["q_start", "keys", "head", "heads", "n", "most"])
 def _floor_kernel(
-    attention, aware, rows, floors, head, heads, n, gamma, most,
-    ROWS: tl.constexpr, EACH_ROW: tl.constexpr, LIMITED: tl.constexpr, BLOCK: tl.constexpr,
+    attention, aware, row_starts, q_start, keys, floors, head, heads, n, gamma, most,
+    ROWS: tl.constexpr, EACH_ROW: tl.constexpr, LIMITED: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     i_bh = head + pid // ROWS
@@ -296,15 +311,16 @@ def _floor_kernel(
     if EACH_ROW:
         floor = _search(attention + pid.to(tl.int64) * n, n, gamma, most, True, LIMITED, BLOCK) - 1
     else:
-        limit = gamma * tl.load(rows + i_bh // heads).to(tl.float32)
+        _, rows = _query_blocks(row_starts, q_start, keys, i_bh // heads, SIDE)
+        limit = gamma * rows.to(tl.float32)
         floor = _search(attention + pid.to(tl.int64) * n, n, limit, most, False, False, BLOCK)
     tl.store(floors + i_bh * ROWS + pid % ROWS, floor)
 
 
-@triton.jit(do_not_specialize=["head", "heads", "n", "chunks", "step"])
+@triton.jit(do_not_specialize=["q_start", "keys", "head", "heads", "n", "chunks", "step"])
 def _digit_kernel(
-    attention, aware, rows, sums, sums_before, floors, head, heads, n, chunks, gamma, step,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    attention, aware, row_starts, q_start, keys, sums, sums_before, floors, head, heads, n, chunks, gamma, step,
+    SIDE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """One step of the search for a head's floor: four more of its bits from the sums of the step before, new sums.
 
@@ -321,7 +337,8 @@ def _digit_kernel(
         offs_c = tl.arange(0, CHUNKS)
         p_before = sums_before + (i_row * chunks + offs_c[:, None]) * 16 + offs_n[None, :]
         mass = tl.sum(tl.load(p_before, mask=(offs_c < chunks)[:, None], other=0.0), 0)
-        limit = gamma * tl.load(rows + i_bh // heads).to(tl.float32)
+        _, rows = _query_blocks(row_starts, q_start, keys, i_bh // heads, SIDE)
+        limit = gamma * rows.to(tl.float32)
         digits = tl.sum(((mass > limit) & (offs_n > 0)).to(tl.int32), 0)
         floor += digits << (32 - 4 * step)
     if i_chunk == 0:
@@ -408,10 +425,10 @@ def _largest(mass, exists, offs, wanted):
     return (above != 0) | ((ties != 0) & (tl.cumsum(ties, 0) <= wanted - tl.sum(above, 0)))
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "keys", "blocks", "min_blocks", "max_blocks"])
+@triton.jit(do_not_specialize=["batch", "heads", "keys", "blocks", "min_blocks", "max_blocks", "dense_length"])
 def _choose_kernel(
     pooled, counts, row_starts, lines, aware, batch, heads, keys, blocks, gamma, tau, min_blocks, max_blocks,
-    REACH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    dense_length, REACH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The lines of one head."""
     i_bh = tl.program_id(0)
@@ -449,15 +466,16 @@ def _choose_kernel(
     verticals = tl.minimum(tl.minimum(tl.maximum(verticals, min_blocks), max_blocks), number)
     slashes = tl.minimum(tl.minimum(tl.maximum(slashes, min_blocks), max_blocks), number)
     p_lines = lines + i_bh.to(tl.int64) * blocks + offs
-    tl.store(p_lines, _largest(key_mass, exists, offs, verticals), mask=offs < blocks)
+    every = keys - start <= dense_length
+    tl.store(p_lines, _largest(key_mass, exists, offs, verticals) | every, mask=offs < blocks)
     tl.store(p_lines + step, _largest(distance_mass, exists, offs, slashes), mask=offs < blocks)
 
 
-@triton.jit(do_not_specialize=["head", "heads", "queries", "blocks"])
+@triton.jit(do_not_specialize=["q_start", "keys", "head", "heads", "queries", "blocks"])
 def _pooled_kernel(
-    mean_q, mean_k, aware, attention, first_block, blocks_of_row, head, heads, kv_heads, queries, blocks, scale,
-    softcap, HAS_SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
+    mean_q, mean_k, aware, attention, row_starts, q_start, keys, head, heads, kv_heads, queries, blocks, scale,
+    softcap, HAS_SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SIDE: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(queries, BLOCK_I)
     pid = tl.program_id(0)
@@ -467,8 +485,9 @@ def _pooled_kernel(
     i_b, i_h = i_bh // heads, i_bh % heads
     offs_i = (pid % tiles) * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_d = tl.arange(0, BLOCK_D)
-    real = offs_i < tl.load(blocks_of_row + i_b).to(tl.int32)
-    query_block = tl.load(first_block + i_b).to(tl.int32) + offs_i
+    first_block, rows = _query_blocks(row_starts, q_start, keys, i_b, SIDE)
+    real = offs_i < rows
+    query_block = first_block + offs_i
     p_q = mean_q + (i_bh.to(tl.int64) * queries + offs_i[:, None]) * D + offs_d[None, :]
     b_q = tl.load(p_q, mask=(offs_i < queries)[:, None] & (offs_d < D)[None, :], other=0.0) * scale
     p_k = mean_k + (i_b * kv_heads + i_h // (heads // kv_heads)).to(tl.int64) * blocks * D
@@ -482,7 +501,7 @@ def _pooled_kernel(
             mask=(offs_j < blocks)[None, :] & (offs_d < D)[:, None],
             other=0.0,
         )
-        s = tl.dot(b_q, b_k, input_precision="ieee")
+        s = tl.dot(b_q, b_k, input_precision="tf32x3")
         if HAS_SOFTCAP:
             s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
         seen = (offs_j[None, :] <= query_block[:, None]) & real[:, None] & (offs_j < blocks)[None, :]
@@ -501,17 +520,19 @@ def _pooled_kernel(
         tl.store(p_o + offs_j[None, :], tl.exp(s - lse[:, None]), mask=mask)
 
 
-@triton.jit(do_not_specialize=["head", "heads", "queries", "blocks"])
+@triton.jit(do_not_specialize=["q_start", "keys", "head", "heads", "queries", "blocks"])
 def _plan_kernel(
-    verticals, slashes, aware, attention, floors, first_block, blocks_of_row, indices, counts, head, heads, queries,
-    blocks, AWARE: tl.constexpr, EACH_ROW: tl.constexpr, FLOORS: tl.constexpr, BLOCK: tl.constexpr,
+    verticals, slashes, aware, attention, floors, row_starts, q_start, keys, indices, counts, head, heads, queries,
+    blocks, AWARE: tl.constexpr, EACH_ROW: tl.constexpr, FLOORS: tl.constexpr, SIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The list of one query block."""
     pid = tl.program_id(0)
     i_bh, i_q = head + pid // queries, pid % queries
     i_b = i_bh // heads
-    query_block = tl.load(first_block + i_b).to(tl.int32) + i_q
-    end = tl.where(i_q < tl.load(blocks_of_row + i_b).to(tl.int32), query_block + 1, 0)
+    first_block, rows = _query_blocks(row_starts, q_start, keys, i_b, SIDE)
+    query_block = first_block + i_q
+    end = tl.where(i_q < rows, query_block + 1, 0)
     i_list = i_bh.to(tl.int64) * queries + i_q
     chosen_end, floor = 0, 0
     if AWARE:

@@ -56,8 +56,7 @@ def stacked_profiles(call: AttentionCall, queries: int) -> torch.Tensor:
     }
     grid = (batch * heads * splits,)
     _lse_kernel[grid](*arguments, partial, **settings)
-    lse = torch.logsumexp(partial, 2)
-    _profile_kernel[grid](*arguments, lse, profiles[0], profiles[1], **settings)
+    _profile_kernel[grid](*arguments, partial, profiles, **settings)
     return profiles
 
 
@@ -111,7 +110,7 @@ def _lse_kernel(
 @triton.jit(do_not_specialize=["keys", "first_query", "splits", "tiles"])
 def _profile_kernel(
     q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, heads, group, keys, first_query,
-    splits, tiles, scale, softcap, lse, by_key, by_distance,
+    splits, tiles, scale, softcap, partial, profiles,
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, HAS_START: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -126,8 +125,15 @@ def _profile_kernel(
     p_q = q + i_b * stride_qb + i_h * stride_qh + (first_query + offs_r).to(tl.int64)[:, None] * stride_qs
     b_q = tl.load(p_q + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
     p_k = k + i_b * stride_kb + (i_h // group) * stride_kh
-    b_lse = tl.load(lse + i_bh.to(tl.int64) * R + offs_r)
-    p_key, p_distance = by_key + i_bh.to(tl.int64) * keys, by_distance + i_bh.to(tl.int64) * keys
+    p_partial = partial + i_bh.to(tl.int64) * splits * R + offs_r
+    b_lse = tl.full([R], -float("inf"), dtype=tl.float32)
+    for i in tl.range(0, splits):
+        part = tl.load(p_partial + i * R)
+        top = tl.maximum(b_lse, part)
+        shift = tl.where(top == -float("inf"), 0.0, top)
+        b_lse = shift + tl.log(tl.exp(b_lse - shift) + tl.exp(part - shift))
+    p_key = profiles + i_bh.to(tl.int64) * keys
+    p_distance = p_key + (tl.num_programs(0) // splits).to(tl.int64) * keys
     turn = (offs_r[:, None] - offs_r[None, :] + R) % R
     for j in tl.range(start + i_s * tiles * R, tl.minimum(start + (i_s + 1) * tiles * R, keys), R):
         s = _tile_logits(b_q, p_k, stride_ks, keys, j, scale, softcap, D, BLOCK_D, R, HAS_SOFTCAP, PRECISION)
