@@ -22,13 +22,12 @@ last queries. Selection looks at the last queries of the call, so a token's outp
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.methods.base import PrefillMethod, Tokens
-from sparse_patch.ops.block_means import key_means, query_means
+from sparse_patch.ops.block_means import key_means
 from sparse_patch.ops.lines import LineRule, QueryAware, choose_lines, plan_of_lines
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
 
@@ -91,26 +90,9 @@ class FlexPrefill(PrefillMethod):
         return self._select(call, BlockGrid.of(call, self.block_size))
 
     def _select(self, call: AttentionCall, grid: BlockGrid) -> BlockPlan:
-        mean_k = key_means(call.k, grid)
-        verticals, slashes, query_aware = choose_lines(call, grid, mean_k, self._rule)
-        aware = self._query_aware(query_aware, call, grid, mean_k) if self.tau > 0 else None
-        return plan_of_lines(verticals, slashes, aware, grid)
-
-    @property
-    def _rule(self) -> LineRule:
         reach = self.selection == "coverage"
-        return LineRule(self.gamma, self.tau, self.min_blocks, self.max_blocks, reach, self.dense_length)
-
-    def _query_aware(
-        self, heads: torch.Tensor, call: AttentionCall, grid: BlockGrid, mean_k: torch.Tensor
-    ) -> QueryAware:
-        return QueryAware(
-            heads=heads,
-            mean_q=query_means(call.q, grid, heads),
-            mean_k=mean_k,
-            scale=call.scale,
-            softcap=call.softcap,
-            gamma=self.gamma,
-            each_row=self.selection == "coverage",
-            max_blocks=self.max_blocks,
-        )
+        rule = LineRule(self.gamma, self.tau, self.min_blocks, self.max_blocks, reach, self.dense_length)
+        mean_k = key_means(call.k, grid)
+        verticals, slashes, heads = choose_lines(call, grid, mean_k, rule)
+        aware = QueryAware(heads, call, mean_k, self.gamma, each_row=reach, max_blocks=self.max_blocks)
+        return plan_of_lines(verticals, slashes, aware if self.tau > 0 else None, grid)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from calls import make_call
 
-from sparse_patch.ops.block_means import key_means, query_means
+from sparse_patch.ops.block_means import key_means
 from sparse_patch.ops.lines import LineRule, QueryAware
 from sparse_patch.ops.lines import torch as in_torch
 from sparse_patch.ops.lines import triton as in_triton
@@ -52,10 +52,8 @@ def test_kernels_make_the_plan_of_pytorch(
     verticals, slashes = torch.rand(shape) < 0.1, torch.rand(shape) < 0.1
     aware = QueryAware(
         heads=torch.rand(shape[:2]) < 0.6,
-        mean_q=query_means(call.q, grid),
+        call=call,
         mean_k=key_means(call.k, grid),
-        scale=call.scale,
-        softcap=call.softcap,
         gamma=0.7,
         each_row=each_row,
         max_blocks=max_blocks,
@@ -69,30 +67,29 @@ def test_kernels_make_the_plan_of_pytorch(
 
 
 @pytest.mark.parametrize("reach", [False, True])
-@pytest.mark.parametrize("queries, row_starts, softcap", [(300, None, None), (150, [0, 70], 4.0)])
+@pytest.mark.parametrize("queries, row_starts, softcap", [(200, None, None), (90, [0, 70], 4.0)])
 def test_kernels_choose_the_lines_of_pytorch(
     reach: bool, queries: int, row_starts: list[int] | None, softcap: float | None
 ) -> None:
-    call = make_call(300, queries=queries, row_starts=row_starts, heads=(4, 2), softcap=softcap, head_dim=24)
+    call = make_call(200, queries=queries, row_starts=row_starts, heads=(4, 2), softcap=softcap, head_dim=24)
     grid = BlockGrid.of(call, 16)
     mean_k = key_means(call.k, grid)
     aware = []
-    for gamma, tau, least, most in ((0.7, 0.0, 1, None), (0.9, 0.3, 2, 5), (0.4, 1.0, 3, None)):
+    for gamma, tau, least, most in ((0.7, 0.0, 1, None), (0.9, 0.5, 2, 5)):
         rule = LineRule(gamma, tau, least, most, reach)
         expected = in_torch.choose_lines(call, grid, mean_k, rule)
         chosen = in_triton.choose_lines(call, grid, mean_k, rule)
         for mine, theirs in zip(chosen, expected, strict=True):
             assert torch.equal(mine, theirs)
         aware.append(expected[2].float().mean())
-    assert aware[0] == 0 < aware[2], "both kinds of heads are there"
+    assert aware[0] < aware[1], "there are heads of both kinds"
 
 
 def test_a_long_search_takes_many_programs_for_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    call = make_call(300, heads=(2, 1))
+    call = make_call(200, heads=(2, 1))
     grid = BlockGrid.of(call, 16)
     none = torch.zeros(1, 2, grid.num_key_blocks, dtype=torch.bool)
-    means = query_means(call.q, grid), key_means(call.k, grid)
-    aware = QueryAware(torch.ones(1, 2, dtype=torch.bool), *means, call.scale, None, 0.8, False, None)
+    aware = QueryAware(torch.ones(1, 2, dtype=torch.bool), call, key_means(call.k, grid), 0.8, False, None)
     expected = in_torch.plan_of_lines(none, none, aware, grid)
     monkeypatch.setattr(in_triton, "_LONG", 1)
     monkeypatch.setattr(in_triton, "_CHUNK", 256)

@@ -14,13 +14,10 @@ def key_means(k: Tensor, grid: BlockGrid) -> Tensor:
     return means(k, grid)
 
 
-def query_means(q: Tensor, grid: BlockGrid, heads: Tensor | None = None) -> Tensor:
-    """Mean query of each query block, float32 `[B, Hq, NQ, D]` for queries `[B, Hq, Sq, D]`; 0 for empty blocks.
-
-    `heads`, bool `[B, Hq]`, are those whose means are needed; the others' have no meaning. None for all.
-    """
+def query_means(q: Tensor, grid: BlockGrid) -> Tensor:
+    """Mean query of each query block, float32 `[B, Hq, NQ, D]` for queries `[B, Hq, Sq, D]`; 0 for empty blocks."""
     if q.is_cuda:
         from sparse_patch.ops.block_means.triton import query_means as means
     else:
         from sparse_patch.ops.block_means.torch import query_means as means
-    return means(q, grid, heads)
+    return means(q, grid)

@@ -13,7 +13,7 @@ def key_means(k: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
     return key_blocks(k, grid).sum(-2, dtype=torch.float32) / count
 
 
-def query_means(q: torch.Tensor, grid: BlockGrid, heads: torch.Tensor | None = None) -> torch.Tensor:
+def query_means(q: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
     """See `ops.block_means`."""
     begin, end = grid.query_bounds
     count = (end - begin).clamp(min=1)[:, None, :, None]

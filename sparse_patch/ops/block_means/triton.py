@@ -10,24 +10,17 @@ from sparse_patch.plans import BlockGrid
 def key_means(k: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
     """See `ops.block_means`."""
     starts = grid.row_starts
-    return _means(k, grid, grid.num_key_blocks, starts, starts, None)
+    return _means(k, grid, grid.num_key_blocks, starts, starts)
 
 
-def query_means(q: torch.Tensor, grid: BlockGrid, heads: torch.Tensor | None = None) -> torch.Tensor:
+def query_means(q: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
     """See `ops.block_means`."""
     shift = grid.row_starts - grid.q_start
     first = shift + grid.query_block_ids[:, 0] * grid.block_size
-    return _means(q, grid, grid.num_query_blocks, first, shift.clamp(min=0), heads)
+    return _means(q, grid, grid.num_query_blocks, first, shift.clamp(min=0))
 
 
-def _means(
-    x: torch.Tensor,
-    grid: BlockGrid,
-    blocks: int,
-    first: torch.Tensor,
-    low: torch.Tensor,
-    wanted: torch.Tensor | None,
-) -> torch.Tensor:
+def _means(x: torch.Tensor, grid: BlockGrid, blocks: int, first: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     """Means of the blocks of `x` `[B, H, S, D]` that begin at index `first[b]`, over indices from `low[b]` on."""
     batch, heads, length, head_dim = x.shape
     means = x.new_empty(batch, heads, blocks, head_dim, dtype=torch.float32)
@@ -36,7 +29,6 @@ def _means(
         x,
         first,
         low,
-        first if wanted is None else wanted.contiguous(),
         means,
         *x.stride()[:3],
         heads,
@@ -45,22 +37,18 @@ def _means(
         D=head_dim,
         BLOCK_D=block_d,
         BLOCK=grid.block_size,
-        ALL=wanted is None,
     )
     return means
 
 
 @triton.jit(do_not_specialize=["blocks", "length"])
 def _mean_kernel(
-    x, first, low, wanted, means, stride_xb, stride_xh, stride_xs, heads, blocks, length,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr,
+    x, first, low, means, stride_xb, stride_xh, stride_xs, heads, blocks, length,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     i_block, i_bh = pid % blocks, pid // blocks
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
-    if not ALL:
-        if tl.load(wanted + i_bh) == 0:
-            return
     offs_d = tl.arange(0, BLOCK_D)
     offs_s = tl.load(first + i_b) + i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = (offs_s >= tl.load(low + i_b)) & (offs_s < length)

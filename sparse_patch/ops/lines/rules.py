@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sparse_patch.call import AttentionCall
+
 
 @dataclass(frozen=True)
 class LineRule:
@@ -35,10 +37,8 @@ class QueryAware:
 
     Attributes:
         heads: which heads do, bool `[B, Hq]`.
-        mean_q: `[B, Hq, NQ, D]`, float32; of other heads it has no meaning.
-        mean_k: `[B, Hkv, N, D]`, float32.
-        scale: factor on the logits.
-        softcap: as in `AttentionCall`.
+        call: the attention call.
+        mean_k: mean keys of the blocks, float32 `[B, Hkv, N, D]`.
         gamma: attention mass to keep.
         each_row: every query block takes its largest blocks until their sum reaches `gamma`; if not, a head takes the
             largest blocks of all its query blocks together while their sum is at most `gamma` times their number.
@@ -46,10 +46,8 @@ class QueryAware:
     """
 
     heads: torch.Tensor
-    mean_q: torch.Tensor
+    call: AttentionCall
     mean_k: torch.Tensor
-    scale: float
-    softcap: float | None
     gamma: float
     each_row: bool
     max_blocks: int | None

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from sparse_patch.call import AttentionCall, apply_softcap
+from sparse_patch.ops.block_means.torch import query_means
 from sparse_patch.ops.lines.rules import LineRule, QueryAware
 from sparse_patch.ops.profiles.torch import last_query_profiles
 from sparse_patch.plans import BlockGrid, BlockPlan
@@ -60,7 +61,8 @@ def _aware_blocks(aware: QueryAware, grid: BlockGrid) -> torch.Tensor:
 
 def _block_attention(aware: QueryAware, grid: BlockGrid) -> torch.Tensor:
     """Causal attention of mean queries to mean keys, float32 `[B, Hq, NQ, N]`; query blocks a row lacks are 0."""
-    logits = _pooled_logits(aware.mean_q, aware.mean_k, aware.scale, aware.softcap)
+    call = aware.call
+    logits = _pooled_logits(query_means(call.q, grid), aware.mean_k, call.scale, call.softcap)
     attention = logits.masked_fill(~grid.causal[:, None], -torch.inf).softmax(-1)
     return attention.masked_fill(~grid.causal[:, None], 0.0)
 

@@ -106,9 +106,9 @@ def plan_of_lines(
             _attend_pooled(aware, attention, head, number, grid)
             _cut(aware, attention, floors, head, number, grid)
         _plan_kernel[(number * queries,)](
-            verticals.contiguous(),
-            slashes.contiguous(),
-            verticals if aware is None else aware.heads.contiguous(),
+            verticals,
+            slashes,
+            verticals if aware is None else aware.heads,
             attention,
             floors,
             *geometry,
@@ -142,27 +142,28 @@ def _attend_pooled(
     grid: BlockGrid,
 ) -> None:
     """The pooled attention of some heads, where they are query-aware."""
-    _, heads, queries, head_dim = aware.mean_q.shape
-    _pooled_kernel[(number * triton.cdiv(queries, 32),)](
-        aware.mean_q,
+    call, queries, block_i = aware.call, attention.shape[1], 16
+    _pooled_kernel[(number * triton.cdiv(queries, block_i),)](
+        call.q,
         aware.mean_k,
-        aware.heads.contiguous(),
+        aware.heads,
         attention,
         grid.row_starts,
-        grid.q_start,
-        grid.kv_length,
+        *call.q.stride()[:3],
+        call.q_start,
+        call.kv_length,
         head,
-        heads,
-        aware.mean_k.shape[1],
+        call.q.shape[1],
+        call.group_size,
         queries,
-        aware.mean_k.shape[2],
-        aware.scale,
-        aware.softcap or 1.0,
-        HAS_SOFTCAP=aware.softcap is not None,
-        D=head_dim,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        grid.num_key_blocks,
+        call.scale,
+        call.softcap or 1.0,
+        HAS_SOFTCAP=call.softcap is not None,
+        D=call.q.shape[3],
+        BLOCK_D=max(16, triton.next_power_of_2(call.q.shape[3])),
         SIDE=grid.block_size,
-        BLOCK_I=32,
+        BLOCK_I=block_i,
         BLOCK_J=64,
     )
 
@@ -171,15 +172,14 @@ def _cut(
     aware: QueryAware, attention: torch.Tensor, floors: torch.Tensor, head: int, number: int, grid: BlockGrid
 ) -> None:
     """Where to cut the attention of some heads: entries whose bits are above the floor are taken."""
-    _, heads, queries, _ = aware.mean_q.shape
-    num_blocks = aware.mean_k.shape[2]
+    heads, queries, num_blocks = aware.heads.shape[1], *attention.shape[1:]
     if not aware.each_row and queries * num_blocks > _LONG:
         return _cut_long(aware, attention, floors, head, number, grid)
     length = num_blocks if aware.each_row else queries * num_blocks
     block = min(4096 if aware.each_row else 16384, triton.next_power_of_2(length))
     _floor_kernel[(number * floors.shape[1],)](
         attention,
-        aware.heads.contiguous(),
+        aware.heads,
         grid.row_starts,
         grid.q_start,
         grid.kv_length,
@@ -209,7 +209,7 @@ def _cut_long(
     for step in range(9):
         _digit_kernel[(number * chunks,)](
             attention,
-            aware.heads.contiguous(),
+            aware.heads,
             grid.row_starts,
             grid.q_start,
             grid.kv_length,
@@ -473,10 +473,11 @@ def _choose_kernel(
 
 @triton.jit(do_not_specialize=["q_start", "keys", "head", "heads", "queries", "blocks"])
 def _pooled_kernel(
-    mean_q, mean_k, aware, attention, row_starts, q_start, keys, head, heads, kv_heads, queries, blocks, scale,
-    softcap, HAS_SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SIDE: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    q, mean_k, aware, attention, row_starts, stride_qb, stride_qh, stride_qs, q_start, keys, head, heads, group,
+    queries, blocks, scale, softcap, HAS_SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    SIDE: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
+    """Causal attention of mean queries to mean keys, for some query blocks of a query-aware head."""
     tiles = tl.cdiv(queries, BLOCK_I)
     pid = tl.program_id(0)
     i_bh = head + pid // tiles
@@ -488,9 +489,18 @@ def _pooled_kernel(
     first_block, rows = _query_blocks(row_starts, q_start, keys, i_b, SIDE)
     real = offs_i < rows
     query_block = first_block + offs_i
-    p_q = mean_q + (i_bh.to(tl.int64) * queries + offs_i[:, None]) * D + offs_d[None, :]
-    b_q = tl.load(p_q, mask=(offs_i < queries)[:, None] & (offs_d < D)[None, :], other=0.0) * scale
-    p_k = mean_k + (i_b * kv_heads + i_h // (heads // kv_heads)).to(tl.int64) * blocks * D
+    start = tl.load(row_starts + i_b).to(tl.int32)
+    low = tl.maximum(q_start - start, 0)
+    p_q = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh + offs_d[None, :]
+    b_q = tl.zeros([BLOCK_I, BLOCK_D], dtype=tl.float32)
+    for i in tl.range(0, SIDE):
+        position = query_block * SIDE + i
+        there = real & (position >= low) & (position < keys - start)
+        rows_q = (position + start - q_start).to(tl.int64)
+        b_q += tl.load(p_q + rows_q[:, None] * stride_qs, mask=there[:, None] & (offs_d < D)[None, :], other=0.0)
+    number = tl.minimum(query_block * SIDE + SIDE, keys - start) - tl.maximum(query_block * SIDE, low)
+    b_q *= (scale / tl.maximum(number, 1))[:, None]
+    p_k = mean_k + (i_b * (heads // group) + i_h // group).to(tl.int64) * blocks * D
     p_o = attention + ((i_bh - head).to(tl.int64) * queries + offs_i[:, None]) * blocks
     m_i = tl.full([BLOCK_I], -float("inf"), dtype=tl.float32)
     l_i = tl.zeros([BLOCK_I], dtype=tl.float32)
