@@ -100,7 +100,12 @@ BAD_SOURCES = [
     (FLEX, {"prefill": {"layers": [1, "a"]}}, 'prefill.layers: expected "all", a list of layer numbers or'),
     (FLEX, {"prefill": {"method": 3}}, "prefill.method: expected one of dense, flexprefill, got 3"),
     (FLEX, {"prefill": 7}, "prefill: expected a mapping with a `method`, got 7"),
-    (FLEX, {"backend": "triton"}, "flexprefill.yaml: backend: expected 'auto', 'triton' or 'reference', got str"),
+    (
+        FLEX,
+        {"backend": "cuda"},
+        "flexprefill.yaml: backend: expected 'auto', 'triton', 'flash', 'torch' or 'reference', got str",
+    ),
+    (FLEX, {"dense": "fast"}, "flexprefill.yaml: dense: expected 'unpatched' or 'best', got str"),
     (FLEX, {"on_unsupported": 1}, "on_unsupported: expected 'warn', 'error' or 'silent', got int 1"),
     (FLEX, {"source": "x"}, "flexprefill.yaml: source: unknown key"),
 ]
@@ -117,7 +122,7 @@ def test_bad_config_is_one_line(source: Any, overrides: dict[str, Any], message:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("- a\n- b\n", "expected a mapping with the keys prefill, decode, backend, on_unsupported, got a list"),
+        ("- a\n- b\n", "expected a mapping with the keys prefill, decode, backend, dense, on_unsupported, got a list"),
         ("", "got an empty file"),
         ("just text", "got a str"),
         ("a: [b\nc: :", "not valid YAML: "),
