@@ -99,9 +99,64 @@ def _accuracy_note(result: dict[str, Any]) -> str:
     )
 
 
+def prefill_tables(results: Path = ROOT / "benchmarks" / "results") -> str:
+    """One table for each machine of `sparse-patch bench prefill`, from `<machine>/prefill.json`."""
+    tables = [prefill_table(json.loads(path.read_text())) for path in sorted(results.glob("*/prefill.json"))]
+    return "\n\n".join(tables) or "No measured machine is recorded yet; the command measures yours."
+
+
+def prefill_table(result: dict[str, Any]) -> str:
+    """One row for each kernel, density and method, one column for each length."""
+    rows = result["rows"]
+    lengths = sorted({row["length"] for row in rows})
+    lines = [
+        f"| attention of one layer | {' | '.join(f'{n:,} tokens' for n in lengths)} |",
+        f"|{'---|' * (len(lengths) + 1)}",
+    ]
+    for label in dict.fromkeys(row["label"] for row in sorted(rows, key=lambda row: KINDS.index(row["kind"]))):
+        mine = {row["length"]: row for row in rows if row["label"] == label}
+        lines.append(f"| {label} | {' | '.join(_prefill_cell(mine.get(length)) for length in lengths)} |")
+    return "\n".join([*lines, "", _prefill_note(result)])
+
+
+KINDS = ("dense", "blocks", "method")
+
+
+def _prefill_cell(row: dict[str, Any] | None) -> str:
+    """Milliseconds of the whole and speed-up over the fastest dense kernel; for a method its density as well."""
+    if row is None:
+        return ""
+    ms = row["total_ms"]
+    time = f"{ms:.2f} ms" if ms < 10 else f"{ms:.1f} ms"
+    speedup = "" if row["speedup"] is None else f", {row['speedup']:.2f} x"
+    return time + speedup + (f" (density {row['density']:.2f})" if row["kind"] == "method" else "")
+
+
+def _prefill_note(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    shape = machine["shape"]
+    versions = ", ".join(
+        f"{name} {machine[name]}"
+        for name in ("driver", "torch", "triton", "flash-attn-4", "transformers")
+        if name in machine
+    )
+    baselines = {"fastest_dense": "the fastest dense kernel", "flash2": "FlashAttention-2"}
+    break_even = "; ".join(
+        f"`{name}` beats {baselines[key]} " + (f"from {length:,} tokens" if length else "at no measured length")
+        for name, found in result["break_even"].items()
+        for key, length in found.items()
+    )
+    return (
+        "Milliseconds, selection included, and speed-up over the fastest dense kernel of the same run. "
+        f"{machine['device']}, {machine['dtype']}, {shape['heads']} query heads, {shape['kv_heads']} KV heads, "
+        f"head_dim {shape['head_dim']}, {versions}. Percentages are random blocks of 128; {result['qkv']}."
+        + (f" Of the measured lengths, {break_even}." if break_even else "")
+    )
+
+
 def updated(readme: str) -> str:
     """The README with fresh tables between its markers."""
-    for name, table in (("demo", demo_table()), ("accuracy", accuracy_table())):
+    for name, table in (("demo", demo_table()), ("accuracy", accuracy_table()), ("prefill", prefill_tables())):
         begin, end = f"<!-- {name} table -->", f"<!-- end of {name} table -->"
         before, _, rest = readme.partition(begin)
         _, _, after = rest.partition(end)

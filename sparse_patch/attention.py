@@ -20,6 +20,7 @@ from sparse_patch.config import PatchConfig
 from sparse_patch.errors import PatchError, UnsupportedCallError
 from sparse_patch.masks import DECODE_MAX_QUERIES, LazyMask, lazy_mask
 from sparse_patch.methods.base import Method
+from sparse_patch.ops import dense as dense_kernels
 from sparse_patch.ops.block_sparse import attend, unsupported
 from sparse_patch.plans import BlockPlan, Dense, Plan
 from sparse_patch.report import LayerCounts, Work
@@ -136,6 +137,10 @@ def sparse_attention(
         tally[dense.reason] += 1
         counts.add_dense(attention_mask.work if isinstance(attention_mask, LazyMask) else _full_work(query, key))
         _capture(state, phase, dense)
+    if tally is counts.dense and state.config.dense == "best" and phase == "prefill":
+        output = _attend_at_best(state, module, tensors, attention_mask, scaling, kwargs)
+        if output is not None:
+            return output, None
     return _attend_densely(state, module, tensors, attention_mask, scaling=scaling, **kwargs)
 
 
@@ -153,9 +158,13 @@ def _dense_by_design(state: LayerState, phase: Phase, mask: Any, kwargs: dict[st
         return Dense("layer not selected")
     if method.method == "dense":
         return Dense("method: dense")
-    if kwargs.get("sliding_window") or (isinstance(mask, LazyMask) and mask.window is not None):
+    if _window(mask, kwargs):
         return Dense("sliding-window layer")
     return None
+
+
+def _window(mask: Any, kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.get("sliding_window")) or (isinstance(mask, LazyMask) and mask.window is not None)
 
 
 def _unsupported(
@@ -225,6 +234,25 @@ def _attend_sparsely(state: LayerState, call: AttentionCall, plan: BlockPlan, wo
     state.counts.of(call.phase).add_sparse(work, plan.computed_pairs().sum(0))
     _capture(state, call.phase, plan)
     return output.transpose(1, 2).contiguous()
+
+
+def _attend_at_best(
+    state: LayerState,
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: Any,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor | None:
+    """`dense: best`: the output `[B, Sq, Hq, Dv]` of the fastest dense kernel; None where none is faster or serves."""
+    if _window(mask, kwargs) or _unsupported(module, tensors, mask, kwargs):
+        return None
+    call = _attention_call(state, "prefill", tensors, mask, scaling, kwargs)
+    kernel = dense_kernels.fastest(call)
+    if kernel is None:
+        return None
+    state.counts.prefill.dense_kernels[kernel] += 1
+    return dense_kernels.attend(call, kernel).transpose(1, 2).contiguous()
 
 
 def _attend_densely(

@@ -19,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+bench = typer.Typer(help="Time attention, side by side with every dense kernel present.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 ConfigsOption = Annotated[
     list[str] | None, typer.Option("--config", help="A packaged configuration or a YAML file; give it several times.")
 ]
@@ -208,6 +211,75 @@ def evaluate(
         console.print(f"picture: {plot}")
 
 
+@bench.command("prefill")
+def bench_prefill(
+    config: ConfigsOption = None,
+    lengths: LengthsOption = "8192,32768",
+    densities: Annotated[str, typer.Option(help="Densities of random blocks, with commas between.")] = "0.05,0.1,0.25",
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="llama-3.1-8b, qwen2.5-7b, gemma3-12b, needle-llama, or query heads, KV heads and head_dim: 32,8,128.",
+            show_default="llama-3.1-8b, or that of --qkv",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float16 or float32.", show_default="bfloat16 on a GPU, float32 on a CPU"),
+    ] = None,
+    qkv: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Safetensors with q, k, v [1, heads, tokens, head_dim] of one layer.",
+            show_default="recorded from needle-llama if there is a --config, else random",
+        ),
+    ] = None,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Time one layer's prefill attention: dense kernels, block-sparse kernels, and methods with their selection."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from sparse_patch import bench as benches
+    from sparse_patch.evaluation.journal import write_atomically
+    from sparse_patch.evaluation.recording import file_inputs, random_inputs, recorded_inputs
+    from sparse_patch.plots import plot_bench, require_matplotlib
+    from sparse_patch.progress import progress_steps
+
+    _check_writable(json_file, plot)
+    if plot is not None:
+        require_matplotlib()
+    transformers_logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    number_type = benches.dtype_of(dtype or ("bfloat16" if device == "cuda" else "float32"))
+    tokens, shares, methods = _lengths(lengths), _densities(densities), benches.methods_of(config or [])
+    size = None if shape is None else benches.shape_of(shape)
+    if qkv is not None:
+        inputs = file_inputs(qkv, size, number_type, device, tokens)
+    else:
+        size = size or benches.SHAPES["llama-3.1-8b"]
+        inputs = (
+            recorded_inputs(_recorded_model(), size, number_type, device, tokens)
+            if methods
+            else random_inputs(size, number_type, device)
+        )
+    benchmark = benches.Benchmark(inputs, tokens, shares, methods, device)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    with progress_steps(console, benchmark.steps) as step:
+        result = benches.bench_prefill(benchmark, step)
+    console.print(benches.table(result, benchmark, number_type))
+    for note in benches.notes(result):
+        console.print(note, markup=False, highlight=False)
+    data = benches.as_json(result, benchmark, number_type)
+    if json_file is not None:
+        write_atomically(json_file, json.dumps(data, indent=1) + "\n")
+    if plot is not None:
+        plot_bench(data, plot)
+        console.print(f"picture: {plot}")
+
+
 @app.command()
 def tasks(json_file: JsonOption = None) -> None:
     """List the offline tasks and the suites that they are in."""
@@ -285,6 +357,17 @@ def shipped_model() -> Path:
     return path
 
 
+def _recorded_model() -> Path:
+    """The model whose attention `bench` times methods on."""
+    try:
+        return shipped_model()
+    except SparsePatchError:
+        raise SparsePatchError(
+            "--qkv: name a file with q, k and v to time methods on; needle-llama, whose attention is taken else, ships "
+            "with the repository, not with the wheel"
+        ) from None
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -297,6 +380,18 @@ def _lengths(text: str) -> list[int]:
     if not lengths or min(lengths) < 1:
         raise SparsePatchError(f"--lengths: expected numbers of tokens with commas between, 4096,8192, got {text!r}")
     return list(dict.fromkeys(lengths))
+
+
+def _densities(text: str) -> list[float]:
+    try:
+        densities = [float(name) for name in _names(text)]
+    except ValueError:
+        densities = []
+    if not densities or not all(0 < density <= 1 for density in densities):
+        raise SparsePatchError(
+            f"--densities: expected shares above 0 and up to 1 with commas between, 0.05,0.1, got {text!r}"
+        )
+    return list(dict.fromkeys(densities))
 
 
 def _earlier_result(path: Path | None) -> dict[str, Any] | None:
@@ -317,6 +412,8 @@ def _check_writable(*paths: Path | None) -> None:
     for path in paths:
         if path is not None and not path.absolute().parent.is_dir():
             raise SparsePatchError(f"{path}: cannot be written: {path.absolute().parent} is not a folder")
+        if path is not None and path.is_dir():
+            raise SparsePatchError(f"{path}: cannot be written: it is a folder")
 
 
 def _write_json(path: Path | None, make: Callable[[], Any]) -> None:

@@ -33,6 +33,10 @@ class PatchConfig(BaseModel):
         prefill: method for calls that process a prompt or a chunk of one; None leaves them dense.
         decode: method for calls that generate tokens; None leaves them dense.
         backend: which implementation executes plans: "auto" takes the fastest that serves the device.
+        dense: what runs prefill calls that are dense by the configuration or by the method's choice (short prompts,
+            layers that are not selected, `method: dense`): "unpatched", the implementation that the model had, or
+            "best", the fastest dense kernel present (flash-attn-4 or cuDNN on Hopper) where it serves the call; it
+            rounds differently.
         on_unsupported: what a call that the method cannot serve does: "warn" (once per reason) and go dense, "error",
             or "silent" (dense; the report counts it in any case).
         source: where the configuration came from, for messages and the report.
@@ -43,6 +47,7 @@ class PatchConfig(BaseModel):
     prefill: SerializeAsAny[Method] | None = None
     decode: SerializeAsAny[Method] | None = None
     backend: Backend = "auto"
+    dense: Literal["unpatched", "best"] = "unpatched"
     on_unsupported: Literal["warn", "error", "silent"] = "warn"
     source: str = "dict"
 

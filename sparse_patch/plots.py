@@ -79,6 +79,32 @@ def plot_accuracy(result: dict[str, Any], path: str | Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def plot_bench(result: dict[str, Any], path: str | Path) -> None:
+    """Speed-up over the fastest dense kernel against the length: one line for each kernel, density and method.
+
+    Args:
+        result: the JSON of `sparse-patch bench prefill`.
+        path: picture to write.
+
+    Raises:
+        SparsePatchError: matplotlib is not installed.
+    """
+    figure_class, _ = require_matplotlib()
+    figure = figure_class(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    styles = {"dense": ":", "blocks": "--", "method": "-"}
+    for kind, style in styles.items():
+        for label in dict.fromkeys(row["label"] for row in result["rows"] if row["kind"] == kind):
+            mine = [row for row in result["rows"] if row["label"] == label and row["speedup"] is not None]
+            axes.plot([row["length"] for row in mine], [row["speedup"] for row in mine], style, marker="o", label=label)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens", ylabel="speed-up over the fastest dense kernel", title=result["machine"]["device"])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+
+
 def _lines(result: dict[str, Any], length: int) -> dict[str, list[tuple[float, float, str]]]:
     """(Share, mean score, configuration) of each configuration, by method."""
     rows = [row for row in result["rows"] if row["length"] == length]

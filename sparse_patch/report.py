@@ -43,6 +43,7 @@ class PhaseCounts:
     attended_by_head: torch.Tensor | None = None
     dense: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    dense_kernels: Counter[str] = field(default_factory=Counter)
 
     def add_dense(self, work: Work) -> None:
         self._add(work)
@@ -73,6 +74,7 @@ class PhaseCounts:
             attended=mean / queries if queries else None,
             dense=dict(self.dense),
             fallbacks=dict(self.fallbacks),
+            dense_kernels=dict(self.dense_kernels),
             pairs=(mean, causal, queries),
         )
 
@@ -100,6 +102,8 @@ class PhaseReport(BaseModel):
         attended: keys read per query token, mean over heads; None without calls.
         dense: dense calls by the configuration or by the model's design, by reason.
         fallbacks: dense calls because the method could not serve them, by reason.
+        dense_kernels: how many of the calls in `dense` ran on a faster kernel than the model's own, by kernel; with
+            `dense: best` only.
         pairs: (pairs computed, pairs of the causal triangle, queries): what totals are made from.
     """
 
@@ -110,6 +114,7 @@ class PhaseReport(BaseModel):
     attended: float | None
     dense: dict[str, int]
     fallbacks: dict[str, int]
+    dense_kernels: dict[str, int] = {}
     pairs: tuple[float, int, int]
 
 
@@ -203,6 +208,8 @@ class SparsityReport(BaseModel):
                 total = _sum(getattr(layer.phase(phase), kind) for layer in self.layers)
                 label = "dense" if kind == "dense" else "FALLBACK to dense"
                 notes += [f"{phase}: {label}, {reason}: {count} calls" for reason, count in total.items()]
+            kernels = _sum(layer.phase(phase).dense_kernels for layer in self.layers)
+            notes += [f"{phase}: {count} of the dense calls on {kernel}" for kernel, count in kernels.items()]
         if not self.hook_active:
             notes.append("the hook is not active: the attention implementation was changed after patch_model")
         return notes
@@ -241,6 +248,7 @@ def _merged_phase(parts: Sequence[PhaseReport]) -> PhaseReport:
         attended=computed / queries if queries else None,
         dense=_sum(part.dense for part in parts),
         fallbacks=_sum(part.fallbacks for part in parts),
+        dense_kernels=_sum(part.dense_kernels for part in parts),
         pairs=(computed, int(causal), int(queries)),
     )
 

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
 from sparse_patch import PatchError, UnsupportedCallError, capture_plans, patched, sparsity_report
+from sparse_patch.call import AttentionCall
+from sparse_patch.ops import dense as dense_kernels
 from sparse_patch.plans import BlockPlan
 
 SPARSE = {"prefill": {"method": "flexprefill", "block_size": 16, "min_budget": 16, "gamma": 0.5, "min_length": 0}}
@@ -284,3 +286,102 @@ def test_backends_agree(llama: PreTrainedModel, backend: str) -> None:
         expected = logits_of(llama, input_ids=ids)
     with patched(llama, SPARSE, backend=backend):
         torch.testing.assert_close(logits_of(llama, input_ids=ids), expected, atol=1e-4, rtol=1e-4)
+
+
+DENSE_WAYS: list[dict[str, Any]] = [
+    {"prefill": {"method": "dense"}, "decode": {"method": "dense"}},
+    {"decode": {"method": "dense"}},  # no prefill method
+    {"prefill": {**SPARSE["prefill"], "min_length": 4096}},  # too short
+]
+
+
+@pytest.fixture
+def fast_dense(monkeypatch: pytest.MonkeyPatch) -> list[AttentionCall]:
+    """As if the kernel `sdpa` were the fastest here; the calls that ran on it."""
+    served: list[AttentionCall] = []
+
+    def fastest(call: AttentionCall) -> str | None:
+        if dense_kernels.unsupported(call, "sdpa"):
+            return None
+        served.append(call)
+        return "sdpa"
+
+    monkeypatch.setattr(dense_kernels, "fastest", fastest)
+    return served
+
+
+@pytest.mark.parametrize("config", DENSE_WAYS, ids=["method dense", "no method", "short"])
+def test_dense_best_changes_nothing_on_a_cpu(llama: PreTrainedModel, config: dict[str, Any]) -> None:
+    ids = ids_of(llama)
+    expected = logits_of(llama, input_ids=ids)
+    with patched(llama, config, dense="best"):
+        assert torch.equal(logits_of(llama, input_ids=ids), expected)
+        assert sparsity_report(llama).layers[0].prefill.dense_kernels == {}
+
+
+@pytest.mark.parametrize("config", DENSE_WAYS, ids=["method dense", "no method", "short"])
+def test_dense_best_serves_prefill_alone_and_is_counted(
+    llama: PreTrainedModel, config: dict[str, Any], fast_dense: list[AttentionCall]
+) -> None:
+    ids = ids_of(llama, batch=2)
+    expected = llama.generate(ids, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    with patched(llama, config, dense="best"):
+        result = llama.generate(
+            ids, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        report = sparsity_report(llama)
+    torch.testing.assert_close(torch.stack(result.logits), torch.stack(expected.logits), atol=1e-4, rtol=1e-4)
+    assert [call.layer for call in fast_dense] == [layer.layer for layer in report.layers]
+    for layer in report.layers:
+        assert layer.prefill.dense_kernels == {"sdpa": 1} and sum(layer.prefill.dense.values()) == 1
+        assert layer.decode.dense_kernels == {} and layer.decode.calls == 3
+    assert f"prefill: {len(report.layers)} of the dense calls on sdpa" in report.notes()
+
+
+def test_dense_best_serves_layers_not_selected(llama: PreTrainedModel, fast_dense: list[AttentionCall]) -> None:
+    with patched(llama, SPARSE, dense="best", prefill={"layers": [1]}):
+        logits_of(llama, input_ids=ids_of(llama))
+    assert 1 not in [call.layer for call in fast_dense] and fast_dense
+
+
+def _left_padded(model: PreTrainedModel) -> dict[str, Any]:
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, :30] = 0
+    return {"input_ids": ids_of(model, batch=2), "attention_mask": mask}
+
+
+NOT_BEST: list[tuple[str, Callable[[], PreTrainedModel], Callable[[PreTrainedModel], dict[str, Any]]]] = [
+    *((name, build, inputs_of) for name, build, inputs_of, _ in FALLBACKS),
+    ("left padding", FAMILIES["llama"], _left_padded),
+    ("softcap", FAMILIES["gemma2"], lambda model: {"input_ids": ids_of(model)}),
+    ("sliding windows", FAMILIES["mistral"], lambda model: {"input_ids": ids_of(model)}),
+]
+
+
+@pytest.mark.parametrize("name, build, inputs_of", NOT_BEST, ids=[case[0] for case in NOT_BEST])
+@pytest.mark.parametrize("layers", ["all", []], ids=["selected", "not selected"])
+def test_dense_best_leaves_other_calls_as_they_are(
+    name: str,
+    build: Callable[[], PreTrainedModel],
+    inputs_of: Callable[[PreTrainedModel], dict[str, Any]],
+    layers: Any,
+    fast_dense: list[AttentionCall],
+) -> None:
+    model = build()
+    inputs = inputs_of(model)
+    expected = logits_of(model, **inputs)
+    with patched(model, {"prefill": {"method": "dense", "layers": layers}}, dense="best"):
+        assert torch.equal(logits_of(model, **inputs), expected)
+    assert not fast_dense
+
+
+def test_dense_best_leaves_chunks_that_follow_and_gradients(
+    llama: PreTrainedModel, fast_dense: list[AttentionCall]
+) -> None:
+    ids, cache = ids_of(llama), DynamicCache(config=llama.config)
+    with patched(llama, {"prefill": {"method": "dense"}}, dense="best"):
+        for part in ids.split([70, 80], 1):
+            logits_of(llama, input_ids=part, past_key_values=cache)
+        assert {call.q.shape[2] for call in fast_dense} == {70}
+        llama(ids, labels=ids).loss.backward()
+        assert {call.q.shape[2] for call in fast_dense} == {70}

@@ -91,6 +91,29 @@ def test_eval_writes_rows_for_dense_and_every_config(tmp_path: Path, needle_llam
     assert len(data["rows"]) == 8 + 2
 
 
+def test_bench_prefill_prints_a_table_and_writes_json(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(SMALL)
+    result = run(
+        *("bench", "prefill", "--lengths", "256,640", "--shape", "2,1,16", "--densities", "0.5"),
+        *(
+            "--config",
+            str(tmp_path / "mine.yaml"),
+            "--json",
+            str(tmp_path / "p.json"),
+            "--plot",
+            str(tmp_path / "p.png"),
+        ),
+    )
+    assert result.returncode == 0, result.stderr
+    data = json.loads((tmp_path / "p.json").read_text())
+    assert [row["length"] for row in data["rows"] if row["config"] == "mine"] == [640]
+    assert data["skipped"] == {"mine: dense, shorter than min_length 512": [256]}
+    assert "needle-llama" in data["qkv"] and set(data["break_even"]["mine"]) >= {"fastest_dense"}
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert "x fastest dense" in result.stdout and "mine is faster than" in result.stdout
+    assert "\r" not in result.stdout, "no progress bar in a pipe"
+
+
 def test_tasks_and_export(tmp_path: Path, needle_llama_path: Path) -> None:
     assert "niah_multikey_3" in run("tasks", "--json", str(tmp_path / "t.json")).stdout
     assert {"task": "recite", "asked": "every number in a text, in order", "suites": ["needle", "all"]} in json.loads(
@@ -116,6 +139,7 @@ def test_lm_eval_gets_its_own_arguments() -> None:
 
 SMALL = "prefill: {method: flexprefill, block_size: 32, min_budget: 128, min_length: 512}"
 LITTLE = ["--tasks", "vt", "--lengths", "1024", "--samples", "1", "--json", "r.json"]
+BENCH = ["bench", "prefill", "--json", "p.json"]
 
 BAD = [
     (["eval", "--config", "nope.yaml"], "error: nope.yaml: no such file"),
@@ -136,6 +160,22 @@ BAD = [
     (["eval", "--json", "no/such/r.json"], "error: no/such/r.json: cannot be written"),
     (["export", "x.jsonl", "--tokenizer", "no-such"], "error: --tokenizer: no-such: cannot be loaded"),
     (["export", "x.jsonl", "--lengths", "2048", "--haystack", "short.txt"], "error: niah_single_2: the haystack has"),
+    ([*BENCH, "--shape", "llama"], "error: --shape: expected llama-3.1-8b"),
+    ([*BENCH, "--shape", "6,4,64"], "error: --shape: expected llama-3.1-8b"),
+    ([*BENCH, "--densities", "0,0.5"], "error: --densities: expected shares above 0"),
+    ([*BENCH, "--densities", "1.5"], "error: --densities: expected shares above 0"),
+    ([*BENCH, "--densities", "few"], "error: --densities: expected shares above 0"),
+    ([*BENCH, "--lengths", "0"], "error: --lengths: expected numbers of tokens"),
+    ([*BENCH, "--lengths", "-5"], "error: --lengths: expected numbers of tokens"),
+    ([*BENCH, "--dtype", "int8"], "error: --dtype: expected bfloat16, float16, float32, got 'int8'"),
+    ([*BENCH, "--config", "dense"], "error: --config: dense: has no sparse prefill method to time"),
+    ([*BENCH, "--config", "decode.yaml"], "error: --config: decode.yaml: has no sparse prefill method"),
+    ([*BENCH, "--config", "bad.yaml"], "error: bad.yaml: prefill.gama: unknown key"),
+    ([*BENCH, "--config", "flexprefill", "--lengths", "9"], "error: niah_multikey_2: "),
+    ([*BENCH, "--qkv", "nope.safetensors"], "error: --qkv: nope.safetensors: cannot be read"),
+    ([*BENCH, "--qkv", "short.txt"], "error: --qkv: short.txt: cannot be read"),
+    ([*BENCH[:2], "--json", "no/such/p.json"], "error: no/such/p.json: cannot be written"),
+    ([*BENCH[:2], "--json", "."], "error: .: cannot be written: it is a folder"),
     (["run", "nope.yaml"], "error: nope.yaml: cannot be read"),
     (["show", "nope.yaml"], "error: nope.yaml: no such file"),
     (["show", "bad.yaml"], "error: bad.yaml: prefill.gama: unknown key, did you mean 'gamma'?"),
@@ -163,6 +203,7 @@ def test_bad_input_is_one_line_and_exit_2(
     (tmp_path / "gamma.yaml").write_text("prefill: {method: flexprefill, gamma: 1.7}")
     (tmp_path / "list.yaml").write_text("- prefill")
     (tmp_path / "layers.yaml").write_text("prefill: {method: flexprefill, layers: [9]}")
+    (tmp_path / "decode.yaml").write_text("decode: {method: dense}")
     (tmp_path / "short.txt").write_text("A few words.")
     before = set(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)

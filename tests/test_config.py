@@ -101,6 +101,7 @@ BAD_SOURCES = [
     (FLEX, {"prefill": {"method": 3}}, "prefill.method: expected one of dense, flexprefill, got 3"),
     (FLEX, {"prefill": 7}, "prefill: expected a mapping with a `method`, got 7"),
     (FLEX, {"backend": "tritn"}, "backend: expected 'auto', 'triton', 'flash', 'torch' or 'reference', got str"),
+    (FLEX, {"dense": "fast"}, "flexprefill.yaml: dense: expected 'unpatched' or 'best', got str"),
     (FLEX, {"on_unsupported": 1}, "on_unsupported: expected 'warn', 'error' or 'silent', got int 1"),
     (FLEX, {"source": "x"}, "flexprefill.yaml: source: unknown key"),
 ]

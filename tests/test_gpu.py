@@ -8,8 +8,9 @@ from families import FAMILIES
 from sparse_patch import patched, sparsity_report
 from sparse_patch.call import AttentionCall
 from sparse_patch.methods.flexprefill import FlexPrefill
+from sparse_patch.ops import dense
 from sparse_patch.ops.block_sparse import attend
-from sparse_patch.plans import BlockPlan
+from sparse_patch.plans import BlockGrid, BlockPlan
 
 pytestmark = pytest.mark.gpu
 SPARSE = {"prefill": {"method": "flexprefill", "block_size": 16, "min_budget": 16, "gamma": 0.5, "min_length": 0}}
@@ -74,3 +75,36 @@ def test_generate_with_the_dense_config_equals_unpatched(family: str, cache: str
     with patched(model, SPARSE):
         assert steps(model).isfinite().all()
         assert any(layer.prefill.sparse_calls for layer in sparsity_report(model).layers)
+
+
+def every_block(call: AttentionCall) -> BlockPlan:
+    grid = BlockGrid.of(call, 128)
+    shape = (*call.q.shape[:2], grid.num_query_blocks, grid.num_key_blocks)
+    return BlockPlan.from_blocks(torch.ones(shape, dtype=torch.bool, device=call.q.device), grid)
+
+
+@pytest.mark.parametrize("kernel", dense.KERNELS)
+@pytest.mark.parametrize("heads, head_dim", [((8, 8), 64), ((8, 2), 128), ((7, 1), 128)])
+@pytest.mark.parametrize("queries", [700, 333])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_dense_kernels_against_the_reference(
+    kernel: str, heads: tuple[int, int], head_dim: int, queries: int, dtype: torch.dtype
+) -> None:
+    call = on_gpu(make_call(700, queries=queries, heads=heads, head_dim=head_dim, dtype=dtype))
+    if reason := dense.unsupported(call, kernel):
+        pytest.skip(reason)
+    expected, _ = attend(call, every_block(call), "reference")
+    torch.testing.assert_close(dense.attend(call, kernel), expected, atol=1.6e-2, rtol=1.6e-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_dense_best_on_the_gpu(family: str) -> None:
+    """Close to the unpatched model, and on another kernel wherever one serves these small heads."""
+    model = FAMILIES[family]().cuda().bfloat16()
+    ids = torch.randint(3, 90, (2, 200), device="cuda")
+    with torch.no_grad():
+        expected = model(ids).logits
+        with patched(model, "dense.yaml", dense="best"):
+            torch.testing.assert_close(model(ids).logits, expected, atol=5e-2, rtol=5e-2)
+            kernels = {name for layer in sparsity_report(model).layers for name in layer.prefill.dense_kernels}
+    assert kernels <= {"flash4", "cudnn", "flash2"}

@@ -22,7 +22,7 @@ def unsupported(call: AttentionCall, plan: BlockPlan) -> str | None:
     """Why this backend cannot execute the plan; None if it can."""
     if not call.q.is_cuda or torch.cuda.get_device_capability(call.q.device)[0] != 9:
         return "backend flash needs a Hopper GPU"
-    if not _installed():
+    if not installed():
         return "backend flash needs the package flash-attn-4"
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         return f"backend flash: dtype {call.q.dtype}"
@@ -64,7 +64,8 @@ def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> tu
 
 
 @cache
-def _installed() -> bool:
+def installed() -> bool:
+    """Whether the package flash-attn-4 is there."""
     try:
         return find_spec("flash_attn.cute") is not None
     except ModuleNotFoundError:

@@ -1,0 +1,413 @@
+"""`sparse-patch bench prefill`: every dense kernel, every block-sparse kernel and whole methods, side by side.
+
+At each length all of them attend the same queries, keys and values in one process. Times are medians after a warm-up:
+by CUDA events on a GPU, by the clock on a CPU. FLOP are counted over the (query, key) pairs that are computed, 4 *
+head_dim for each pair and query head; a dense kernel computes the causal triangle.
+"""
+
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from rich import box
+from rich.table import Table
+
+from sparse_patch.call import AttentionCall, causal_pairs
+from sparse_patch.config import PatchConfig, load_config, nearest
+from sparse_patch.errors import TaskError, UnsupportedCallError
+from sparse_patch.evaluation.generation import machine
+from sparse_patch.evaluation.recording import Inputs, Shape
+from sparse_patch.ops import block_sparse, dense
+from sparse_patch.patching import versions
+from sparse_patch.plans import BlockGrid, BlockPlan, Dense
+from sparse_patch.progress import Step
+
+SHAPES = {  # query heads, KV heads, head_dim
+    "llama-3.1-8b": Shape(32, 8, 128),
+    "qwen2.5-7b": Shape(28, 4, 128),
+    "gemma3-12b": Shape(16, 8, 256),
+    "needle-llama": Shape(8, 2, 64),
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BASELINES = {  # key in the JSON: field of a row, and how it is called
+    "fastest_dense": ("speedup", "the fastest dense kernel"),
+    "flash2": ("speedup_flash2", "FlashAttention-2"),
+}
+_BLOCK = 128
+_FLASH2 = "flash2"
+_CPU_SECONDS, _CPU_RUNS = 0.5, (3, 20)  # of the timing of one row: seconds, and runs at least and at most
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of attending at one length.
+
+    Attributes:
+        kind: a dense kernel, a block-sparse kernel on random blocks, or a method (selection and kernel).
+        label: for tables and pictures.
+        kernel: the dense kernel or block-sparse backend that ran.
+        config: name of the method's configuration.
+        length: tokens.
+        density: share of the causal triangle that was computed, mean over heads.
+        ms: the kernel alone.
+        tflops_effective: of the kernel alone, over the pairs that were computed.
+        selection_ms: the method's `plan` alone.
+        total_ms: the whole, timed as one.
+        speedup: time of the fastest dense kernel at this length by `total_ms`; None where no dense kernel ran.
+        speedup_flash2: the same against FlashAttention-2; None where it did not run.
+        peak_memory_mb: what one run allocates at most, output included; None on a CPU.
+    """
+
+    kind: Literal["dense", "blocks", "method"]
+    label: str
+    kernel: str
+    config: str | None
+    length: int
+    density: float
+    ms: float
+    tflops_effective: float
+    selection_ms: float | None
+    total_ms: float
+    speedup: float | None = None
+    speedup_flash2: float | None = None
+    peak_memory_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What to time.
+
+    Attributes:
+        inputs: where the calls come from.
+        lengths: tokens.
+        densities: shares of the causal triangle for random blocks.
+        methods: configurations whose prefill method is timed, by name.
+        device: "cuda" or "cpu".
+    """
+
+    inputs: Inputs
+    lengths: Sequence[int]
+    densities: Sequence[float]
+    methods: dict[str, PatchConfig]
+    device: str
+
+    @property
+    def dense_kernels(self) -> tuple[str, ...]:
+        return dense.KERNELS if self.device == "cuda" else ("sdpa",)
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        return ("flash", "triton") if self.device == "cuda" else ("torch",)
+
+    @property
+    def steps(self) -> int:
+        """Rows, if nothing is skipped."""
+        each = len(self.dense_kernels) + len(self.backends) * len(self.densities) + len(self.methods)
+        return len(self.lengths) * each
+
+    def ways(self, call: AttentionCall) -> Iterator[tuple[str, Callable[[], Row]]]:
+        """Label and measurement of every row of one length."""
+        for kernel in self.dense_kernels:
+            yield kernel, partial(_dense_row, call, kernel)
+        for density in self.densities:
+            for backend in self.backends:
+                label = f"{backend}, {100 * density:g} %"
+                yield label, partial(_blocks_row, call, label, backend, density)
+        for name, config in self.methods.items():
+            yield name, partial(_method_row, call, name, config)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Rows by length, and what did not run: `{"flash4: needs ...": [8192]}`."""
+
+    rows: list[Row]
+    skipped: dict[str, list[int]]
+
+
+def methods_of(sources: Sequence[str]) -> dict[str, PatchConfig]:
+    """Configurations with a sparse prefill method, by the stems of their files.
+
+    Raises:
+        ConfigError: a configuration is not valid.
+        TaskError: it has no prefill method to time, or two have the same stem.
+    """
+    configs: dict[str, PatchConfig] = {}
+    for source in sources:
+        name, config = Path(source).stem, load_config(source)
+        if config.prefill is None or config.prefill.method == "dense":
+            raise TaskError(f"--config: {source}: has no sparse prefill method to time")
+        if name in configs:
+            raise TaskError(f"--config: {source}: there is another configuration called {name!r}; rename the file")
+        configs[name] = config
+    return configs
+
+
+def shape_of(text: str) -> Shape:
+    """A known shape by its name, or `Hq,Hkv,D`; raises TaskError for anything else."""
+    if text in SHAPES:
+        return SHAPES[text]
+    try:
+        heads, kv_heads, head_dim = (int(number) for number in text.split(","))
+        if min(heads, kv_heads, head_dim) > 0 and heads % kv_heads == 0:
+            return Shape(heads, kv_heads, head_dim)
+    except ValueError:
+        pass
+    raise TaskError(
+        f"--shape: expected {', '.join(SHAPES)}, or query heads, KV heads and head_dim such as 32,8,128, got {text!r}"
+        f"{nearest(text, SHAPES)}"
+    )
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """A dtype by its name; raises TaskError for one that is not timed."""
+    if name not in DTYPES:
+        raise TaskError(f"--dtype: expected {', '.join(DTYPES)}, got {name!r}{nearest(name, DTYPES)}")
+    return DTYPES[name]
+
+
+@torch.no_grad()
+def bench_prefill(benchmark: Benchmark, progress: Step = lambda _: None) -> Result:
+    """Time every way of attending at every length; what a kernel or method does not serve is skipped and noted.
+
+    Args:
+        benchmark: what to time.
+        progress: called with a description before each row.
+    """
+    result = Result([], {})
+    for length in benchmark.lengths:
+        call = benchmark.inputs.make(length)
+        measured = []
+        for label, measure in benchmark.ways(call):
+            progress(f"{label}, {length} tokens")
+            try:
+                measured.append(measure())
+            except UnsupportedCallError as error:
+                result.skipped.setdefault(f"{label}: {error}", []).append(length)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                result.skipped.setdefault(f"{label}: out of memory", []).append(length)
+        result.rows.extend(_with_speedups(measured))
+    return result
+
+
+def random_plan(call: AttentionCall, density: float) -> BlockPlan:
+    """Random 128-blocks, the diagonal and the first column: about that share of the causal triangle, or their own."""
+    grid = BlockGrid.of(call, _BLOCK)
+    blocks = grid.num_key_blocks
+    inside = (blocks - 1) * (blocks - 2) / 2  # blocks that are neither diagonal nor first
+    wanted = density * blocks**2 / 2 - blocks / 2 - (blocks - 1)  # a diagonal block counts half
+    generator = torch.Generator(call.q.device).manual_seed(0)
+    chance = torch.rand(1, call.q.shape[1], blocks, blocks, generator=generator, device=call.q.device)
+    chosen = chance < (wanted / inside if inside else 0)
+    chosen[..., 0] = True
+    chosen.diagonal(dim1=-2, dim2=-1).fill_(True)
+    return BlockPlan.from_blocks(chosen, grid)
+
+
+def break_even(rows: Sequence[Row]) -> dict[str, dict[str, int | None]]:
+    """For each method and baseline that ran, the smallest measured length at which it is faster; None for none."""
+    found: dict[str, dict[str, int | None]] = {}
+    for name in dict.fromkeys(row.config for row in rows if row.config is not None):
+        for baseline, (field, _) in BASELINES.items():
+            speedups = [(row.length, getattr(row, field)) for row in rows if row.config == name]
+            if any(speedup is not None for _, speedup in speedups):
+                faster = [length for length, speedup in speedups if speedup is not None and speedup > 1]
+                found.setdefault(name, {})[baseline] = min(faster, default=None)
+    return found
+
+
+def as_json(result: Result, benchmark: Benchmark, dtype: torch.dtype) -> dict[str, Any]:
+    """What was measured, on what, and of what."""
+    shape = benchmark.inputs.shape
+    return {
+        "machine": {**describe_machine(), "dtype": str(dtype).removeprefix("torch."), "shape": asdict(shape)},
+        "qkv": benchmark.inputs.about,
+        "configs": {name: config.settings() for name, config in benchmark.methods.items()},
+        "break_even": break_even(result.rows),
+        "skipped": result.skipped,
+        "rows": [asdict(row) for row in result.rows],
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a kernel's time depends on; the versions of what is not there are left out."""
+    found = {name: _version(name) for name in ("triton", "flash-attn-4")}
+    if torch.cuda.is_available():
+        found |= {"driver": _driver(), "cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    return {**machine(), **versions(), "system": platform.system(), **{k: v for k, v in found.items() if v is not None}}
+
+
+def table(result: Result, benchmark: Benchmark, dtype: torch.dtype) -> Table:
+    """One line a row; what queries, keys and values were below it."""
+    about = f"{machine()['device']}, {dtype}, heads and head_dim {benchmark.inputs.shape}; {benchmark.inputs.about}"
+    drawn = Table(title="prefill attention of one layer", title_justify="left", box=box.SIMPLE, caption=about)
+    drawn.caption_justify = "left"
+    drawn.add_column("kernel", no_wrap=True)
+    for column in (
+        *("tokens", "density", "ms", "TFLOP/s", "selection ms", "total ms"),
+        *("x fastest dense", "x flash2", "peak MB"),
+    ):
+        drawn.add_column(column, justify="right")
+    for number, row in enumerate(result.rows, 1):
+        drawn.add_row(
+            row.label,
+            str(row.length),
+            f"{row.density:.3f}",
+            f"{row.ms:.3f}",
+            f"{row.tflops_effective:.4g}",
+            _cell(row.selection_ms, 3),
+            f"{row.total_ms:.3f}",
+            _cell(row.speedup, 2),
+            _cell(row.speedup_flash2, 2),
+            _cell(row.peak_memory_mb, 0),
+            end_section=number < len(result.rows) and result.rows[number].length != row.length,
+        )
+    return drawn
+
+
+def notes(result: Result) -> list[str]:
+    """The break-even lengths, and what did not run."""
+    lines = [
+        f"{name} is faster than {BASELINES[baseline][1]} "
+        + (f"from {length} tokens" if length else "at no measured length")
+        for name, lengths in break_even(result.rows).items()
+        for baseline, length in lengths.items()
+    ]
+    return lines + [f"skipped at {', '.join(map(str, lengths))}: {what}" for what, lengths in result.skipped.items()]
+
+
+def _dense_row(call: AttentionCall, kernel: str) -> Row:
+    pairs = int(causal_pairs(call.q_start, call.kv_length, call.row_starts()).sum()) * call.q.shape[1]
+    ms, memory = _measured(lambda: dense.attend(call, kernel), call)
+    return Row(
+        kind="dense",
+        label=f"{kernel}, dense",
+        kernel=kernel,
+        config=None,
+        length=call.kv_length,
+        density=1.0,
+        ms=ms,
+        tflops_effective=_tflops(call, pairs, ms),
+        selection_ms=None,
+        total_ms=ms,
+        peak_memory_mb=memory,
+    )
+
+
+def _blocks_row(call: AttentionCall, label: str, backend: str, density: float) -> Row:
+    plan = random_plan(call, density)
+    ms, memory = _measured(lambda: block_sparse.attend(call, plan, backend), call)
+    return Row(
+        kind="blocks",
+        label=label,
+        kernel=backend,
+        config=None,
+        length=call.kv_length,
+        density=plan.density().mean().item(),
+        ms=ms,
+        tflops_effective=_tflops(call, int(plan.computed_pairs().sum()), ms),
+        selection_ms=None,
+        total_ms=ms,
+        peak_memory_mb=memory,
+    )
+
+
+def _method_row(call: AttentionCall, name: str, config: PatchConfig) -> Row:
+    method = config.prefill
+    assert method is not None, "checked by methods_of"
+    plan = method.plan(call)
+    if isinstance(plan, Dense):
+        raise UnsupportedCallError(f"dense, {plan.reason}")
+    backend = block_sparse.fastest(call, plan) if config.backend == "auto" else config.backend
+
+    def whole() -> None:
+        planned = method.plan(call)
+        assert isinstance(planned, BlockPlan)
+        block_sparse.attend(call, planned, backend)
+
+    ms, _ = _measured(lambda: block_sparse.attend(call, plan, backend), call)
+    selection_ms, _ = _measured(lambda: method.plan(call), call)
+    total_ms, memory = _measured(whole, call)
+    return Row(
+        kind="method",
+        label=f"{name} ({backend})",
+        kernel=backend,
+        config=name,
+        length=call.kv_length,
+        density=plan.density().mean().item(),
+        ms=ms,
+        tflops_effective=_tflops(call, int(plan.computed_pairs().sum()), ms),
+        selection_ms=selection_ms,
+        total_ms=total_ms,
+        peak_memory_mb=memory,
+    )
+
+
+def _with_speedups(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one length, each against its dense ones."""
+    dense_ms = {row.kernel: row.total_ms for row in rows if row.kind == "dense"}
+    best, flash2 = min(dense_ms.values(), default=None), dense_ms.get(_FLASH2)
+    return [
+        replace(
+            row,
+            speedup=None if best is None else best / row.total_ms,
+            speedup_flash2=None if flash2 is None else flash2 / row.total_ms,
+        )
+        for row in rows
+    ]
+
+
+def _measured(function: Callable[[], object], call: AttentionCall) -> tuple[float, float | None]:
+    """Milliseconds of one run, median, and the most MB that it allocates (None on a CPU)."""
+    if not call.q.is_cuda:
+        return _clocked(function), None
+    from triton.testing import do_bench
+
+    ms = float(do_bench(function, warmup=50, rep=300, return_mode="median"))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return ms, (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _clocked(function: Callable[[], object]) -> float:
+    function()
+    seconds: list[float] = []
+    least, most = _CPU_RUNS
+    while len(seconds) < least or (len(seconds) < most and sum(seconds) < _CPU_SECONDS):
+        begin = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begin)
+    return 1000 * median(seconds)
+
+
+def _tflops(call: AttentionCall, pairs: int, ms: float) -> float:
+    return 4 * call.q.shape[-1] * pairs / ms / 1e9
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, where Linux tells it."""
+    path = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\d+\.\d+(\.\d+)?", path.read_text()) if path.is_file() else None
+    return found[0] if found else None
