@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from sparse_patch.call import AttentionCall, apply_softcap
+from sparse_patch.call import AttentionCall
 from sparse_patch.methods.base import PrefillMethod, Tokens
-from sparse_patch.ops.layout import key_blocks, query_blocks
+from sparse_patch.ops.pooling import mean_keys, pooled_attention, pooled_logits
 from sparse_patch.ops.profiles import last_query_profiles
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
 
@@ -103,7 +103,7 @@ class FlexPrefill(PrefillMethod):
         key_mass = _pool(by_key, grid, grid.row_starts)
         # The public code aligns distances to the start of the prompt: what the tail block lacks shifts them.
         distance_mass = _pool(by_distance, grid, -grid.tail if reference else torch.zeros_like(grid.tail))
-        pooled_k = _mean_keys(call, grid)
+        pooled_k = mean_keys(call, grid)
         estimate = _estimate_last_block(call, grid, pooled_k)
         distance = _js_distance(estimate, key_mass, grid.has_key_block[:, None], zero_is_nan=reference)
         query_aware = distance < self.tau
@@ -111,8 +111,8 @@ class FlexPrefill(PrefillMethod):
         slashes = self._choose(distance_mass, by_distance, query_aware, grid)
         if not reference:
             slashes = slashes | F.pad(slashes, (1, -1))  # a bucket of distances touches two block diagonals
-        aware_blocks = self._query_aware_blocks(_block_attention(call, grid, pooled_k), grid)
-        return _lines(verticals, slashes, grid) | (aware_blocks & query_aware[..., None, None])
+        aware_blocks = self._query_aware_blocks(pooled_attention(call, grid, pooled_k), grid)
+        return verticals[:, :, None] | grid.on_diagonals(slashes) | (aware_blocks & query_aware[..., None, None])
 
     def _choose(
         self, mass: torch.Tensor, token_mass: torch.Tensor, query_aware: torch.Tensor, grid: BlockGrid
@@ -150,34 +150,11 @@ class FlexPrefill(PrefillMethod):
         return torch.zeros_like(taken).scatter(-1, order, taken).view(shape)
 
 
-def _mean_keys(call: AttentionCall, grid: BlockGrid) -> torch.Tensor:
-    """Mean key of each block, over the keys it really has, float32 `[B, Hkv, N, D]`."""
-    last = grid.lengths[:, None] - torch.arange(grid.num_key_blocks, device=call.k.device) * grid.block_size
-    count = last.clamp(1, grid.block_size)[:, None, :, None]
-    return key_blocks(call.k, grid).float().sum(-2) / count
-
-
 def _estimate_last_block(call: AttentionCall, grid: BlockGrid, pooled_k: torch.Tensor) -> torch.Tensor:
     """Attention over key blocks of the mean of the last `block` queries, float32 `[B, Hq, N]`."""
     mean_q = call.q[:, :, -grid.block_size :].float().mean(-2, keepdim=True)
-    logits = _pooled_logits(mean_q, pooled_k, call).squeeze(-2)
+    logits = pooled_logits(mean_q, pooled_k, call).squeeze(-2)
     return logits.masked_fill(~grid.has_key_block[:, None], -torch.inf).softmax(-1)
-
-
-def _block_attention(call: AttentionCall, grid: BlockGrid, pooled_k: torch.Tensor) -> torch.Tensor:
-    """Causal attention of mean queries to mean keys, float32 `[B, Hq, NQ, N]`; query blocks a row lacks are 0."""
-    begin, end = grid.query_bounds
-    count = (end - begin).clamp(min=1)[:, None, :, None]
-    mean_q = query_blocks(call.q, grid).float().sum(-2) / count
-    logits = _pooled_logits(mean_q, pooled_k, call).masked_fill(~grid.causal[:, None], -torch.inf)
-    return logits.softmax(-1).masked_fill(~grid.causal[:, None], 0.0)
-
-
-def _pooled_logits(mean_q: torch.Tensor, pooled_k: torch.Tensor, call: AttentionCall) -> torch.Tensor:
-    """Logits of mean queries `[B, Hq, I, D]` against mean keys `[B, Hkv, N, D]`: `[B, Hq, I, N]`."""
-    grouped = (mean_q * call.scale).unflatten(1, (-1, call.group_size))
-    logits = grouped @ pooled_k.transpose(-1, -2)[:, :, None]
-    return apply_softcap(logits.flatten(1, 2), call.softcap)
 
 
 def _js_distance(p: torch.Tensor, q: torch.Tensor, exists: torch.Tensor, zero_is_nan: bool) -> torch.Tensor:
@@ -192,14 +169,6 @@ def _js_distance(p: torch.Tensor, q: torch.Tensor, exists: torch.Tensor, zero_is
         middle = middle.clamp(min=torch.finfo(middle.dtype).tiny)
         terms = torch.xlogy(p, p / middle) + torch.xlogy(q, q / middle)
     return (terms.masked_fill(~exists, 0.0).sum(-1) / 2).clamp(min=0).sqrt()
-
-
-def _lines(verticals: torch.Tensor, slashes: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """Blocks `[B, Hq, NQ, N]` in the columns `verticals` or on the diagonals `slashes`, both bool `[B, Hq, N]`."""
-    key_block = torch.arange(grid.num_key_blocks, device=slashes.device)
-    distance = (grid.query_block_ids[..., None] - key_block).clamp(0, grid.num_key_blocks - 1)
-    index = distance.flatten(1)[:, None].expand(-1, slashes.shape[1], -1)
-    return verticals[:, :, None] | slashes.gather(-1, index).unflatten(-1, distance.shape[1:])
 
 
 def _tokens_within(mass: torch.Tensor, gamma: float) -> torch.Tensor:
