@@ -10,7 +10,7 @@ window; for shorter prompts they shrink in proportion. Block-sparse is not among
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
