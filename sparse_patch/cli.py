@@ -21,6 +21,8 @@ app = typer.Typer(
 
 bench = typer.Typer(help="Time attention, side by side with every dense kernel present.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+calibrate = typer.Typer(help="Search the settings that a method needs for a model, and write them to a file.")
+app.add_typer(calibrate, name="calibrate", no_args_is_help=True)
 
 ConfigsOption = Annotated[
     list[str] | None, typer.Option("--config", help="A packaged configuration or a YAML file; give it several times.")
@@ -165,7 +167,7 @@ def evaluate(
     from sparse_patch.evaluation.generation import load_model
     from sparse_patch.evaluation.journal import Journal, write_atomically
     from sparse_patch.evaluation.prompts import read_haystack
-    from sparse_patch.evaluation.results import add_to, as_json, summary, table
+    from sparse_patch.evaluation.results import Record, add_to, as_json, summary, table
     from sparse_patch.evaluation.suite import Evaluation, configurations, header
     from sparse_patch.evaluation.suite import evaluate as run_evaluation
     from sparse_patch.evaluation.tasks import tasks_of
@@ -192,7 +194,7 @@ def evaluate(
     old = _earlier_result(json_file) if add else None
     if old is not None and json_file is not None:
         add_to(old, as_json([], about, evaluation.configs), json_file)  # whether they go together, before the work
-    journal = Journal(json_file and json_file.with_name(f"{json_file.name}.unfinished"), about)
+    journal: Journal[Record] = Journal(json_file and json_file.with_name(f"{json_file.name}.unfinished"), about)
     transformers_logging.disable_progress_bar()
     loaded, tokenizer = load_model(name)
     console = Console() if sys.stdout.isatty() else Console(width=120)
@@ -319,6 +321,40 @@ def export(
     counter = load_tokenizer(tokenizer or shipped_model(), "--tokenizer")
     number = export_jsonl((evaluation.sample(counter, *prompt) for prompt in evaluation.prompts()), file)
     Console().print(f"{number} prompts: {file}")
+
+
+@calibrate.command("minference")
+def calibrate_minference(
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="JSON to write. A run that was killed goes on from beside it.")
+    ],
+    model: ModelOption = None,
+    length: Annotated[int, typer.Option(min=1024, help="Tokens of the prompt: as many as yours have.")] = 30_000,
+    seed: SeedOption = 0,
+) -> None:
+    """Find the pattern of each head for `minference`, on one prompt of key-value retrieval."""
+    from transformers.utils import logging as transformers_logging
+
+    from sparse_patch.calibration.minference import journal_of, search, table, write_patterns
+    from sparse_patch.evaluation.generation import check_context, encode, load_model
+    from sparse_patch.evaluation.tasks import TASKS
+    from sparse_patch.progress import progress_steps
+
+    _check_writable(out)
+    name = str(model or shipped_model())
+    journal = journal_of(out, {"model": name, "length": length, "seed": seed})
+    transformers_logging.disable_progress_bar()
+    loaded, tokenizer = load_model(name)
+    check_context(loaded, length, 0, "--length")
+    sample = TASKS["kv_retrieval"].sample(tokenizer, length, seed)
+    layers = loaded.config.get_text_config(decoder=True).num_hidden_layers
+    console = Console()
+    with progress_steps(console, layers - len(journal.records)) as step:
+        found = search(loaded, encode(tokenizer, sample.prompt, sample.answer)[0], journal, step)
+    write_patterns(found, layers, out)
+    journal.remove()
+    console.print(table(found, length))
+    console.print(f"patterns: {out}; use them with prefill.calibration: {out}", soft_wrap=True)
 
 
 @app.command(

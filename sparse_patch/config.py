@@ -59,8 +59,21 @@ class PatchConfig(BaseModel):
         return self.model_dump(exclude={"source"}, exclude_none=True)
 
     def fingerprint(self) -> str:
-        """Twelve hex digits that change whenever a setting does."""
-        return hashlib.sha256(yaml.safe_dump(self.settings()).encode()).hexdigest()[:12]
+        """Twelve hex digits that change whenever a setting, or what is in a file that one names, does."""
+        settings = self.settings()
+        for phase in PHASES:
+            if method := self.method(phase):
+                settings[phase] |= method.digests()  # in place of the paths: the file may move
+        return hashlib.sha256(yaml.safe_dump(settings).encode()).hexdigest()[:12]
+
+    def check_model(self, num_layers: int, num_heads: int) -> None:
+        """Raise ConfigError if a method does not fit a model; see `Method.check_model`."""
+        for phase in PHASES:
+            if method := self.method(phase):
+                try:
+                    method.check_model(num_layers, num_heads)
+                except ValueError as error:
+                    raise ConfigError(f"{self.source}: {phase}.{error}") from None
 
     def layers(self, phase: Phase, num_layers: int) -> set[int]:
         """The layers that use a method in this phase; raises ConfigError for an index the model does not have."""
@@ -145,7 +158,19 @@ def _read(source: ConfigSource) -> tuple[str, dict[str, Any]]:
     if not isinstance(data, dict):
         kind = "an empty file" if data is None else f"a {type(data).__name__}"
         raise ConfigError(f"{path}: expected a mapping with the keys {_known_keys()}, got {kind}")
-    return path.name if path in packaged_configs().values() else str(source), data
+    name = path.name if path in packaged_configs().values() else str(source)
+    return name, {key: _beside(path.parent, value) if key in PHASES else value for key, value in data.items()}
+
+
+def _beside(folder: Path, data: Any) -> Any:
+    """The settings of a phase, files that they name looked for in the folder of their YAML."""
+    method = registry().get(str(data.get("method"))) if isinstance(data, dict) else None
+    if method is None:
+        return data
+    return {
+        key: str(folder / value) if key in method.files and isinstance(value, str) else value
+        for key, value in data.items()
+    }
 
 
 def _find(path: Path) -> Path:

@@ -273,6 +273,7 @@ def _is_self_attention(module: nn.Module, decoder_config: PreTrainedConfig) -> b
 
 def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.Module]) -> list[LayerState]:
     num_layers = 1 + max(int(module.layer_idx) for module in attention.values())  # type: ignore[arg-type]
+    config.check_model(num_layers, int(root.config.get_text_config(decoder=True).num_attention_heads))
     selected = {phase: config.layers(phase, num_layers) for phase in PHASES}
     warned: set[str] = set()
     states = []

@@ -117,6 +117,13 @@ class BlockGrid:
         key_block = torch.arange(self.num_key_blocks, device=self.row_starts.device)
         return (key_block <= self.query_block_ids[..., None]) & self.has_queries[..., None]
 
+    def on_diagonals(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Blocks on the `chosen` block diagonals, bool `[B, Hq, N]` by block distance: bool `[B, Hq, NQ, N]`."""
+        key_block = torch.arange(self.num_key_blocks, device=chosen.device)
+        distance = (self.query_block_ids[..., None] - key_block).clamp(0, self.num_key_blocks - 1)
+        index = distance.flatten(1)[:, None].expand(-1, chosen.shape[1], -1)
+        return chosen.gather(-1, index).unflatten(-1, distance.shape[1:])
+
     @cached_property
     def has_queries(self) -> torch.Tensor:
         """Which query blocks hold a real query, bool `[B, NQ]`."""

@@ -16,7 +16,8 @@ class MethodCase:
 
     @property
     def name(self) -> str:
-        return "-".join(str(value) for value in (self.small["method"], self.small.get("selection", "")) if value)
+        parts = self.small["method"], self.small.get("selection"), "last" if self.small.get("last") else None
+        return "-".join(str(part) for part in parts if part)
 
 
 def _flexprefill(selection: str, **changes: Any) -> MethodCase:
@@ -27,7 +28,26 @@ def _flexprefill(selection: str, **changes: Any) -> MethodCase:
     )
 
 
+def _minference() -> MethodCase:
+    base = {"method": "minference", "block_size": 16, "min_length": 0}
+    return MethodCase(
+        small={**base, "vertical": 40, "slash": 104},
+        full={**base, "vertical": 400, "slash": 100},
+    )
+
+
+def _a_shape(last: int) -> MethodCase:
+    base = {"method": "a_shape", "block_size": 16, "min_length": 0, "last": last}
+    return MethodCase(
+        small={**base, "sink": 20, "window": 50},
+        full={**base, "sink": 20, "window": 380},
+    )
+
+
 PREFILL_METHODS = [
     _flexprefill("reference"),
     _flexprefill("coverage", gamma=0.5, min_budget=16),
+    _minference(),
+    _a_shape(last=0),
+    _a_shape(last=30),
 ]

@@ -133,6 +133,20 @@ def test_run_prints_and_runs_a_recipe(tmp_path: Path) -> None:
     assert run("run", str(tmp_path / "r.yaml")).returncode == 0 and (tmp_path / "m.json").exists()
 
 
+def test_calibrate_minference_writes_what_a_config_reads(tmp_path: Path, needle_llama_path: Path) -> None:
+    command = ["calibrate", "minference", "--model", str(needle_llama_path), "--length", "1024"]
+    result = run(*command, "--out", str(tmp_path / "p.json"))
+    assert result.returncode == 0, result.stderr
+    assert "vertical_and_slash" in result.stdout and "\r" not in result.stdout, "no progress bar in a pipe"
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
+    (tmp_path / "my.yaml").write_text("prefill: {method: minference, calibration: p.json}")
+    shown = run("show", str(tmp_path / "my.yaml"), "--model", str(needle_llama_path))
+    assert shown.returncode == 0, shown.stderr
+    (tmp_path / "p.json").write_text("[{}]")
+    shown = run("show", str(tmp_path / "my.yaml"), "--model", str(needle_llama_path))
+    assert shown.returncode == 2 and "has 1 layers and the model 8; `sparse-patch calibrate" in shown.stderr
+
+
 def test_lm_eval_gets_its_own_arguments() -> None:
     assert "--model_args" in run("lm-eval", "run", "--help").stdout
 
@@ -186,6 +200,13 @@ BAD = [
     (["demo", "--length", "40000"], "error: --length: a prompt of 40000 tokens and 12 for the answer do not fit"),
     (["demo", "--length", "1024", "--needles", "40"], "error: --length: "),
     (["demo", "--config", "bad.yaml"], "error: bad.yaml: prefill.gama: unknown key"),
+    (["calibrate", "minference", "--out", "no/such/p.json"], "error: no/such/p.json: cannot be written"),
+    (["calibrate", "minference", "--out", "p.json", "--model", "no-such"], "error: --model: no-such: cannot be loaded"),
+    (
+        ["calibrate", "minference", "--out", "p.json", "--length", "40000"],
+        "error: --length: a prompt of 40000 tokens and 0 for the answer do not fit",
+    ),
+    (["show", "calibration.yaml"], "error: calibration.yaml: prefill.calibration: no.json: cannot be read"),
     (["demo", "--json", "no/such/folder/a.json"], "error: no/such/folder/a.json: cannot be written"),
 ]
 
@@ -202,6 +223,7 @@ def test_bad_input_is_one_line_and_exit_2(
     (tmp_path / "bad.yaml").write_text("prefill: {method: flexprefill, gama: 0.9}")
     (tmp_path / "gamma.yaml").write_text("prefill: {method: flexprefill, gamma: 1.7}")
     (tmp_path / "list.yaml").write_text("- prefill")
+    (tmp_path / "calibration.yaml").write_text("prefill: {method: minference, calibration: no.json}")
     (tmp_path / "layers.yaml").write_text("prefill: {method: flexprefill, layers: [9]}")
     (tmp_path / "decode.yaml").write_text("decode: {method: dense}")
     (tmp_path / "short.txt").write_text("A few words.")

@@ -23,10 +23,11 @@ def test_every_method_has_a_config_of_its_name() -> None:
     assert {f"{name}.yaml" for name in registry()} <= packaged_configs().keys()
 
 
-def test_the_packaged_flexprefill_spells_out_every_default() -> None:
-    written = packaged_configs()[FLEX].read_text()
-    config = load_config(FLEX)
-    assert config.prefill == registry()["flexprefill"]()
+@pytest.mark.parametrize("name", ["a_shape", "flexprefill", "minference"])
+def test_the_packaged_config_spells_out_every_default(name: str) -> None:
+    written = packaged_configs()[f"{name}.yaml"].read_text()
+    config = load_config(name)
+    assert config.prefill == registry()[name]()
     for field in type(config.prefill).model_fields:
         assert f"\n  {field}:" in written
 
@@ -76,15 +77,23 @@ def test_a_layer_that_the_model_lacks() -> None:
         load_config(FLEX, prefill={"layers": [4]}).layers("prefill", 4)
 
 
+def names(phase: str) -> str:
+    return ", ".join(name for name, method in registry().items() if phase in method.phases)
+
+
 BAD_SOURCES = [
-    ("nope.yaml", {}, "nope.yaml: no such file; packaged configs: dense.yaml, flexprefill.yaml"),
+    ("nope.yaml", {}, f"nope.yaml: no such file; packaged configs: {', '.join(packaged_configs())}"),
     ("flexprefil.yaml", {}, "did you mean 'flexprefill'?"),
     (3, {}, "config: expected a path, a packaged name or a dict, got int 3"),
     ([], {}, "config: the list is empty"),
     ({}, {}, "dict: sets neither prefill nor decode"),
     ({"prefil": {}}, {}, "dict: prefil: unknown key, did you mean 'prefill'?"),
-    ({"prefill": {"gamma": 0.9}}, {}, "dict: prefill.method: missing; expected one of dense, flexprefill"),
-    ({"decode": {"method": "flexprefill"}}, {}, "dict: decode.method: expected one of dense, got 'flexprefill'"),
+    ({"prefill": {"gamma": 0.9}}, {}, f"dict: prefill.method: missing; expected one of {names('prefill')}"),
+    (
+        {"decode": {"method": "flexprefill"}},
+        {},
+        f"decode.method: expected one of {names('decode')}, got 'flexprefill'",
+    ),
     ([FLEX, "dense.yaml"], {}, "dense.yaml: prefill: an earlier config of the list sets it too"),
     (FLEX, {"prefill": {"gama": 0.9}}, "flexprefill.yaml: prefill.gama: unknown key, did you mean 'gamma'?"),
     (FLEX, {"prefill": {"gamma": 1.7}}, "flexprefill.yaml: prefill.gamma: expected less than or equal to 1, got"),
@@ -98,7 +107,7 @@ BAD_SOURCES = [
     (FLEX, {"prefill": {"max_budget": 12}}, "prefill.max_budget: 12 is below min_budget 1024; raise it or lower that"),
     (FLEX, {"prefill": {"layers": "most"}}, 'prefill.layers: expected "all", a list of layer numbers or'),
     (FLEX, {"prefill": {"layers": [1, "a"]}}, 'prefill.layers: expected "all", a list of layer numbers or'),
-    (FLEX, {"prefill": {"method": 3}}, "prefill.method: expected one of dense, flexprefill, got 3"),
+    (FLEX, {"prefill": {"method": 3}}, f"prefill.method: expected one of {names('prefill')}, got 3"),
     (FLEX, {"prefill": 7}, "prefill: expected a mapping with a `method`, got 7"),
     (FLEX, {"backend": "tritn"}, "backend: expected 'auto', 'triton', 'flash', 'torch' or 'reference', got str"),
     (FLEX, {"dense": "fast"}, "flexprefill.yaml: dense: expected 'unpatched' or 'best', got str"),
@@ -118,7 +127,7 @@ def test_bad_config_is_one_line(source: Any, overrides: dict[str, Any], message:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("- a\n- b\n", "expected a mapping with the keys prefill, decode, backend, on_unsupported, got a list"),
+        ("- a\n- b\n", "expected a mapping with the keys prefill, decode, backend, dense, on_unsupported, got a list"),
         ("", "got an empty file"),
         ("just text", "got a str"),
         ("a: [b\nc: :", "not valid YAML: "),

@@ -1,5 +1,8 @@
 """What only a GPU can show; skipped without one."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from calls import make_call
@@ -7,7 +10,9 @@ from families import FAMILIES
 
 from sparse_patch import patched, sparsity_report
 from sparse_patch.call import AttentionCall
+from sparse_patch.methods.a_shape import AShape
 from sparse_patch.methods.flexprefill import FlexPrefill
+from sparse_patch.methods.minference import MInference
 from sparse_patch.ops import dense
 from sparse_patch.ops.block_sparse import attend
 from sparse_patch.plans import BlockGrid, BlockPlan
@@ -32,15 +37,46 @@ def test_plans_on_the_gpu_equal_plans_on_the_cpu(selection: str, row_starts: lis
     assert (plan.blocks().cpu() != expected.blocks()).float().mean() < 0.002  # sums round in another order
 
 
-def test_planning_never_waits_for_the_gpu() -> None:
-    method = FlexPrefill(gamma=0.8, tau=0.2, min_budget=32, block_size=32, min_length=0)
+HEADS = [
+    ["vertical_and_slash", 60, 120],
+    ["stream_llm", 20, 100],
+    ["block_sparse", 0, 0],
+    ["vertical_and_slash", 30, 150],
+]
+
+
+def mixed_heads(folder: Path) -> MInference:
+    """A method of which each head of layer 0 has another pattern."""
+    (folder / "p.json").write_text(json.dumps([{str(head): [*entry, 1.0] for head, entry in enumerate(HEADS)}]))
+    return MInference(calibration=str(folder / "p.json"), block_budget=128, block_size=32, min_length=0)
+
+
+@pytest.mark.parametrize("name", ["flexprefill", "minference", "a_shape"])
+def test_planning_never_waits_for_the_gpu(name: str, tmp_path: Path) -> None:
+    methods = {
+        "flexprefill": FlexPrefill(gamma=0.8, tau=0.2, min_budget=32, block_size=32, min_length=0),
+        "minference": mixed_heads(tmp_path),
+        "a_shape": AShape(sink=20, window=100, last=40, block_size=32, min_length=0),
+    }
     call = on_gpu(make_call(900, row_starts=[0, 77]))
-    method.plan(call)
+    assert isinstance(methods[name].plan(call), BlockPlan)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        method.plan(call)
+        methods[name].plan(call)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_mixed_heads_on_the_gpu(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The plan is the CPU's but for ties, and the fast kernel reads what it says."""
+    method = mixed_heads(tmp_path)
+    call = make_call(900, queries=500, row_starts=[0, 77, 300], dtype=dtype, head_dim=64)
+    expected, plan = method.plan(call), method.plan(on_gpu(call))
+    assert isinstance(expected, BlockPlan) and isinstance(plan, BlockPlan)
+    assert (plan.mask().cpu() != expected.mask()).float().mean() < 0.005  # sums round in another order
+    output, reference = attend(on_gpu(call), plan)[0], attend(on_gpu(call), plan, "reference")[0]
+    torch.testing.assert_close(output, reference, atol=1.6e-2, rtol=1.6e-2)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

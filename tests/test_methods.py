@@ -22,6 +22,13 @@ def plan_of(case: MethodCase, call: object) -> BlockPlan:
     return plan
 
 
+def columns_of(plan: BlockPlan, head: int, row: int) -> list[int]:
+    if plan.columns is None or plan.column_counts is None:
+        return []
+    columns: list[int] = plan.columns[0, head, row, : plan.column_counts[0, head, row]].tolist()
+    return columns
+
+
 def test_every_prefill_method_is_in_the_table() -> None:
     sparse = {name for name, method in registry().items() if "prefill" in method.phases and name != "dense"}
     assert {case.small["method"] for case in PREFILL_METHODS} == sparse
@@ -37,6 +44,10 @@ def test_lists_are_causal_ascending_and_sparse(case: MethodCase, queries: int) -
             blocks = plan.indices[0, head, row, : plan.counts[0, head, row]].tolist()
             assert blocks == sorted(set(blocks)), "a key block is listed twice or out of order"
             assert blocks[-1] == diagonal[0, row], "the diagonal is missing"
+            columns = columns_of(plan, head, row)
+            assert len(columns) == len(set(columns)), "a column is listed twice"
+            assert all(0 <= key < diagonal[0, row] * plan.grid.block_size for key in columns), "not before the block"
+            assert not {key // plan.grid.block_size for key in columns} & set(blocks), "a key is read twice"
     assert 0 < plan.density().min() <= plan.density().mean() < 1
 
 
@@ -53,6 +64,8 @@ def test_a_padded_row_equals_the_row_alone(case: MethodCase, queries: int) -> No
         expected, _ = attend(alone, alone_plan)
         rows, keys = alone_plan.counts.shape[2], alone_plan.counts.shape[3:] or alone_plan.indices.shape[3:]
         assert torch.equal(plan.blocks()[row, :, :rows, : keys[0]], alone_plan.blocks()[0])
+        start = int(batch.kv_start[row])  # type: ignore[index]
+        assert torch.equal(plan.mask()[row, :, real, start:], alone_plan.mask()[0])
         torch.testing.assert_close(output[row : row + 1, :, real], expected, atol=2e-6, rtol=1e-5)
         assert torch.equal(plan.computed_pairs()[row], alone_plan.computed_pairs()[0])
 
@@ -75,6 +88,7 @@ def test_heads_are_independent(case: MethodCase) -> None:
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     shuffled = type(call)(**{**vars(call), "q": call.q[:, order], "k": call.k[:, order], "v": call.v[:, order]})
     assert torch.equal(plan_of(case, call).blocks()[:, order], plan_of(case, shuffled).blocks())
+    assert torch.equal(plan_of(case, call).mask()[:, order], plan_of(case, shuffled).mask())
 
 
 @CASES
@@ -85,6 +99,7 @@ def test_grouped_heads_equal_repeated_ones(case: MethodCase, group: int) -> None
         **{**vars(call), "k": call.k.repeat_interleave(group, 1), "v": call.v.repeat_interleave(group, 1)}
     )
     assert torch.equal(plan_of(case, call).blocks(), plan_of(case, repeated).blocks())
+    assert torch.equal(plan_of(case, call).mask(), plan_of(case, repeated).mask())
 
 
 @CASES

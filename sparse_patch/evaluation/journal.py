@@ -2,19 +2,34 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from sparse_patch.errors import TaskError
-from sparse_patch.evaluation.results import Key, Record
+from sparse_patch.evaluation.results import Record
+
+R = TypeVar("R", bound=Any)  # a dataclass with a `key`
+
+
+def _record(data: dict[str, Any]) -> Any:
+    pairs = {key: tuple(data[key]) for key in ("found", "right", "prefill", "decode")}
+    return Record(**{**data, **pairs})
 
 
 @dataclass
-class Journal:
+class Journal(Generic[R]):
     """The records of a run in a file, one JSON object a line after a header that says what run it is.
 
     A line that a killed run left unfinished is dropped. Without a path, records are kept in memory only.
+
+    Attributes:
+        path: the file.
+        header: what two runs must have in common for their records to go together.
+        parse: makes a record of its JSON object; by default one of an evaluation.
+        option: the option of the command line that names the result, for messages.
+        records: by their `key`.
 
     Raises:
         TaskError: the file is no journal, or of another run.
@@ -22,7 +37,9 @@ class Journal:
 
     path: Path | None
     header: dict[str, Any]
-    records: dict[Key, Record] = field(default_factory=dict)
+    parse: Callable[[dict[str, Any]], R] = _record
+    option: str = "--json"
+    records: dict[Any, R] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -31,18 +48,18 @@ class Journal:
         whole = text[: text.rfind("\n") + 1]
         try:
             header, *records = (json.loads(line) for line in whole.splitlines()) if whole else (self.header,)
-            self.records = {record.key: record for record in map(_record, records)}
+            self.records = {record.key: record for record in map(self.parse, records)}
             self._check(header)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, TaskError):
                 raise
             raise TaskError(
-                f"{self.path}: is no journal of an evaluation; delete it or write --json elsewhere"
+                f"{self.path}: is no journal of an unfinished run; delete it or write {self.option} elsewhere"
             ) from None
         if whole != text:
             write_atomically(self.path, whole)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: R) -> None:
         self.records[record.key] = record
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
@@ -59,7 +76,7 @@ class Journal:
             if header.get(key) != value:
                 raise TaskError(
                     f"{self.path}: is of an unfinished run with {key} {header.get(key)!r}, this one has {value!r}; "
-                    "delete it or write --json to another file"
+                    f"delete it or write {self.option} to another file"
                 )
 
 
@@ -68,8 +85,3 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _record(data: dict[str, Any]) -> Record:
-    pairs = {key: tuple(data[key]) for key in ("found", "right", "prefill", "decode")}
-    return Record(**{**data, **pairs})

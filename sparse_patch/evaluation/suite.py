@@ -67,7 +67,7 @@ class Evaluation:
             label: (label, config.fingerprint(), task.name, length, index) for label, config in self.configs.items()
         }
 
-    def missing(self, journal: Journal) -> int:
+    def missing(self, journal: Journal[Record]) -> int:
         """Records that the journal does not have yet."""
         return sum(key not in journal.records for prompt in self.prompts() for key in self.keys(*prompt).values())
 
@@ -105,7 +105,7 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: Any,
     evaluation: Evaluation,
-    journal: Journal,
+    journal: Journal[Record],
     progress: Step = lambda _: None,
 ) -> list[Row]:
     """Run what the journal does not have yet; one row for each configuration, task and length.

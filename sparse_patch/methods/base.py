@@ -4,16 +4,19 @@ A method is one file here: a pydantic model whose fields are the fields of its Y
 file, of the YAML in `configs/` and of the `method:` value are the same.
 """
 
+import hashlib
 import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
 from functools import cache
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sparse_patch.call import AttentionCall, Phase
+from sparse_patch.errors import ConfigError
 from sparse_patch.plans import Dense, Plan
 
 Tokens = Annotated[int, Field(ge=0)]
@@ -31,6 +34,7 @@ class Method(BaseModel, ABC):
     """A sparse attention method: its settings, and how it decides.
 
     Attributes:
+        files: the fields that name files. A relative path counts from the folder of the YAML that has it.
         method: the registered name.
         layers: which layers use it: "all", a list of indices, or `{exclude: [...]}`. The others stay dense.
     """
@@ -40,6 +44,7 @@ class Method(BaseModel, ABC):
     phases: ClassVar[tuple[Phase, ...]]
     summary: ClassVar[str]
     paper: ClassVar[str]
+    files: ClassVar[tuple[str, ...]] = ()
 
     method: str
     layers: Literal["all"] | list[LayerIndex] | Excluded = "all"
@@ -47,6 +52,26 @@ class Method(BaseModel, ABC):
     @abstractmethod
     def plan(self, call: AttentionCall) -> Plan:
         """Decide which keys each query of the call reads, without a host sync."""
+
+    def check_model(self, num_layers: int, num_heads: int) -> None:
+        """Raise ValueError if the settings do not fit a model; the message begins with the field.
+
+        Args:
+            num_layers: layers of the model, dense ones too.
+            num_heads: query heads of a layer.
+        """
+
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of each file that the settings name, by field: a file that changed is another setting.
+
+        Raises:
+            ConfigError: a file is not there any more.
+        """
+        paths = {field: getattr(self, field) for field in self.files if getattr(self, field) is not None}
+        try:
+            return {field: hashlib.sha256(Path(path).read_bytes()).hexdigest() for field, path in paths.items()}
+        except OSError as error:
+            raise ConfigError(f"{self.method}: {error.filename}: cannot be read: {error.strerror}") from None
 
     @classmethod
     def registered_name(cls) -> str:

@@ -169,7 +169,7 @@ def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"j: is of an unfinished run with seed 5, this one has 6; delete it or write"):
         journal(tmp_path / "j", seed=6)
     (tmp_path / "other").write_text("hello\n")
-    with pytest.raises(TaskError, match="other: is no journal of an evaluation; delete it or write"):
+    with pytest.raises(TaskError, match="other: is no journal of an unfinished run; delete it or write --json"):
         journal(tmp_path / "other")
 
 

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from sparse_patch.call import AttentionCall, apply_softcap
-from sparse_patch.ops.block_means.torch import query_means
+from sparse_patch.call import AttentionCall
 from sparse_patch.ops.lines.rules import LineRule, QueryAware
+from sparse_patch.ops.pooling import pooled_attention, pooled_logits
 from sparse_patch.ops.profiles.torch import last_query_profiles
 from sparse_patch.plans import BlockGrid, BlockPlan
 
@@ -33,10 +33,7 @@ def plan_of_lines(
     verticals: torch.Tensor, slashes: torch.Tensor, aware: QueryAware | None, grid: BlockGrid
 ) -> BlockPlan:
     """See `ops.lines`."""
-    key_block = torch.arange(grid.num_key_blocks, device=slashes.device)
-    distance = (grid.query_block_ids[..., None] - key_block).clamp(0, grid.num_key_blocks - 1)
-    index = distance.flatten(1)[:, None].expand(-1, slashes.shape[1], -1)
-    blocks = verticals[:, :, None] | slashes.gather(-1, index).unflatten(-1, distance.shape[1:])
+    blocks = verticals[:, :, None] | grid.on_diagonals(slashes)
     if aware is not None:
         blocks = blocks | (_aware_blocks(aware, grid) & aware.heads[..., None, None])
     return BlockPlan.from_blocks(blocks, grid)
@@ -44,7 +41,7 @@ def plan_of_lines(
 
 def _aware_blocks(aware: QueryAware, grid: BlockGrid) -> torch.Tensor:
     """What every head would take, bool `[B, Hq, NQ, N]`."""
-    attention = _block_attention(aware, grid)
+    attention = pooled_attention(aware.call, grid, aware.mean_k)
     shape = attention.shape
     if not aware.each_row:  # one sort over all rows of the head
         attention = attention.flatten(-2)
@@ -57,14 +54,6 @@ def _aware_blocks(aware: QueryAware, grid: BlockGrid) -> torch.Tensor:
     else:
         taken = reached <= aware.gamma * grid.has_queries.sum(-1)[:, None, None]
     return torch.zeros_like(taken).scatter(-1, order, taken).view(shape)
-
-
-def _block_attention(aware: QueryAware, grid: BlockGrid) -> torch.Tensor:
-    """Causal attention of mean queries to mean keys, float32 `[B, Hq, NQ, N]`; query blocks a row lacks are 0."""
-    call = aware.call
-    logits = _pooled_logits(query_means(call.q, grid), aware.mean_k, call.scale, call.softcap)
-    attention = logits.masked_fill(~grid.causal[:, None], -torch.inf).softmax(-1)
-    return attention.masked_fill(~grid.causal[:, None], 0.0)
 
 
 def _choose(
@@ -87,14 +76,8 @@ def _choose(
 def _estimate_last_block(call: AttentionCall, grid: BlockGrid, mean_k: torch.Tensor) -> torch.Tensor:
     """Attention over key blocks of the mean of the last `block` queries, float32 `[B, Hq, N]`."""
     mean_q = call.q[:, :, -grid.block_size :].float().mean(-2, keepdim=True)
-    logits = _pooled_logits(mean_q, mean_k, call.scale, call.softcap).squeeze(-2)
+    logits = pooled_logits(mean_q, mean_k, call).squeeze(-2)
     return logits.masked_fill(~grid.has_key_block[:, None], -torch.inf).softmax(-1)
-
-
-def _pooled_logits(mean_q: torch.Tensor, mean_k: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
-    """Logits of mean queries `[B, Hq, I, D]` against mean keys `[B, Hkv, N, D]`: `[B, Hq, I, N]`."""
-    grouped = (mean_q * scale).unflatten(1, (mean_k.shape[1], -1))
-    return apply_softcap((grouped @ mean_k.transpose(-1, -2)[:, :, None]).flatten(1, 2), softcap)
 
 
 def _js_distance(p: torch.Tensor, q: torch.Tensor, exists: torch.Tensor, zero_is_nan: bool) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Offline searches that write the files which methods read."""

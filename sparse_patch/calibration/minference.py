@@ -1,0 +1,165 @@
+"""The search for MInference's head patterns: of several that cost about the same, the one that changes a head least.
+
+On one prompt, key-value retrieval as in the paper (Alg. 1 and Table 7), every head of every layer runs with each
+candidate. What counts is the error of the attention output against dense attention, over all queries: the paper's
+measure. (The public code ranks by attention mass of the late queries, and saves A-shape and block-sparse winners as
+vertical-slash.) The model itself stays dense, so a layer sees the same input whatever is chosen before it.
+
+The sizes of the candidates are the paper's, which it matched at prompts of 30k tokens to the cost of 1k sink and 4k
+window; for shorter prompts they shrink in proportion. Block-sparse is not among them: files have no size for it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from sparse_patch.calibration.observe import observed
+from sparse_patch.call import AttentionCall
+from sparse_patch.errors import TaskError
+from sparse_patch.evaluation.generation import prefill
+from sparse_patch.evaluation.journal import Journal, write_atomically
+from sparse_patch.methods.minference import FORCED_COLUMNS, FORCED_DISTANCES, MInference, Pattern
+from sparse_patch.ops.block_sparse import attend
+from sparse_patch.plans import BlockGrid, BlockPlan, Dense
+from sparse_patch.progress import Step
+
+PAPER_LENGTH = 30_000
+PAPER_CANDIDATES = (
+    Pattern("vertical_and_slash", 30, 2048),
+    Pattern("vertical_and_slash", 100, 1800),
+    Pattern("vertical_and_slash", 500, 1500),
+    Pattern("vertical_and_slash", 3000, 200),
+    Pattern("stream_llm", 1024, 4096),
+)
+
+
+@dataclass(frozen=True)
+class LayerPatterns:
+    """What the search found for a layer.
+
+    Attributes:
+        layer: its index.
+        heads: for each head [pattern, columns, diagonals, score]; the score is the relative error of the output.
+        densities: share of the causal triangle that each candidate computed, mean over heads.
+    """
+
+    layer: int
+    heads: list[tuple[str, int, int, float]]
+    densities: list[float]
+
+    @property
+    def key(self) -> int:
+        return self.layer
+
+
+def candidates(length: int) -> tuple[Pattern, ...]:
+    """The patterns to choose from, for prompts of `length` tokens; none twice."""
+    scale = min(1.0, length / PAPER_LENGTH)
+    return tuple(dict.fromkeys(_scaled(pattern, scale) for pattern in PAPER_CANDIDATES))
+
+
+def _scaled(pattern: Pattern, scale: float) -> Pattern:
+    """As many verticals and slashes as the method takes in any case, at least."""
+    lines = pattern.kind == "vertical_and_slash"
+    return Pattern(
+        pattern.kind,
+        max(round(pattern.columns * scale), FORCED_COLUMNS if lines else 1),
+        max(round(pattern.diagonals * scale), FORCED_DISTANCES if lines else 1),
+    )
+
+
+def search(
+    model: PreTrainedModel,
+    tokens: Sequence[int],
+    journal: Journal[LayerPatterns],
+    progress: Step = lambda _: None,
+    method: MInference | None = None,
+) -> list[LayerPatterns]:
+    """The patterns of every layer, in order; layers that the journal has are not measured again.
+
+    Args:
+        model: not patched; it is left so.
+        tokens: the prompt.
+        journal: gets each layer as it is found.
+        progress: called with a description before each layer that is measured.
+        method: whose block size to search with; default settings by default.
+
+    Raises:
+        PatchError: the model is patched already, or cannot be.
+        TaskError: the prompt is too short, or no layer of the model can run sparse attention.
+    """
+    method = method or MInference()
+    choices = candidates(len(tokens))
+
+    def see(call: AttentionCall) -> None:
+        if call.layer not in journal.records:
+            progress(f"layer {call.layer}")
+            journal.add(_best(call, choices, method))
+
+    with observed(model, see):
+        prefill(model, tokens)
+    if not journal.records:
+        raise TaskError("--model: no layer of this model can run sparse attention, see `sparse-patch show`")
+    return [journal.records[layer] for layer in sorted(journal.records)]
+
+
+def _best(call: AttentionCall, choices: Sequence[Pattern], method: MInference) -> LayerPatterns:
+    """The pattern of the smallest error for each head; of equal ones the first."""
+    batch, heads = call.q.shape[:2]
+    grid = BlockGrid.of(call, method.block_size)
+    everything = BlockPlan.from_blocks(grid.causal[:, None].expand(batch, heads, -1, -1), grid)
+    dense = attend(call, everything)[0].float()
+    errors, densities = [], []
+    for choice in choices:
+        plan = method.plan_patterns(call, (choice,) * heads)
+        if isinstance(plan, Dense):
+            raise TaskError(
+                f"--length: {call.kv_length} tokens are too few for a search: {choice.kind} {choice.columns}, "
+                f"{choice.diagonals} reads everything; ask for 1024 or more"
+            )
+        output = attend(call, plan)[0].float()
+        errors.append((output - dense).square().sum((0, 2, 3)) / dense.square().sum((0, 2, 3)))
+        densities.append(float(plan.density().mean()))
+    smallest, chosen = torch.stack(errors).sqrt().min(0)
+    return LayerPatterns(
+        call.layer,
+        [(*choices[number], round(error, 6)) for number, error in zip(chosen.tolist(), smallest.tolist(), strict=True)],
+        densities,
+    )
+
+
+def write_patterns(found: Sequence[LayerPatterns], num_layers: int, path: Path) -> None:
+    """Write MInference's format: a list with a mapping of heads for each layer; empty for those that stay dense."""
+    heads: list[dict[str, Any]] = [{} for _ in range(num_layers)]
+    for layer in found:
+        heads[layer.layer] = {str(head): list(entry) for head, entry in enumerate(layer.heads)}
+    lines = ",\n".join(json.dumps(layer) for layer in heads)
+    write_atomically(path, f"[\n{lines}\n]\n")
+
+
+def table(found: Sequence[LayerPatterns], length: int) -> Table:
+    """How many heads chose each candidate, their mean error, and what the candidate costs."""
+    result = Table("pattern", "columns", "diagonals", "heads", "error", "density", title=f"{length} tokens")
+    for number, choice in enumerate(candidates(length)):
+        errors = [entry[3] for layer in found for entry in layer.heads if tuple(entry[:3]) == choice]
+        density = fmean(layer.densities[number] for layer in found)
+        error = f"{fmean(errors):.4f}" if errors else ""
+        sizes = str(choice.columns), str(choice.diagonals)
+        result.add_row(choice.kind, *sizes, str(len(errors)), error, f"{density:.2f}")
+    return result
+
+
+def journal_of(path: Path, about: dict[str, Any]) -> Journal[LayerPatterns]:
+    """The journal beside a file that is to be written."""
+    return Journal(path.with_name(f"{path.name}.unfinished"), about, _layer, "--out")
+
+
+def _layer(data: dict[str, Any]) -> LayerPatterns:
+    return LayerPatterns(data["layer"], [tuple(entry) for entry in data["heads"]], data["densities"])

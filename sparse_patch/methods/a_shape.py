@@ -1,0 +1,77 @@
+"""A-shape: the first tokens and a window of the last ones, as StreamingLLM keeps them, here for prefill.
+
+A query reads the keys closer than `window` and the first `sink` keys. Xiao et al., "Efficient Streaming Language Models
+with Attention Sinks", ICLR 2024, arXiv 2309.17453; as a prefill pattern, with and without dense last queries
+("tri-shape"), in microsoft/MInference. Positions are the true ones: StreamingLLM's renumbering inside its cache is
+another thing. Nothing looks at the data, so a token's output depends on no token after it (with `last: 0`).
+
+Where the public code decides per token, this one computes the whole blocks that the tokens touch: never fewer keys.
+Its number of dense queries is capped at n - 1; here a call that has only such queries is simply dense.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.methods.base import PrefillMethod, Tokens
+from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
+
+
+class AShape(PrefillMethod):
+    """Sink and window, the same for every head and query.
+
+    Attributes:
+        sink: first tokens of each row that every query reads.
+        window: keys that a query reads up to itself; 1 is itself alone.
+        last: last queries of a call that read everything, as in tri-shape; 0 for none. In a chunked prefill every chunk
+            has its own.
+        block_size: side of a block in tokens; sink and window are rounded up to whole blocks.
+    """
+
+    summary = "first tokens and a window, whatever the prompt says"
+    paper = "StreamingLLM, ICLR 2024, arXiv 2309.17453"
+
+    method: Literal["a_shape"] = "a_shape"
+    sink: Tokens = 1024
+    window: Annotated[int, Field(ge=1)] = 4096
+    last: Tokens = 0
+    block_size: Literal[16, 32, 64, 128] = 128
+
+    def plan(self, call: AttentionCall) -> Plan:
+        """The same blocks for every head; see `Method.plan`."""
+        if short := self.why_dense(call):
+            return short
+        if call.kv_length <= self.sink + self.window:
+            return Dense(f"no longer than sink and window, {self.sink + self.window} tokens")
+        if call.q.shape[2] <= self.last:
+            return Dense(f"no more queries than last: {self.last}")
+        grid = BlockGrid.of(call, self.block_size)
+        sink, window = (torch.full((1,), size, device=call.q.device) for size in (self.sink, self.window))
+        blocks = a_shape_blocks(grid, sink, window)
+        _, end = grid.query_bounds
+        dense = end > (grid.lengths - self.last)[:, None] if self.last else torch.zeros_like(end, dtype=torch.bool)
+        dense = dense | (grid.lengths <= max(self.min_length - 1, self.sink + self.window))[:, None]
+        blocks = blocks | dense[:, None, :, None]
+        return BlockPlan.from_blocks(blocks.expand(-1, call.q.shape[1], -1, -1), grid)
+
+
+def a_shape_blocks(grid: BlockGrid, sink: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+    """Blocks that hold a key below `sink` or less than `window` tokens back from one of the block's queries.
+
+    Args:
+        grid: the grid.
+        sink: tokens per head, int64 `[Hq]`.
+        window: tokens per head, int64 `[Hq]`; the diagonal block is taken in any case.
+
+    Returns:
+        bool `[B, Hq, NQ, N]`; may hold blocks above the diagonal.
+    """
+    size = grid.block_size
+    key_block = torch.arange(grid.num_key_blocks, device=sink.device)
+    distance = (grid.query_block_ids[..., None] - key_block)[:, None]
+    sink_blocks = (sink + size - 1) // size
+    # The first query of a block reaches furthest back, window - 1 tokens from the block's own first key.
+    window_blocks = (window + size - 2) // size
+    return (key_block < sink_blocks[:, None, None]) | (distance <= window_blocks[:, None, None])

@@ -1,0 +1,286 @@
+"""MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention (NeurIPS 2024).
+
+Each query head has one of three patterns, found offline; which keys a pattern reads is decided per prompt.
+
+- `vertical_and_slash`: the attention of the last 64 queries, summed over columns and over diagonals, says which key
+  columns ("verticals") and which distances ("slashes") the head needs, a fixed number of each. The first 30 keys and
+  the distances below 100 are always among them.
+- `stream_llm`: the first tokens and a window of the last ones, as in `a_shape`.
+- `block_sparse`: for every query block the key blocks of the highest pooled attention.
+
+arXiv 2407.02490; code: microsoft/MInference. This differs from the public code in the following:
+
+- Slashes: the code cuts, for each block of 64 queries, ranges of 64 keys that lie on no grid. Here a slash brings the
+  aligned blocks that it touches: one block diagonal where its distance is a multiple of `block_size`, else two. All
+  that was selected is read, each key once, and some keys around the slashes more than in the code.
+- Never fewer slashes than the 100 forced ones; with fewer the code keeps an arbitrary part of them.
+- `block_sparse`: softmax of scaled, soft-capped logits of means over the tokens that a block really has, as in the
+  paper and in sparse-frontier, whose forced first and diagonal block are kept as well. The code takes raw products of
+  means with zero padding and forces nothing.
+- Any batch size, left padding (each row counts from its first real token), chunked prefill (a chunk selects with its
+  own last queries; the code goes dense) and the model's own scale and softcap.
+
+Selection looks at the last queries of the call, so a token's output depends on tokens after it.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+from typing_extensions import Self
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.methods.a_shape import a_shape_blocks
+from sparse_patch.methods.base import PrefillMethod, Tokens
+from sparse_patch.ops.block_means import key_means
+from sparse_patch.ops.pooling import pooled_attention
+from sparse_patch.ops.profiles import last_query_profiles
+from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
+
+LAST_QUERIES = 64
+FORCED_COLUMNS = 30
+FORCED_DISTANCES = 100
+
+Kind = Literal["vertical_and_slash", "stream_llm", "block_sparse"]
+
+
+class Pattern(NamedTuple):
+    """What one head reads, as MInference's files have it.
+
+    Attributes:
+        kind: the pattern.
+        columns: verticals, or the sink, in tokens; without meaning for block_sparse.
+        diagonals: slashes, or the window, in tokens; without meaning for block_sparse.
+    """
+
+    kind: Kind
+    columns: int
+    diagonals: int
+
+
+MISSING = Pattern("vertical_and_slash", 1000, 6096)  # of a head that a file does not have, as in the public code
+
+
+class MInference(PrefillMethod):
+    """Vertical-slash, A-shape or block-sparse, per head.
+
+    Attributes:
+        vertical: key columns of every head; at least 30. Not used with a calibration.
+        slash: distances of every head; at least 100. Not used with a calibration.
+        block_budget: tokens that a block_sparse head keeps for each query block.
+        calibration: JSON file with the pattern of each head: a list with an element for each layer, which maps a head's
+            index to [pattern, columns, diagonals, score]; a head that it lacks is vertical_and_slash 1000, 6096. A
+            relative path counts from the folder of the YAML file that names it. None for the same sizes everywhere.
+        block_size: side of a block in tokens.
+    """
+
+    summary = "columns and diagonals, A-shape or blocks, by a pattern per head"
+    paper = "MInference, NeurIPS 2024, arXiv 2407.02490"
+    files = ("calibration",)
+
+    method: Literal["minference"] = "minference"
+    vertical: Tokens = 512
+    slash: Tokens = 2048
+    block_budget: Tokens = 6400
+    calibration: str | None = None
+    block_size: Literal[16, 32, 64, 128] = 128
+
+    @model_validator(mode="after")
+    def _calibration_is_readable(self) -> Self:
+        _ = self.heads
+        return self
+
+    @cached_property
+    def heads(self) -> list[dict[int, Pattern]] | None:
+        """The patterns of the calibration, by layer and head; None without one."""
+        return None if self.calibration is None else read_patterns(self.calibration)
+
+    def check_model(self, num_layers: int, num_heads: int) -> None:
+        """See `Method.check_model`."""
+        if self.heads is None:
+            return
+        if len(self.heads) != num_layers:
+            raise ValueError(
+                f"calibration: {self.calibration} has {len(self.heads)} layers and the model {num_layers}; {_MAKE_ONE}"
+            )
+        for layer, patterns in enumerate(self.heads):
+            if patterns and max(patterns) >= num_heads:
+                raise ValueError(
+                    f"calibration: {self.calibration}: layer {layer} has a head {max(patterns)}, the model has "
+                    f"heads 0 to {num_heads - 1}; {_MAKE_ONE}"
+                )
+
+    def patterns(self, layer: int, num_heads: int) -> tuple[Pattern, ...]:
+        """The pattern of each head of a layer."""
+        if self.heads is None:
+            return (Pattern("vertical_and_slash", self.vertical, self.slash),) * num_heads
+        return tuple(self.heads[layer].get(head, MISSING) for head in range(num_heads))
+
+    def plan(self, call: AttentionCall) -> Plan:
+        """Select by the pattern of each head; see `Method.plan`."""
+        if short := self.why_dense(call):
+            return short
+        if self.heads is not None and max(self.heads[call.layer], default=0) >= call.q.shape[1]:
+            return Dense("the calibration has more heads than the call (tensor parallelism)")
+        return self.plan_patterns(call, self.patterns(call.layer, call.q.shape[1]))
+
+    def plan_patterns(self, call: AttentionCall, patterns: tuple[Pattern, ...]) -> Plan:
+        """Select by the given pattern of each head, one plan for all of them."""
+        kept = max(LAST_QUERIES, min(self._always_dense(pattern) for pattern in patterns))
+        if call.kv_length <= kept:
+            return Dense(f"no longer than the {kept} tokens that every head keeps")
+        if call.q.shape[2] <= LAST_QUERIES:
+            return Dense("no more queries than the selection itself attends to")
+        grid = BlockGrid.of(call, self.block_size)
+        sizes = _sizes(patterns, call.q.device)
+        short_rows = grid.lengths <= max(kept, self.min_length - 1)
+        blocks, columns = short_rows[:, None, None, None], None
+        if "vertical_and_slash" in sizes.of_kind:
+            lines, columns = _vertical_slash(call, grid, sizes)
+            blocks = blocks | lines
+        if "stream_llm" in sizes.of_kind:
+            blocks = blocks | sizes.only("stream_llm", a_shape_blocks(grid, sizes.columns, sizes.diagonals))
+        if "block_sparse" in sizes.of_kind:
+            number = max(2, -(-self.block_budget // self.block_size))  # both forced blocks at least
+            blocks = blocks | sizes.only("block_sparse", _highest_blocks(call, grid, number))
+        return BlockPlan.from_blocks(blocks, grid, columns)
+
+    def _always_dense(self, pattern: Pattern) -> int:
+        """Tokens of the longest row of which a head reads everything, whatever it holds."""
+        if pattern.kind == "vertical_and_slash":
+            return max(pattern.columns, pattern.diagonals, FORCED_DISTANCES)
+        return pattern.columns + pattern.diagonals if pattern.kind == "stream_llm" else self.block_budget
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The patterns of a layer's heads on the device.
+
+    Attributes:
+        most_columns: verticals of the head that has the most.
+        columns: int64 `[Hq]`.
+        diagonals: int64 `[Hq]`.
+        of_kind: for each pattern that occurs, which heads have it, bool `[Hq]`.
+    """
+
+    most_columns: int
+    columns: torch.Tensor
+    diagonals: torch.Tensor
+    of_kind: dict[Kind, torch.Tensor]
+
+    def only(self, kind: Kind, blocks: torch.Tensor) -> torch.Tensor:
+        """The blocks `[B, Hq, NQ, N]` of the heads that have a pattern."""
+        return blocks & self.of_kind[kind][:, None, None]
+
+
+@lru_cache(maxsize=1024)
+def _sizes(patterns: tuple[Pattern, ...], device: torch.device) -> _Sizes:
+    """Kept, because bringing numbers to a GPU makes the host wait for it."""
+    vertical = [max(pattern.columns, FORCED_COLUMNS) for pattern in patterns if pattern.kind == "vertical_and_slash"]
+    return _Sizes(
+        most_columns=max(vertical, default=0),
+        columns=torch.tensor([pattern.columns for pattern in patterns], device=device),
+        diagonals=torch.tensor([pattern.diagonals for pattern in patterns], device=device),
+        of_kind={
+            kind: torch.tensor([pattern.kind == kind for pattern in patterns], device=device)
+            for kind in get_args(Kind)
+            if any(pattern.kind == kind for pattern in patterns)
+        },
+    )
+
+
+def _vertical_slash(call: AttentionCall, grid: BlockGrid, sizes: _Sizes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks of the slashes, bool `[B, Hq, NQ, N]`, and verticals, int64 `[B, Hq, C]` within the row, -1 for none.
+
+    Of equal entries the earlier key and the nearer distance come first. Heads with other patterns get nothing.
+    """
+    by_key, by_distance = last_query_profiles(call, LAST_QUERIES)
+    here = sizes.of_kind["vertical_and_slash"]
+    position = torch.arange(call.kv_length, device=call.q.device)
+    in_row = (position - grid.row_starts[:, None])[:, None]
+    by_key = by_key.masked_fill(in_row < FORCED_COLUMNS, torch.inf).masked_fill(in_row < 0, -1.0)
+    number = sizes.columns.clamp(min=FORCED_COLUMNS).masked_fill(~here, 0)
+    order, taken = _largest(by_key, number, grid.lengths, sizes.most_columns)
+    verticals = torch.where(taken, order - grid.row_starts[:, None, None], -1).sort(-1).values
+    exists = (position < grid.lengths[:, None])[:, None]
+    by_distance = by_distance.masked_fill(position < FORCED_DISTANCES, torch.inf).masked_fill(~exists, -1.0)
+    number = sizes.diagonals.clamp(min=FORCED_DISTANCES).masked_fill(~here, 0)
+    order, taken = _largest(by_distance, number, grid.lengths, call.kv_length)
+    slashes = torch.zeros_like(taken).scatter(-1, order, taken)
+    return sizes.only("vertical_and_slash", grid.on_diagonals(_touched(slashes, grid))), verticals
+
+
+def _largest(
+    values: torch.Tensor, number: torch.Tensor, lengths: torch.Tensor, most: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest entries of `values` `[B, Hq, n]`: `number` `[Hq]` of them, and as many as `lengths` `[B]` at most.
+
+    Returns:
+        Indices, int64 `[B, Hq, min(n, most)]`, largest first, and which of them count, bool of that shape.
+    """
+    order = values.argsort(dim=-1, descending=True, stable=True)[..., :most]
+    rank = torch.arange(order.shape[-1], device=order.device)
+    return order, rank < torch.minimum(number, lengths[:, None])[..., None]
+
+
+def _touched(slashes: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
+    """Block diagonals `[B, Hq, N]` that hold a pair of tokens at one of the distances `slashes` `[B, Hq, n]`."""
+    padded = F.pad(slashes, (0, grid.num_key_blocks * grid.block_size - slashes.shape[-1]))
+    within = padded.unflatten(-1, (grid.num_key_blocks, grid.block_size))
+    return within.any(-1) | F.pad(within[..., 1:].any(-1), (1, -1))
+
+
+def _highest_blocks(call: AttentionCall, grid: BlockGrid, number: int) -> torch.Tensor:
+    """The first block, the diagonal one and those of the highest pooled attention, bool `[B, Hq, NQ, N]`."""
+    attention = pooled_attention(call, grid, key_means(call.k, grid))
+    key_block = torch.arange(grid.num_key_blocks, device=attention.device)
+    forced = (key_block == 0) | (key_block == grid.query_block_ids[..., None])
+    ranked = attention.masked_fill(forced[:, None], torch.inf).masked_fill(~grid.causal[:, None], -1.0)
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, order, (key_block < number).expand(order.shape))
+
+
+_MAKE_ONE = "`sparse-patch calibrate minference` makes a file for this model"
+
+
+def read_patterns(path: str | Path) -> list[dict[int, Pattern]]:
+    """The patterns of a file in MInference's format, by layer and head.
+
+    Raises:
+        ValueError: the file cannot be read or is none of this format; the message names field, file and place.
+    """
+    try:
+        layers = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"calibration: {path}: cannot be read: {error.strerror}; {_MAKE_ONE}") from None
+    except ValueError:
+        raise ValueError(f"calibration: {path}: is no JSON; {_MAKE_ONE}") from None
+    if not isinstance(layers, list) or not all(isinstance(heads, dict) for heads in layers):
+        raise ValueError(f"calibration: {path}: expected a list with a mapping of heads for each layer; {_MAKE_ONE}")
+    return [
+        {_head(path, layer, head): _pattern(path, layer, head, entry) for head, entry in heads.items()}
+        for layer, heads in enumerate(layers)
+    ]
+
+
+def _head(path: str | Path, layer: int, head: str) -> int:
+    if not head.isdecimal():
+        raise ValueError(f"calibration: {path}: layer {layer}: expected the index of a head, got {head!r}")
+    return int(head)
+
+
+def _pattern(path: str | Path, layer: int, head: str, entry: Any) -> Pattern:
+    place = f"calibration: {path}: layer {layer}, head {head}"
+    if not isinstance(entry, list) or len(entry) < 3:
+        raise ValueError(f"{place}: expected [pattern, columns, diagonals, score], got {str(entry)[:60]}")
+    kind, *sizes = entry[:3]
+    if kind not in get_args(Kind):
+        raise ValueError(f"{place}: expected one of the patterns {', '.join(get_args(Kind))}, got {str(kind)[:60]!r}")
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(f"{place}: expected two numbers of tokens, 0 or more, got {str(sizes)[:60]}")
+    return Pattern(cast(Kind, kind), *sizes)

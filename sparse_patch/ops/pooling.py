@@ -1,0 +1,20 @@
+"""Attention of mean queries to mean keys, block by block: a cheap estimate that block-selecting methods rank by."""
+
+import torch
+
+from sparse_patch.call import AttentionCall, apply_softcap
+from sparse_patch.ops.block_means import query_means
+from sparse_patch.plans import BlockGrid
+
+
+def pooled_attention(call: AttentionCall, grid: BlockGrid, mean_k: torch.Tensor) -> torch.Tensor:
+    """Causal attention of mean queries to mean keys, float32 `[B, Hq, NQ, N]`; query blocks a row lacks are 0."""
+    logits = pooled_logits(query_means(call.q, grid), mean_k, call).masked_fill(~grid.causal[:, None], -torch.inf)
+    return logits.softmax(-1).masked_fill(~grid.causal[:, None], 0.0)
+
+
+def pooled_logits(mean_q: torch.Tensor, mean_k: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    """Logits of mean queries `[B, Hq, I, D]` against mean keys `[B, Hkv, N, D]`: `[B, Hq, I, N]`."""
+    grouped = (mean_q * call.scale).unflatten(1, (-1, call.group_size))
+    logits = grouped @ mean_k.transpose(-1, -2)[:, :, None]
+    return apply_softcap(logits.flatten(1, 2), call.softcap)
