@@ -27,7 +27,13 @@ def _flexprefill(selection: str, **changes: Any) -> MethodCase:
     )
 
 
+def _xattention(**changes: Any) -> MethodCase:
+    base = {"method": "xattention", "stride": 4, "block_size": 16, "min_length": 0}
+    return MethodCase(small={**base, **changes}, full={**base, "threshold": 1.0})
+
+
 PREFILL_METHODS = [
     _flexprefill("reference"),
     _flexprefill("coverage", gamma=0.5, min_budget=16),
+    _xattention(threshold=0.7),
 ]

@@ -23,10 +23,11 @@ def test_every_method_has_a_config_of_its_name() -> None:
     assert {f"{name}.yaml" for name in registry()} <= packaged_configs().keys()
 
 
-def test_the_packaged_flexprefill_spells_out_every_default() -> None:
-    written = packaged_configs()[FLEX].read_text()
-    config = load_config(FLEX)
-    assert config.prefill == registry()["flexprefill"]()
+@pytest.mark.parametrize("name", sorted(registry().keys() - {"dense"}))
+def test_a_packaged_config_spells_out_every_default(name: str) -> None:
+    written = packaged_configs()[f"{name}.yaml"].read_text()
+    config = load_config(name)
+    assert config.prefill == registry()[name]()
     for field in type(config.prefill).model_fields:
         assert f"\n  {field}:" in written
 
@@ -77,13 +78,13 @@ def test_a_layer_that_the_model_lacks() -> None:
 
 
 BAD_SOURCES = [
-    ("nope.yaml", {}, "nope.yaml: no such file; packaged configs: dense.yaml, flexprefill.yaml"),
+    ("nope.yaml", {}, "nope.yaml: no such file; packaged configs: dense.yaml, flexprefill.yaml, xattention.yaml"),
     ("flexprefil.yaml", {}, "did you mean 'flexprefill'?"),
     (3, {}, "config: expected a path, a packaged name or a dict, got int 3"),
     ([], {}, "config: the list is empty"),
     ({}, {}, "dict: sets neither prefill nor decode"),
     ({"prefil": {}}, {}, "dict: prefil: unknown key, did you mean 'prefill'?"),
-    ({"prefill": {"gamma": 0.9}}, {}, "dict: prefill.method: missing; expected one of dense, flexprefill"),
+    ({"prefill": {"gamma": 0.9}}, {}, "dict: prefill.method: missing; expected one of dense, flexprefill, xattention"),
     ({"decode": {"method": "flexprefill"}}, {}, "dict: decode.method: expected one of dense, got 'flexprefill'"),
     ([FLEX, "dense.yaml"], {}, "dense.yaml: prefill: an earlier config of the list sets it too"),
     (FLEX, {"prefill": {"gama": 0.9}}, "flexprefill.yaml: prefill.gama: unknown key, did you mean 'gamma'?"),
@@ -98,7 +99,7 @@ BAD_SOURCES = [
     (FLEX, {"prefill": {"max_budget": 12}}, "prefill.max_budget: 12 is below min_budget 1024; raise it or lower that"),
     (FLEX, {"prefill": {"layers": "most"}}, 'prefill.layers: expected "all", a list of layer numbers or'),
     (FLEX, {"prefill": {"layers": [1, "a"]}}, 'prefill.layers: expected "all", a list of layer numbers or'),
-    (FLEX, {"prefill": {"method": 3}}, "prefill.method: expected one of dense, flexprefill, got 3"),
+    (FLEX, {"prefill": {"method": 3}}, "prefill.method: expected one of dense, flexprefill, xattention, got 3"),
     (FLEX, {"prefill": 7}, "prefill: expected a mapping with a `method`, got 7"),
     (FLEX, {"backend": "triton"}, "flexprefill.yaml: backend: expected 'auto', 'triton' or 'reference', got str"),
     (FLEX, {"on_unsupported": 1}, "on_unsupported: expected 'warn', 'error' or 'silent', got int 1"),
