@@ -8,8 +8,10 @@ from families import FAMILIES
 from sparse_patch import patched, sparsity_report
 from sparse_patch.call import AttentionCall
 from sparse_patch.methods.flexprefill import FlexPrefill
+from sparse_patch.methods.xattention import XAttention
+from sparse_patch.ops.antidiagonal import block_masses
 from sparse_patch.ops.block_sparse import attend
-from sparse_patch.plans import BlockPlan
+from sparse_patch.plans import BlockGrid, BlockPlan
 
 pytestmark = pytest.mark.gpu
 SPARSE = {"prefill": {"method": "flexprefill", "block_size": 16, "min_budget": 16, "gamma": 0.5, "min_length": 0}}
@@ -31,8 +33,29 @@ def test_plans_on_the_gpu_equal_plans_on_the_cpu(selection: str, row_starts: lis
     assert (plan.blocks().cpu() != expected.blocks()).float().mean() < 0.002  # sums round in another order
 
 
-def test_planning_never_waits_for_the_gpu() -> None:
-    method = FlexPrefill(gamma=0.8, tau=0.2, min_budget=32, block_size=32, min_length=0)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("block_size, stride", [(128, 16), (128, 1), (64, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_antidiagonal_masses_on_the_gpu(backend: str, block_size: int, stride: int, dtype: torch.dtype) -> None:
+    call = make_call(3000, queries=2500, row_starts=[0, 77], dtype=dtype, head_dim=80)
+    grid, gpu_grid = BlockGrid.of(call, block_size), BlockGrid.of(on_gpu(call), block_size)
+    expected = [masses for _, masses in block_masses(call, grid, stride)]
+    found = [masses for _, masses in block_masses(on_gpu(call), gpu_grid, stride, backend)]
+    # PyTorch rounds logits of about 20 to bfloat16, 0.06 apart
+    atol = 2e-5 if dtype == torch.float32 else 1e-3 if backend == "triton" else 0.03
+    for theirs, ours in zip(expected, found, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, atol=atol, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        FlexPrefill(gamma=0.8, tau=0.2, min_budget=32, block_size=32, min_length=0),
+        XAttention(threshold=0.8, stride=8, block_size=32, min_length=0),
+    ],
+    ids=lambda method: method.method,
+)
+def test_planning_never_waits_for_the_gpu(method: FlexPrefill | XAttention) -> None:
     call = on_gpu(make_call(900, row_starts=[0, 77]))
     method.plan(call)
     torch.cuda.set_sync_debug_mode("error")

@@ -1,4 +1,4 @@
-"""The Triton kernel of the antidiagonal masses against PyTorch's, which `methods/test_xattention.py` holds to the oracle."""
+"""The Triton kernel of the antidiagonal masses against PyTorch, which `test_xattention.py` holds to the oracle."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def assert_matches(call: AttentionCall, block_size: int, stride: int) -> None:
 
 
 @pytest.mark.parametrize("block_size, stride", [(16, 1), (16, 4), (16, 16), (32, 8), (64, 4), (128, 1), (128, 16)])
-@pytest.mark.parametrize("length", [1, 17, 128, 300])
+@pytest.mark.parametrize("length", [1, 17, 128, 200])
 def test_blocks_strides_and_lengths(block_size: int, stride: int, length: int) -> None:
     assert_matches(make_call(length), block_size, stride)
 
@@ -33,14 +33,13 @@ def test_padding_chunks_and_softcap(softcap: float | None, queries: int) -> None
     assert_matches(make_call(300, queries=queries, row_starts=[0, 5, 64, 290], softcap=softcap), 32, 8)
 
 
-@pytest.mark.parametrize("heads", [(4, 1), (7, 1), (8, 2), (3, 3)], ids=str)
+@pytest.mark.parametrize("heads, head_dim", [((4, 1), 80), ((7, 1), 16), ((4, 2), 128), ((3, 3), 40)], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("head_dim", [16, 80, 128])
-def test_groups_head_dims_and_dtypes(heads: tuple[int, int], dtype: torch.dtype, head_dim: int) -> None:
-    assert_matches(make_call(150, heads=heads, head_dim=head_dim, dtype=dtype), 32, 8)
+def test_groups_head_dims_and_dtypes(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+    assert_matches(make_call(100, heads=heads, head_dim=head_dim, dtype=dtype), 32, 8)
 
 
-@pytest.mark.parametrize("budget", [1, 2000])
+@pytest.mark.parametrize("budget", [1500, 4000])
 def test_slices(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches that begin inside the grid."""
     monkeypatch.setattr(slices, "SLICE_BYTES", budget)

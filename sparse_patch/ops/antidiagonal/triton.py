@@ -74,7 +74,7 @@ def antidiagonal_masses(
     num_query_blocks: int,
     num_key_blocks: int,
 ) -> torch.Tensor:
-    """The kernel's launch for `num_query_blocks` query blocks from number `first_block` of each row; softcap 0 for none.
+    """The kernel's launch for `num_query_blocks` query blocks of each row, from its `first_block`; softcap 0 for none.
 
     Returns:
         Masses, float32 `[B, Hq, num_query_blocks, num_key_blocks]`.
