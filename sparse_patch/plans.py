@@ -71,6 +71,10 @@ class BlockGrid:
         worst = -(-self.q_length // self.block_size) + (self.q_start > 0)
         return min(worst, self.num_key_blocks)
 
+    def visible_key_blocks(self, query_blocks: int) -> int:
+        """Most key blocks that the first so many query blocks of a row can see (a host number)."""
+        return min(self.q_start // self.block_size + query_blocks, self.num_key_blocks)
+
     @cached_property
     def lengths(self) -> torch.Tensor:
         """Real keys of each row, int64 `[B]`."""

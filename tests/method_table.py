@@ -44,10 +44,16 @@ def _a_shape(last: int) -> MethodCase:
     )
 
 
+def _xattention(**changes: Any) -> MethodCase:
+    base = {"method": "xattention", "stride": 4, "block_size": 16, "min_length": 0}
+    return MethodCase(small={**base, **changes}, full={**base, "threshold": 1.0})
+
+
 PREFILL_METHODS = [
     _flexprefill("reference"),
     _flexprefill("coverage", gamma=0.5, min_budget=16),
     _minference(),
     _a_shape(last=0),
     _a_shape(last=30),
+    _xattention(threshold=0.7),
 ]

@@ -23,8 +23,8 @@ def test_every_method_has_a_config_of_its_name() -> None:
     assert {f"{name}.yaml" for name in registry()} <= packaged_configs().keys()
 
 
-@pytest.mark.parametrize("name", ["a_shape", "flexprefill", "minference"])
-def test_the_packaged_config_spells_out_every_default(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(registry().keys() - {"dense"}))
+def test_a_packaged_config_spells_out_every_default(name: str) -> None:
     written = packaged_configs()[f"{name}.yaml"].read_text()
     config = load_config(name)
     assert config.prefill == registry()[name]()

@@ -1,20 +1,26 @@
 """What only a GPU can show; skipped without one."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from calls import make_call
 from families import FAMILIES
+from ops.test_block_sparse import random_plan
 
 from sparse_patch import patched, sparsity_report
 from sparse_patch.call import AttentionCall
 from sparse_patch.methods.a_shape import AShape
+from sparse_patch.methods.base import PrefillMethod
 from sparse_patch.methods.flexprefill import FlexPrefill
 from sparse_patch.methods.minference import MInference
+from sparse_patch.methods.xattention import XAttention
 from sparse_patch.ops import dense
-from sparse_patch.ops.block_sparse import attend
+from sparse_patch.ops.antidiagonal import block_masses
+from sparse_patch.ops.block_sparse import attend, unsupported
 from sparse_patch.plans import BlockGrid, BlockPlan
 
 pytestmark = pytest.mark.gpu
@@ -51,10 +57,27 @@ def mixed_heads(folder: Path) -> MInference:
     return MInference(calibration=str(folder / "p.json"), block_budget=128, block_size=32, min_length=0)
 
 
-@pytest.mark.parametrize("name", ["flexprefill", "minference", "a_shape"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("block_size, stride", [(128, 16), (128, 1), (64, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_antidiagonal_masses_on_the_gpu(backend: str, block_size: int, stride: int, dtype: torch.dtype) -> None:
+    call = make_call(3000, queries=2500, row_starts=[0, 77], dtype=dtype, head_dim=80)
+    grid, gpu_grid = BlockGrid.of(call, block_size), BlockGrid.of(on_gpu(call), block_size)
+    expected = [masses for _, masses in block_masses(call, grid, stride)]
+    found = [masses for _, masses in block_masses(on_gpu(call), gpu_grid, stride, backend)]
+    # PyTorch rounds logits of about 20 to bfloat16, 0.06 apart
+    atol = 2e-5 if dtype == torch.float32 else 1e-3 if backend == "triton" else 0.03
+    for theirs, ours in zip(expected, found, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, atol=atol, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["flexprefill", "coverage", "xattention", "minference", "a_shape"])
 def test_planning_never_waits_for_the_gpu(name: str, tmp_path: Path) -> None:
-    methods = {
-        "flexprefill": FlexPrefill(gamma=0.8, tau=0.2, min_budget=32, block_size=32, min_length=0),
+    flexprefill = {"gamma": 0.8, "tau": 0.2, "min_budget": 32, "block_size": 32, "min_length": 0}
+    methods: dict[str, PrefillMethod] = {
+        "flexprefill": FlexPrefill(**flexprefill),
+        "coverage": FlexPrefill(**flexprefill, selection="coverage"),
+        "xattention": XAttention(threshold=0.8, stride=8, block_size=32, min_length=0),
         "minference": mixed_heads(tmp_path),
         "a_shape": AShape(sink=20, window=100, last=40, block_size=32, min_length=0),
     }
@@ -62,7 +85,9 @@ def test_planning_never_waits_for_the_gpu(name: str, tmp_path: Path) -> None:
     assert isinstance(methods[name].plan(call), BlockPlan)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        methods[name].plan(call)
+        plan = methods[name].plan(call)
+        assert isinstance(plan, BlockPlan)
+        attend(call, plan)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -79,16 +104,79 @@ def test_mixed_heads_on_the_gpu(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.testing.assert_close(output, reference, atol=1.6e-2, rtol=1.6e-2)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_ops_on_the_gpu(backend: str, dtype: torch.dtype) -> None:
-    call = make_call(500, queries=300, row_starts=[0, 40], dtype=dtype, head_dim=64)
-    method = FlexPrefill(gamma=0.8, min_budget=32, block_size=32, min_length=0)
-    plan = method.plan(on_gpu(call))
-    assert isinstance(plan, BlockPlan)
-    output, _ = attend(on_gpu(call), plan, backend)
-    expected, _ = attend(on_gpu(call), plan, "reference")
-    torch.testing.assert_close(output, expected, atol=1.6e-2, rtol=1.6e-2)
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that is allocated and not written is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_close(call: AttentionCall, plan: BlockPlan, backend: str) -> None:
+    """Relative error of the output as a whole, and no element left unwritten."""
+    output, lse = attend(call, plan, backend, return_lse=True)
+    expected, expected_lse = attend(call, plan, "reference", return_lse=True)
+    assert lse is not None and expected_lse is not None and not output.isnan().any()
+    error = (output - expected).float().norm() / expected.float().norm()
+    assert error < (1e-5 if call.q.dtype == torch.float32 else 5e-3)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", ["triton", "flash"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (7, 1), (8, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_block_sparse_on_the_gpu(backend: str, head_dim: int, heads: tuple[int, int], dtype: torch.dtype) -> None:
+    for length, queries, row_starts, block_size, columns in (
+        (1, 1, None, 128, None),
+        (127, 127, None, 128, None),
+        (128, 128, None, 128, None),
+        (1025, 1025, None, 128, None),
+        (1024, 512, None, 128, None),
+        (700, 333, [0, 40, 300], 64, 50),
+    ):
+        call = on_gpu(
+            make_call(length, queries=queries, row_starts=row_starts, heads=heads, head_dim=head_dim, dtype=dtype)
+        )
+        plan = random_plan(call, block_size, 0.4, columns=columns)
+        if backend != "flash" or unsupported(call, plan, "flash") is None:
+            assert_close(call, plan, backend)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_block_sparse_in_float32(softcap: float | None) -> None:
+    call = on_gpu(make_call(500, queries=300, row_starts=[0, 40], head_dim=128, softcap=softcap))
+    assert_close(call, random_plan(call, 64, 0.4, columns=30), "triton")
+
+
+def test_addresses_beyond_32_bits() -> None:
+    call = on_gpu(make_call(300, heads=(2, 2), head_dim=64, dtype=torch.bfloat16))
+    plan = random_plan(call, 64, 0.5, columns=20)
+    far = torch.empty(2**31 + 2**24, dtype=torch.bfloat16, device="cuda")
+    heads_apart = far.as_strided(call.k.shape, (0, 2**31, 64, 1))
+    queries_apart = far.as_strided(call.q.shape, (0, 64, 2**31 // 299 // 8 * 8, 1))
+    for name, place in (("k", heads_apart), ("v", heads_apart), ("q", queries_apart)):
+        moved = replace(call, **{name: place.copy_(getattr(call, name))})
+        assert torch.equal(attend(moved, plan, "triton")[0], attend(call, plan, "triton")[0])
+
+
+def test_compiled_and_captured_calls_give_the_same() -> None:
+    call = on_gpu(make_call(600, heads=(8, 2), head_dim=64, dtype=torch.bfloat16))
+    plan = random_plan(call, 128, 0.4)
+    expected, _ = attend(call, plan, "triton")
+
+    def run(q: torch.Tensor) -> torch.Tensor:
+        return attend(replace(call, q=q), plan, "triton")[0]
+
+    assert torch.equal(torch.compile(run, fullgraph=True)(call.q), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(call.q)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])

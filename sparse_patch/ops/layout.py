@@ -19,12 +19,16 @@ def key_blocks(x: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
 
 def query_blocks(q: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
     """Queries `[B, Hq, Sq, D]` as `[B, Hq, NQ, block, D]`; slots with no real query are zeros."""
-    slots = grid.num_query_blocks * grid.block_size
+    slots = query_slots(q, grid, 0, grid.num_query_blocks * grid.block_size)
+    return slots.reshape(*q.shape[:2], grid.num_query_blocks, grid.block_size, q.shape[-1])
+
+
+def query_slots(q: torch.Tensor, grid: BlockGrid, begin: int, end: int) -> torch.Tensor:
+    """Slots `begin` to `end - 1` of the query blocks, laid one after another: `[B, Hq, end - begin, D]`."""
     if grid.padded or not grid.aligned:
-        q = _take(q, grid.query_index.flatten(1), grid.query_is_real.flatten(1))
-    elif slots != grid.q_length:
-        q = F.pad(q, (0, 0, 0, slots - grid.q_length))
-    return q.reshape(*q.shape[:2], grid.num_query_blocks, grid.block_size, q.shape[-1])
+        return _take(q, grid.query_index.flatten(1)[:, begin:end], grid.query_is_real.flatten(1)[:, begin:end])
+    q = q[:, :, begin:end]
+    return q if q.shape[2] == end - begin else F.pad(q, (0, 0, 0, end - begin - q.shape[2]))
 
 
 def merge_query_blocks(blocks: torch.Tensor, grid: BlockGrid, padding: float = 0.0) -> torch.Tensor:

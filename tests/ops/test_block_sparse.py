@@ -22,11 +22,13 @@ def random_plan(
     grid = BlockGrid.of(call, block_size)
     batch, heads = call.q.shape[:2]
     shape = (batch, heads, grid.num_query_blocks, grid.num_key_blocks)
-    generator = torch.Generator().manual_seed(seed)
-    blocks = torch.rand(shape, generator=generator) < density
+    generator = torch.Generator(call.q.device).manual_seed(seed)
+    blocks = torch.rand(shape, generator=generator, device=call.q.device) < density
     if columns is None:
         return BlockPlan.from_blocks(blocks, grid)
-    keys = torch.rand(batch, heads, call.kv_length, generator=generator).argsort(-1)[..., :columns]
+    keys = torch.rand(batch, heads, call.kv_length, generator=generator, device=call.q.device).argsort(-1)[
+        ..., :columns
+    ]
     keys[..., -1] = -1  # none
     return BlockPlan.from_blocks(blocks, grid, keys)
 

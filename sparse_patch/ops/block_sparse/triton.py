@@ -32,7 +32,7 @@ def tile_of(head_dim: int, dtype: torch.dtype, block_size: int, capability: tupl
     """The tile for a head size, dtype and GPU generation; static, so that no prompt length waits for a search."""
     wide = head_dim > 128
     if dtype == torch.float32:
-        tile = Tile(64, 32, 4, 1 if wide else 2)
+        tile = Tile(64, 32, 4, 1)
     elif capability >= (9, 0):
         tile = Tile(128, 64, 8, 2) if wide else Tile(64, 64, 4, 3)
     elif capability == (8, 0):
@@ -147,6 +147,7 @@ def block_sparse_attention(
         HAS_COLUMNS=has_columns,
         HAS_SOFTCAP=softcap > 0,
         RETURN_LSE=return_lse,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -174,22 +175,22 @@ def _copyable(x: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _logits(q, k_tile, softcap, HAS_SOFTCAP: tl.constexpr, scale):
+def _logits(q, k_tile, softcap, HAS_SOFTCAP: tl.constexpr, scale, PRECISION: tl.constexpr):
     """Logits of a tile, in units that `_update` multiplies by its scale."""
-    s = tl.dot(q, k_tile)
+    s = tl.dot(q, k_tile, input_precision=PRECISION)
     if HAS_SOFTCAP:
         s = softcap * (2.0 * tl.sigmoid(s * (2.0 * scale / softcap)) - 1.0)  # tanh(x) = 2 sigmoid(2x) - 1
     return s
 
 
 @triton.jit
-def _update(s, v_tile, acc, m_i, l_i, to_log2):
+def _update(s, v_tile, acc, m_i, l_i, to_log2, PRECISION: tl.constexpr):
     """Online softmax: one more tile of logits and values. `to_log2` brings the logits to log2 units."""
     m_new = tl.maximum(m_i, tl.max(s, 1) * to_log2)
     p = tl.math.exp2(s * to_log2 - m_new[:, None])
     alpha = tl.math.exp2(m_i - m_new)
     l_i = l_i * alpha + tl.sum(p, 1)
-    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None])
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=PRECISION)
     return acc, m_new, l_i
 
 
@@ -239,6 +240,7 @@ def _block_sparse_kernel(
     HAS_COLUMNS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     RETURN_LSE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     TILES: tl.constexpr = BLOCK // BLOCK_M  # query tiles of a block
     PARTS: tl.constexpr = BLOCK // BLOCK_N  # key tiles of a block
@@ -285,9 +287,9 @@ def _block_sparse_kernel(
         j_next = tl.load(p_list + tl.minimum((t + 1) // PARTS, full - 1))
         position = start + j * BLOCK + (t % PARTS) * BLOCK_N
         b_k = k_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_D)
-        s = _logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale)
+        s = _logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale, PRECISION)
         b_v = v_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_DV)
-        acc, m_i, l_i = _update(s, b_v, acc, m_i, l_i, to_log2)
+        acc, m_i, l_i = _update(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
 
     if HAS_COLUMNS:
         number = tl.load(column_counts + i_list)
@@ -299,20 +301,20 @@ def _block_sparse_kernel(
             mask_c = offs_c < number
             keys = tl.load(p_columns + offs_c, mask=mask_c, other=0).to(tl.int64) + start
             b_k = tl.load(p_k + keys[None, :] * stride_ks + offs_d[:, None], mask=(offs_d < D)[:, None], other=0.0)
-            s = _logits(b_q, b_k, softcap, HAS_SOFTCAP, scale)
+            s = _logits(b_q, b_k, softcap, HAS_SOFTCAP, scale, PRECISION)
             s = tl.where(mask_c[None, :], s, -float("inf"))
             b_v = tl.load(p_v + keys[:, None] * stride_vs + offs_dv[None, :], mask=(offs_dv < DV)[None, :], other=0.0)
-            acc, m_i, l_i = _update(s, b_v, acc, m_i, l_i, to_log2)
+            acc, m_i, l_i = _update(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
 
     if on_diagonal:
         # From the left: every query of the tile sees the first key, so the running maximum is finite from there on.
         for n in tl.range(0, first + BLOCK_M, BLOCK_N):
             position = start + query_block * BLOCK + n
             b_k = k_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_D)
-            s = _logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale)
+            s = _logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale, PRECISION)
             s = tl.where(offs_in[:, None] >= (n + tl.arange(0, BLOCK_N))[None, :], s, -float("inf"))
             b_v = v_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_DV)
-            acc, m_i, l_i = _update(s, b_v, acc, m_i, l_i, to_log2)
+            acc, m_i, l_i = _update(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
 
     acc = tl.where(l_i[:, None] > 0, acc / l_i[:, None], 0.0)
     p_o = o + i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh + rows[:, None] * stride_os + offs_dv[None, :]
