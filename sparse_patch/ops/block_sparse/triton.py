@@ -34,7 +34,7 @@ def tile_of(head_dim: int, dtype: torch.dtype, block_size: int, capability: tupl
     if dtype == torch.float32:
         tile = Tile(64, 32, 4, 1)
     elif capability >= (9, 0):
-        tile = Tile(128, 64, 8, 2) if wide else Tile(64, 64, 4, 3)
+        tile = Tile(128, 64, 8, 2) if wide else Tile(64, 64, 4, 3) if head_dim > 64 else Tile(64, 128, 4, 2)
     elif capability == (8, 0):
         tile = Tile(64, 64, 4, 2) if wide else Tile(128, 64, 8, 3)
     else:  # about 100 KB of shared memory
@@ -105,7 +105,7 @@ def block_sparse_attention(
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
     tile = tile_of(max(head_dim, value_dim), q.dtype, block_size, capability)
     k, v = _copyable(k), _copyable(v)
-    block_d, block_dv = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
+    block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (head_dim, value_dim))
     if columns is None or column_counts is None:
         columns, column_counts = indices, counts
     has_columns = columns is not indices
