@@ -284,7 +284,7 @@ def _block_sparse_kernel(
     j_next = tl.load(p_list)  # one tile ahead: a load whose result is needed at once stalls the pipeline
     for t in tl.range(0, full * PARTS):
         j = j_next
-        j_next = tl.load(p_list + tl.minimum((t + 1) // PARTS, full - 1))
+        j_next = tl.load(p_list + (t + 1) // PARTS)  # below the diagonal there are fewer blocks than the list can hold
         position = start + j * BLOCK + (t % PARTS) * BLOCK_N
         b_k = k_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_D)
         s = _logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale, PRECISION)

@@ -15,7 +15,7 @@ from sparse_patch.ops.lines.rules import LineRule, QueryAware
 from sparse_patch.ops.profiles.triton import stacked_profiles
 from sparse_patch.plans import BlockGrid, BlockPlan
 
-_SLICE_BYTES = 40 * 2**20  # of pooled attention that is held at once
+_SLICE_BYTES = 56 * 2**20  # of pooled attention that is held at once
 _LONG = 2**17  # entries of which one program cannot find the largest soon enough
 _CHUNK = 16384  # of such entries, for one program
 
@@ -225,6 +225,7 @@ def _cut_long(
             SIDE=grid.block_size,
             CHUNK=_CHUNK,
             CHUNKS=triton.next_power_of_2(chunks),
+            num_warps=8,
         )
 
 
@@ -346,8 +347,8 @@ def _digit_kernel(
     if step < 8:
         candidates = floor + (offs_n << (28 - 4 * step))
         mass = tl.zeros([16], dtype=tl.float32)
-        for i in tl.range(i_chunk * CHUNK, tl.minimum((i_chunk + 1) * CHUNK, n), 256):
-            offs = i + tl.arange(0, 256)
+        for i in tl.range(i_chunk * CHUNK, tl.minimum((i_chunk + 1) * CHUNK, n), 1024):
+            offs = i + tl.arange(0, 1024)
             x = tl.load(attention + i_row.to(tl.int64) * n + offs, mask=offs < n, other=0.0)
             bits = x.to(tl.int32, bitcast=True)
             mass += tl.sum(tl.where(bits[:, None] >= candidates[None, :], x[:, None], 0.0), 0)

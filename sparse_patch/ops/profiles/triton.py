@@ -1,7 +1,8 @@
 """Triton kernels of the profiles: two passes over the keys, no probability is ever written to memory.
 
-The first pass makes the LSE of each query, the second the sums over columns and diagonals. A tile is square, so that
-its diagonals line up in columns after each row was turned by its own number: `turned[i, c] = tile[i, (i - c) % R]`.
+The first pass makes the LSE of each query, the second the sums over columns and diagonals. In a tile of W keys the
+diagonals line up in columns after each row was turned by its own number: `turned[i, c] = tile[i, (i - c) % W]` holds
+distances that are `c` plus a multiple of W.
 """
 
 import torch
@@ -56,17 +57,19 @@ def stacked_profiles(call: AttentionCall, queries: int) -> torch.Tensor:
     }
     grid = (batch * heads * splits,)
     _lse_kernel[grid](*arguments, partial, **settings)
-    _profile_kernel[grid](*arguments, partial, profiles, **settings)
+    # Narrower tiles, so that two programs fit on a multiprocessor: turning a tile takes shared memory.
+    _profile_kernel[grid](*arguments, partial, profiles, W=min(64, queries), **settings)
     return profiles
 
 
 @triton.jit
 def _tile_logits(
     b_q, p_k, stride_ks, keys, j, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, W: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits of the R last queries and the R keys from `j`, `-inf` where a query does not see a key."""
-    offs_j = j + tl.arange(0, R)
+    """Logits of the R last queries and the W keys from `j`, `-inf` where a query does not see a key."""
+    offs_j = j + tl.arange(0, W)
     offs_d = tl.arange(0, BLOCK_D)
     rows = offs_j.to(tl.int64)
     mask = (offs_j < keys)[None, :] & (offs_d < D)[:, None]
@@ -99,7 +102,7 @@ def _lse_kernel(
     m_i = tl.full([R], -float("inf"), dtype=tl.float32)
     l_i = tl.zeros([R], dtype=tl.float32)
     for j in tl.range(start + i_s * tiles * R, tl.minimum(start + (i_s + 1) * tiles * R, keys), R):
-        s = _tile_logits(b_q, p_k, stride_ks, keys, j, scale, softcap, D, BLOCK_D, R, HAS_SOFTCAP, PRECISION)
+        s = _tile_logits(b_q, p_k, stride_ks, keys, j, scale, softcap, D, BLOCK_D, R, R, HAS_SOFTCAP, PRECISION)
         m_new = tl.maximum(m_i, tl.max(s, 1))
         shift = tl.where(m_new == -float("inf"), 0.0, m_new)
         l_i = l_i * tl.exp(m_i - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
@@ -111,7 +114,7 @@ def _lse_kernel(
 def _profile_kernel(
     q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, heads, group, keys, first_query,
     splits, tiles, scale, softcap, partial, profiles,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, HAS_START: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, W: tl.constexpr, HAS_START: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -134,16 +137,31 @@ def _profile_kernel(
         b_lse = shift + tl.log(tl.exp(b_lse - shift) + tl.exp(part - shift))
     p_key = profiles + i_bh.to(tl.int64) * keys
     p_distance = p_key + (tl.num_programs(0) // splits).to(tl.int64) * keys
-    turn = (offs_r[:, None] - offs_r[None, :] + R) % R
-    for j in tl.range(start + i_s * tiles * R, tl.minimum(start + (i_s + 1) * tiles * R, keys), R):
-        s = _tile_logits(b_q, p_k, stride_ks, keys, j, scale, softcap, D, BLOCK_D, R, HAS_SOFTCAP, PRECISION)
+    offs_w = tl.arange(0, W)
+    turn = (offs_r[:, None] - offs_w[None, :] + R) % W
+    back = offs_r[:, None] - offs_w[None, :]  # how far a row lies below its column
+    # Distances come in bands of W. A tile ends the farthest band that it touches, and begins two others.
+    band = keys - R + offs_w
+    middle = tl.zeros([W], dtype=tl.float32)
+    nearest = tl.zeros([W], dtype=tl.float32)
+    first, last = start + i_s * tiles * R, tl.minimum(start + (i_s + 1) * tiles * R, keys)
+    for j in tl.range(first, last, W):
+        s = _tile_logits(b_q, p_k, stride_ks, keys, j, scale, softcap, D, BLOCK_D, R, W, HAS_SOFTCAP, PRECISION)
         p = tl.exp(s - b_lse[:, None]) / R
-        tl.store(p_key + j + offs_r, tl.sum(p, 0), mask=j + offs_r < keys)
+        tl.store(p_key + j + offs_w, tl.sum(p, 0), mask=j + offs_w < keys)
         turned = tl.gather(p, turn, 1)
-        # Column c holds the distances `near + c` (from row c on) and `near + c - R` (above). A distance gets a sum from
-        # two tiles at most, so that the order of the additions does not matter.
-        near = keys - R - j + offs_r
-        below = offs_r[:, None] >= offs_r[None, :]
-        tl.atomic_add(p_distance + near, tl.sum(tl.where(below, turned, 0.0), 0), mask=near >= 0, sem="relaxed")
-        far = near - R
-        tl.atomic_add(p_distance + far, tl.sum(tl.where(below, 0.0, turned), 0), mask=far >= 0, sem="relaxed")
+        if R == W:
+            ended = nearest + tl.sum(tl.where(back >= 0, turned, 0.0), 0)
+            nearest = tl.sum(tl.where(back < 0, turned, 0.0), 0)
+            far = band - j
+        else:
+            ended = middle + tl.sum(tl.where(back >= W, turned, 0.0), 0)
+            middle = nearest + tl.sum(tl.where((back >= 0) & (back < W), turned, 0.0), 0)
+            nearest = tl.sum(tl.where(back < 0, turned, 0.0), 0)
+            far = band - j + W
+        # Two programs at most add to a distance, so that the order of the additions does not matter.
+        tl.atomic_add(p_distance + far, ended, mask=(far >= 0) & (far < keys), sem="relaxed")
+    end = band - (first + (last - first + W - 1) // W * W)
+    if R != W:
+        tl.atomic_add(p_distance + end + W, middle, mask=end + W >= 0, sem="relaxed")
+    tl.atomic_add(p_distance + end, nearest, mask=end >= 0, sem="relaxed")
