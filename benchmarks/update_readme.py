@@ -113,13 +113,18 @@ def prefill_table(result: dict[str, Any]) -> str:
         f"| attention of one layer | {' | '.join(f'{n:,} tokens' for n in lengths)} |",
         f"|{'---|' * (len(lengths) + 1)}",
     ]
-    for label in dict.fromkeys(row["label"] for row in sorted(rows, key=lambda row: KINDS.index(row["kind"]))):
-        mine = {row["length"]: row for row in rows if row["label"] == label}
+    for label in dict.fromkeys(_prefill_label(row) for row in sorted(rows, key=lambda row: KINDS.index(row["kind"]))):
+        mine = {row["length"]: row for row in rows if _prefill_label(row) == label}
         lines.append(f"| {label} | {' | '.join(_prefill_cell(mine.get(length)) for length in lengths)} |")
     return "\n".join([*lines, "", _prefill_note(result)])
 
 
 KINDS = ("dense", "blocks", "method")
+
+
+def _prefill_label(row: dict[str, Any]) -> str:
+    """A method is one line, whichever kernels it ran on."""
+    return f"`{row['config']}`" if row["config"] else row["label"]
 
 
 def _prefill_cell(row: dict[str, Any] | None) -> str:
@@ -142,15 +147,15 @@ def _prefill_note(result: dict[str, Any]) -> str:
     )
     baselines = {"fastest_dense": "the fastest dense kernel", "flash2": "FlashAttention-2"}
     break_even = "; ".join(
-        f"`{name}` beats {baselines[key]} " + (f"from {length:,} tokens" if length else "at no measured length")
-        for name, found in result["break_even"].items()
-        for key, length in found.items()
+        f"faster than {baseline} from "
+        + ", ".join(f"{found[key]:,} tokens `{name}`" for name, found in result["break_even"].items() if found.get(key))
+        for key, baseline in baselines.items()
     )
     return (
         "Milliseconds, selection included, and speed-up over the fastest dense kernel of the same run. "
         f"{machine['device']}, {machine['dtype']}, {shape['heads']} query heads, {shape['kv_heads']} KV heads, "
         f"head_dim {shape['head_dim']}, {versions}. Percentages are random blocks of 128; {result['qkv']}."
-        + (f" Of the measured lengths, {break_even}." if break_even else "")
+        + (f" Of the measured lengths: {break_even}." if break_even else "")
     )
 
 
