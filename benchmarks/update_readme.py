@@ -58,9 +58,14 @@ COLUMNS = {  # title: tasks and figure
 }
 
 
-def accuracy_table() -> str:
+def accuracy_tables(results: Path = ROOT / "benchmarks" / "results") -> str:
+    """One table for each machine that `sparse-patch eval` ran on: the CPU first, then `<machine>/needle-llama.json`."""
+    paths = [results / "needle-llama.json", *sorted(results.glob("*/needle-llama.json"))]
+    return "\n\n".join(accuracy_table(json.loads(path.read_text())) for path in paths)
+
+
+def accuracy_table(result: dict[str, Any]) -> str:
     """One row for each length and configuration of `sparse-patch eval` on needle-llama."""
-    result = json.loads((ROOT / "benchmarks" / "results" / "needle-llama.json").read_text())
     rows = result["rows"]
     lines = [
         f"| prompt tokens | config | {' | '.join(COLUMNS)} | density | prefill |",
@@ -70,17 +75,18 @@ def accuracy_table() -> str:
         for config in result["configs"]:
             chosen = [row for row in rows if (row["length"], row["config"]) == (length, config)]
             if chosen:
-                lines.append(_accuracy_row(length, config, chosen))
+                lines.append(_accuracy_row(length, config, chosen, alone=result.get("processes", 1) == 1))
     return "\n".join([*lines, "", _accuracy_note(result)])
 
 
-def _accuracy_row(length: int, config: str, rows: list[dict[str, Any]]) -> str:
+def _accuracy_row(length: int, config: str, rows: list[dict[str, Any]], alone: bool) -> str:
     cells = [f"{length:,}", f"`{config}`"]
     for tasks, figure in COLUMNS.values():
         values = [row[figure] for row in rows if row["task"] in tasks]
         digits = 2 if figure == "exact_match" else 3
         cells.append(f"{fmean(values):.{digits}f}" if values else "")
-    cells += [f"{fmean(row['density'] for row in rows):.2f}", f"{fmean(row['prefill_s'] for row in rows):.1f} s"]
+    seconds = f"{fmean(row['prefill_s'] for row in rows):.1f} s" if alone else ""
+    cells += [f"{fmean(row['density'] for row in rows):.2f}", seconds]
     return f"| {' | '.join(cells)} |"
 
 
@@ -89,14 +95,20 @@ def _accuracy_note(result: dict[str, Any]) -> str:
     samples: dict[int, set[int]] = {}
     for row in sorted(result["rows"], key=lambda row: row["length"]):
         samples.setdefault(row["length"], set()).add(row["samples"])
+    dtype = "bfloat16" if "+cu" in machine["torch"] else "float32"  # as load_model has it
     prompts = ", ".join(f"{'/'.join(map(str, sorted(number)))} at {length:,}" for length, number in samples.items())
     return (
         "Share of prompts answered exactly (first three columns) and of answer tokens predicted (next three); density "
         f"and seconds are means over tasks. Prompts a task: {prompts}; so few that 1.00 of 10 means 0.72 or more, the "
-        f"JSON has every interval. {machine['device']}, {machine['threads']} threads, float32, torch"
+        f"JSON has every interval. {_shared(result)}{machine['device']}, {machine['threads']} threads, {dtype}, torch"
         f" {machine['torch']}, transformers {machine['transformers']}, "
         f"Python {machine['python']}, seed {result['seed']}."
     )
+
+
+def _shared(result: dict[str, Any]) -> str:
+    number = result.get("processes", 1)
+    return f"{number} processes shared the machine, so no seconds. " if number > 1 else ""
 
 
 def prefill_tables(results: Path = ROOT / "benchmarks" / "results") -> str:
@@ -161,7 +173,7 @@ def _prefill_note(result: dict[str, Any]) -> str:
 
 def updated(readme: str) -> str:
     """The README with fresh tables between its markers."""
-    for name, table in (("demo", demo_table()), ("accuracy", accuracy_table()), ("prefill", prefill_tables())):
+    for name, table in (("demo", demo_table()), ("accuracy", accuracy_tables()), ("prefill", prefill_tables())):
         begin, end = f"<!-- {name} table -->", f"<!-- end of {name} table -->"
         before, _, rest = readme.partition(begin)
         _, _, after = rest.partition(end)
