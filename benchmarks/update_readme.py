@@ -159,9 +159,9 @@ def _prefill_note(result: dict[str, Any]) -> str:
     )
     baselines = {"fastest_dense": "the fastest dense kernel", "flash2": "FlashAttention-2"}
     break_even = "; ".join(
-        f"faster than {baseline} from "
-        + ", ".join(f"{found[key]:,} tokens `{name}`" for name, found in result["break_even"].items() if found.get(key))
+        f"faster than {baseline}: {', '.join(_from(name, lengths[key]) for name, lengths in found)}"
         for key, baseline in baselines.items()
+        if (found := [item for item in result["break_even"].items() if key in item[1]])
     )
     return (
         "Milliseconds, selection included, and speed-up over the fastest dense kernel of the same run. "
@@ -169,6 +169,10 @@ def _prefill_note(result: dict[str, Any]) -> str:
         f"head_dim {shape['head_dim']}, {versions}. Percentages are random blocks of 128; {result['qkv']}."
         + (f" Of the measured lengths: {break_even}." if break_even else "")
     )
+
+
+def _from(name: str, length: int | None) -> str:
+    return f"`{name}` from {length:,} tokens" if length else f"`{name}` at no length"
 
 
 def updated(readme: str) -> str:
