@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sparse_patch.bench import methods_of, shape_of
 from sparse_patch.config import load_config
 from sparse_patch.errors import SparsePatchError
 from sparse_patch.evaluation.suite import configurations
@@ -31,10 +32,12 @@ def test_a_recipe_names_what_exists(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.summary and recipe.needs and recipe.commands
     for arguments in recipe.arguments(path):
-        assert arguments[0] in ("eval", "lm-eval")
+        assert arguments[0] in ("bench", "eval", "lm-eval")
         if arguments[0] == "eval":
             assert (Path(options(arguments, "--model")[0]) / "config.json").is_file()
             assert len(configurations(options(arguments, "--config"))) >= 2
+        elif arguments[0] == "bench":
+            assert methods_of(options(arguments, "--config")) and shape_of(options(arguments, "--shape")[0])
         else:
             (model_args,) = options(arguments, "--model_args")
             load_config(dict(item.split("=") for item in model_args.split(","))["config"])
