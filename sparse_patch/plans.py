@@ -192,7 +192,7 @@ class BlockPlan:
     @property
     def listed(self) -> torch.Tensor:
         """Which entries of `indices` count, bool `[B, Hq, NQ, N]`."""
-        return _leading(self.indices, self.counts)
+        return leading(self.indices, self.counts)
 
     @property
     def on_diagonal(self) -> torch.Tensor:
@@ -241,7 +241,7 @@ class BlockPlan:
 Plan = BlockPlan | Dense
 
 
-def _leading(lists: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def leading(lists: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Which entries of lists `[..., n]` are among the first `counts` `[...]`, bool `[..., n]`."""
     return torch.arange(lists.shape[-1], device=counts.device) < counts[..., None]
 
@@ -249,5 +249,5 @@ def _leading(lists: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 def _marked(lists: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Tensor:
     """Lists of numbers below `size` as maps, bool `[..., size]`."""
     marked = torch.zeros(*lists.shape[:-1], size + 1, dtype=torch.bool, device=lists.device)
-    target = torch.where(_leading(lists, counts), lists, size)
+    target = torch.where(leading(lists, counts), lists, size)
     return marked.scatter_(-1, target.long(), True)[..., :-1]

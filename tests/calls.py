@@ -49,6 +49,12 @@ def make_call(
     )
 
 
+def lengths_to_test(block: int) -> list[int]:
+    """Every length up to three blocks, and some around later edges of blocks."""
+    edges = [block * k + step for k in range(4, 14, 3) for step in (-1, 0, 1)]
+    return sorted({*range(1, 3 * block + 2), *edges})
+
+
 def row_alone(call: AttentionCall, row: int) -> tuple[AttentionCall, slice]:
     """One row of a padded call as a call of its own, and its real queries in the batch."""
     assert call.kv_start is not None

@@ -20,12 +20,12 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from sparse_patch.calibration.observe import observed
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.generation import prefill
 from sparse_patch.evaluation.journal import Journal, write_atomically
 from sparse_patch.methods.minference import FORCED_COLUMNS, FORCED_DISTANCES, MInference, Pattern
+from sparse_patch.observe import observed
 from sparse_patch.ops.block_sparse import attend
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense
 from sparse_patch.progress import Step

@@ -7,20 +7,15 @@ that reads a prompt, and brought to the shape that is asked for.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import PrivateAttr
 from transformers import PreTrainedModel
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.config import PatchConfig
 from sparse_patch.errors import SparsePatchError
 from sparse_patch.evaluation.generation import load_model, load_tokenizer
 from sparse_patch.evaluation.tasks import TASKS
-from sparse_patch.methods.base import PrefillMethod
-from sparse_patch.patching import patched
-from sparse_patch.plans import Dense, Plan
+from sparse_patch.observe import observed
 
 _TASK = "niah_multikey_2"
 
@@ -113,27 +108,13 @@ def file_inputs(path: Path, shape: Shape | None, dtype: torch.dtype, device: str
     return Inputs(f"Q/K/V of {path.name}, the first tokens of each length", shape or own, make)
 
 
-class _Recorder(PrefillMethod):
-    """Keeps every call and is dense. Not in the registry: no configuration can name it."""
-
-    summary = "records"
-    paper = "none"
-
-    method: Literal["recorder"] = "recorder"
-    _calls: list[AttentionCall] = PrivateAttr(default_factory=list)
-
-    def plan(self, call: AttentionCall) -> Plan:
-        self._calls.append(call)
-        return Dense("recorded")
-
-
 @torch.no_grad()
 def record_calls(model: PreTrainedModel, tokens: Sequence[int]) -> list[AttentionCall]:
     """The attention calls of a model that reads a prompt in one forward, layer by layer."""
-    recorder = _Recorder()
-    with patched(model, PatchConfig(prefill=recorder, source="recorder")):
+    calls: list[AttentionCall] = []
+    with observed(model, calls.append):
         model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False, logits_to_keep=1)
-    return recorder._calls
+    return calls
 
 
 def expanded(calls: Sequence[AttentionCall], shape: Shape, dtype: torch.dtype, device: str) -> AttentionCall:

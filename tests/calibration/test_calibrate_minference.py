@@ -18,11 +18,11 @@ from sparse_patch.calibration.minference import (
     table,
     write_patterns,
 )
-from sparse_patch.calibration.observe import observed
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.journal import Journal
 from sparse_patch.methods.minference import MInference, Pattern
+from sparse_patch.observe import observed
 from sparse_patch.ops.block_sparse import attend
 from sparse_patch.patching import is_patched
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from calls import make_call
+from calls import lengths_to_test, make_call
 from oracles.flexprefill import FlexPrefillSettings, boundary_margins, flexprefill_blocks
 
 from sparse_patch.call import AttentionCall
@@ -35,16 +35,10 @@ def compare_with_oracle(method: FlexPrefill, call: AttentionCall) -> tuple[int, 
     return int(clear.sum()), int((~clear).sum())
 
 
-def lengths_to_test() -> list[int]:
-    block = 16
-    edges = [block * k + step for k in range(4, 14, 3) for step in (-1, 0, 1)]
-    return sorted({*range(1, 3 * block + 2), *edges})
-
-
 @pytest.mark.parametrize("selection", ["reference", "coverage"])
 def test_the_plan_equals_the_oracle_at_every_length(selection: str) -> None:
     compared = in_doubt = 0
-    for number, length in enumerate(lengths_to_test()):
+    for number, length in enumerate(lengths_to_test(16)):
         heads = [(1, 1), (4, 1), (4, 4), (7, 1), (8, 2), (14, 2)][number % 6]
         method = FlexPrefill(
             gamma=[0.6, 0.9, 0.97][number % 3],

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from calls import make_call, row_alone
+from calls import lengths_to_test, make_call, row_alone
 from oracles.xattention import Selection, XAttentionSettings, xattention_selection
 from pydantic import ValidationError
 
@@ -59,15 +59,9 @@ def compare_with_oracle(method: XAttention, call: AttentionCall) -> tuple[int, i
     return int(clear.sum()), int((~clear).sum())
 
 
-def lengths_to_test() -> list[int]:
-    block = 16
-    edges = [block * k + step for k in range(4, 14, 3) for step in (-1, 0, 1)]
-    return sorted({*range(1, 3 * block + 2), *edges})
-
-
 def test_the_plan_equals_the_oracle_at_every_length() -> None:
     compared = in_doubt = 0
-    for number, length in enumerate(lengths_to_test()):
+    for number, length in enumerate(lengths_to_test(16)):
         heads = [(1, 1), (4, 1), (4, 4), (7, 1), (8, 2)][number % 5]
         method = xattention([0.5, 0.8, 0.95][number % 3], stride=[2, 4, 8, 16][number % 4])
         call = make_call(length, heads=heads, seed=number, softcap=[None, 5.0][number % 2])

@@ -6,7 +6,8 @@ from calls import make_call
 
 from sparse_patch import UnsupportedCallError
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.dense import KERNELS, attend, dispatch, fastest, flash4, unsupported
+from sparse_patch.ops import flash_attn_4
+from sparse_patch.ops.dense import KERNELS, attend, dispatch, fastest, unsupported
 
 
 def oracle(call: AttentionCall) -> torch.Tensor:
@@ -85,7 +86,7 @@ def test_the_order_of_each_generation(
 def test_flash4_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     call = AttentionCall(_OnGpu(), _OnGpu(), _OnGpu(), 1.0, 0, "prefill")  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(flash4, "installed", lambda: False)
+    monkeypatch.setattr(flash_attn_4, "installed", lambda: False)
     assert unsupported(call, "flash4") == "kernel flash4 needs the package flash-attn-4"
-    monkeypatch.setattr(flash4, "installed", lambda: True)
+    monkeypatch.setattr(flash_attn_4, "installed", lambda: True)
     assert unsupported(call, "flash4") is None

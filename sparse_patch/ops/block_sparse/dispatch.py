@@ -33,10 +33,11 @@ def attend(
     Raises:
         UnsupportedCallError: the backend cannot serve the call; `unsupported` tells before.
     """
-    name = fastest(call, plan) if backend == "auto" else backend
-    if reason := unsupported(call, plan, name):
+    if backend == "auto":
+        backend = fastest(call, plan)
+    elif reason := unsupported(call, plan, backend):
         raise UnsupportedCallError(reason)
-    attended: tuple[torch.Tensor, torch.Tensor | None] = _module(name).attend(call, plan, return_lse)
+    attended: tuple[torch.Tensor, torch.Tensor | None] = _module(backend).attend(call, plan, return_lse)
     return attended
 
 

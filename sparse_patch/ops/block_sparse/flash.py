@@ -6,28 +6,21 @@ inside a block, and it has no single columns.
 """
 
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.ops import flash_attn_4
 from sparse_patch.plans import BlockPlan
 
 _BLOCK = 128
-_HEAD_DIMS = (64, 96, 128)
 
 
 def unsupported(call: AttentionCall, plan: BlockPlan) -> str | None:
     """Why this backend cannot execute the plan; None if it can."""
-    if not call.q.is_cuda or torch.cuda.get_device_capability(call.q.device)[0] != 9:
-        return "backend flash needs a Hopper GPU"
-    if not installed():
-        return "backend flash needs the package flash-attn-4"
-    if call.q.dtype not in (torch.float16, torch.bfloat16):
-        return f"backend flash: dtype {call.q.dtype}"
-    if call.q.shape[-1] not in _HEAD_DIMS or call.v.shape[-1] != call.q.shape[-1]:
-        return f"backend flash: head_dim {call.q.shape[-1]} and {call.v.shape[-1]}"
+    if reason := flash_attn_4.unsupported(call, "backend flash"):
+        return reason
     if plan.grid.block_size != _BLOCK:
         return f"backend flash: block_size {plan.grid.block_size}"
     if plan.columns is not None:
@@ -61,15 +54,6 @@ def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> tu
         return_lse=return_lse,
     )[:2]
     return out.transpose(1, 2), lse if return_lse else None
-
-
-@cache
-def installed() -> bool:
-    """Whether the package flash-attn-4 is there."""
-    try:
-        return find_spec("flash_attn.cute") is not None
-    except ModuleNotFoundError:
-        return False
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 
 from sparse_patch.call import AttentionCall, apply_softcap
 from sparse_patch.ops.layout import key_blocks, merge_query_blocks, query_blocks
-from sparse_patch.plans import BlockPlan
+from sparse_patch.plans import BlockPlan, leading
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _columns(plan: BlockPlan, first_key: torch.Tensor) -> Sequence[torch.Tensor]
     """The columns of each query block of each head, as indices into the work's keys."""
     if plan.columns is None or plan.column_counts is None:
         return [plan.indices.new_empty(0)] * plan.counts.numel()
-    listed = torch.arange(plan.columns.shape[-1], device=plan.columns.device) < plan.column_counts[..., None]
+    listed = leading(plan.columns, plan.column_counts)
     return (plan.columns + first_key)[listed].split(plan.column_counts.flatten().tolist())
 
 

@@ -3,22 +3,12 @@
 import torch
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.block_sparse.flash import installed
-
-_HEAD_DIMS = (64, 96, 128)
+from sparse_patch.ops import flash_attn_4
 
 
 def unsupported(call: AttentionCall) -> str | None:
     """Why this kernel cannot serve the call; None if it can. Padding and softcap are asked about before."""
-    if not call.q.is_cuda or torch.cuda.get_device_capability(call.q.device)[0] != 9:
-        return "kernel flash4 needs a Hopper GPU"
-    if not installed():
-        return "kernel flash4 needs the package flash-attn-4"
-    if call.q.dtype not in (torch.float16, torch.bfloat16):
-        return f"kernel flash4: dtype {call.q.dtype}"
-    if call.q.shape[-1] not in _HEAD_DIMS or call.v.shape[-1] != call.q.shape[-1]:
-        return f"kernel flash4: head_dim {call.q.shape[-1]} and {call.v.shape[-1]}"
-    return None
+    return flash_attn_4.unsupported(call, "kernel flash4")
 
 
 def attend(call: AttentionCall) -> torch.Tensor:

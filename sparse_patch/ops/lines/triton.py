@@ -205,7 +205,6 @@ def _cut_long(
     heads, length = aware.heads.shape[1], attention[0].numel()
     chunks = triton.cdiv(length, _CHUNK)
     sums = attention.new_empty(2, number, chunks, 16)
-    floors[head : head + number] = 0
     for step in range(9):
         _digit_kernel[(number * chunks,)](
             attention,

@@ -37,5 +37,5 @@ def observed(model: PreTrainedModel, see: Callable[[AttentionCall], None]) -> It
     Raises:
         PatchError: the model is patched already, or cannot be.
     """
-    with patched(model, PatchConfig(prefill=_Observer(see=see), on_unsupported="silent", source="calibration")):
+    with patched(model, PatchConfig(prefill=_Observer(see=see), on_unsupported="silent", source="observer")):
         yield
