@@ -39,14 +39,14 @@ def test_methods(tmp_path: Path) -> None:
     result = run("methods", "--json", str(tmp_path / "m.json"))
     assert result.returncode == 0 and "flexprefill" in result.stdout
     rows = {row["method"]: row for row in json.loads((tmp_path / "m.json").read_text())}
-    assert rows["flexprefill"]["config"] == "flexprefill.yaml" and rows["flexprefill"]["fields"]["gamma"] == 0.95
+    assert rows["flexprefill"]["config"] == "flexprefill.yaml" and rows["flexprefill"]["fields"]["gamma"] == 0.8
 
 
 def test_show_resolves_a_config_against_a_model(tmp_path: Path, needle_llama_path: Path) -> None:
     result = run("show", "flexprefill", "--model", str(needle_llama_path), "--json", str(tmp_path / "s.json"))
     assert result.returncode == 0, result.stderr
     data = json.loads((tmp_path / "s.json").read_text())
-    assert data["config"]["prefill"]["gamma"] == 0.95
+    assert data["config"]["prefill"]["gamma"] == 0.8
     assert [layer["prefill"] for layer in data["layers"]] == ["flexprefill"] * 8
     assert data["layers"][0] | {"prefill": ""} == {
         **{"layer": 0, "attention": "full", "query_heads": 8, "kv_heads": 2, "head_dim": 64, "decode": "dense"},

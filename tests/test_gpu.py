@@ -76,7 +76,7 @@ def test_antidiagonal_masses_on_the_gpu(backend: str, block_size: int, stride: i
 def test_planning_never_waits_for_the_gpu(name: str, tmp_path: Path) -> None:
     flexprefill = {"gamma": 0.8, "tau": 0.2, "min_budget": 32, "block_size": 32, "min_length": 0}
     methods: dict[str, PrefillMethod] = {
-        "flexprefill": FlexPrefill(**flexprefill),
+        "flexprefill": FlexPrefill(**flexprefill, selection="reference"),
         "coverage": FlexPrefill(**flexprefill, selection="coverage"),
         "xattention": XAttention(threshold=0.8, stride=8, block_size=32, min_length=0),
         "minference": mixed_heads(tmp_path),

@@ -161,7 +161,7 @@ def test_sources_and_overrides(llama: PreTrainedModel) -> None:
     ready = load_config(FLEX)
     for source, overrides in ((FLEX, {}), (ready, {}), (["flexprefill"], {}), (ready, {"backend": "torch"})):
         with patched(llama, source, **overrides):  # type: ignore[arg-type]
-            assert sparsity_report(llama).config["prefill"]["gamma"] == 0.95
+            assert sparsity_report(llama).config["prefill"]["gamma"] == 0.8
     with patched(llama, FLEX, prefill={"gamma": 0.9}):
         assert sparsity_report(llama).config["prefill"]["gamma"] == 0.9
 

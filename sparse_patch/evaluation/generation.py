@@ -85,32 +85,37 @@ class Forced:
     """What a model predicted at each token of an expected answer, fed token by token whatever it predicted.
 
     Attributes:
+        predicted: the most probable token where each expected one stands.
         right: for each expected token, whether it was the most probable one.
         seconds: time of the decode steps, of which there is one less than tokens.
         detour: where the first prediction was wrong: the tokens up to and with the wrong one, and a copy of the cache
-            from before it. None if all were right.
+            from before it. None if all were right, or if no copy was asked for.
     """
 
+    predicted: list[int]
     right: list[bool]
     seconds: float
     detour: tuple[list[int], DynamicCache] | None
 
 
-def force(model: PreTrainedModel, start: Prefilled, expected: Sequence[int]) -> Forced:
-    """Feed an expected answer one token at a time, as generation would, and note what the model predicts."""
-    right: list[bool] = []
+def force(model: PreTrainedModel, start: Prefilled, expected: Sequence[int], fork: bool = False) -> Forced:
+    """Feed an expected answer one token at a time, as generation would, and note what the model predicts.
+
+    With `fork` the cache is copied where the first prediction is wrong, so that generation can go on from there.
+    """
+    predicted: list[int] = []
     seconds, detour, logits = 0.0, None, start.logits
     for number, token in enumerate(expected):
-        predicted = int(logits.argmax())
-        right.append(predicted == token)
-        if predicted != token and detour is None:
-            detour = ([*expected[:number], predicted], copy.deepcopy(start.cache))
+        predicted.append(int(logits.argmax()))
+        if predicted[-1] != token and fork and detour is None:
+            detour = ([*expected[:number], predicted[-1]], copy.deepcopy(start.cache))
         if number + 1 < len(expected):
             begin = time.perf_counter()
             logits = forward(model, [token], start.cache)
             synchronize()
             seconds += time.perf_counter() - begin
-    return Forced(right, seconds, detour)
+    right = [guess == token for guess, token in zip(predicted, expected, strict=True)]
+    return Forced(predicted, right, seconds, detour)
 
 
 def continue_greedily(

@@ -26,7 +26,7 @@ class Record:
         found: expected strings that stand in what the model generated, and how many there are.
         right: expected tokens that the model predicted, and how many there are.
         prefill, decode: (pairs computed, pairs of the causal triangle, queries) of each phase.
-        text: what the model generated.
+        text: what the model generated, or predicted where the task is forced.
     """
 
     config: str
@@ -55,7 +55,8 @@ class Row:
     Attributes:
         config: the configuration's label; `dense` for dense attention.
         samples: prompts.
-        score: RULER's: share of the expected strings in what the model generated, mean over prompts.
+        score: RULER's: share of the expected strings in what the model generated (predicted, where the task is forced),
+            mean over prompts.
         exact_match: share of the prompts of which every answer token was predicted.
         token_accuracy: share of the answer tokens that were predicted, each after the right ones before it.
         density: share of the causal triangle that prefill computed.

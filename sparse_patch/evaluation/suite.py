@@ -146,13 +146,14 @@ def measure(model: PreTrainedModel, tokenizer: Any, asked: Asked, label: str, co
     The expected answer is fed token by token, which gives token accuracy and exact match and takes the same decode
     steps under every configuration. Where the model would have answered something else, generation goes on from a copy
     of the cache, and the score looks at that; up to there, and without a mistake, it generates the expected answer.
+    Of a forced sample (`Sample.forced`) the score looks at the predictions.
     """
     sample = asked.sample
     with patched(model, config):
         start = prefill(model, asked.tokens)
-        forced = force(model, start, asked.answer)
+        forced = force(model, start, asked.answer, fork=not sample.forced)
         report = sparsity_report(model)
-        tokens = asked.answer
+        tokens = forced.predicted
         if forced.detour is not None:
             tokens = continue_greedily(model, *forced.detour, sample.max_new_tokens, stop_tokens(model, tokenizer))
     text = tokenizer.decode(tokens, skip_special_tokens=True)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from sparse_patch.config import nearest
 from sparse_patch.errors import TaskError
@@ -78,6 +78,8 @@ class Sample:
         answer: the whole continuation of the prompt, without a closing full stop.
         length: tokens of the prompt, special tokens included.
         max_new_tokens: tokens to generate for the score: RULER's number, or those of the answer if they are more.
+        forced: the score looks at what the model predicts for each token of the answer after the right ones before it,
+            not at what it generates by itself.
     """
 
     task: str
@@ -88,6 +90,7 @@ class Sample:
     answer: str
     length: int
     max_new_tokens: int
+    forced: bool
 
     @property
     def prompt(self) -> str:
@@ -102,11 +105,13 @@ class Task(ABC):
         name: RULER's name where RULER has the task.
         summary: what is asked, in one line.
         max_new_tokens: tokens to generate for the score, at least.
+        forced: see `Sample`.
     """
 
     name: str
     summary: str
     max_new_tokens: int
+    forced: ClassVar[bool] = False
 
     def sample(self, tokenizer: Any, length: int, seed: int = 0, index: int = 0, haystack: str | None = None) -> Sample:
         """The sample of this seed, length and number, for a tokenizer of Transformers.
@@ -137,6 +142,7 @@ class Task(ABC):
             answer=question.answer,
             length=length,
             max_new_tokens=max(self.max_new_tokens, count(question.answer)),
+            forced=self.forced,
         )
 
     @abstractmethod
@@ -271,8 +277,11 @@ class Recite(Task):
     Attributes:
         num_keys: needles that are hidden; fewer in short prompts.
         spacing: tokens of the prompt for each needle, at least.
+
+    The score is forced: after one number left out, a free run is late by one for the rest of the list.
     """
 
+    forced: ClassVar[bool] = True
     num_keys: int = 64
     spacing: int = 120
 

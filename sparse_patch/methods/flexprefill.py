@@ -7,13 +7,14 @@ from pooled queries and keys for every query block instead. arXiv 2502.20766; co
 
 Where paper and public code differ, `selection` says which one is followed:
 
-- `reference`, the public code, whose published numbers are its own. It turns the number of *tokens* that reach `gamma`
+- `coverage`, the paper's intent and the default: verticals, slashes and, per query block, query-aware blocks are taken
+  until their pooled mass reaches `gamma`; a slash bucket holds whole block distances and brings both block diagonals it
+  touches. Because the mass is really reached, the defaults ask for less of it than the paper does.
+- `reference`, the public code; published figures are its with gamma 0.95 and a min_budget of 1024. It turns the number of *tokens* that reach `gamma`
   into a number of blocks by `// 128 + 1`, which does not guarantee the mass; slash buckets are aligned to the start of
   the prompt and only one block diagonal is computed for each; query-aware heads keep a prefix of one sort over all rows
   whose mass stays within `gamma`, so late rows can be starved; a zero probability makes the divergence NaN, and the
   head vertical-slash.
-- `coverage`, the paper's intent: verticals, slashes and, per query block, query-aware blocks are taken until their
-  pooled mass reaches `gamma`; a slash bucket holds whole block distances and brings both block diagonals it touches.
 
 In both: the model's own `scale` and softcap are used (the code always uses `D ** -0.5`), probabilities are float32,
 each row of a batch selects for itself from its first real token, and a chunk of a chunked prefill selects with its own
@@ -42,19 +43,19 @@ class FlexPrefill(PrefillMethod):
         min_budget: tokens that every head keeps at least, as verticals and again as slashes.
         max_budget: tokens that verticals and slashes keep at most, each; None for no limit.
         block_size: side of a block in tokens.
-        selection: "reference" follows the public code, "coverage" the paper; see the module's text.
+        selection: "coverage" follows the paper, "reference" the public code; see the module's text.
     """
 
     summary = "vertical-slash or query-aware blocks, per head, by attention mass"
     paper = "FlexPrefill, ICLR 2025, arXiv 2502.20766"
 
     method: Literal["flexprefill"] = "flexprefill"
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.95
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.8
     tau: Annotated[float, Field(ge=0, le=1)] = 0.1
-    min_budget: Tokens = 1024
+    min_budget: Tokens = 512
     max_budget: Annotated[int, Field(gt=0)] | None = None
     block_size: Literal[16, 32, 64, 128] = 128
-    selection: Literal["reference", "coverage"] = "reference"
+    selection: Literal["coverage", "reference"] = "coverage"
 
     @model_validator(mode="after")
     def _budgets_agree(self) -> Self:

@@ -25,7 +25,7 @@ def test_the_detour_is_what_generate_gives(family: type) -> None:
     prompt = torch.randint(3, 90, (1, 40), generator=torch.Generator().manual_seed(1))
     greedy = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, 40:].tolist()
     expected = [*greedy[:4], (greedy[4] + 1) % 90, *greedy[5:10]]
-    forced = force(model, prefill(model, prompt[0].tolist()), expected)
+    forced = force(model, prefill(model, prompt[0].tolist()), expected, fork=True)
     with torch.no_grad():
         logits = model(torch.tensor([prompt[0].tolist() + expected])).logits[0, 39:-1]
     assert forced.right == [int(row.argmax()) == token for row, token in zip(logits, expected, strict=True)]
@@ -38,7 +38,7 @@ def test_no_detour_without_a_mistake() -> None:
     model = llama()
     prompt = [5, 6, 7, 8]
     greedy = model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)[0, 4:].tolist()
-    forced = force(model, prefill(model, prompt), greedy)
+    forced = force(model, prefill(model, prompt), greedy, fork=True)
     assert forced.detour is None and forced.right == [True] * 5
     one = force(model, prefill(model, prompt), greedy[:1])
     assert one.right == [True] and one.seconds == 0.0, "one token comes out of prefill"

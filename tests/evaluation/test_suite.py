@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 
 from sparse_patch.config import load_config
 from sparse_patch.errors import ConfigError, TaskError
-from sparse_patch.evaluation.generation import load_model
+from sparse_patch.evaluation.generation import encode, load_model
 from sparse_patch.evaluation.journal import Journal
 from sparse_patch.evaluation.results import Record, Row, add_to, as_json, rows, summary, table
 from sparse_patch.evaluation.scoring import found
-from sparse_patch.evaluation.suite import Evaluation, configurations, evaluate, header
+from sparse_patch.evaluation.suite import Asked, Evaluation, configurations, evaluate, header, measure
 from sparse_patch.evaluation.tasks import TASKS
 from sparse_patch.patching import is_patched
 
@@ -92,6 +92,20 @@ def test_token_accuracy_is_teacher_forced(loaded: tuple[PreTrainedModel, Any], e
         total += len(answer)
     assert row.token_accuracy == right / total
     assert 0 < right < total, "the model makes mistakes here, so the test can fail"
+
+
+def test_the_score_of_reciting_is_forced(loaded: tuple[PreTrainedModel, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the predictions of one dense forward: a mistake is not followed and does not hide what comes after it."""
+    model, tokenizer = loaded
+    sample = TASKS["recite"].sample(tokenizer, LENGTH, 3, 0)
+    tokens, answer = encode(tokenizer, sample.prompt, sample.answer)
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens + answer])).logits[0, len(tokens) - 1 : -1]
+    text = tokenizer.decode(logits.argmax(-1), skip_special_tokens=True)
+    monkeypatch.setattr("sparse_patch.evaluation.suite.continue_greedily", None)  # no free run
+    record = measure(model, tokenizer, Asked(sample, tokens, answer), "dense", load_config("dense.yaml"))
+    assert record.text == text and record.found == (found(text, sample.outputs), 5)
+    assert 0 < record.found[0] < 5, "the model makes a mistake here, so the test can fail"
 
 
 def test_a_second_run_gives_the_same_rows(loaded: tuple[PreTrainedModel, Any], evaluation: Evaluation) -> None:
