@@ -10,11 +10,11 @@ Where paper and public code differ, `selection` says which one is followed:
 - `coverage`, the paper's intent and the default: verticals, slashes and, per query block, query-aware blocks are taken
   until their pooled mass reaches `gamma`; a slash bucket holds whole block distances and brings both block diagonals it
   touches. Because the mass is really reached, the defaults ask for less of it than the paper does.
-- `reference`, the public code; published figures are its with gamma 0.95 and a min_budget of 1024. It turns the number of *tokens* that reach `gamma`
-  into a number of blocks by `// 128 + 1`, which does not guarantee the mass; slash buckets are aligned to the start of
-  the prompt and only one block diagonal is computed for each; query-aware heads keep a prefix of one sort over all rows
-  whose mass stays within `gamma`, so late rows can be starved; a zero probability makes the divergence NaN, and the
-  head vertical-slash.
+- `reference`, the public code; published figures are its with gamma 0.95 and a min_budget of 1024. It turns the number
+  of *tokens* that reach `gamma` into a number of blocks by `// 128 + 1`, which does not guarantee the mass; slash
+  buckets are aligned to the start of the prompt and only one block diagonal is computed for each; query-aware heads
+  keep a prefix of one sort over all rows whose mass stays within `gamma`, so late rows can be starved; a zero
+  probability makes the divergence NaN, and the head vertical-slash.
 
 In both: the model's own `scale` and softcap are used (the code always uses `D ** -0.5`), probabilities are float32,
 each row of a batch selects for itself from its first real token, and a chunk of a chunked prefill selects with its own
