@@ -125,8 +125,8 @@ def sparse_attention(
     if dense is None:
         call = _attention_call(state, phase, tensors, attention_mask, scaling, kwargs)
         plan = _method(state, phase).plan(call)
-        if isinstance(plan, Dense):
-            dense, tally = plan, counts.dense
+        if not isinstance(plan, BlockPlan):
+            dense, tally = plan if isinstance(plan, Dense) else Dense("decode"), counts.dense
         elif reason := unsupported(call, plan, state.config.backend):
             dense = Dense(reason)
         else:

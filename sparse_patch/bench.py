@@ -325,8 +325,8 @@ def _method_row(call: AttentionCall, name: str, config: PatchConfig) -> Row:
     method = config.prefill
     assert method is not None, "checked by methods_of"
     plan = method.plan(call)
-    if isinstance(plan, Dense):
-        raise UnsupportedCallError(f"dense, {plan.reason}")
+    if not isinstance(plan, BlockPlan):
+        raise UnsupportedCallError(f"dense, {plan.reason}" if isinstance(plan, Dense) else "not a plan of blocks")
     backend = block_sparse.fastest(call, plan) if config.backend == "auto" else config.backend
 
     def whole() -> None:

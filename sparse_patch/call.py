@@ -1,9 +1,11 @@
 """What one attention call looks like to a method and to an op."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+
+from sparse_patch.memory import LayerMemory
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -27,6 +29,12 @@ class AttentionCall:
         q_start: absolute position of the first query.
         kv_start: int64 `[B]` on the device of `q`, or None when no row is padded.
         softcap: logits become `softcap * tanh(logits / softcap)` after scaling; None for none.
+        kv_end: int64 `[]` on the device of `q`: how many keys of `k` and `v` are valid, in a decode call whose cache is
+            static. `k` and `v` are whole buffers then, what lies behind is never read, and `q_start` says nothing. None
+            where all keys are valid.
+        carried: what decode methods pass on from layer to layer within one forward, by name; one dict a forward.
+        memory: what a decode method keeps beside the keys of this layer from step to step; None where the cache has
+            no room for it.
     """
 
     q: torch.Tensor
@@ -38,6 +46,9 @@ class AttentionCall:
     q_start: int = 0
     kv_start: torch.Tensor | None = None
     softcap: float | None = None
+    kv_end: torch.Tensor | None = None
+    carried: dict[str, Any] = field(default_factory=dict)
+    memory: LayerMemory | None = None
 
     @property
     def group_size(self) -> int:
@@ -46,7 +57,7 @@ class AttentionCall:
 
     @property
     def kv_length(self) -> int:
-        """Number of keys of the longest row, padding included."""
+        """Number of keys of the longest row, padding included; of a static cache, the size of its buffer."""
         return self.k.shape[2]
 
     def row_starts(self) -> torch.Tensor:
@@ -55,8 +66,18 @@ class AttentionCall:
             return self.kv_start
         return torch.zeros(self.q.shape[0], dtype=torch.int64, device=self.q.device)
 
+    def end(self) -> torch.Tensor:
+        """How many keys are valid, int64 `[]`, on the device."""
+        if self.kv_end is not None:
+            return self.kv_end
+        return torch.full((), self.kv_length, dtype=torch.int64, device=self.q.device)
 
-def causal_pairs(q_start: int, kv_length: int, row_starts: torch.Tensor) -> torch.Tensor:
+    def lengths(self) -> torch.Tensor:
+        """Real keys of each row, int64 `[B]`."""
+        return self.end() - self.row_starts()
+
+
+def causal_pairs(q_start: int | torch.Tensor, kv_length: int | torch.Tensor, row_starts: torch.Tensor) -> torch.Tensor:
     """Number of (query, key) pairs of the causal triangle that each row of a call holds, int64 `[B]`."""
     first_query = (q_start - row_starts).clamp(min=0)
     length = kv_length - row_starts

@@ -238,7 +238,93 @@ class BlockPlan:
         return self.computed_pairs().float() / causal[:, None].clamp(min=1).float()
 
 
-Plan = BlockPlan | Dense
+@dataclass(frozen=True)
+class PagePlan:
+    """For each (row, list), the pages of keys to read: what decode plans are. Nothing here reads a length on the host.
+
+    Page `u` of row `b` holds the keys `kv_start[b] + u*P ... + P-1`: rows count from their own first key, so a
+    left-padded row has the pages that it has alone. Query `i` of the call reads the keys of the listed pages up to
+    itself.
+
+    Attributes:
+        page_size: tokens of a page, P; 1 for lists of tokens.
+        heads: query heads, Hq.
+        q_length: queries of the call, Sq.
+        capacity: keys that the call's `k` has room for, valid or not (a host number).
+        row_starts: first real key of each row, int64 `[B]`.
+        kv_end: keys that are valid, int64 `[]`, on the device.
+        pages: int32 `[B, L, K]`, where L is 1 (one list for all heads), Hkv or Hq; the first `counts` entries of a list
+            are pages, in any order, each at most once and each with a key at or before the last query. None for every
+            page.
+        counts: int32 `[B, L]`; None for every page.
+        wants_logits: whether the method asks for the logits of the last query (see `DecodeMethod.select`); only a plan
+            of every page may.
+    """
+
+    page_size: int
+    heads: int
+    q_length: int
+    capacity: int
+    row_starts: torch.Tensor
+    kv_end: torch.Tensor
+    pages: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+    wants_logits: bool = False
+
+    @classmethod
+    def every(cls, call: AttentionCall, page_size: int = 1, wants_logits: bool = False) -> "PagePlan":
+        """Dense decode: every page."""
+        _, heads, q_length, _ = call.q.shape
+        starts, end = call.row_starts(), call.end()
+        return cls(page_size, heads, q_length, call.kv_length, starts, end, wants_logits=wants_logits)
+
+    @classmethod
+    def of(cls, call: AttentionCall, pages: torch.Tensor, counts: torch.Tensor, page_size: int) -> "PagePlan":
+        """The listed pages; arguments as the attributes."""
+        _, heads, q_length, _ = call.q.shape
+        return cls(page_size, heads, q_length, call.kv_length, call.row_starts(), call.end(), pages, counts)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that a row can have (a host number)."""
+        return -(-self.capacity // self.page_size)
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """Real keys of each row, int64 `[B]`."""
+        return self.kv_end - self.row_starts
+
+    def mask(self) -> torch.Tensor:
+        """The plan as a mask of tokens, bool `[B, Hq, Sq, capacity]`: for the oracle and for pictures."""
+        device = self.row_starts.device
+        key = torch.arange(self.capacity, device=device) - self.row_starts[:, None]
+        position = torch.arange(self.q_length, device=device) + (self.lengths - self.q_length)[:, None]
+        causal = ((key[:, None, :] <= position[:, :, None]) & (key[:, None, :] >= 0))[:, None]
+        if self.pages is None or self.counts is None:
+            return causal.expand(-1, self.heads, -1, -1)
+        read = _marked(self.pages, self.counts, self.num_pages)
+        page = (key.clamp(min=0) // self.page_size)[:, None].expand(-1, read.shape[1], -1)
+        of_lists = read.gather(-1, page).repeat_interleave(self.heads // read.shape[1], 1)
+        return of_lists[:, :, None] & causal
+
+    def computed_pairs(self) -> torch.Tensor:
+        """(Query, key) pairs of real tokens that the plan computes, int64 `[B, Hq]`."""
+        causal = causal_pairs(self.kv_end - self.q_length, self.kv_end, self.row_starts)
+        if self.pages is None or self.counts is None:
+            return causal[:, None].expand(-1, self.heads)
+        queries = torch.arange(self.q_length, device=self.pages.device)
+        seen = (self.lengths - self.q_length + 1)[:, None] + queries  # keys that each query may read, [B, Sq]
+        in_page = (seen[:, None, None] - self.pages[..., None] * self.page_size).clamp(0, self.page_size)
+        pairs = (in_page.sum(-1) * leading(self.pages, self.counts)).sum(-1)
+        return pairs.repeat_interleave(self.heads // pairs.shape[1], 1)
+
+    def density(self) -> torch.Tensor:
+        """Share of the causal pairs that is computed, float32 `[B, Hq]`."""
+        causal = causal_pairs(self.kv_end - self.q_length, self.kv_end, self.row_starts)
+        return self.computed_pairs().float() / causal[:, None].clamp(min=1).float()
+
+
+Plan = BlockPlan | PagePlan | Dense
 
 
 def leading(lists: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

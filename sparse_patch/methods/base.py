@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from sparse_patch.call import AttentionCall, Phase
@@ -94,6 +95,41 @@ class PrefillMethod(Method):
         if call.kv_length < self.min_length:
             return Dense(f"shorter than min_length {self.min_length}")
         return None
+
+
+class DecodeMethod(Method):
+    """A method for decode.
+
+    A plan may carry its choice on to the layers after it in `call.carried`, which lives for one forward, and keep
+    statistics in `call.memory`, which lives with the cache.
+
+    Attributes:
+        min_length: caches of fewer tokens are read densely. Of a static cache its whole size counts, because how much
+            of it is filled is known on the device only.
+    """
+
+    phases = ("decode",)
+
+    min_length: Tokens = 4096
+
+    def why_dense(self, call: AttentionCall) -> Dense | None:
+        """The dense answer that every decode method gives to short caches."""
+        if call.kv_length < self.min_length:
+            return Dense(f"shorter than min_length {self.min_length}")
+        return None
+
+    def remember(self, call: AttentionCall) -> None:
+        """Bring `call.memory` up to date with the keys of a call, of prefill or of decode, before it is planned."""
+
+    def select(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> None:
+        """Choose for the layers that follow, after a plan with `wants_logits` was executed.
+
+        Args:
+            call: the call.
+            logits: float32 `[B, Hq, capacity]`, of the last query: scaled, softcapped, by position within the row
+                (`kv_start[b]` is 0). What lies at the row's length or behind it has no meaning.
+            lse: float32 `[B, Hq]`, natural logarithm, of the same query.
+        """
 
 
 @cache

@@ -129,7 +129,7 @@ class MInference(PrefillMethod):
             return Dense("the calibration has more heads than the call (tensor parallelism)")
         return self.plan_patterns(call, self.patterns(call.layer, call.q.shape[1]))
 
-    def plan_patterns(self, call: AttentionCall, patterns: tuple[Pattern, ...]) -> Plan:
+    def plan_patterns(self, call: AttentionCall, patterns: tuple[Pattern, ...]) -> BlockPlan | Dense:
         """Select by the given pattern of each head, one plan for all of them."""
         kept = max(LAST_QUERIES, min(self._always_dense(pattern) for pattern in patterns))
         if call.kv_length <= kept:

@@ -1,0 +1,28 @@
+"""What a decode method keeps beside the keys of a layer from one step to the next: page statistics and the like."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class LayerMemory:
+    """The tensors of one layer of one cache. The cache keeps them in step with its keys.
+
+    Attributes:
+        tensors: by name, each with the batch as its first dimension.
+        covered: tokens that the tensors know of, where the host knows (a growing cache); 0 for none.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    covered: int = 0
+
+    def clear(self) -> None:
+        """Forget everything; the method starts again from the keys."""
+        self.tensors.clear()
+        self.covered = 0
+
+    def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Reorder, repeat or select the rows of the batch."""
+        self.tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
