@@ -5,6 +5,7 @@ print(sparsity_report(model))  # what was really computed
 unpatch_model(model)  # bit for bit what it was
 """
 
+from sparse_patch.caches import growing_cache
 from sparse_patch.config import PatchConfig, load_config, packaged_configs
 from sparse_patch.errors import ConfigError, PatchError, SparsePatchError, TaskError, UnsupportedCallError
 from sparse_patch.patching import (
@@ -26,6 +27,7 @@ __all__ = [
     "UnsupportedCallError",
     "__version__",
     "capture_plans",
+    "growing_cache",
     "load_config",
     "packaged_configs",
     "patch_model",

@@ -8,21 +8,23 @@ the very mask that this implementation would have got.
 import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from sparse_patch.caches import copies, memory_of
 from sparse_patch.call import AttentionCall, Phase
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import PatchError, UnsupportedCallError
 from sparse_patch.masks import DECODE_MAX_QUERIES, LazyMask, lazy_mask
-from sparse_patch.methods.base import Method
+from sparse_patch.memory import LayerMemory
+from sparse_patch.methods.base import DecodeMethod, Method
+from sparse_patch.ops import block_sparse, page_decode
 from sparse_patch.ops import dense as dense_kernels
-from sparse_patch.ops.block_sparse import attend, unsupported
-from sparse_patch.plans import BlockPlan, Dense, Plan
+from sparse_patch.plans import BlockPlan, Dense, PagePlan, Plan
 from sparse_patch.report import LayerCounts, Work
 
 NAME = "sparse_patch"
@@ -47,6 +49,8 @@ class LayerState:
         warned: reasons that were warned about; shared by all layers.
         counts: what was computed, for the report.
         captured: when not None, the plans of the calls that ran, newest last.
+        memory: what the cache of the running forward keeps for this layer; set by `note_cache`, taken by the hook.
+        copies: whether that cache copies its keys for every token.
     """
 
     name: str
@@ -58,6 +62,19 @@ class LayerState:
     warned: set[str]
     counts: LayerCounts = field(default_factory=LayerCounts)
     captured: list[tuple[Phase, Plan]] | None = None
+    memory: LayerMemory | None = None
+    copies: bool = False
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the decode method keeps something beside the keys."""
+        return self.decoder is not None and type(self.decoder).remember is not DecodeMethod.remember
+
+    @property
+    def decoder(self) -> DecodeMethod | None:
+        """The sparse decode method of this layer."""
+        method = self.config.decode if "decode" in self.phases else None
+        return method if isinstance(method, DecodeMethod) else None
 
 
 class _Unpatched:
@@ -75,6 +92,14 @@ def register() -> None:
     """Register the hook with Transformers; registering it again changes nothing."""
     AttentionInterface.register(NAME, sparse_attention)
     AttentionMaskInterface.register(NAME, lazy_mask)
+
+
+def note_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the forward of an attention module: which cache it uses. The attention function is not told."""
+    state: LayerState = module.sparse_patch  # type: ignore[assignment]
+    cache = kwargs.get("past_key_values")
+    state.memory = memory_of(cache, state.layer)
+    state.copies = copies(cache, state.layer)
 
 
 def dispatch_scope(module: nn.Module) -> dict[str, Any] | None:
@@ -118,27 +143,26 @@ def sparse_attention(
     if kwargs.get("cache") is not None:
         raise PatchError("continuous batching does not work on a patched model; use generate, or unpatch_model first")
     phase: Phase = _phase(attention_mask, query.shape[2])
-    counts, tensors = state.counts.of(phase), (query, key, value)
-    dense, tally = _dense_by_design(state, phase, attention_mask, kwargs), counts.dense
-    if dense is None:
-        dense, tally = _unsupported(module, tensors, attention_mask, kwargs), counts.fallbacks
-    if dense is None:
-        call = _attention_call(state, phase, tensors, attention_mask, scaling, kwargs)
+    tensors = (query, key, value)
+    memory, state.memory = state.memory, None  # of this forward alone
+    dense, unserved = _dense_by_design(state, phase, attention_mask, kwargs), None
+    call = None
+    if dense is None or state.remembers or _may_be_best(state, attention_mask, kwargs):
+        unserved = _unsupported(module, tensors, attention_mask, kwargs)
+        if unserved is None:
+            call = _attention_call(state, phase, tensors, attention_mask, scaling, kwargs, memory)
+    _remember(state, call, memory)
+    if dense is None and call is not None:
         plan = _method(state, phase).plan(call)
-        if not isinstance(plan, BlockPlan):
-            dense, tally = plan if isinstance(plan, Dense) else Dense("decode"), counts.dense
-        elif reason := unsupported(call, plan, state.config.backend):
-            dense = Dense(reason)
+        if isinstance(plan, Dense):
+            dense = plan
         else:
-            return _attend_sparsely(state, call, plan, attention_mask.work), None
-    if tally is counts.fallbacks:
-        _complain(state, phase, dense.reason)
-    if not torch.compiler.is_compiling():  # a graph would be compiled anew for every value of a Python counter
-        tally[dense.reason] += 1
-        counts.add_dense(attention_mask.work if isinstance(attention_mask, LazyMask) else _full_work(query, key))
-        _capture(state, phase, dense)
-    if tally is counts.dense and state.config.dense == "best" and phase == "prefill":
-        output = _attend_at_best(state, module, tensors, attention_mask, scaling, kwargs)
+            unserved = _why_unserved(call, plan, state.config.backend)
+            if unserved is None:
+                return _attend_sparsely(state, call, plan, attention_mask), None
+    _count_dense(state, phase, tensors, attention_mask, dense, unserved)
+    if dense is not None and call is not None and _may_be_best(state, attention_mask, kwargs):
+        output = _attend_at_best(state, call)
         if output is not None:
             return output, None
     return _attend_densely(state, module, tensors, attention_mask, scaling=scaling, **kwargs)
@@ -190,9 +214,9 @@ def _unsupported(
             return Dense(f"argument {name}")
     if any(tensor.dtype not in _DTYPES for tensor in tensors):
         return Dense(f"dtype {tensors[0].dtype}")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not mask.is_decode:
         return Dense("prefill inside torch.compile")
-    if tensors[1].shape[2] != mask.kv_length or mask.q_start + mask.q_length > mask.kv_length:
+    if tensors[1].shape[2] != mask.kv_length or not mask.fits:
         return Dense("the cache returns other keys than the mask describes")
     if not mask.has_left_padding_only:
         return Dense("padding that is not on the left")
@@ -206,20 +230,35 @@ def _attention_call(
     mask: LazyMask,
     scaling: float | None,
     kwargs: dict[str, Any],
+    memory: LayerMemory | None,
 ) -> AttentionCall:
     query, key, value = tensors
-    valid = mask.q_start + mask.q_length  # the tail of a static cache is not valid
-    return AttentionCall(
+    call = AttentionCall(
         q=query,
-        k=key[:, :, :valid],
-        v=value[:, :, :valid],
+        k=key,
+        v=value,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         layer=state.layer,
         phase=phase,
-        q_start=mask.q_start,
         kv_start=mask.real_row_starts,
         softcap=kwargs.get("softcap"),
+        carried=mask.carried,
+        memory=memory,
     )
+    if phase == "decode" and mask.end_on_device is not None:
+        return replace(call, kv_end=mask.end_on_device)
+    valid = mask.q_start + mask.q_length  # the tail of a static cache is not valid
+    return replace(call, k=key[:, :, :valid], v=value[:, :, :valid], q_start=mask.q_start)
+
+
+def _remember(state: LayerState, call: AttentionCall | None, memory: LayerMemory | None) -> None:
+    """Keep what the decode method keeps in step with the keys; where it cannot see them it must start again."""
+    if not state.remembers or memory is None:
+        return
+    if call is None:
+        memory.clear()
+    elif state.decoder is not None:
+        state.decoder.remember(call)
 
 
 def _method(state: LayerState, phase: Phase) -> Method:
@@ -228,31 +267,73 @@ def _method(state: LayerState, phase: Phase) -> Method:
     return method
 
 
-def _attend_sparsely(state: LayerState, call: AttentionCall, plan: BlockPlan, work: Work) -> torch.Tensor:
+def _why_unserved(call: AttentionCall, plan: BlockPlan | PagePlan, backend: str) -> Dense | None:
+    """Dense because the backend cannot execute the plan."""
+    if isinstance(plan, PagePlan):
+        reason = page_decode.unsupported(call, plan, backend)
+    else:
+        reason = block_sparse.unsupported(call, plan, backend)
+    return None if reason is None else Dense(reason)
+
+
+def _attend_sparsely(
+    state: LayerState, call: AttentionCall, plan: BlockPlan | PagePlan, mask: LazyMask
+) -> torch.Tensor:
     """Attend and record: the output `[B, Sq, Hq, Dv]`."""
-    output, _ = attend(call, plan, state.config.backend)
-    state.counts.of(call.phase).add_sparse(work, plan.computed_pairs().sum(0))
-    _capture(state, call.phase, plan)
+    if isinstance(plan, PagePlan):
+        output, lse, logits = page_decode.attend(call, plan, state.config.backend)
+        if logits is not None and lse is not None and state.decoder is not None:
+            state.decoder.select(call, logits, lse[..., -1])
+    else:
+        output, _ = block_sparse.attend(call, plan, state.config.backend)
+    if not torch.compiler.is_compiling():  # a graph would be compiled anew for every value of a Python counter
+        counts = state.counts.of(call.phase)
+        counts.add_sparse(mask.work, plan.pairs_by_head)
+        counts.copying_calls += state.copies
+        _capture(state, call.phase, plan)
     return output.transpose(1, 2).contiguous()
 
 
-def _attend_at_best(
+def _count_dense(
     state: LayerState,
-    module: nn.Module,
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    phase: Phase,
+    tensors: tuple[torch.Tensor, ...],
     mask: Any,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-) -> torch.Tensor | None:
+    dense: Dense | None,
+    unserved: Dense | None,
+) -> None:
+    """Record a dense call: `dense` by design or by the method's choice, else one that was `unserved`."""
+    reason = dense or unserved
+    assert reason is not None
+    if dense is None:
+        _complain(state, phase, reason.reason)
+    if not torch.compiler.is_compiling():
+        counts = state.counts.of(phase)
+        (counts.fallbacks if dense is None else counts.dense)[reason.reason] += 1
+        counts.add_dense(mask.work if isinstance(mask, LazyMask) else _full_work(*tensors[:2]))
+        _capture(state, phase, reason)
+
+
+def _may_be_best(state: LayerState, mask: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call that is dense anyway may run on a faster kernel than the model's own."""
+    return state.config.dense == "best" and not _window(mask, kwargs)
+
+
+def _attend_at_best(state: LayerState, call: AttentionCall) -> torch.Tensor | None:
     """`dense: best`: the output `[B, Sq, Hq, Dv]` of the fastest dense kernel; None where none is faster or serves."""
-    if _window(mask, kwargs) or _unsupported(module, tensors, mask, kwargs):
+    kernel: str | None
+    if call.phase == "decode":
+        plan = PagePlan.every(call)
+        kernel = "page_decode" if page_decode.fastest(call, plan) == "triton" else None
+        output = page_decode.attend(call, plan, "triton")[0] if kernel else None
+    else:
+        kernel = dense_kernels.fastest(call)
+        output = dense_kernels.attend(call, kernel) if kernel else None
+    if kernel is None or output is None:
         return None
-    call = _attention_call(state, "prefill", tensors, mask, scaling, kwargs)
-    kernel = dense_kernels.fastest(call)
-    if kernel is None:
-        return None
-    state.counts.prefill.dense_kernels[kernel] += 1
-    return dense_kernels.attend(call, kernel).transpose(1, 2).contiguous()
+    if not torch.compiler.is_compiling():
+        state.counts.of(call.phase).dense_kernels[kernel] += 1
+    return output.transpose(1, 2).contiguous()
 
 
 def _attend_densely(

@@ -26,6 +26,7 @@ class LazyMask:
     parent: "tuple[LazyMask, slice] | None" = None  # the mask that this one is some query rows of
     _built: dict[str, torch.Tensor | None] = field(default_factory=dict)
     _moved: dict[torch.device, "LazyMask"] = field(default_factory=dict)
+    carried: dict[str, Any] = field(default_factory=dict)  # what decode methods pass on from layer to layer
 
     ndim = 4
 
@@ -70,7 +71,7 @@ class LazyMask:
             moved = {
                 key: value.to(device) if torch.is_tensor(value) else value for key, value in self.arguments.items()
             }
-            self._moved[device] = LazyMask({**moved, "device": device})
+            self._moved[device] = LazyMask({**moved, "device": device}, carried=self.carried)
         return self._moved[device]
 
     def __getitem__(self, index: Any) -> "LazyMask":
@@ -81,7 +82,7 @@ class LazyMask:
         if step != 1:
             raise TypeError(f"a LazyMask can be sliced with step 1 only, got {step}")
         rows = {"q_offset": self.arguments["q_offset"] + start, "q_length": max(stop - start, 0)}
-        return LazyMask({**self.arguments, **rows}, (self, slice(start, stop)))
+        return LazyMask({**self.arguments, **rows}, (self, slice(start, stop)), carried=self.carried)
 
     def build(self, implementation: str) -> torch.Tensor | None:
         """The mask that Transformers would have built for `implementation`, kept for the other layers."""
@@ -108,6 +109,12 @@ class LazyMask:
             return None  # causality alone still says what is visible
         return function(**{**self.arguments, "allow_is_causal_skip": False})
 
+    def prepare_for_a_graph(self) -> None:
+        """Compute what a compiled forward asks for: inside the graph it would tie that to the objects of this step."""
+        for implementation in ("sdpa", "eager"):
+            self.build(implementation)
+        _ = self.end_on_device, self.real_row_starts
+
     @property
     def is_plain_causal(self) -> bool:
         """Whether nothing but causality and padding decides what is visible."""
@@ -123,6 +130,19 @@ class LazyMask:
     def q_start(self) -> int:
         """Absolute position of the first query. With a static cache it is read from the device, once per forward."""
         return int(self.arguments["q_offset"])
+
+    @cached_property
+    def end_on_device(self) -> torch.Tensor | None:
+        """Valid keys, int64 `[]`, where the cache is static and counts them on the device; None elsewhere."""
+        offset = self.arguments["q_offset"]
+        return (offset + self.q_length).reshape(()) if torch.is_tensor(offset) else None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the queries lie within the keys, as far as the host knows without asking the device in decode."""
+        if self.is_decode and self.end_on_device is not None:
+            return True
+        return self.q_start + self.q_length <= self.kv_length
 
     @cached_property
     def row_starts(self) -> torch.Tensor | None:
@@ -186,7 +206,5 @@ def lazy_mask(**arguments: Any) -> LazyMask:
     # With a static cache this is the cache's own counter, which moves on before attention runs.
     mask = LazyMask({**arguments, "q_offset": arguments["q_offset"].clone()})
     if mask.is_decode and not torch.compiler.is_compiling():
-        # `generate` compiles this step. Built inside the graph, the mask would tie it to function objects of this step.
-        for implementation in ("sdpa", "eager"):
-            mask.build(implementation)
+        mask.prepare_for_a_graph()
     return mask

@@ -9,20 +9,25 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from sparse_patch.attention import NAME, LayerState, dispatch_scope, register
+from sparse_patch.attention import NAME, LayerState, dispatch_scope, note_cache, register
+from sparse_patch.caches import adopt
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.config import ConfigSource, PatchConfig, load_config
 from sparse_patch.errors import PatchError
 from sparse_patch.plans import Plan
 from sparse_patch.report import LayerCounts, LayerReport, SparsityReport
 from sparse_patch.version import __version__
+
+_PREPARE = "_prepare_cache_for_generation"  # the method of Transformers' models that makes the cache of `generate`
 
 
 @dataclass
@@ -34,12 +39,14 @@ class Patch:
         attention: the patched attention modules, in the order of their layers.
         own_configs: the model's copies of Transformers configs.
         holders: the modules that were given one of them.
+        hooks: what tells a layer which cache a forward uses.
     """
 
     config: PatchConfig
     attention: list[nn.Module]
     own_configs: list["OwnConfig"]
     holders: list[nn.Module]
+    hooks: list[RemovableHandle]
 
 
 @dataclass
@@ -82,7 +89,10 @@ def patch_model(
     for module, state in zip(attention.values(), states, strict=True):
         _config_of(module)._attn_implementation = NAME
         module.sparse_patch = state  # type: ignore[assignment]
-    root.sparse_patch = Patch(settings, list(attention.values()), own_configs, holders)  # type: ignore[assignment]
+    hooks = [module.register_forward_pre_hook(note_cache, with_kwargs=True) for module in attention.values()]
+    if isinstance(root, GenerationMixin):
+        vars(root)[_PREPARE] = MethodType(_prepare_cache, root)  # in the way of the class's own
+    root.sparse_patch = Patch(settings, list(attention.values()), own_configs, holders, hooks)  # type: ignore[assignment]
     return model
 
 
@@ -102,6 +112,9 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         own.carry_over_changes()
     for module in patch.attention:
         del module.sparse_patch
+    for hook in patch.hooks:
+        hook.remove()
+    vars(root).pop(_PREPARE, None)
     del root.sparse_patch
     return model
 
@@ -200,6 +213,15 @@ def state_of(module: nn.Module) -> LayerState:
     state = module.sparse_patch
     assert isinstance(state, LayerState)
     return state
+
+
+def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    """What `generate` makes when the user passes no cache, with layers that do not copy and that have a memory."""
+    given = model_kwargs.get("past_key_values")
+    getattr(type(self), _PREPARE)(self, generation_config, model_kwargs, *args, **kwargs)
+    cache = model_kwargs.get("past_key_values")
+    if given is None and isinstance(cache, Cache):
+        adopt(cache)
 
 
 def _settings(config: ConfigSource | Sequence[ConfigSource] | PatchConfig, overrides: dict[str, Any]) -> PatchConfig:

@@ -232,6 +232,11 @@ class BlockPlan:
             pairs = pairs + self.column_counts * (end - begin)
         return pairs.sum(-1)
 
+    @property
+    def pairs_by_head(self) -> torch.Tensor:
+        """`computed_pairs`, summed over the batch, int64 `[Hq]`."""
+        return self.computed_pairs().sum(0)
+
     def density(self) -> torch.Tensor:
         """Share of the causal triangle that is computed, float32 `[B, Hq]`."""
         causal = causal_pairs(self.grid.q_start, self.grid.kv_length, self.grid.row_starts)
@@ -289,7 +294,7 @@ class PagePlan:
         """Pages that a row can have (a host number)."""
         return -(-self.capacity // self.page_size)
 
-    @cached_property
+    @property  # not a cached one: Python 3.11's takes a lock, which torch.compile cannot
     def lengths(self) -> torch.Tensor:
         """Real keys of each row, int64 `[B]`."""
         return self.kv_end - self.row_starts
@@ -317,6 +322,11 @@ class PagePlan:
         in_page = (seen[:, None, None] - self.pages[..., None] * self.page_size).clamp(0, self.page_size)
         pairs = (in_page.sum(-1) * leading(self.pages, self.counts)).sum(-1)
         return pairs.repeat_interleave(self.heads // pairs.shape[1], 1)
+
+    @cached_property
+    def pairs_by_head(self) -> torch.Tensor:
+        """`computed_pairs`, summed over the batch, int64 `[Hq]`; kept, for a plan may serve several layers."""
+        return self.computed_pairs().sum(0)
 
     def density(self) -> torch.Tensor:
         """Share of the causal pairs that is computed, float32 `[B, Hq]`."""

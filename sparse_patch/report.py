@@ -44,6 +44,7 @@ class PhaseCounts:
     dense: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     dense_kernels: Counter[str] = field(default_factory=Counter)
+    copying_calls: int = 0
 
     def add_dense(self, work: Work) -> None:
         self._add(work)
@@ -75,6 +76,7 @@ class PhaseCounts:
             dense=dict(self.dense),
             fallbacks=dict(self.fallbacks),
             dense_kernels=dict(self.dense_kernels),
+            copying_calls=self.copying_calls,
             pairs=(mean, causal, queries),
         )
 
@@ -104,6 +106,7 @@ class PhaseReport(BaseModel):
         fallbacks: dense calls because the method could not serve them, by reason.
         dense_kernels: how many of the calls in `dense` ran on a faster kernel than the model's own, by kernel; with
             `dense: best` only.
+        copying_calls: how many of `sparse_calls` read a cache that copies all its keys for every token.
         pairs: (pairs computed, pairs of the causal triangle, queries): what totals are made from.
     """
 
@@ -115,6 +118,7 @@ class PhaseReport(BaseModel):
     dense: dict[str, int]
     fallbacks: dict[str, int]
     dense_kernels: dict[str, int] = {}
+    copying_calls: int = 0
     pairs: tuple[float, int, int]
 
 
@@ -210,6 +214,11 @@ class SparsityReport(BaseModel):
                 notes += [f"{phase}: {label}, {reason}: {count} calls" for reason, count in total.items()]
             kernels = _sum(layer.phase(phase).dense_kernels for layer in self.layers)
             notes += [f"{phase}: {count} of the dense calls on {kernel}" for kernel, count in kernels.items()]
+            if copying := sum(layer.phase(phase).copying_calls for layer in self.layers):
+                notes.append(
+                    f"{phase}: {copying} sparse calls on a DynamicCache, which copies all its keys for every token; "
+                    "let generate make the cache, or pass growing_cache(model.config)"
+                )
         if not self.hook_active:
             notes.append("the hook is not active: the attention implementation was changed after patch_model")
         return notes
@@ -249,6 +258,7 @@ def _merged_phase(parts: Sequence[PhaseReport]) -> PhaseReport:
         dense=_sum(part.dense for part in parts),
         fallbacks=_sum(part.fallbacks for part in parts),
         dense_kernels=_sum(part.dense_kernels for part in parts),
+        copying_calls=sum(part.copying_calls for part in parts),
         pairs=(computed, int(causal), int(queries)),
     )
 
