@@ -8,8 +8,8 @@ import torch
 from families import FAMILIES, llama
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
-from sparse_patch.call import AttentionCall
 from sparse_patch.caches import FixedLayer, GrowingLayer, adopt, growing_cache
+from sparse_patch.call import AttentionCall
 from sparse_patch.config import PatchConfig
 from sparse_patch.methods.base import DecodeMethod
 from sparse_patch.patching import capture_plans, patched, sparsity_report
@@ -120,7 +120,7 @@ def test_a_dynamic_cache_of_the_users_own_works_and_the_report_names_its_cost() 
         found = steps(model, batch, past_key_values=DynamicCache(config=model.config))
         notes = sparsity_report(model).notes()
     torch.testing.assert_close(found, expected)
-    assert any(note.startswith("decode: 28 sparse calls on a DynamicCache, which copies") for note in notes), notes
+    assert any(note.startswith("decode: 21 sparse calls on a DynamicCache, which copies") for note in notes), notes
 
 
 @torch.no_grad()
@@ -136,7 +136,9 @@ def test_two_interleaved_generations_do_not_meet() -> None:
             logits += [model(row[None, [i]], past_key_values=cache).logits[:, -1] for i in range(40, PROMPT)]
             alone.append(torch.cat(logits))
         caches = [growing_cache(model.config) for _ in ids]
-        woven = [[model(row[None, :40], past_key_values=cache).logits[:, -1]] for row, cache in zip(ids, caches, strict=True)]
+        woven = [
+            [model(row[None, :40], past_key_values=cache).logits[:, -1]] for row, cache in zip(ids, caches, strict=True)
+        ]
         for i in range(40, PROMPT):
             for row, cache, logits in zip(ids, caches, woven, strict=True):
                 logits.append(model(row[None, [i]], past_key_values=cache).logits[:, -1])
@@ -175,7 +177,7 @@ def test_beams_carry_their_memory_along(options: dict[str, Any]) -> None:
 def test_what_the_method_cannot_see_makes_it_start_again() -> None:
     model = llama()
     ids = prompt(model, batch=1, pad=0)["input_ids"]
-    with patched(model, TOY, on_unsupported="silent"):
+    with patched(model, TOY.model_copy(update={"on_unsupported": "silent"})):
         cache = growing_cache(model.config)
         model(ids[:, :50], past_key_values=cache)
         model(ids[:, 50:51], past_key_values=cache, output_attentions=True)
