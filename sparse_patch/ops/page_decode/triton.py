@@ -44,7 +44,7 @@ def unsupported(call: AttentionCall, plan: PagePlan) -> str | None:
     """Why this backend cannot execute the plan; None if it can."""
     if not call.q.is_cuda and not _INTERPRETED:
         return "backend triton needs a CUDA device"
-    if call.q.is_cuda and torch.cuda.get_device_capability(call.q.device) < (8, 0):
+    if call.q.is_cuda and torch.cuda.get_device_properties(call.q.device).major < 8:  # torch.compile can trace it
         return "backend triton needs a GPU of compute capability 8.0 or more"
     if call.scale <= 0:
         return f"backend triton: scale {call.scale} is not positive"
