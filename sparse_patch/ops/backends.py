@@ -1,0 +1,28 @@
+"""Where the Triton kernels of the ops run."""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+
+def triton_unsupported(x: torch.Tensor) -> str | None:
+    """Why no Triton kernel can run on a tensor; None if one can, as on any device in Triton's interpreter."""
+    if not _has_triton():
+        return "backend triton needs the package triton"
+    if x.is_cuda:
+        recent = torch.cuda.get_device_capability(x.device) >= (8, 0)
+        return None if recent else "backend triton needs a GPU of compute capability 8.0 or more"
+    import triton
+
+    return None if triton.knobs.runtime.interpret else "backend triton needs a CUDA device"
+
+
+def takes_triton(x: torch.Tensor) -> bool:
+    """Whether an op that chooses for itself takes its Triton kernel for a tensor: on every GPU that it runs on."""
+    return x.is_cuda and triton_unsupported(x) is None
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
