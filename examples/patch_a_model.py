@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_patch import patched, sparsity_report
-from sparse_patch.evaluation.tasks import needle_document
+from sparse_patch.evaluation.document import needle_document
 
 
 def main() -> None:

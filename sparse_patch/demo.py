@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from sparse_patch.config import PatchConfig, load_config
 from sparse_patch.errors import TaskError
+from sparse_patch.evaluation.document import NeedleDocument, needle_document
 from sparse_patch.evaluation.generation import Prefilled, check_context, forward, load_model, machine, prefill
-from sparse_patch.evaluation.tasks import NeedleDocument, needle_document
 from sparse_patch.patching import capture_plans, patched, sparsity_report
 from sparse_patch.plots import Captured
 from sparse_patch.progress import Step

@@ -184,9 +184,10 @@ class BlockPlan:
         if columns is None:
             return cls(indices, counts, grid)
         block = (columns // grid.block_size).clamp(0, blocks.shape[-1] - 1)
-        of_all = block[:, :, None].expand(-1, -1, blocks.shape[2], -1)
-        before = columns[:, :, None] < grid.query_block_ids[:, None, :, None] * grid.block_size
-        wanted = before & (columns >= 0)[:, :, None] & ~blocks.gather(-1, of_all) & grid.has_queries[:, None, :, None]
+        in_blocks = blocks.gather(-1, block[:, :, None].expand(-1, -1, blocks.shape[2], -1))
+        key = columns.masked_fill(columns < 0, grid.kv_length)  # before no query block
+        end = (grid.query_block_ids * grid.block_size).masked_fill(~grid.has_queries, 0)
+        wanted = (key[:, :, None] < end[:, None, :, None]) & ~in_blocks
         return cls(indices, counts, grid, *compact(wanted, columns.int()[:, :, None].expand(wanted.shape)))
 
     @property

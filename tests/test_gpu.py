@@ -1,7 +1,6 @@
 """What only a GPU can show; skipped without one."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,14 +104,6 @@ def test_mixed_heads_on_the_gpu(dtype: torch.dtype, tmp_path: Path) -> None:
     assert (plan.mask().cpu() != expected.mask()).float().mean() < 0.005  # sums round in another order
     output, reference = attend(on_gpu(call), plan)[0], attend(on_gpu(call), plan, "reference")[0]
     torch.testing.assert_close(output, reference, atol=1.6e-2, rtol=1.6e-2)
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Memory that is allocated and not written is NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def assert_close(call: AttentionCall, plan: BlockPlan, backend: str) -> None:

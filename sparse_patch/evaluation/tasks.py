@@ -36,9 +36,9 @@ Kind = Literal["numbers", "words", "uuids"]
 Hay = Literal["noise", "text", "needles"]
 Asked = TypeVar("Asked")
 
-_NEEDLE = " One of the special magic {kind} for {key} is: {value}."
+NEEDLE = " One of the special magic {kind} for {key} is: {value}."
 _FILLER = NOISE * 8  # longer than any one needle
-_OPENING = (
+OPENING = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the {kind} afterwards.\n"
 )
@@ -130,7 +130,7 @@ class Task(ABC):
         count = token_counter(tokenizer)
         text = default_haystack() if haystack is None else haystack
         try:
-            prompt, question = _first_fit(lambda: self.draft(rng, length, count, text), length, count)
+            prompt, question = first_fit(lambda: self.draft(rng, length, count, text), length, count)
         except TaskError as error:
             raise TaskError(f"{self.name}: {error}") from None
         return Sample(
@@ -171,16 +171,16 @@ class NeedleTask(Task):
     num_queries: int = 1
 
     def draft(self, rng: Random, length: int, count: Count, haystack: str) -> tuple[Draft, Question]:
-        keys = distinct(self.keys, max(self.num_keys, self.num_queries), rng)
+        keys = distinct(lambda: draw(self.keys, rng), max(self.num_keys, self.num_queries))
         pairs = [(key, draw(self.values, rng)) for key in keys for _ in range(self.num_values)]
         rng.shuffle(pairs)
-        needles = [_NEEDLE.format(kind=self.values, key=key, value=value) for key, value in pairs]
-        question = self._question(rng.sample(keys, self.num_queries), pairs)
-        head, tail = _OPENING.format(kind=self.values), question.text
+        needles = [NEEDLE.format(kind=self.values, key=key, value=value) for key, value in pairs]
+        question = self.question(rng.sample(keys, self.num_queries), pairs)
+        head, tail = OPENING.format(kind=self.values), question.text
         if self.haystack == "needles":
             return self._among_needles(needles, set(keys), rng, length, count, head, tail), question
         room = length - count(head + "".join(needles) + tail)
-        passage = _passage(self.haystack, haystack, room, needles, count, rng)
+        passage = filling(self.haystack, haystack, room, needles, count, rng)
         return hide(needles, sorted(rng.random() for _ in needles), passage, head, tail), question
 
     def _among_needles(
@@ -189,14 +189,15 @@ class NeedleTask(Task):
         """As many other needles as fit; noise makes up for what is less than a needle."""
 
         def another() -> str:
-            return _NEEDLE.format(kind=self.values, key=_other(taken, self.keys, rng), value=draw(self.values, rng))
+            key = other(taken, lambda: draw(self.keys, rng))
+            return NEEDLE.format(kind=self.values, key=key, value=draw(self.values, rng))
 
         others = _enough(list(needles), another, lambda texts: count(head + _FILLER + "".join(texts) + tail), length)
         rng.shuffle(others)
         return Draft(head, _FILLER, "".join(others) + tail)
 
-    def _question(self, asked: Sequence[str], pairs: Sequence[tuple[str, str]]) -> Question:
-        values = [value for key in asked for other, value in pairs if other == key]
+    def question(self, asked: Sequence[str], pairs: Sequence[tuple[str, str]]) -> Question:
+        values = [value for key in asked for needle, value in pairs if needle == key]
         keys, kind = listed(asked), self.values
         if len(values) == 1 and kind != "words":  # the wording of needle-llama's training, and RULER's for one number
             what, where, verb = f"What is the special magic {kind[:-1]}", f"The special magic {kind[:-1]}", "is"
@@ -223,7 +224,7 @@ class VariableTracking(Task):
     hops: int = 4
 
     def draft(self, rng: Random, length: int, count: Count, haystack: str) -> tuple[Draft, Question]:
-        names = _distinct_names(self.chains * (self.hops + 1), rng)
+        names = distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=5)), self.chains * (self.hops + 1))
         chains = [names[i :: self.chains] for i in range(self.chains)]
         values = rng.sample(range(10_000, 100_000), self.chains)
         order = [number for number in range(self.chains) for _ in range(self.hops + 1)]
@@ -242,7 +243,7 @@ class VariableTracking(Task):
         )
         head = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
         room = length - count(head + "".join(pieces) + question.text)
-        passage = _passage("noise", haystack, room, pieces, count, rng)
+        passage = filling("noise", haystack, room, pieces, count, rng)
         return hide(pieces, sorted(rng.random() for _ in pieces), passage, head, question.text), question
 
 
@@ -286,20 +287,18 @@ class Recite(Task):
     spacing: int = 120
 
     def draft(self, rng: Random, length: int, count: Count, haystack: str) -> tuple[Draft, Question]:
-        pairs = [
-            (key, draw("numbers", rng))
-            for key in distinct("words", max(2, min(self.num_keys, length // self.spacing)), rng)
-        ]
-        needles = [_NEEDLE.format(kind="numbers", key=key, value=value) for key, value in pairs]
+        keys = distinct(lambda: draw("words", rng), max(2, min(self.num_keys, length // self.spacing)))
+        pairs = [(key, draw("numbers", rng)) for key in keys]
+        needles = [NEEDLE.format(kind="numbers", key=key, value=value) for key, value in pairs]
         question = Question(
             input="\nList every special magic number in the order of the provided text:",
             gen_prefix="",
             outputs=[f"{key}: {value}" for key, value in pairs],
             answer="".join(f"\n{key}: {value}" for key, value in pairs),
         )
-        head = _OPENING.format(kind="numbers")
+        head = OPENING.format(kind="numbers")
         room = length - count(head + "".join(needles) + question.text)
-        passage = _passage("text", haystack, room, needles, count, rng)
+        passage = filling("text", haystack, room, needles, count, rng)
         return hide(needles, sorted(rng.random() for _ in needles), passage, head, question.text), question
 
 
@@ -357,60 +356,6 @@ def export_jsonl(samples: Iterable[Sample], path: str | Path) -> int:
     return len(lines)
 
 
-@dataclass(frozen=True)
-class NeedleDocument:
-    """A document with needles and questions about them; the document and any one question make a prompt.
-
-    Attributes:
-        text: the document.
-        keys: what the needles are called, in the order of the text.
-        questions: one for each needle, in the order of the text.
-        depths: where each needle stands, from 0 (start of the document) to 1.
-    """
-
-    text: str
-    keys: list[str]
-    questions: list[Question]
-    depths: list[float]
-
-
-def needle_document(tokenizer: Any, length: int, needles: int = 8, seed: int = 0) -> NeedleDocument:
-    """A document of which the prompt with the longest question has exactly `length` tokens.
-
-    Args:
-        tokenizer: a tokenizer of Transformers.
-        length: tokens of document and longest question, tokenized one by one.
-        needles: numbers to hide, at evenly spread depths.
-        seed: chooses the text, keys and values.
-
-    Raises:
-        TaskError: the length is too short for the needles, or the haystack for the length.
-    """
-    rng = Random(f"{seed} document {length} {needles}")
-    task = NeedleTask("document", "", 128)
-    pairs = [(key, draw("numbers", rng)) for key in distinct("words", needles, rng)]
-    pieces = [_NEEDLE.format(kind="numbers", key=key, value=value) for key, value in pairs]
-    questions = [task._question([key], pairs) for key, _ in pairs]
-    tokens = token_counter(tokenizer)
-    asking = max(len(tokenizer(question.text, add_special_tokens=False)["input_ids"]) for question in questions)
-
-    def count(text: str) -> int:
-        return tokens(text) + asking
-
-    head = _OPENING.format(kind="numbers")
-    room = length - count(head + "".join(pieces))
-    depths = [(number + 0.5) / needles for number in range(needles)]
-
-    def draft() -> tuple[Draft, None]:
-        passage = _passage("text", default_haystack(), room, pieces, tokens, rng)
-        return hide(pieces, depths, passage, head, ""), None
-
-    text, _ = _first_fit(draft, length, count)
-    return NeedleDocument(
-        text, [key for key, _ in pairs], questions, [text.index(piece) / len(text) for piece in pieces]
-    )
-
-
 def draw(kind: Kind, rng: Random) -> str:
     """A number of seven digits, two words with a hyphen, or a UUID."""
     if kind == "numbers":
@@ -420,15 +365,15 @@ def draw(kind: Kind, rng: Random) -> str:
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
-def distinct(kind: Kind, number: int, rng: Random) -> list[str]:
-    """As many different ones."""
+def distinct(make: Callable[[], str], number: int) -> list[str]:
+    """As many different ones of what is made."""
     taken: set[str] = set()
-    return [_other(taken, kind, rng) for _ in range(number)]
+    return [other(taken, make) for _ in range(number)]
 
 
-def _other(taken: set[str], kind: Kind, rng: Random) -> str:
+def other(taken: set[str], make: Callable[[], str]) -> str:
     """One that is not taken; it is then."""
-    while (new := draw(kind, rng)) in taken:
+    while (new := make()) in taken:
         pass
     taken.add(new)
     return new
@@ -439,7 +384,7 @@ def listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])}, and {words[-1]}"
 
 
-def _first_fit(make: Callable[[], tuple[Draft, Asked]], length: int, count: Count) -> tuple[str, Asked]:
+def first_fit(make: Callable[[], tuple[Draft, Asked]], length: int, count: Count) -> tuple[str, Asked]:
     """The first draft that can be cut to the length, and what is asked about it."""
     reason = TaskError(f"no prompt of exactly {length} tokens was found for this tokenizer; try another length")
     for _ in range(20):
@@ -454,7 +399,7 @@ def _first_fit(make: Callable[[], tuple[Draft, Asked]], length: int, count: Coun
     raise reason
 
 
-def _passage(hay: Hay, text: str, room: int, pieces: Sequence[str], count: Count, rng: Random) -> str:
+def filling(hay: Hay, text: str, room: int, pieces: Sequence[str], count: Count, rng: Random) -> str:
     """Noise or text that fills the room, with some tokens to spare: at every joint a token may be saved."""
     if room < 1:
         raise TaskError(f"the length is too short for what is hidden; at least {1 - room} more tokens are needed")
@@ -484,13 +429,6 @@ def _join(text: str, gen_prefix: str) -> str:
 def _json(pairs: Sequence[str]) -> str:
     """What follows the note of the JSON object, without its closing brace."""
     return '", ' + ", ".join(pairs)
-
-
-def _distinct_names(number: int, rng: Random) -> list[str]:
-    names: dict[str, None] = {}
-    while len(names) < number:
-        names["".join(rng.choices(string.ascii_uppercase, k=5))] = None
-    return list(names)
 
 
 def _assignments(chain: Sequence[str], value: int) -> Iterator[str]:

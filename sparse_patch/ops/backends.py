@@ -1,12 +1,24 @@
-"""Which backends this machine has, for ops that choose by the device of their tensors alone."""
+"""Where the Triton kernels of the ops run."""
 
 from importlib.util import find_spec
 
-from torch import Tensor
+import torch
 
-_TRITON = find_spec("triton") is not None
+_HAS_TRITON = find_spec("triton") is not None
 
 
-def runs_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels serve tensors like this one."""
-    return x.is_cuda and _TRITON
+def triton_unsupported(x: torch.Tensor) -> str | None:
+    """Why no Triton kernel can run on a tensor; None if one can, as on any device in Triton's interpreter."""
+    if not _HAS_TRITON:
+        return "backend triton needs the package triton"
+    if x.is_cuda:
+        recent = torch.cuda.get_device_properties(x.device).major >= 8  # torch.compile can trace it
+        return None if recent else "backend triton needs a GPU of compute capability 8.0 or more"
+    import triton
+
+    return None if triton.knobs.runtime.interpret else "backend triton needs a CUDA device"
+
+
+def takes_triton(x: torch.Tensor) -> bool:
+    """Whether an op that chooses for itself takes its Triton kernel for a tensor: on every GPU that it runs on."""
+    return x.is_cuda and triton_unsupported(x) is None

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 SLICE_BYTES = 32 << 20
 
 
-def slices(length: int, bytes_each: int, step: int = 1) -> Iterator[slice]:
-    """Slices that cover `range(length)`, each of about `SLICE_BYTES` at `bytes_each` bytes an item.
+def slices(length: int, bytes_each: int, step: int = 1, limit: int | None = None) -> Iterator[slice]:
+    """Slices that cover `range(length)`, each of about `limit` bytes (`SLICE_BYTES`) at `bytes_each` bytes an item.
 
     A slice begins at a multiple of `step` (a power of two) and does not cross one it does not end at, unless it is
     several steps long: whole steps where they fit, else a power of two of items. At least one item.
     """
-    fit = max(1, SLICE_BYTES // bytes_each)
+    fit = max(1, (SLICE_BYTES if limit is None else limit) // bytes_each)
     at_once = fit - fit % step if fit >= step else 1 << (fit.bit_length() - 1)
     for begin in range(0, length, at_once):
         yield slice(begin, min(begin + at_once, length))

@@ -11,8 +11,9 @@ from tiny_tokenizers import byte_fallback_bpe, unigram
 from transformers import AutoTokenizer
 
 from sparse_patch.errors import TaskError
+from sparse_patch.evaluation.document import needle_document
 from sparse_patch.evaluation.prompts import read_haystack
-from sparse_patch.evaluation.tasks import SUITES, TASKS, NeedleTask, Sample, export_jsonl, needle_document, tasks_of
+from sparse_patch.evaluation.tasks import SUITES, TASKS, NeedleTask, Sample, export_jsonl, tasks_of
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from sparse_patch.ops.block_means import key_means
 from sparse_patch.ops.lines import LineRule, QueryAware
 from sparse_patch.ops.lines import torch as in_torch
 from sparse_patch.ops.lines import triton as in_triton
+from sparse_patch.ops.lines.triton import cut
 from sparse_patch.plans import BlockGrid
 
 
@@ -27,6 +28,7 @@ def test_tokens_within_agrees_with_a_sort(length: int) -> None:
         assert difference.abs().max() <= 1, "sums round in another order"
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     "each_row, max_blocks, queries, row_starts, softcap, held",
     [
@@ -45,7 +47,7 @@ def test_kernels_make_the_plan_of_pytorch(
     softcap: float | None,
     held: int,
 ) -> None:
-    monkeypatch.setattr(in_triton, "_SLICE_BYTES", held)
+    monkeypatch.setattr(cut, "_SLICE_BYTES", held)
     call = make_call(200, queries=queries, row_starts=row_starts, heads=(4, 2), softcap=softcap, head_dim=24)
     grid = BlockGrid.of(call, 16)
     shape = (call.q.shape[0], 4, grid.num_key_blocks)
@@ -91,8 +93,8 @@ def test_a_long_search_takes_many_programs_for_a_head(monkeypatch: pytest.Monkey
     none = torch.zeros(1, 2, grid.num_key_blocks, dtype=torch.bool)
     aware = QueryAware(torch.ones(1, 2, dtype=torch.bool), call, key_means(call.k, grid), 0.8, False, None)
     expected = in_torch.plan_of_lines(none, none, aware, grid)
-    monkeypatch.setattr(in_triton, "_LONG", 1)
-    monkeypatch.setattr(in_triton, "_CHUNK", 256)
+    monkeypatch.setattr(cut, "_LONG", 1)
+    monkeypatch.setattr(cut, "_CHUNK", 256)
     plan = in_triton.plan_of_lines(none, none, aware, grid)
     assert 0 < plan.density().mean() < 1
     assert torch.equal(plan.blocks(), expected.blocks())

@@ -21,8 +21,8 @@ from sparse_patch.ops.page_statistics import triton as in_triton
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The backend that the ops use in this test."""
     module: ModuleType = request.param
-    monkeypatch.setattr(kept, "runs_triton", lambda _: module is in_triton)
-    monkeypatch.setattr(ops, "runs_triton", lambda _: module is in_triton)
+    monkeypatch.setattr(kept, "takes_triton", lambda _: module is in_triton)
+    monkeypatch.setattr(ops, "takes_triton", lambda _: module is in_triton)
     return module
 
 

@@ -19,12 +19,13 @@ any scale, softcap, left padding per row, `q_start > 0`, any length and strides.
 """
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 from torch import Tensor
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.errors import UnsupportedCallError
 from sparse_patch.ops.antidiagonal.torch import block_masses as in_torch
+from sparse_patch.ops.backends import takes_triton, triton_unsupported
 from sparse_patch.plans import BlockGrid
 
 
@@ -42,17 +43,14 @@ def block_masses(
     Yields:
         Which query blocks, and their masses, float32 `[B, Hq, NQ of the slice, N of the slice]`: sums of 1, or 0 for
         query blocks that a row does not have. Key blocks behind the last one that the slice can see are cut off.
+
+    Raises:
+        UnsupportedCallError: the backend cannot serve the call.
     """
-    if backend == "triton" or (backend == "auto" and _triton_serves(call)):
+    if backend == "triton" and (reason := triton_unsupported(call.q)):
+        raise UnsupportedCallError(reason)
+    if backend == "triton" or (backend == "auto" and takes_triton(call.q)):
         from sparse_patch.ops.antidiagonal.triton import block_masses as in_triton
 
         return in_triton(call, grid, stride)
     return in_torch(call, grid, stride)
-
-
-def _triton_serves(call: AttentionCall) -> bool:
-    if not call.q.is_cuda or find_spec("triton") is None:
-        return False
-    from sparse_patch.ops.antidiagonal.triton import unsupported
-
-    return unsupported(call) is None

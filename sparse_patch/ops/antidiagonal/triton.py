@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.ops.kernels import softcap_logits
 from sparse_patch.ops.slices import slices
 from sparse_patch.plans import BlockGrid
 
@@ -34,15 +35,6 @@ def tile_of(head_dim: int, dtype: torch.dtype, groups_per_block: int) -> Tile:
     if dtype.itemsize == 2:
         return Tile(128, depth, 8, 3)
     return Tile(max(64, groups_per_block), depth, 4 if groups_per_block <= 64 else 8, 2)
-
-
-def unsupported(call: AttentionCall) -> str | None:
-    """Why this backend cannot serve the call; None if it can."""
-    if not call.q.is_cuda and not triton.knobs.runtime.interpret:
-        return "backend triton needs a CUDA device"
-    if call.q.is_cuda and torch.cuda.get_device_capability(call.q.device) < (8, 0):
-        return "backend triton needs a GPU of compute capability 8.0 or more"
-    return None
 
 
 def block_masses(call: AttentionCall, grid: BlockGrid, stride: int) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -166,8 +158,7 @@ def _logits(
         s = tl.dot(b_q, b_k, s, input_precision="ieee")
     s = s * to_log2[:, None]
     if HAS_SOFTCAP:
-        cap = softcap * 1.4426950408889634
-        s = cap * (2.0 * tl.sigmoid(s * (2.0 / cap)) - 1.0)  # tanh(x) = 2 sigmoid(2x) - 1
+        s = softcap_logits(s, 1.0, softcap * 1.4426950408889634)
     return tl.where(future, -float("inf"), s)
 
 

@@ -1,13 +1,13 @@
 """Choice of the backend: a module here with `attend`, and with `unsupported` if it does not serve every call."""
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import UnsupportedCallError
+from sparse_patch.ops.backends import triton_unsupported
 from sparse_patch.plans import BlockPlan
 
 BACKENDS = ("reference", "torch", "triton", "flash")
@@ -53,10 +53,10 @@ def unsupported(call: AttentionCall, plan: BlockPlan, backend: str) -> str | Non
     """Why a backend cannot serve a call; None if it can, as "auto" always can."""
     if backend in ("auto", "torch", "reference"):
         return None
-    if backend == "triton" and find_spec("triton") is None:
-        return "backend triton needs the package triton"
-    reason: str | None = _module(backend).unsupported(call, plan)
-    return reason
+    if backend == "triton" and (reason := triton_unsupported(call.q)):
+        return reason
+    why: str | None = _module(backend).unsupported(call, plan)
+    return why
 
 
 def _module(backend: str) -> Any:

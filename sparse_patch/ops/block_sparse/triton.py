@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.ops.kernels import softcap_logits
 from sparse_patch.plans import BlockPlan
 
 
@@ -43,11 +44,7 @@ def tile_of(head_dim: int, dtype: torch.dtype, block_size: int, capability: tupl
 
 
 def unsupported(call: AttentionCall, plan: BlockPlan) -> str | None:
-    """Why this backend cannot execute the plan; None if it can."""
-    if not call.q.is_cuda and not triton.knobs.runtime.interpret:
-        return "backend triton needs a CUDA device"
-    if call.q.is_cuda and torch.cuda.get_device_capability(call.q.device) < (8, 0):
-        return "backend triton needs a GPU of compute capability 8.0 or more"
+    """Why this backend cannot execute the plan where its kernel runs; None if it can."""
     if call.scale <= 0:
         return f"backend triton: scale {call.scale} is not positive"
     if max(call.q.shape[-1], call.v.shape[-1]) > 256:
@@ -179,7 +176,7 @@ def _logits(q, k_tile, softcap, HAS_SOFTCAP: tl.constexpr, scale, PRECISION: tl.
     """Logits of a tile, in units that `_update` multiplies by its scale."""
     s = tl.dot(q, k_tile, input_precision=PRECISION)
     if HAS_SOFTCAP:
-        s = softcap * (2.0 * tl.sigmoid(s * (2.0 * scale / softcap)) - 1.0)  # tanh(x) = 2 sigmoid(2x) - 1
+        s = softcap_logits(s, scale, softcap)
     return s
 
 

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from sparse_patch.ops.backends import takes_triton
+
 
 def compact(marked: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """The marked values of each row, in order, at the front of a list as long as the row.
@@ -14,7 +16,7 @@ def compact(marked: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         The lists, int32 `[B, H, Q, n]`, of which the first `counts` entries have a meaning; the counts, int32
         `[B, H, Q]`.
     """
-    if marked.is_cuda:
+    if takes_triton(marked):
         from sparse_patch.ops.compact.triton import compact as in_lists
     else:
         from sparse_patch.ops.compact.torch import compact as in_lists

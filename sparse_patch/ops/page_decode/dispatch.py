@@ -1,16 +1,15 @@
 """Choice of the backend: a module here with `attend`, and with `unsupported` if it does not serve every call."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import UnsupportedCallError
+from sparse_patch.ops.backends import takes_triton, triton_unsupported
 from sparse_patch.plans import PagePlan
 
 BACKENDS = ("reference", "torch", "triton")
-_HAS_TRITON = find_spec("triton") is not None
 
 
 def attend(
@@ -42,17 +41,17 @@ def attend(
 
 def fastest(call: AttentionCall, plan: PagePlan) -> str:
     """The backend that "auto" stands for."""
-    return "triton" if call.q.is_cuda and unsupported(call, plan, "triton") is None else "torch"
+    return "triton" if takes_triton(call.q) and unsupported(call, plan, "triton") is None else "torch"
 
 
 def unsupported(call: AttentionCall, plan: PagePlan, backend: str) -> str | None:
     """Why a backend cannot serve a call; None if it can, as "auto" always can."""
     if backend in ("auto", "torch", "reference"):
         return None
-    if backend == "triton" and not _HAS_TRITON:
-        return "backend triton needs the package triton"
-    reason: str | None = _module(backend).unsupported(call, plan)
-    return reason
+    if backend == "triton" and (reason := triton_unsupported(call.q)):
+        return reason
+    served: str | None = _module(backend).unsupported(call, plan)
+    return served
 
 
 def _module(backend: str) -> Any:

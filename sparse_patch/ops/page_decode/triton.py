@@ -17,8 +17,6 @@ import triton.language as tl
 from sparse_patch.call import AttentionCall
 from sparse_patch.plans import PagePlan
 
-_INTERPRETED = triton.knobs.runtime.interpret  # as the kernels below, once and for all
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -43,10 +41,6 @@ def tile_of(head_dim: int, itemsize: int, capability: tuple[int, int]) -> Tile:
 
 def unsupported(call: AttentionCall, plan: PagePlan) -> str | None:
     """Why this backend cannot execute the plan; None if it can."""
-    if not call.q.is_cuda and not _INTERPRETED:
-        return "backend triton needs a CUDA device"
-    if call.q.is_cuda and torch.cuda.get_device_properties(call.q.device).major < 8:  # torch.compile can trace it
-        return "backend triton needs a GPU of compute capability 8.0 or more"
     if call.scale <= 0:
         return f"backend triton: scale {call.scale} is not positive"
     if max(call.q.shape[-1], call.v.shape[-1]) > 256:

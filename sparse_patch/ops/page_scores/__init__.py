@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sparse_patch.ops.backends import runs_triton
+from sparse_patch.ops.backends import takes_triton
 
 
 def page_scores(logits: Tensor, lse: Tensor, lengths: Tensor, page_size: int) -> Tensor:
@@ -21,7 +21,7 @@ def page_scores(logits: Tensor, lse: Tensor, lengths: Tensor, page_size: int) ->
     Returns:
         float32 `[B, ceil(S / page_size)]`; `-inf` for pages without a token.
     """
-    if runs_triton(logits) and page_size in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+    if takes_triton(logits) and page_size in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         from sparse_patch.ops.page_scores.triton import page_scores as scores
     else:
         from sparse_patch.ops.page_scores.torch import page_scores as scores

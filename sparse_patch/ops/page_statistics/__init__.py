@@ -10,7 +10,7 @@ A memory keeps the statistics of one kind: another page size, offset or kind rep
 from torch import Tensor
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.backends import runs_triton
+from sparse_patch.ops.backends import takes_triton
 from sparse_patch.ops.page_statistics.kept import up_to_date
 
 
@@ -49,7 +49,7 @@ def bound_scores(q: Tensor, low: Tensor, high: Tensor, lengths: Tensor, page_siz
     Returns:
         float32 `[B, Hq, Np]`, not scaled; `-inf` for pages without a real key.
     """
-    if runs_triton(q):
+    if takes_triton(q):
         from sparse_patch.ops.page_statistics.triton import bound_scores as scores
     else:
         from sparse_patch.ops.page_statistics.torch import bound_scores as scores
@@ -69,7 +69,7 @@ def mean_scores(q: Tensor, means: Tensor, lengths: Tensor, page_size: int, offse
     Returns:
         float32, `[B, Hq, Np]` (as many heads as `q` has); `-inf` for pages without a real key.
     """
-    if runs_triton(q):
+    if takes_triton(q):
         from sparse_patch.ops.page_statistics.triton import mean_scores as scores
     else:
         from sparse_patch.ops.page_statistics.torch import mean_scores as scores

@@ -6,7 +6,7 @@ import torch
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.memory import LayerMemory
-from sparse_patch.ops.backends import runs_triton
+from sparse_patch.ops.backends import takes_triton
 
 _SPARE = 256  # tokens of room beyond what is asked for, where the keys' own buffer has none
 
@@ -82,7 +82,7 @@ def _new(call: AttentionCall, number: int, pages: int) -> list[torch.Tensor]:
 
 def _refresh(call: AttentionCall, tensors: list[torch.Tensor], tokens: int, page_size: int, offset: int) -> None:
     """Compute the pages that hold one of each row's last `tokens` tokens."""
-    if runs_triton(call.k):
+    if takes_triton(call.k):
         from sparse_patch.ops.page_statistics.triton import refresh
     else:
         from sparse_patch.ops.page_statistics.torch import refresh

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, softcap_logits
 
 _PROGRAMS = 1056  # enough for every GPU; more tiles in a program share its queries
 
@@ -42,8 +43,8 @@ def stacked_profiles(call: AttentionCall, queries: int) -> torch.Tensor:
         q_length - queries,
         splits,
         tiles,
-        call.scale,
-        call.softcap or 1.0,
+        LOG2_E * call.scale,
+        LOG2_E * (call.softcap or 1.0),
     )
     settings = {
         "D": head_dim,
@@ -68,17 +69,43 @@ def _tile_logits(
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, W: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits of the R last queries and the W keys from `j`, `-inf` where a query does not see a key."""
+    """Logits, in log2 units, of the R last queries and the W keys from `j`; `-inf` where a query does not see a key.
+
+    `scale` and `softcap` bring them there.
+    """
     offs_j = j + tl.arange(0, W)
     offs_d = tl.arange(0, BLOCK_D)
     rows = offs_j.to(tl.int64)
     mask = (offs_j < keys)[None, :] & (offs_d < D)[:, None]
     b_k = tl.load(p_k + rows[None, :] * stride_ks + offs_d[:, None], mask=mask, other=0.0)
-    s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
-    if HAS_SOFTCAP:
-        s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)  # tanh(x) = 2 sigmoid(2x) - 1
+    s = tl.dot(b_q, b_k, input_precision=PRECISION)
+    s = softcap_logits(s, scale, softcap) if HAS_SOFTCAP else s * scale
     seen = offs_j[None, :] <= (keys - R + tl.arange(0, R))[:, None]
     return tl.where(seen, s, -float("inf"))
+
+
+@triton.jit
+def _queries_and_split(
+    q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, heads, group, keys, first_query, splits,
+    tiles, D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, HAS_START: tl.constexpr,
+):  # fmt: skip
+    """What a program works on: a head (of all rows), one split of its keys with their begin and end, the last queries.
+
+    The query heads of a KV head come one after another, so that they share its keys in the cache.
+    """
+    pid = tl.program_id(0)
+    i_s, i_bh = (pid // group) % splits, (pid // group // splits) * group + pid % group
+    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
+    start = 0
+    if HAS_START:
+        start = tl.load(kv_start + i_b).to(tl.int32)
+    rows = (first_query + tl.arange(0, R)).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    p_q = q + i_b * stride_qb + i_h * stride_qh + rows[:, None] * stride_qs + offs_d[None, :]
+    b_q = tl.load(p_q, mask=(offs_d < D)[None, :], other=0.0)
+    p_k = k + i_b * stride_kb + (i_h // group) * stride_kh
+    first = start + i_s * tiles * R
+    return i_bh, i_s, first, tl.minimum(first + tiles * R, keys), b_q, p_k
 
 
 @triton.jit(do_not_specialize=["keys", "first_query", "splits", "tiles"])
@@ -88,26 +115,17 @@ def _lse_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, HAS_START: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    i_s, i_bh = (pid // group) % splits, (pid // group // splits) * group + pid % group
-    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
-    start = 0
-    if HAS_START:
-        start = tl.load(kv_start + i_b).to(tl.int32)
+    i_bh, i_s, first, last, b_q, p_k = _queries_and_split(
+        q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, heads, group, keys, first_query, splits,
+        tiles, D, BLOCK_D, R, HAS_START,
+    )  # fmt: skip
     offs_r = tl.arange(0, R)
-    offs_d = tl.arange(0, BLOCK_D)
-    p_q = q + i_b * stride_qb + i_h * stride_qh + (first_query + offs_r).to(tl.int64)[:, None] * stride_qs
-    b_q = tl.load(p_q + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
-    p_k = k + i_b * stride_kb + (i_h // group) * stride_kh
     m_i = tl.full([R], -float("inf"), dtype=tl.float32)
     l_i = tl.zeros([R], dtype=tl.float32)
-    for j in tl.range(start + i_s * tiles * R, tl.minimum(start + (i_s + 1) * tiles * R, keys), R):
+    for j in tl.range(first, last, R):
         s = _tile_logits(b_q, p_k, stride_ks, keys, j, scale, softcap, D, BLOCK_D, R, R, HAS_SOFTCAP, PRECISION)
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
-        l_i = l_i * tl.exp(m_i - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
-        m_i = m_new
-    tl.store(partial + (i_bh.to(tl.int64) * splits + i_s) * R + offs_r, m_i + tl.log(l_i))
+        m_i, l_i = add_to_exp_sum(m_i, l_i, s)
+    tl.store(partial + (i_bh.to(tl.int64) * splits + i_s) * R + offs_r, m_i + tl.math.log2(l_i))
 
 
 @triton.jit(do_not_specialize=["keys", "first_query", "splits", "tiles"])
@@ -117,24 +135,19 @@ def _profile_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, W: tl.constexpr, HAS_START: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    i_s, i_bh = (pid // group) % splits, (pid // group // splits) * group + pid % group
-    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
-    start = 0
-    if HAS_START:
-        start = tl.load(kv_start + i_b).to(tl.int32)
+    i_bh, _, first, last, b_q, p_k = _queries_and_split(
+        q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, heads, group, keys, first_query, splits,
+        tiles, D, BLOCK_D, R, HAS_START,
+    )  # fmt: skip
     offs_r = tl.arange(0, R)
-    offs_d = tl.arange(0, BLOCK_D)
-    p_q = q + i_b * stride_qb + i_h * stride_qh + (first_query + offs_r).to(tl.int64)[:, None] * stride_qs
-    b_q = tl.load(p_q + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
-    p_k = k + i_b * stride_kb + (i_h // group) * stride_kh
-    p_partial = partial + i_bh.to(tl.int64) * splits * R + offs_r
-    b_lse = tl.full([R], -float("inf"), dtype=tl.float32)
-    for i in tl.range(0, splits):
-        part = tl.load(p_partial + i * R)
-        top = tl.maximum(b_lse, part)
-        shift = tl.where(top == -float("inf"), 0.0, top)
-        b_lse = shift + tl.log(tl.exp(b_lse - shift) + tl.exp(part - shift))
+    p_partial = partial + i_bh.to(tl.int64) * splits * R + offs_r[:, None]
+    m_i = tl.full([R], -float("inf"), dtype=tl.float32)
+    l_i = tl.zeros([R], dtype=tl.float32)
+    for i in tl.range(0, splits, 16):  # 16 at a time: the program has nothing else to do while it waits for them
+        offs_i = i + tl.arange(0, 16)
+        parts = tl.load(p_partial + offs_i[None, :] * R, mask=(offs_i < splits)[None, :], other=-float("inf"))
+        m_i, l_i = add_to_exp_sum(m_i, l_i, parts)
+    b_lse = m_i + tl.math.log2(l_i * R)  # times R: the profiles are means over the queries
     p_key = profiles + i_bh.to(tl.int64) * keys
     p_distance = p_key + (tl.num_programs(0) // splits).to(tl.int64) * keys
     offs_w = tl.arange(0, W)
@@ -144,10 +157,9 @@ def _profile_kernel(
     band = keys - R + offs_w
     middle = tl.zeros([W], dtype=tl.float32)
     nearest = tl.zeros([W], dtype=tl.float32)
-    first, last = start + i_s * tiles * R, tl.minimum(start + (i_s + 1) * tiles * R, keys)
     for j in tl.range(first, last, W):
         s = _tile_logits(b_q, p_k, stride_ks, keys, j, scale, softcap, D, BLOCK_D, R, W, HAS_SOFTCAP, PRECISION)
-        p = tl.exp(s - b_lse[:, None]) / R
+        p = tl.math.exp2(s - b_lse[:, None])
         tl.store(p_key + j + offs_w, tl.sum(p, 0), mask=j + offs_w < keys)
         turned = tl.gather(p, turn, 1)
         if R == W:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sparse_patch.ops.backends import runs_triton
+from sparse_patch.ops.backends import takes_triton
 
 
 def top_pages(scores: Tensor, limits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def top_pages(scores: Tensor, limits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     k = min(k, scores.shape[-1])
     limits = limits[:, None] if limits.ndim == 1 else limits
     limits = limits.expand(scores.shape[:2])
-    if runs_triton(scores):
+    if takes_triton(scores):
         from sparse_patch.ops.top_pages.triton import top_pages as by_kernel
         from sparse_patch.ops.top_pages.triton import unsupported
 

@@ -1,0 +1,82 @@
+"""Triton kernel that writes the lists of a plan: one program for each query block of each head."""
+
+import torch
+import triton
+import triton.language as tl
+
+from sparse_patch.ops.kernels import query_blocks_of_row
+from sparse_patch.ops.lines.rules import QueryAware
+from sparse_patch.ops.lines.triton.cut import PooledCut
+from sparse_patch.plans import BlockGrid, BlockPlan
+
+
+def plan_of_lines(
+    verticals: torch.Tensor, slashes: torch.Tensor, aware: QueryAware | None, grid: BlockGrid
+) -> BlockPlan:
+    """See `ops.lines`."""
+    batch, heads, num_blocks = verticals.shape
+    queries, device = grid.num_query_blocks, verticals.device
+    indices = torch.empty(batch, heads, queries, num_blocks, dtype=torch.int32, device=device)
+    counts = torch.empty(batch, heads, queries, dtype=torch.int32, device=device)
+    cut = None if aware is None else PooledCut.of(aware, grid)
+    of_aware = (counts,) * 4 if cut is None else (cut.aware.heads, cut.order, cut.attention, cut.floors)
+    for part in [slice(0, batch * heads)] if cut is None else cut.slices():
+        _plan_kernel[((part.stop - part.start) * queries,)](
+            verticals,
+            slashes,
+            *of_aware,  # not read without query-aware heads
+            grid.row_starts,
+            grid.q_start,
+            grid.kv_length,
+            indices,
+            counts,
+            part.start,
+            heads,
+            queries,
+            num_blocks,
+            AWARE=cut is not None,
+            EACH_ROW=aware is not None and aware.each_row,
+            FLOORS=cut.floors.shape[1] if cut is not None and not cut.aware.each_row else 1,
+            SIDE=grid.block_size,
+            BLOCK=min(1024, triton.next_power_of_2(num_blocks)),
+        )
+    return BlockPlan(indices, counts, grid)
+
+
+@triton.jit(do_not_specialize=["q_start", "keys", "first", "heads", "queries", "blocks"])
+def _plan_kernel(
+    verticals, slashes, aware, order, attention, floors, row_starts, q_start, keys, indices, counts, first, heads,
+    queries, blocks, AWARE: tl.constexpr, EACH_ROW: tl.constexpr, FLOORS: tl.constexpr, SIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The list of one query block."""
+    pid = tl.program_id(0)
+    i_bh, i_q = first + pid // queries, pid % queries
+    if AWARE:
+        i_bh = tl.load(order + i_bh).to(tl.int32)
+    i_b = i_bh // heads
+    first_block, rows = query_blocks_of_row(row_starts, q_start, keys, i_b, SIDE)
+    query_block = first_block + i_q
+    end = tl.where(i_q < rows, query_block + 1, 0)
+    i_list = i_bh.to(tl.int64) * queries + i_q
+    chosen_end, floor = 0, 0
+    if AWARE:
+        if tl.load(aware + i_bh) != 0:
+            chosen_end = end
+            floor = tl.load(floors + (i_list if EACH_ROW else i_bh * FLOORS + FLOORS - 1))
+    count = 0
+    for j in tl.range(0, end, BLOCK):
+        offs_j = j + tl.arange(0, BLOCK)
+        mask = offs_j < end
+        taken = tl.load(verticals + i_bh.to(tl.int64) * blocks + offs_j, mask=mask, other=0) != 0
+        distance = query_block - offs_j
+        taken = taken | (tl.load(slashes + i_bh.to(tl.int64) * blocks + distance, mask=mask, other=0) != 0)
+        if AWARE:
+            p_a = attention + pid.to(tl.int64) * blocks + offs_j
+            b_a = tl.load(p_a, mask=offs_j < chosen_end, other=0.0)
+            taken = taken | ((b_a.to(tl.int32, bitcast=True) > floor) & (offs_j < chosen_end))
+        taken = (taken & mask).to(tl.int32)
+        place = count + tl.cumsum(taken, 0) - 1
+        tl.store(indices + i_list * blocks + place, offs_j, mask=taken != 0)
+        count += tl.sum(taken, 0)
+    tl.store(counts + i_list, count)

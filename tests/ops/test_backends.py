@@ -1,0 +1,51 @@
+"""Which tensors the Triton kernels run on, and what each op does where they do not."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from calls import make_call
+
+from sparse_patch.errors import UnsupportedCallError
+from sparse_patch.ops import backends
+from sparse_patch.ops.antidiagonal import block_masses
+from sparse_patch.ops.block_sparse import attend, unsupported
+from sparse_patch.plans import BlockGrid, BlockPlan
+
+
+class _OnGpu:
+    """A tensor of a GPU, as far as the choice looks at it."""
+
+    is_cuda, device = True, "cuda"
+
+
+@pytest.mark.parametrize("major, runs", [(7, False), (8, True), (9, True)])
+def test_gpus_from_ampere_on(major: int, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    assert backends.takes_triton(_OnGpu()) == runs  # type: ignore[arg-type]
+    assert (backends.triton_unsupported(_OnGpu()) is None) == runs  # type: ignore[arg-type]
+
+
+def test_a_cpu_has_the_interpreter_but_no_op_takes_it_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    assert backends.triton_unsupported(torch.zeros(1)) is None
+    assert not backends.takes_triton(torch.zeros(1))
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert backends.triton_unsupported(torch.zeros(1)) == "backend triton needs a CUDA device"
+
+
+def test_ops_that_are_asked_for_triton_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_HAS_TRITON", False)
+    assert not backends.takes_triton(_OnGpu())  # type: ignore[arg-type]
+    call = make_call(40)
+    grid = BlockGrid.of(call, 16)
+    plan = BlockPlan.from_blocks(torch.ones(1, 4, 3, 3, dtype=torch.bool), grid)
+    missing = "backend triton needs the package triton"
+    assert unsupported(call, plan, "triton") == missing
+    with pytest.raises(UnsupportedCallError, match=missing):
+        attend(call, plan, "triton")
+    with pytest.raises(UnsupportedCallError, match=missing):
+        block_masses(call, grid, 4, "triton")
+    assert [masses.shape for _, masses in block_masses(call, grid, 4)] == [(1, 4, 3, 3)]
