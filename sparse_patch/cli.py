@@ -357,6 +357,59 @@ def calibrate_minference(
     console.print(f"patterns: {out}; use them with prefill.calibration: {out}", soft_wrap=True)
 
 
+@calibrate.command("layers")
+def calibrate_layers(
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="YAML to write. A run that was killed goes on from beside it.")
+    ],
+    model: ModelOption = None,
+    length: Annotated[int, typer.Option(min=256, help="Tokens of the prompts: as many as yours have.")] = 8192,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts: of four tasks in turn.")] = 4,
+    seed: SeedOption = 0,
+    budget: Annotated[int, typer.Option(min=1, help="Tokens that a sparse layer reads.")] = 512,
+    select: Annotated[int, typer.Option(min=0, help="Layers that select again, after the first selecting one.")] = 1,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Find the layers that select keys for decode, from the attention of a few long prompts' answers."""
+    from transformers.utils import logging as transformers_logging
+
+    from sparse_patch.calibration import layers
+    from sparse_patch.evaluation.generation import load_model
+    from sparse_patch.evaluation.journal import write_atomically
+    from sparse_patch.plots import plot_layers, require_matplotlib
+    from sparse_patch.progress import progress_steps
+
+    _check_writable(out, json_file, plot)
+    if plot is not None:
+        require_matplotlib()
+    name = str(model or shipped_model())
+    name = Path(name).resolve().name if Path(name).is_dir() else name
+    about = {"model": name, "length": length, "seed": seed, "budget": budget}
+    journal = layers.journal_of(out, about)
+    transformers_logging.disable_progress_bar()
+    loaded, tokenizer = load_model(model or shipped_model())
+    layers.check_number(select, layers.model_of(loaded)["num_layers"])
+    prompts = layers.samples_of(tokenizer, length, samples, seed)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    with progress_steps(console, sum(number not in journal.records for number in range(samples))) as step:
+        measured = layers.measure(loaded, tokenizer, prompts, budget, journal, step)
+    curves = layers.Curves.of(measured)
+    choice = layers.choose(curves, select)
+    about |= {"samples": samples}
+    layers.write_layers(layers.as_yaml(curves, choice, layers.model_of(loaded), about), out)
+    data = layers.as_json(curves, choice, layers.model_of(loaded), about, measured)
+    console.print(layers.table(curves, choice, about))
+    console.print(layers.summary(choice), highlight=False)
+    console.print(f"layers: {out}; use them with decode.calibration: {out}", soft_wrap=True)
+    if json_file is not None:
+        write_atomically(json_file, json.dumps(data, indent=1) + "\n")
+    if plot is not None:
+        plot_layers(data, plot)
+        console.print(f"picture: {plot}")
+    journal.remove()
+
+
 @app.command(
     "lm-eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False
 )

@@ -153,6 +153,7 @@ def test_lm_eval_gets_its_own_arguments() -> None:
 
 SMALL = "prefill: {method: flexprefill, block_size: 32, min_budget: 128, min_length: 512}"
 LITTLE = ["--tasks", "vt", "--lengths", "1024", "--samples", "1", "--json", "r.json"]
+LAYERS = ["calibrate", "layers", "--out", "l.yaml"]
 BENCH = ["bench", "prefill", "--json", "p.json"]
 
 BAD = [
@@ -206,6 +207,12 @@ BAD = [
         ["calibrate", "minference", "--out", "p.json", "--length", "40000"],
         "error: --length: a prompt of 40000 tokens and 0 for the answer do not fit",
     ),
+    (["calibrate", "layers", "--out", "no/such/l.yaml"], "error: no/such/l.yaml: cannot be written"),
+    (["calibrate", "layers", "--out", "l.yaml", "--json", "."], "error: .: cannot be written: it is a folder"),
+    (["calibrate", "layers", "--out", "l.yaml", "--model", "no-such"], "error: --model: no-such: cannot be loaded"),
+    ([*LAYERS, "--select", "5"], "error: --select: the model has 4 layers to choose from, not 5"),
+    ([*LAYERS, "--length", "40000", "--samples", "1"], "error: --length: a prompt of 40000 tokens and "),
+    ([*LAYERS, "--length", "1024", "--budget", "1024"], "error: --budget: 1024 tokens are all of a prompt of 1024"),
     (["show", "calibration.yaml"], "error: calibration.yaml: prefill.calibration: no.json: cannot be read"),
     (["demo", "--json", "no/such/folder/a.json"], "error: no/such/folder/a.json: cannot be written"),
 ]
