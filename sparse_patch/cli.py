@@ -244,7 +244,8 @@ def bench_prefill(
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from sparse_patch import bench as benches
+    from sparse_patch.bench import common
+    from sparse_patch.bench import prefill as benches
     from sparse_patch.evaluation.journal import write_atomically
     from sparse_patch.evaluation.recording import file_inputs, random_inputs, recorded_inputs
     from sparse_patch.plots import plot_bench, require_matplotlib
@@ -255,13 +256,13 @@ def bench_prefill(
         require_matplotlib()
     transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    number_type = benches.dtype_of(dtype or ("bfloat16" if device == "cuda" else "float32"))
+    number_type = common.dtype_of(dtype or ("bfloat16" if device == "cuda" else "float32"))
     tokens, shares, methods = _lengths(lengths), _densities(densities), benches.methods_of(config or [])
-    size = None if shape is None else benches.shape_of(shape)
+    size = None if shape is None else common.shape_of(shape)
     if qkv is not None:
         inputs = file_inputs(qkv, size, number_type, device, tokens)
     else:
-        size = size or benches.SHAPES["llama-3.1-8b"]
+        size = size or common.SHAPES["llama-3.1-8b"]
         inputs = (
             recorded_inputs(_recorded_model(), size, number_type, device, tokens)
             if methods

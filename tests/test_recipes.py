@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sparse_patch.bench import methods_of, shape_of
+from sparse_patch.bench.common import shape_of
+from sparse_patch.bench.prefill import methods_of
 from sparse_patch.config import load_config
 from sparse_patch.errors import SparsePatchError
 from sparse_patch.evaluation.suite import configurations
