@@ -101,7 +101,7 @@ def methods(json_file: JsonOption = None) -> None:
             "config": f"{name}.yaml" if f"{name}.yaml" in configs else None,
             "summary": method.summary,
             "paper": method.paper,
-            "fields": {key: field.get_default() for key, field in method.model_fields.items() if key != "method"},
+            "fields": method().model_dump(exclude={"method"}),  # type: ignore[call-arg]
         }
         for name, method in registry().items()
     ]
@@ -134,7 +134,7 @@ def show(
 
         layers = layers_of(model, settings)
         table = Table(title=model, title_justify="left")
-        for column in ("layer", "attention", "query heads", "KV heads", "head dim", "prefill", "decode"):
+        for column in ("layer", "attention", "query heads", "KV heads", "head dim", "prefill", "decode", "role"):
             table.add_column(column, justify="right")
         for layer in layers:
             table.add_row(*(str(value) for value in layer.values()))

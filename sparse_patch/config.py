@@ -8,11 +8,11 @@ unknown key, the nearest known one.
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError
@@ -20,9 +20,12 @@ from pydantic_core import ErrorDetails
 
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.errors import ConfigError
-from sparse_patch.methods.base import Excluded, Method, registry
+from sparse_patch.methods.base import Method, registry
+from sparse_patch.model_shape import ModelShape
 
 ConfigSource = str | PathLike[str] | Mapping[str, Any]
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 Backend = Literal["auto", "triton", "flash", "torch", "reference"]
 
 
@@ -66,34 +69,28 @@ class PatchConfig(BaseModel):
                 settings[phase] |= method.digests()  # in place of the paths: the file may move
         return hashlib.sha256(yaml.safe_dump(settings).encode()).hexdigest()[:12]
 
-    def check_model(self, num_layers: int, num_heads: int) -> None:
-        """Raise ConfigError if a method does not fit a model; see `Method.check_model`."""
-        for phase in PHASES:
-            if method := self.method(phase):
-                try:
-                    method.check_model(num_layers, num_heads)
-                except ValueError as error:
-                    raise ConfigError(f"{self.source}: {phase}.{error}") from None
+    def for_model(self, shape: ModelShape) -> "PatchConfig":
+        """The configuration as it runs on a model: every method resolved, see `Method.for_model`.
+
+        Raises:
+            ConfigError: a method does not fit the model.
+        """
+        methods = {phase: method for phase in PHASES if (method := self.method(phase))}
+        return self.model_copy(
+            update={phase: self._explained(phase, method.for_model, shape) for phase, method in methods.items()}
+        )
 
     def layers(self, phase: Phase, num_layers: int) -> set[int]:
         """The layers that use a method in this phase; raises ConfigError for an index the model does not have."""
         method = self.method(phase)
-        if method is None:
-            return set()
-        if method.layers == "all":
-            return set(range(num_layers))
-        if isinstance(method.layers, Excluded):
-            return set(range(num_layers)) - self._indices(phase, method.layers.exclude, num_layers)
-        return self._indices(phase, method.layers, num_layers)
+        return set() if method is None else self._explained(phase, method.layers_of, num_layers)
 
-    def _indices(self, phase: Phase, layers: Iterable[int], num_layers: int) -> set[int]:
-        for layer in layers:
-            if not -num_layers <= layer < num_layers:
-                raise ConfigError(
-                    f"{self.source}: {phase}.layers: the model has no layer {layer}; it has {num_layers} layers, 0 to "
-                    f"{num_layers - 1}"
-                )
-        return {layer % num_layers for layer in layers}
+    def _explained(self, phase: Phase, ask: Callable[[Asked], Answer], question: Asked) -> Answer:
+        """What a method answers; where it raises, the message says which configuration and phase it is about."""
+        try:
+            return ask(question)
+        except ValueError as error:
+            raise ConfigError(f"{self.source}: {phase}.{error}") from None
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -237,15 +234,13 @@ def _explain(error: ErrorDetails, prefix: tuple[str, ...], model: type[BaseModel
     """One line for the first problem that pydantic found."""
     field = str(error["loc"][0]) if error["loc"] else ""
     path = ".".join((*prefix, field)) if field else ".".join(prefix)
+    if field == "layers" and issubclass(model, Method):
+        return f"{path}: expected {model.layers_form}, got {_short(error['input'])}"
     if error["type"] == "extra_forbidden":
         known = [key for key in model.model_fields if key != "source"]
         return f"{path}: unknown key{nearest(field, known)}; known keys: {', '.join(known)}"
     if error["type"] == "value_error":  # raised by a method's own validator, which names the field first
         return ".".join((*prefix, str(error["ctx"]["error"])))
-    if field == "layers":
-        return (
-            f'{path}: expected "all", a list of layer numbers or {{exclude: [numbers]}}, got {_short(error["input"])}'
-        )
     expected = error["msg"].removeprefix("Input should be ")
     optional = " or null" if field in model.model_fields and model.model_fields[field].default is None else ""
     return f"{path}: expected {expected}{optional}, got {_short(error['input'])}"

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import SparsePatchError
+from sparse_patch.model_shape import ModelShape, attention_kind
 from sparse_patch.patching import patched, sparsity_report
 
 
@@ -30,6 +31,8 @@ def layers_of(model: str | Path, settings: PatchConfig) -> list[dict[str, Any]]:
         raise SparsePatchError(f"--model: {model}: cannot be loaded: {reason}") from None
     text = skeleton.config.get_text_config(decoder=True)
     with patched(skeleton, settings):
+        layers = sparsity_report(skeleton).layers
+        method = settings.for_model(ModelShape.of(text, 1 + max(layer.layer for layer in layers))).decode
         return [
             {
                 "layer": layer.layer,
@@ -39,14 +42,7 @@ def layers_of(model: str | Path, settings: PatchConfig) -> list[dict[str, Any]]:
                 "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
                 "prefill": layer.prefill_method or "dense",
                 "decode": layer.decode_method or "dense",
+                "role": method.role(layer.layer) if method and layer.decode_method else "",
             }
-            for layer in sparsity_report(skeleton).layers
+            for layer in layers
         ]
-
-
-def attention_kind(config: PreTrainedConfig, layer: int) -> str:
-    """ "full", or the kind of local attention that the model itself gives a layer (which stays dense)."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        return str(kinds[layer]).removesuffix("_attention")
-    return "sliding" if getattr(config, "sliding_window", None) else "full"

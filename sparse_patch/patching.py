@@ -20,6 +20,7 @@ from sparse_patch.attention import NAME, LayerState, dispatch_scope, register
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.config import ConfigSource, PatchConfig, load_config
 from sparse_patch.errors import PatchError
+from sparse_patch.model_shape import ModelShape
 from sparse_patch.plans import Plan
 from sparse_patch.report import LayerCounts, LayerReport, SparsityReport
 from sparse_patch.version import __version__
@@ -273,7 +274,7 @@ def _is_self_attention(module: nn.Module, decoder_config: PreTrainedConfig) -> b
 
 def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.Module]) -> list[LayerState]:
     num_layers = 1 + max(int(module.layer_idx) for module in attention.values())  # type: ignore[arg-type]
-    config.check_model(num_layers, int(root.config.get_text_config(decoder=True).num_attention_heads))
+    config = config.for_model(ModelShape.of(root.config, num_layers))
     selected = {phase: config.layers(phase, num_layers) for phase in PHASES}
     warned: set[str] = set()
     states = []

@@ -9,15 +9,18 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import Self
 
 from sparse_patch.call import AttentionCall, Phase
 from sparse_patch.errors import ConfigError
+from sparse_patch.model_shape import ModelShape
 from sparse_patch.plans import Dense, Plan
 
 Tokens = Annotated[int, Field(ge=0)]
@@ -36,6 +39,7 @@ class Method(BaseModel, ABC):
 
     Attributes:
         files: the fields that name files. A relative path counts from the folder of the YAML that has it.
+        layers_form: what `layers` may be, for messages.
         method: the registered name.
         layers: which layers use it: "all", a list of indices, or `{exclude: [...]}`. The others stay dense.
     """
@@ -46,6 +50,7 @@ class Method(BaseModel, ABC):
     summary: ClassVar[str]
     paper: ClassVar[str]
     files: ClassVar[tuple[str, ...]] = ()
+    layers_form: ClassVar[str] = '"all", a list of layer numbers or {exclude: [numbers]}'
 
     method: str
     layers: Literal["all"] | list[LayerIndex] | Excluded = "all"
@@ -54,13 +59,29 @@ class Method(BaseModel, ABC):
     def plan(self, call: AttentionCall) -> Plan:
         """Decide which keys each query of the call reads, without a host sync."""
 
-    def check_model(self, num_layers: int, num_heads: int) -> None:
-        """Raise ValueError if the settings do not fit a model; the message begins with the field.
+    def for_model(self, shape: ModelShape) -> Self:
+        """The method as it runs on a model, with what depends on the model resolved.
 
-        Args:
-            num_layers: layers of the model, dense ones too.
-            num_heads: query heads of a layer.
+        Raises:
+            ValueError: the settings do not fit the model; the message begins with the field.
         """
+        return self
+
+    def layers_of(self, num_layers: int) -> set[int]:
+        """The layers that use the method, of a model with so many.
+
+        Raises:
+            ValueError: a layer that the model does not have; the message begins with the field.
+        """
+        if self.layers == "all":
+            return set(range(num_layers))
+        if isinstance(self.layers, Excluded):
+            return set(range(num_layers)) - layer_numbers("layers", self.layers.exclude, num_layers)
+        return layer_numbers("layers", self.layers, num_layers)
+
+    def role(self, layer: int) -> str:
+        """What a layer that uses the method does, in a word or two; empty where all of them do the same."""
+        return ""
 
     def digests(self) -> dict[str, str]:
         """The SHA-256 of each file that the settings name, by field: a file that changed is another setting.
@@ -130,6 +151,20 @@ class DecodeMethod(Method):
                 (`kv_start[b]` is 0). What lies at the row's length or behind it has no meaning.
             lse: float32 `[B, Hq]`, natural logarithm, of the same query.
         """
+
+
+def layer_numbers(field: str, layers: Iterable[int], num_layers: int) -> set[int]:
+    """Layers as numbers from 0.
+
+    Raises:
+        ValueError: a layer that the model does not have; the message begins with the field.
+    """
+    for layer in layers:
+        if not -num_layers <= layer < num_layers:
+            raise ValueError(
+                f"{field}: the model has no layer {layer}; it has {num_layers} layers, 0 to {num_layers - 1}"
+            )
+    return {layer % num_layers for layer in layers}
 
 
 @cache

@@ -37,6 +37,7 @@ from typing_extensions import Self
 from sparse_patch.call import AttentionCall
 from sparse_patch.methods.a_shape import a_shape_blocks
 from sparse_patch.methods.base import PrefillMethod, Tokens
+from sparse_patch.model_shape import ModelShape
 from sparse_patch.ops.block_means import key_means
 from sparse_patch.ops.pooling import pooled_attention
 from sparse_patch.ops.profiles import last_query_profiles
@@ -100,20 +101,22 @@ class MInference(PrefillMethod):
         """The patterns of the calibration, by layer and head; None without one."""
         return None if self.calibration is None else read_patterns(self.calibration)
 
-    def check_model(self, num_layers: int, num_heads: int) -> None:
-        """See `Method.check_model`."""
+    def for_model(self, shape: ModelShape) -> Self:
+        """Raises if the calibration is one of another model; see `Method.for_model`."""
         if self.heads is None:
-            return
-        if len(self.heads) != num_layers:
+            return self
+        if len(self.heads) != shape.num_layers:
             raise ValueError(
-                f"calibration: {self.calibration} has {len(self.heads)} layers and the model {num_layers}; {_MAKE_ONE}"
+                f"calibration: {self.calibration} has {len(self.heads)} layers and the model {shape.num_layers}; "
+                f"{_MAKE_ONE}"
             )
         for layer, patterns in enumerate(self.heads):
-            if patterns and max(patterns) >= num_heads:
+            if patterns and max(patterns) >= shape.num_heads:
                 raise ValueError(
                     f"calibration: {self.calibration}: layer {layer} has a head {max(patterns)}, the model has "
-                    f"heads 0 to {num_heads - 1}; {_MAKE_ONE}"
+                    f"heads 0 to {shape.num_heads - 1}; {_MAKE_ONE}"
                 )
+        return self
 
     def patterns(self, layer: int, num_heads: int) -> tuple[Pattern, ...]:
         """The pattern of each head of a layer."""

@@ -1,0 +1,80 @@
+"""DELTA: Dynamic Layer-Aware Token Attention for Efficient Long-Context Reasoning (ACL 2026 Findings).
+
+A few layers ("Delta layers", here the selecting ones) read everything and choose pages of 16 tokens; the layers after
+them read those pages, all heads the same, until the next Delta layer. A token's score is the highest softmax
+probability that any query head gives it; a page's score is the sum over its tokens. The last pages are always read. The
+choice is made anew for every token. arXiv 2510.09883; code: hoenza/DELTA. Where paper, code and this differ:
+
+- `budget` is in tokens, rounded up to whole pages, the last pages and the page of the current token included. Both
+  published scripts have 64 pages (1024 tokens); the default of the code's own argument is 1024 pages.
+- The code lowers a page's score by 1e-7 times its number, so that ties fall to earlier pages; at 32k tokens that
+  outweighs the scores of many pages. `position_bias: 1e-7` does the same; here ties fall to earlier pages anyway.
+- The code chooses as soon as one row of the batch has more pages than the budget; so does this. Rows that have fewer
+  read all of theirs.
+- No sinks are forced.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.methods.budget import Count
+from sparse_patch.methods.layer_roles import LayeredMethod, Preset, Roles
+from sparse_patch.model_shape import ModelShape
+from sparse_patch.ops.page_scores import page_scores
+
+_QWEN_2_1_5B = ModelShape("qwen2", num_layers=28, num_heads=12, num_kv_heads=2, hidden_size=1536)
+_QWEN_2_7B = ModelShape("qwen2", num_layers=28, num_heads=28, num_kv_heads=4, hidden_size=3584)
+_QWEN_2_14B = ModelShape("qwen2", num_layers=48, num_heads=40, num_kv_heads=8, hidden_size=5120)
+
+_PRESETS = (
+    Preset("DeepSeek-R1-Distill-Qwen-1.5B", _QWEN_2_1_5B, Roles(full=[0, 1, 2, 14, 22]), "public code's scripts"),
+    Preset("DeepSeek-R1-Distill-Qwen-7B", _QWEN_2_7B, Roles(full=[0, 1, 2, 14, 22]), "public code's scripts"),
+    Preset("DeepSeek-R1-Distill-Qwen-14B", _QWEN_2_14B, Roles(full=[0, 1, 2, 6, 42]), "paper, as others quote it"),
+)
+
+
+class Delta(LayeredMethod):
+    """Top-k pages by the highest probability of any head.
+
+    Attributes:
+        budget: tokens of the list, rounded up to pages; the last pages included.
+        page_size: tokens of a page.
+        recency_pages: last pages, the current token's among them, that are always read.
+        position_bias: subtracted from a page's score, times its number.
+    """
+
+    summary = "pages with the highest probability in any head of a few layers, one list for all heads"
+    paper = "DELTA, ACL 2026 Findings, arXiv 2510.09883"
+    presets = _PRESETS
+
+    method: Literal["delta"] = "delta"
+    budget: Annotated[int, Field(gt=0)] | None = 1024
+    page_size: Literal[1, 2, 4, 8, 16, 32, 64] = 16
+    recency_pages: Annotated[int, Field(ge=1)] = 8
+    position_bias: Annotated[float, Field(ge=0)] = 0.0
+
+    @property
+    def fewest(self) -> int:
+        return self.recency_pages * self.page_size
+
+    @property
+    def list_page_size(self) -> int:
+        return self.page_size
+
+    def pages(self, tokens: Count) -> Count:
+        """See `BudgetedMethod.pages`."""
+        return -(-tokens // self.page_size)
+
+    def choose(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Top-k pages; see `LayeredMethod.choose`."""
+        lengths = call.lengths()
+        scores = page_scores(logits, lse, lengths, self.page_size)
+        limits = self.pages(lengths)
+        number = torch.arange(scores.shape[-1], device=scores.device)
+        if self.position_bias:
+            scores = scores - self.position_bias * number
+        recent = number >= (limits - self.recency_pages)[:, None]
+        return self.highest(call, scores.masked_fill(recent, torch.inf)[:, None], limits)

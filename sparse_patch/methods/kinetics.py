@@ -1,0 +1,109 @@
+"""Kinetics: Rethinking Test-Time Scaling Laws (2025), block top-k attention.
+
+Every layer but the first reads the first tokens, a window of the last ones, and the blocks between them whose mean
+logit is highest, a choice for each KV head. The mean is over the tokens of the block and over the query heads of the
+KV head, so the mean key of each block is all that has to be kept. arXiv 2506.05333; code: Infini-AI-Lab/Kinetics. As in
+its accuracy code (LiteSys):
+
+- Blocks begin after the `sinks` first tokens, not at the start. The window is `local` tokens at least and grows by up
+  to a block minus one token, so that whole blocks lie between.
+- What is compared are logits, not probabilities.
+
+Here `budget` counts sinks, window and blocks together (the blocks are what is left of it, in whole ones; the growth of
+the window comes on top), where the code has a number of blocks beside sinks and window. Its latency code has no sinks,
+64 blocks and the current one. A softcap is left out of the scores, as the mean key cannot know it. The code's other
+variants (single tokens, overlapping blocks) are not here.
+"""
+
+from math import gcd
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.methods.base import Excluded, LayerIndex, Tokens
+from sparse_patch.methods.budget import BudgetedMethod, Count
+from sparse_patch.ops.page_statistics import mean_scores, page_means
+from sparse_patch.plans import PagePlan, Plan, leading
+
+
+class Kinetics(BudgetedMethod):
+    """Top-k blocks by their mean logit, with sinks and a window.
+
+    Attributes:
+        budget: tokens of a list: sinks, window and blocks.
+        block_size: tokens of a block.
+        sinks: first tokens that are always read; blocks begin after them.
+        local: last tokens that are always read, at least.
+    """
+
+    summary = "blocks with the highest mean logit, the first and the last tokens, in every layer"
+    paper = "Kinetics, 2025, arXiv 2506.05333"
+
+    method: Literal["kinetics"] = "kinetics"
+    layers: Literal["all"] | list[LayerIndex] | Excluded = Excluded(exclude=[0])
+    budget: Annotated[int, Field(gt=0)] | None = 1024
+    block_size: Literal[4, 8, 16, 32, 64] = 16
+    sinks: Tokens = 4
+    local: Annotated[int, Field(ge=1)] = 64
+
+    @property
+    def fewest(self) -> int:
+        return self.sinks + self.local + self.block_size
+
+    @property
+    def list_page_size(self) -> int:
+        """Tokens of a page of the lists: sinks and blocks are whole pages."""
+        return gcd(self.sinks, self.block_size)
+
+    def pages(self, tokens: Count) -> Count:
+        """Blocks that a budget leaves room for; see `BudgetedMethod.pages`."""
+        return (tokens - self.sinks - self.local) // self.block_size
+
+    def remember(self, call: AttentionCall) -> None:
+        """Keep the mean keys up to date; see `DecodeMethod.remember`."""
+        if call.memory is not None:
+            call.carried[self._key(call)] = page_means(call, self.block_size, self.sinks)
+
+    def plan(self, call: AttentionCall) -> Plan:
+        """Top-k blocks of every KV head; see `Method.plan`."""
+        if dense := self.why_dense(call):
+            return dense
+        means = call.carried.pop(self._key(call), None)
+        if means is None:
+            means = page_means(call, self.block_size, self.sinks)
+        lengths = call.lengths()
+        query = call.q[:, :, -1].float().unflatten(1, (call.k.shape[1], call.group_size)).mean(2)
+        scores = mean_scores(query, means, lengths, self.block_size, self.sinks)
+        between = self.pages(lengths).clamp(min=0)  # whole blocks between sinks and window
+        return self._plan_of_blocks(call, between, *self.highest(call, scores, between))
+
+    def _plan_of_blocks(
+        self, call: AttentionCall, between: torch.Tensor, blocks: torch.Tensor, counts: torch.Tensor
+    ) -> PagePlan:
+        """Sinks, the chosen blocks and what follows the last block before the window, as pages.
+
+        Args:
+            call: the call.
+            between: blocks to choose from, int64 `[B]`.
+            blocks: int32 `[B, Hkv, K]`, of which the first `counts` are chosen.
+            counts: int32 `[B, Hkv]`.
+        """
+        page = self.list_page_size
+        per_block, first = self.block_size // page, self.sinks // page  # pages of a block; page of the first block
+        sinks = torch.arange(first, device=call.q.device).expand(*counts.shape, -1)
+        within = torch.arange(per_block, device=call.q.device)
+        chosen = (first + blocks[..., None] * per_block + within).flatten(-2)
+        last = torch.arange(-(-(self.local + self.block_size - 1) // page), device=call.q.device)
+        window = (first + between[:, None] * per_block + last)[:, None].expand(*counts.shape, -1)
+        pages = torch.cat([sinks, chosen, window], -1)
+        is_read = pages * page < call.lengths()[:, None, None]
+        of_chosen = leading(blocks, counts).repeat_interleave(per_block, -1)
+        is_read[..., first : first + of_chosen.shape[-1]] &= of_chosen
+        end = -(-call.kv_length // page)
+        in_front = pages.masked_fill(~is_read, end).sort(-1).values.clamp(max=end - 1)
+        return PagePlan.of(call, in_front.int(), is_read.sum(-1).int(), page)
+
+    def _key(self, call: AttentionCall) -> str:
+        return f"{self.method} {call.layer}"

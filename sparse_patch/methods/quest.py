@@ -1,0 +1,88 @@
+"""Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference (ICML 2024).
+
+Every layer keeps, for each page of keys and each channel, the smallest and the largest value. From these follows an
+upper bound of any logit in the page, and each query head reads the pages with the highest bounds. arXiv 2406.10774;
+code: mit-han-lab/Quest. The paper and its two codes differ:
+
+- The page of the current token. `current_page: forced`: it is one of the pages of the budget (the latency code).
+  `scored`: it is a page like any other and may be left out (the accuracy code). `added`: one page more than the budget,
+  as in sparse-frontier.
+- The number of pages is the budget in whole pages, rounded up; both codes round down, the accuracy code after the
+  budget is cut to the row's length, and it takes 3 pages at least. Budgets below those 3 pages (2 where the current one
+  is forced) are refused here.
+- Grouped heads: the paper has none. `index_sharing: q_head` gives each query head its own list, as the accuracy code
+  does after repeating keys; grouped heads then read up to a group's size times the budget. `kv_group` gives the heads
+  of a KV head one list, by the sum or the maximum of their bounds (`group_score`; the sum is sparse-frontier's).
+
+In all: the first two layers are dense, neither sinks nor a window are forced, the model's scale has no influence.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.methods.base import Excluded, LayerIndex
+from sparse_patch.methods.budget import BudgetedMethod, Count
+from sparse_patch.ops.page_statistics import bound_scores, page_bounds
+from sparse_patch.plans import PagePlan, Plan
+
+
+class Quest(BudgetedMethod):
+    """Top-k pages by an upper bound of their logits.
+
+    Attributes:
+        budget: tokens of a list, rounded up to pages.
+        page_size: tokens of a page. The bound gets loose with large pages.
+        index_sharing: "q_head" or "kv_group"; see the module's text.
+        group_score: how the heads of a group make one score, with `index_sharing: kv_group`.
+        current_page: "forced", "scored" or "added"; see the module's text.
+    """
+
+    summary = "pages with the highest bound on their logits, in every layer"
+    paper = "Quest, ICML 2024, arXiv 2406.10774"
+
+    method: Literal["quest"] = "quest"
+    layers: Literal["all"] | list[LayerIndex] | Excluded = Excluded(exclude=[0, 1])
+    budget: Annotated[int, Field(gt=0)] | None = 2048
+    page_size: Literal[4, 8, 16, 32] = 16
+    index_sharing: Literal["q_head", "kv_group"] = "q_head"
+    group_score: Literal["sum", "max"] = "sum"
+    current_page: Literal["forced", "scored", "added"] = "forced"
+
+    @property
+    def fewest(self) -> int:
+        return self.page_size * (2 if self.current_page == "forced" else 3)
+
+    def pages(self, tokens: Count) -> Count:
+        """See `BudgetedMethod.pages`."""
+        return -(-tokens // self.page_size) + (self.current_page == "added")
+
+    def remember(self, call: AttentionCall) -> None:
+        """Keep the bounds of the pages up to date; see `DecodeMethod.remember`."""
+        if call.memory is not None:
+            call.carried[self._key(call)] = page_bounds(call, self.page_size)
+
+    def plan(self, call: AttentionCall) -> Plan:
+        """Top-k pages of every list; see `Method.plan`."""
+        if dense := self.why_dense(call):
+            return dense
+        low, high = call.carried.pop(self._key(call), None) or page_bounds(call, self.page_size)
+        lengths = call.lengths()
+        scores = self._of_lists(call, bound_scores(call.q[:, :, -1], low, high, lengths, self.page_size))
+        limits = -(-lengths // self.page_size)
+        if self.current_page != "scored":
+            number = torch.arange(scores.shape[-1], device=scores.device)
+            scores = scores.masked_fill((number == (limits - 1)[:, None])[:, None], torch.inf)
+        return PagePlan.of(call, *self.highest(call, scores, limits), self.page_size)
+
+    def _of_lists(self, call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
+        """The scores of query heads `[B, Hq, Np]` as those of lists `[B, L, Np]`."""
+        if self.index_sharing == "q_head":
+            return scores
+        of_groups = scores.unflatten(1, (call.k.shape[1], call.group_size))
+        return of_groups.sum(2) if self.group_score == "sum" else of_groups.amax(2)
+
+    def _key(self, call: AttentionCall) -> str:
+        return f"{self.method} {call.layer}"

@@ -1,0 +1,62 @@
+"""TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention (ICLR 2025).
+
+The tokens that a layer attends to most are much the same in the layers after it. Two layers read everything and choose
+the tokens with the highest logits, for each query head its own; the layers between and after them read those, head by
+head, until the second one chooses again. The choice is made anew for every token. arXiv 2410.05076; code:
+DerrickYLJ/TidalDecode. Paper and public code differ:
+
+- Number of the second selecting layer: 13 for Llama-3 in the paper and in the accuracy code, which counts from 0; 12 in
+  the latency code. Here layers count from 0, so 13.
+- The current token: the accuracy code forces nothing, so a sparse layer may leave out the token it computes; the
+  latency code reads it always, within its budget. `force_current: true` does that, `false` is the accuracy code.
+- `index_sharing: q_head` is the paper's; with it, grouped heads read up to a group's size times the budget. `kv_group`
+  and `all` are ours, one list for the heads of a KV head or for all: a token's score is then the highest of the
+  heads' softmax probabilities (DELTA's measure), because logits of different heads cannot be compared.
+
+In both codes and here: no sinks and no window are forced. Several queries at a time (speculative decoding) are dense,
+where the public code decodes them sparsely. The paper's periodic KV-cache correction is not part of the selection.
+"""
+
+from typing import Literal
+
+import torch
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.methods.layer_roles import TIDAL_PRESETS, LayeredMethod
+from sparse_patch.ops.page_scores import page_scores
+
+
+class TidalDecode(LayeredMethod):
+    """Top-k tokens by the logits of a selecting layer.
+
+    Attributes:
+        budget: tokens of a list, the current one included.
+        force_current: whether the current token is always in the list.
+        index_sharing: which heads share a list; see the module's text.
+    """
+
+    summary = "tokens with the highest logits of two layers, reused by the layers after them"
+    paper = "TidalDecode, ICLR 2025, arXiv 2410.05076"
+    presets = TIDAL_PRESETS
+
+    method: Literal["tidaldecode"] = "tidaldecode"
+    force_current: bool = True
+    index_sharing: Literal["q_head", "kv_group", "all"] = "q_head"
+
+    def choose(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Top-k tokens of each list; see `LayeredMethod.choose`."""
+        lengths = call.lengths()
+        scores = self._scores(call, logits, lse)
+        if self.force_current:
+            current = (lengths - 1)[:, None, None].expand(-1, scores.shape[1], 1)
+            scores = scores.scatter(-1, current, torch.inf)
+        return self.highest(call, scores, lengths)
+
+    def _scores(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        """The score of each token in each list, float32 `[B, L, capacity]`."""
+        if self.index_sharing == "q_head":
+            return logits
+        lists = call.k.shape[1] if self.index_sharing == "kv_group" else 1
+        logits, lse = (part.unflatten(1, (lists, -1)).flatten(0, 1) for part in (logits, lse))
+        lengths = call.lengths().repeat_interleave(lists)
+        return page_scores(logits, lse, lengths, 1).unflatten(0, (-1, lists))

@@ -1,0 +1,32 @@
+"""The pages of the highest scores, as the lists of a `PagePlan`."""
+
+from torch import Tensor
+
+from sparse_patch.ops.backends import runs_triton
+
+
+def top_pages(scores: Tensor, limits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `min(k, limit)` highest of the first `limit` scores of each list, by number.
+
+    A page of score `+inf` is chosen before all others, one of `-inf` or NaN only when nothing else is left; of equal
+    scores the lower page wins. Exact, without a host sync.
+
+    Args:
+        scores: float32 `[B, L, N]`.
+        limits: pages that each row, or each list, really has: int64 `[B]` or `[B, L]`; at most N of them count.
+        k: pages to choose; more than N are N.
+
+    Returns:
+        The pages, int32 `[B, L, min(k, N)]`, in ascending order; what follows the first `counts` has no meaning but is
+        a page number below N. The counts, int32 `[B, L]`.
+    """
+    k = min(k, scores.shape[-1])
+    limits = limits[:, None] if limits.ndim == 1 else limits
+    if runs_triton(scores):
+        from sparse_patch.ops.top_pages import triton as kernels
+
+        if kernels.unsupported(scores, k) is None:
+            return kernels.top_pages(scores, limits.expand(scores.shape[:2]), k)
+    from sparse_patch.ops.top_pages.torch import top_pages as in_torch
+
+    return in_torch(scores, limits.expand(scores.shape[:2]), k)
