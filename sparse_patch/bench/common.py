@@ -4,6 +4,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -16,6 +17,7 @@ from sparse_patch.config import PatchConfig, load_config, nearest
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.generation import machine
 from sparse_patch.evaluation.recording import Shape
+from sparse_patch.model_shape import ModelShape
 from sparse_patch.patching import versions
 
 SHAPES = {  # query heads, KV heads, head_dim
@@ -23,6 +25,42 @@ SHAPES = {  # query heads, KV heads, head_dim
     "qwen2.5-7b": Shape(28, 4, 128),
     "gemma3-12b": Shape(16, 8, 256),
     "needle-llama": Shape(8, 2, 64),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a model that decode is timed for.
+
+    Attributes:
+        model_type: Transformers' name of the architecture.
+        layers: decoder layers, all with full attention.
+        hidden: width of the residual stream.
+        intermediate: width of the MLP.
+        vocabulary: tokens.
+        heads: of an attention layer.
+        rope_theta: base of the rotary embedding.
+    """
+
+    model_type: str
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    heads: Shape
+    rope_theta: float
+
+    @property
+    def model_shape(self) -> ModelShape:
+        """What methods decide by."""
+        return ModelShape(self.model_type, self.layers, self.heads.heads, self.heads.kv_heads, self.hidden)
+
+
+ARCHITECTURES = {
+    "llama-3.1-8b": Architecture("llama", 32, 4096, 14336, 128256, SHAPES["llama-3.1-8b"], 5e5),
+    "qwen2.5-7b": Architecture("qwen2", 28, 3584, 18944, 152064, SHAPES["qwen2.5-7b"], 1e6),
+    "qwen3-8b": Architecture("qwen3", 36, 4096, 12288, 151936, SHAPES["llama-3.1-8b"], 1e6),
+    "needle-llama": Architecture("llama", 8, 384, 1024, 4096, SHAPES["needle-llama"], 1e6),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _CPU_SECONDS, _CPU_RUNS = 0.5, (3, 20)  # of the timing of one row: seconds, and runs at least and at most
@@ -44,11 +82,24 @@ def shape_of(text: str) -> Shape:
     )
 
 
+def architecture_of(name: str, layers: int | None = None) -> Architecture:
+    """A known architecture, with another number of layers if one is given; raises TaskError for anything else."""
+    if name not in ARCHITECTURES:
+        raise TaskError(f"--shape: expected {', '.join(ARCHITECTURES)}, got {name!r}{nearest(name, ARCHITECTURES)}")
+    found = ARCHITECTURES[name]
+    return found if layers is None else replace(found, layers=layers)
+
+
 def dtype_of(name: str) -> torch.dtype:
     """A dtype by its name; raises TaskError for one that is not timed."""
     if name not in DTYPES:
         raise TaskError(f"--dtype: expected {', '.join(DTYPES)}, got {name!r}{nearest(name, DTYPES)}")
     return DTYPES[name]
+
+
+def default_dtype(device: str) -> str:
+    """The dtype to time on a device where none is asked for."""
+    return "bfloat16" if device == "cuda" else "float32"
 
 
 def configs_by_stem(sources: Sequence[str]) -> dict[str, PatchConfig]:
