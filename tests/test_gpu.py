@@ -10,6 +10,8 @@ import torch
 from calls import make_call
 from families import FAMILIES
 from ops.test_block_sparse import random_plan
+from ops.test_page_decode import decode_call
+from ops.test_page_decode import random_plan as random_pages
 
 from sparse_patch import patched, sparsity_report
 from sparse_patch.call import AttentionCall
@@ -18,11 +20,11 @@ from sparse_patch.methods.base import PrefillMethod
 from sparse_patch.methods.flexprefill import FlexPrefill
 from sparse_patch.methods.minference import MInference
 from sparse_patch.methods.xattention import XAttention
-from sparse_patch.ops import dense
+from sparse_patch.ops import dense, page_decode
 from sparse_patch.ops.antidiagonal import block_masses
 from sparse_patch.ops.block_sparse import attend, unsupported
 from sparse_patch.ops.block_sparse.triton import block_sparse_attention
-from sparse_patch.plans import BlockGrid, BlockPlan
+from sparse_patch.plans import BlockGrid, BlockPlan, PagePlan
 
 pytestmark = pytest.mark.gpu
 SPARSE = {"prefill": {"method": "flexprefill", "block_size": 16, "min_budget": 16, "gamma": 0.5, "min_length": 0}}
@@ -234,3 +236,103 @@ def test_dense_best_on_the_gpu(family: str) -> None:
             torch.testing.assert_close(model(ids).logits, expected, atol=5e-2, rtol=5e-2)
             kernels = {name for layer in sparsity_report(model).layers for name in layer.prefill.dense_kernels}
     assert kernels <= {"flash4", "cudnn", "flash2"}
+
+
+def assert_pages_close(call: AttentionCall, plan: PagePlan) -> None:
+    """Relative error of the output as a whole; LSE and logits by element; nothing is left unwritten."""
+    output, lse, logits = page_decode.attend(call, plan, "triton", return_lse=True)
+    expected, expected_lse, expected_logits = page_decode.attend(call, plan, "reference", return_lse=True)
+    assert lse is not None and not output.isnan().any()
+    error = (output - expected).float().norm() / expected.float().norm().clamp(min=1e-6)
+    assert error < (1e-5 if call.q.dtype == torch.float32 else 5e-3)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-3, rtol=1e-3)
+    if logits is not None and expected_logits is not None:
+        for row, length in enumerate(call.lengths().tolist()):
+            theirs, ours = expected_logits[row, :, :length], logits[row, :, :length]
+            torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    "head_dim, value_dim", [(16, 16), (64, 64), (80, 80), (96, 64), (128, 128), (192, 128), (256, 256)]
+)
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (7, 1), (8, 1), (32, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_page_decode_on_the_gpu(head_dim: int, value_dim: int, heads: tuple[int, int], dtype: torch.dtype) -> None:
+    shape = {"heads": heads, "head_dim": head_dim, "value_dim": value_dim, "dtype": dtype}
+    for length, queries, row_starts, tail, softcap, page_size in (
+        (1, 1, None, None, None, 16),
+        (64, 1, None, 64, None, 64),
+        (1000, 1, None, None, 5.0, 1),
+        (5000, 1, [0, 4000, 4990], 300, None, 16),
+        (700, 16, [0, 300, 695], 30, None, 8),
+    ):
+        call = on_gpu(decode_call(length, queries=queries, row_starts=row_starts, tail=tail, softcap=softcap, **shape))
+        assert_pages_close(call, PagePlan.every(call, wants_logits=True))
+        for lists in {1, heads[1], heads[0]}:
+            assert_pages_close(call, random_pages(call, lists, page_size))
+
+
+def test_page_decode_beyond_32_bits() -> None:
+    call = on_gpu(decode_call(300, heads=(2, 2), head_dim=64, dtype=torch.bfloat16))
+    far = torch.empty(2**31 + 2**24, dtype=torch.bfloat16, device="cuda")
+    heads_apart = far.as_strided(call.k.shape, (0, 2**31, 64, 1))
+    keys_apart = far[: 2**31].as_strided(call.k[:, :1].shape, (0, 0, 2**31 // 299 // 8 * 8, 1))
+    one_head = replace(call, k=call.k[:, :1], v=call.v[:, :1])
+    for plain, places in ((call, heads_apart), (one_head, keys_apart)):
+        for name in ("k", "v"):
+            moved = replace(plain, **{name: places.copy_(getattr(plain, name))})
+            for plan in (PagePlan.every(plain), random_pages(plain, 1, 16)):
+                found, expected = (page_decode.attend(x, plan, "triton")[0] for x in (moved, plain))
+                assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_a_captured_decode_step_serves_every_length(every: bool) -> None:
+    """The graph of one length, replayed after keys, lists and lengths changed in place, and without a host sync."""
+    call = on_gpu(decode_call(3000, row_starts=[0, 70], tail=1000, heads=(8, 2), head_dim=128, dtype=torch.bfloat16))
+    assert call.kv_end is not None and call.kv_start is not None
+    pages, counts = random_pages(call, 1, 16, most=64).pages, torch.full((2, 1), 50, dtype=torch.int32, device="cuda")
+    assert pages is not None
+    pages.clamp_(max=200)
+
+    def run() -> torch.Tensor:
+        plan = PagePlan.every(call, wants_logits=True) if every else PagePlan.of(call, pages, counts, 16)
+        return page_decode.attend(call, plan, "triton")[0]
+
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for end in (3000, 3001, 3300, 4000, 100):
+        call.kv_end.fill_(end)
+        call.k[:, :, :end].normal_(), call.v[:, :, :end].normal_()
+        call.k[:, :, end:], call.v[:, :, end:] = torch.nan, torch.nan
+        if not every:
+            chosen = torch.randperm(max((end - 70) // 16, 1), device="cuda")[:30].int()
+            pages[:, :, : len(chosen)], counts[:] = chosen, len(chosen)
+        captured.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(captured, run()) and captured.isfinite().all()
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_a_compiled_decode_step_is_one_graph(every: bool) -> None:
+    call = on_gpu(decode_call(900, row_starts=[0, 70], tail=100, heads=(8, 2), head_dim=64, dtype=torch.bfloat16))
+    listed = random_pages(call, 2, 16)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        now = AttentionCall(q, k, v, call.scale, 0, "decode", kv_start=call.kv_start, kv_end=end)
+        plan = PagePlan.every(now)
+        if not every:
+            assert listed.pages is not None and listed.counts is not None
+            plan = PagePlan.of(now, listed.pages, listed.counts, 16)
+        return page_decode.attend(now, plan)[0]
+
+    arguments = (call.q, call.k, call.v, call.end())
+    assert torch.equal(torch.compile(run, fullgraph=True)(*arguments), run(*arguments))

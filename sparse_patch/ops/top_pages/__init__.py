@@ -22,11 +22,13 @@ def top_pages(scores: Tensor, limits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     k = min(k, scores.shape[-1])
     limits = limits[:, None] if limits.ndim == 1 else limits
+    limits = limits.expand(scores.shape[:2])
     if runs_triton(scores):
-        from sparse_patch.ops.top_pages import triton as kernels
+        from sparse_patch.ops.top_pages.triton import top_pages as by_kernel
+        from sparse_patch.ops.top_pages.triton import unsupported
 
-        if kernels.unsupported(scores, k) is None:
-            return kernels.top_pages(scores, limits.expand(scores.shape[:2]), k)
+        if unsupported(scores, k) is None:
+            return by_kernel(scores, limits, k)
     from sparse_patch.ops.top_pages.torch import top_pages as in_torch
 
-    return in_torch(scores, limits.expand(scores.shape[:2]), k)
+    return in_torch(scores, limits, k)

@@ -1,0 +1,71 @@
+"""Triton kernel of the pages' scores: one pass over the logits, whatever the number of heads.
+
+A program has some pages of a row. It loads its tokens of several heads at once, so that many loads are under way, and
+each thread has all heads of its tokens: the maximum over heads costs no exchange between threads.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 256  # tokens of a program, at 4 a thread
+
+
+def page_scores(logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int) -> torch.Tensor:
+    """See `ops.page_scores`; `page_size` is a power of two up to 256."""
+    return score_pages(logits, lse, lengths, page_size)
+
+
+@torch.library.custom_op("sparse_patch::page_scores", mutates_args=())
+def score_pages(logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int) -> torch.Tensor:
+    """The kernel's launch; arguments and result as in `ops.page_scores`."""
+    scores = _scores(logits, page_size)
+    batch, heads, size = logits.shape
+    _score_kernel[(triton.cdiv(size, _BLOCK), batch)](
+        logits,
+        lse.contiguous(),
+        lengths.contiguous(),
+        scores,
+        *logits.stride(),
+        heads,
+        scores.shape[1],
+        HEADS=min(16, triton.next_power_of_2(heads)),
+        BLOCK=_BLOCK,
+        P=page_size,
+        num_warps=_BLOCK // 128,
+    )
+    return scores
+
+
+@score_pages.register_fake
+def _(logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int) -> torch.Tensor:
+    return _scores(logits, page_size)
+
+
+def _scores(logits: torch.Tensor, page_size: int) -> torch.Tensor:
+    return logits.new_empty(logits.shape[0], -(-logits.shape[2] // page_size))
+
+
+@triton.jit(do_not_specialize=["pages"])
+def _score_kernel(
+    logits, lse, lengths, scores, stride_b, stride_h, stride_s, heads, pages,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    i_block, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths + i_b).to(tl.int32)
+    first = i_block * BLOCK
+    offs_s = first + tl.arange(0, BLOCK)
+    real = offs_s < length
+    top = tl.full([BLOCK], -float("inf"), dtype=tl.float32)  # largest log probability of each token
+    for h in tl.range(0, tl.where(first < length, heads, 0), HEADS):
+        offs_h = h + tl.arange(0, HEADS)
+        p_logits = logits + i_b * stride_b + offs_h.to(tl.int64)[:, None] * stride_h + offs_s[None, :] * stride_s
+        mask = (offs_h < heads)[:, None] & real[None, :]
+        b_logits = tl.load(p_logits, mask=mask, other=-float("inf"))
+        b_lse = tl.load(lse + i_b * heads + offs_h, mask=offs_h < heads, other=0.0)
+        top = tl.maximum(top, tl.max(b_logits - b_lse[:, None], 0))
+    probability = tl.where(real, tl.exp(top), 0.0)
+    sums = tl.sum(tl.reshape(probability, (BLOCK // P, P)), 1)
+    offs_u = i_block * (BLOCK // P) + tl.arange(0, BLOCK // P)
+    sums = tl.where(offs_u * P < length, sums, -float("inf"))
+    tl.store(scores + i_b * pages + offs_u, sums, mask=offs_u < pages)

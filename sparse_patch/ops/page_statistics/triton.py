@@ -1,0 +1,234 @@
+"""Triton kernels of the pages' statistics and scores.
+
+Scores are products with tensor cores: `max(q*low, q*high)` is `q*high` where q is positive and `q*low` where it is not,
+so a bound is the sum of two products, and every page is read once for all query heads of its KV head.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.ops.page_statistics.kept import pages_of
+
+
+def refresh(call: AttentionCall, tensors: list[torch.Tensor], tokens: int, page_size: int, offset: int) -> None:
+    """Compute, in place, the pages of each row that hold one of its last `tokens` tokens: bounds or means."""
+    first, *second = tensors
+    end = call.kv_length if call.kv_end is None else 0
+    k = call.k if call.k.stride(-1) == 1 else call.k.contiguous()
+    if second:
+        refresh_bounds(first, second[0], k, call.kv_start, call.kv_end, end, tokens, page_size, offset)
+    else:
+        refresh_means(first, k, call.kv_start, call.kv_end, end, tokens, page_size, offset)
+
+
+@torch.library.custom_op("sparse_patch::refresh_page_bounds", mutates_args=("low", "high"))
+def refresh_bounds(
+    low: torch.Tensor,
+    high: torch.Tensor,
+    k: torch.Tensor,
+    kv_start: torch.Tensor | None,
+    kv_end: torch.Tensor | None,
+    end: int,
+    tokens: int,
+    page_size: int,
+    offset: int,
+) -> None:
+    """The kernel's launch; `end` is the number of valid keys where `kv_end` is None."""
+    _refresh(low, high, k, kv_start, kv_end, end, tokens, page_size, offset)
+
+
+@torch.library.custom_op("sparse_patch::refresh_page_means", mutates_args=("means",))
+def refresh_means(
+    means: torch.Tensor,
+    k: torch.Tensor,
+    kv_start: torch.Tensor | None,
+    kv_end: torch.Tensor | None,
+    end: int,
+    tokens: int,
+    page_size: int,
+    offset: int,
+) -> None:
+    """As `refresh_bounds`."""
+    _refresh(means, None, k, kv_start, kv_end, end, tokens, page_size, offset)
+
+
+@refresh_bounds.register_fake
+def _(low: torch.Tensor, *_: object) -> None:
+    return None
+
+
+@refresh_means.register_fake
+def _(means: torch.Tensor, *_: object) -> None:
+    return None
+
+
+def _refresh(
+    first: torch.Tensor,
+    second: torch.Tensor | None,
+    k: torch.Tensor,
+    kv_start: torch.Tensor | None,
+    kv_end: torch.Tensor | None,
+    end: int,
+    tokens: int,
+    page_size: int,
+    offset: int,
+) -> None:
+    batch, heads, _, head_dim = k.shape
+    rows = min(32, triton.next_power_of_2(page_size))
+    _refresh_kernel[(min(pages_of(tokens, page_size), first.shape[2]), batch * heads)](
+        k,
+        kv_start if kv_start is not None else k,
+        kv_end if kv_end is not None else k,
+        first,
+        second if second is not None else first,
+        *k.stride()[:3],
+        *first.stride()[:3],
+        heads,
+        end,
+        tokens,
+        offset,
+        D=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        P=page_size,
+        ROWS=rows,
+        HAS_START=kv_start is not None,
+        HAS_END=kv_end is not None,
+        BOUNDS=second is not None,
+        num_warps=min(max(rows * head_dim // 1024, 1), 4),
+    )
+
+
+@triton.jit(do_not_specialize=["end", "tokens", "offset"])
+def _refresh_kernel(
+    k, kv_start, kv_end, first, second, stride_kb, stride_kh, stride_ks, stride_ob, stride_oh, stride_on,
+    heads, end, tokens, offset,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_END: tl.constexpr, BOUNDS: tl.constexpr,
+):  # fmt: skip
+    i_t, i_bh = tl.program_id(0), tl.program_id(1)
+    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
+    start = 0
+    if HAS_START:
+        start = tl.load(kv_start + i_b).to(tl.int32)
+    if HAS_END:
+        end = tl.load(kv_end).to(tl.int32)
+    page = tl.maximum(end - start - tokens - offset, 0) // P + i_t
+    begin = start + offset + page * P
+    stop = tl.minimum(begin + P, end)
+    offs_d = tl.arange(0, BLOCK_D)
+    p_k = k + i_b * stride_kb + i_h * stride_kh
+    if BOUNDS:
+        low = tl.full([BLOCK_D], float("inf"), dtype=tl.float32)
+        high = tl.full([BLOCK_D], -float("inf"), dtype=tl.float32)
+    else:
+        low = tl.zeros([BLOCK_D], dtype=tl.float32)
+        high = low
+    for j in tl.range(begin, stop, ROWS):
+        offs_s = j + tl.arange(0, ROWS)
+        real = (offs_s < stop)[:, None]
+        mask = real & (offs_d < D)[None, :]
+        b_k = tl.load(p_k + offs_s.to(tl.int64)[:, None] * stride_ks + offs_d[None, :], mask=mask, other=0.0)
+        b_k = b_k.to(tl.float32)
+        if BOUNDS:
+            low = tl.minimum(low, tl.min(tl.where(real, b_k, float("inf")), 0))
+            high = tl.maximum(high, tl.max(tl.where(real, b_k, -float("inf")), 0))
+        else:
+            low += tl.sum(b_k, 0)
+    if not BOUNDS:
+        low = low / tl.maximum(stop - begin, 1).to(tl.float32)
+    out = i_b * stride_ob + i_h * stride_oh + page.to(tl.int64) * stride_on + offs_d
+    mask = offs_d < tl.where(begin < end, D, 0)  # a page without a key may lie behind the tensors
+    tl.store(first + out, low.to(first.dtype.element_ty), mask=mask)
+    if BOUNDS:
+        tl.store(second + out, high.to(second.dtype.element_ty), mask=mask)
+
+
+def bound_scores(
+    q: torch.Tensor, low: torch.Tensor, high: torch.Tensor, lengths: torch.Tensor, page_size: int
+) -> torch.Tensor:
+    """See `ops.page_statistics`."""
+    return score_pages(q, high, low, lengths, page_size, 0)
+
+
+def mean_scores(
+    q: torch.Tensor, means: torch.Tensor, lengths: torch.Tensor, page_size: int, offset: int = 0
+) -> torch.Tensor:
+    """See `ops.page_statistics`."""
+    return score_pages(q, means, None, lengths, page_size, offset)
+
+
+@torch.library.custom_op("sparse_patch::page_statistics_scores", mutates_args=())
+def score_pages(
+    q: torch.Tensor, high: torch.Tensor, low: torch.Tensor | None, lengths: torch.Tensor, page_size: int, offset: int
+) -> torch.Tensor:
+    """The kernel's launch: bounds, or, without `low`, products with `high`."""
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    if high.stride(-1) != 1 or (low is not None and low.stride() != high.stride()):
+        high, low = high.contiguous(), None if low is None else low.contiguous()
+    scores = _scores(q, high)
+    batch, heads, head_dim = q.shape
+    kv_heads, pages = high.shape[1:3]
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_n = max(16, min(64, 16384 // (block_d * high.element_size())))
+    _score_kernel[(triton.cdiv(pages, block_n), batch * kv_heads)](
+        q,
+        high,
+        low if low is not None else high,
+        lengths.contiguous(),
+        scores,
+        *q.stride()[:2],
+        *high.stride()[:3],
+        kv_heads,
+        pages,
+        offset,
+        D=head_dim,
+        BLOCK_D=block_d,
+        GROUP=heads // kv_heads,
+        BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
+        BLOCK_N=block_n,
+        P=page_size,
+        BOUNDS=low is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=4,
+    )
+    return scores
+
+
+@score_pages.register_fake
+def _(q: torch.Tensor, high: torch.Tensor, *_: object) -> torch.Tensor:
+    return _scores(q, high)
+
+
+def _scores(q: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    return q.new_empty(*q.shape[:2], pages.shape[2], dtype=torch.float32)
+
+
+@triton.jit(do_not_specialize=["pages", "offset"])
+def _score_kernel(
+    q, high, low, lengths, scores, stride_qb, stride_qh, stride_b, stride_h, stride_n, kv_heads, pages, offset,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+    P: tl.constexpr, BOUNDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_n, i_bh = tl.program_id(0), tl.program_id(1)
+    i_b, i_h = (i_bh // kv_heads).to(tl.int64), (i_bh % kv_heads).to(tl.int64)
+    length = tl.load(lengths + i_b).to(tl.int32)
+    offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_g = tl.arange(0, BLOCK_G)
+    offs_d = tl.arange(0, BLOCK_D)
+    real = (offs_n < pages) & (offset + offs_n * P < length)
+    p_q = q + i_b * stride_qb + (i_h * GROUP + offs_g)[None, :] * stride_qh + offs_d[:, None]
+    b_q = tl.load(p_q, mask=(offs_g < GROUP)[None, :] & (offs_d < D)[:, None], other=0.0)
+    p_pages = i_b * stride_b + i_h * stride_h + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :]
+    mask = real[:, None] & (offs_d < D)[None, :]
+    b_high = tl.load(high + p_pages, mask=mask, other=0.0)
+    if BOUNDS:
+        b_low = tl.load(low + p_pages, mask=mask, other=0.0)
+        s = tl.dot(b_high, tl.maximum(b_q, 0.0).to(b_q.dtype), input_precision=PRECISION)
+        s = tl.dot(b_low, tl.minimum(b_q, 0.0).to(b_q.dtype), s, input_precision=PRECISION)
+    else:
+        s = tl.dot(b_high, b_q, input_precision=PRECISION)
+    s = tl.where(real[:, None], s, -float("inf"))
+    p_scores = scores + ((i_bh.to(tl.int64) * GROUP + offs_g)[None, :] * pages + offs_n[:, None])
+    tl.store(p_scores, s, mask=(offs_g < GROUP)[None, :] & (offs_n < pages)[:, None])

@@ -1,0 +1,131 @@
+"""Triton kernel of the lists of pages: one program chooses from one list, which it holds in registers.
+
+It bisects for the smallest score that is chosen, over the scores' bits as numbers of the same order, until exactly k
+are at or above it or the bits are exhausted, and writes what it chose in order. A list that is too long is chosen from
+in parts, and then, by the same kernel, from what the parts gave: a page among the k best of a list is among the k best
+of its part. Parts keep the order, so the lower page wins a tie there as well.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+_WHOLE = 16384  # pages of a list that one program takes as a whole
+_PART = 8192  # pages of a part of a longer one, unless k is more than half of it
+_WIDEST = 32768  # pages that a program can hold
+
+
+def unsupported(scores: torch.Tensor, k: int) -> str | None:
+    """Why the kernel cannot choose k pages; None if it can."""
+    size = scores.shape[-1]
+    if k < 1 or _block(size, k) > _WIDEST:
+        return f"the kernel does not choose {k} of {size} pages"
+    return None
+
+
+def top_pages(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ops.top_pages`; `limits` is int64 `[B, L]` and `k` at most N."""
+    return select_pages(scores, limits, k)
+
+
+@torch.library.custom_op("sparse_patch::top_pages", mutates_args=())
+def select_pages(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's launches; arguments and results as in `top_pages`."""
+    entries, candidates = scores.shape[-1], None
+    while (block := _block(entries, k)) < entries:
+        candidates = _select(scores, candidates, limits, k, block, entries)[0]
+        entries = candidates.shape[-1]
+    return _select(scores, candidates, limits, k, block, entries)
+
+
+@select_pages.register_fake
+def _(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _lists(scores, 1, k)
+
+
+def _block(entries: int, k: int) -> int:
+    """Entries that a program takes, of lists of so many: all of them, or parts of at least 2k, which halves them."""
+    part = max(_PART, triton.next_power_of_2(2 * k))
+    return max(32, triton.next_power_of_2(entries)) if entries <= max(_WHOLE, part) else part
+
+
+def _lists(scores: torch.Tensor, parts: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, lists, _ = scores.shape
+    pages = torch.empty(batch, lists, parts * k, dtype=torch.int32, device=scores.device)
+    return pages, torch.empty(batch, lists * parts, dtype=torch.int32, device=scores.device)
+
+
+def _select(
+    scores: torch.Tensor, candidates: torch.Tensor | None, limits: torch.Tensor, k: int, block: int, entries: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of each part, of all pages or of the candidates `[B, L, entries]`; -1 where a part has fewer."""
+    batch, lists, size = scores.shape
+    parts = triton.cdiv(entries, block)
+    pages, counts = _lists(scores, parts, k)
+    _select_kernel[(parts, batch * lists)](
+        scores,
+        candidates if candidates is not None else scores,
+        limits,
+        pages,
+        counts,
+        *scores.stride(),
+        *limits.stride(),
+        lists,
+        size,
+        entries,
+        k,
+        0 if parts == 1 else -1,
+        BLOCK=block,
+        HAS_CANDIDATES=candidates is not None,
+        num_warps=min(max(block // 512, 1), 32),
+    )
+    return pages, counts
+
+
+@triton.jit
+def _rising(scores):
+    """Scores as int32 of the same order. NaN is -inf, and there is one zero, not two."""
+    scores = tl.where(scores != scores, -float("inf"), tl.where(scores == 0.0, 0.0, scores))
+    bits = scores.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit(do_not_specialize=["size", "entries", "k", "fill"])
+def _select_kernel(
+    scores, candidates, limits, pages, counts, stride_b, stride_l, stride_n, stride_limit_b, stride_limit_l,
+    lists, size, entries, k, fill, BLOCK: tl.constexpr, HAS_CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    i_part, i_list = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_b, i_l = i_list // lists, i_list % lists
+    offs = tl.arange(0, BLOCK)
+    page = i_part * BLOCK + offs
+    if HAS_CANDIDATES:
+        page = tl.load(candidates + i_list * entries + page, mask=page < entries, other=-1)
+        real = page >= 0
+    else:
+        limit = tl.load(limits + i_b * stride_limit_b + i_l * stride_limit_l)
+        real = page < tl.minimum(limit, size)
+    p_scores = scores + i_b * stride_b + i_l * stride_l + page.to(tl.int64) * stride_n
+    key = _rising(tl.load(p_scores, mask=real, other=-float("inf")))
+    low = tl.min(tl.where(real, key, 0x7FFFFFFF), 0).to(tl.int64)
+    key = tl.where(real, key, -0x80000000)  # below -inf
+    high = tl.max(key, 0).to(tl.int64)
+    count = tl.minimum(k, tl.sum(real.to(tl.int32), 0))
+
+    # The largest number with `count` keys at or above it; or an earlier one with exactly as many.
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        reached = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
+        low = tl.where(reached >= count, middle, low)
+        high = tl.where(reached > count, high, tl.where(reached == count, middle, middle - 1))
+
+    above = key > low.to(tl.int32)
+    equal = real & (key == low.to(tl.int32))
+    number_above = tl.sum(above.to(tl.int32), 0)
+    rank = tl.cumsum(equal.to(tl.int32), 0)  # among equals, from 1
+    ties = count - number_above
+    place = tl.cumsum(above.to(tl.int32), 0) + tl.minimum(rank, ties) - 1
+    i_out = i_list * tl.num_programs(0) + i_part
+    tl.store(pages + i_out * k + place, page, mask=above | (equal & (rank <= ties)))
+    tl.store(pages + i_out * k + offs, tl.zeros([BLOCK], tl.int32) + fill, mask=(offs >= count) & (offs < k))
+    tl.store(counts + i_out, count)
