@@ -12,14 +12,17 @@ import pytest
 import torch
 import yaml
 from families import FAMILIES, llama
+from transformers import AutoConfig
 
 from sparse_patch.calibration import layers
 from sparse_patch.calibration.layers import Choice, Curves, Measured, choice_of, choose, curve, journal_of, measure
 from sparse_patch.call import AttentionCall
+from sparse_patch.config import load_config
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.generation import encode, load_model
 from sparse_patch.evaluation.journal import Journal
 from sparse_patch.evaluation.tasks import Sample
+from sparse_patch.model_shape import ModelShape
 from sparse_patch.observe import observed
 from sparse_patch.patching import is_patched
 from sparse_patch.plots import plot_layers
@@ -192,10 +195,17 @@ def test_the_layer_of_the_shipped_model_is_found(
     assert layers.table(curves, choice, about).row_count == 4
 
 
-def test_the_artefact_of_the_shipped_model() -> None:
+def test_the_artefact_of_the_shipped_model_is_one_that_methods_take(needle_llama_path: Path) -> None:
     path = Path(__file__).parent.parent.parent / "recipes" / "needle-llama" / "layers.yaml"
     data = yaml.safe_load(path.read_text())
     assert (data["full"], data["select"], data["measured"]["length"]) == ([0, 1], [2, 5], 8192)
+    shape = ModelShape.of(AutoConfig.from_pretrained(needle_llama_path), 8)
+    for method in ("delta", "tidaldecode", "lessismore"):
+        decode = load_config({"decode": {"method": method, "calibration": str(path)}}).for_model(shape).decode
+        assert decode is not None
+        assert [decode.role(layer) for layer in range(8)] == [
+            *("full", "full", "select", "sparse", "sparse", "select", "sparse", "sparse")
+        ]
 
 
 def test_the_command(tmp_path: Path, needle_llama_path: Path) -> None:
@@ -217,4 +227,5 @@ def test_the_command(tmp_path: Path, needle_llama_path: Path) -> None:
     assert "<- chosen" in result.stdout and "\r" not in result.stdout, "no progress bar in a pipe"
     assert [path.name for path in tmp_path.iterdir()] == ["l.yaml"]
     data = yaml.safe_load((tmp_path / "l.yaml").read_text())
+    load_config({"decode": {"method": "delta", "calibration": str(tmp_path / "l.yaml")}})
     assert data["full"] == [0, 1] and len(data["select"]) == 3 and data["measured"]["samples"] == 1
