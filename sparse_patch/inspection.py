@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import SparsePatchError
+from sparse_patch.methods.base import Method
 from sparse_patch.model_shape import ModelShape, attention_kind
 from sparse_patch.patching import patched, sparsity_report
 
@@ -42,7 +43,12 @@ def layers_of(model: str | Path, settings: PatchConfig) -> list[dict[str, Any]]:
                 "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
                 "prefill": layer.prefill_method or "dense",
                 "decode": layer.decode_method or "dense",
-                "role": method.role(layer.layer) if method and layer.decode_method else "",
+                "role": _role(method, layer.layer, text) if layer.decode_method else "",
             }
             for layer in layers
         ]
+
+
+def _role(method: Method | None, layer: int, config: PreTrainedConfig) -> str:
+    """What a layer does in decode, where layers do different things."""
+    return method.role(layer) if method is not None and attention_kind(config, layer) == "full" else ""

@@ -6,6 +6,8 @@ A new method adds a row. `small` settings select a part of a call of a few hundr
 from dataclasses import dataclass
 from typing import Any
 
+from sparse_patch.model_shape import ModelShape
+
 
 @dataclass(frozen=True)
 class MethodCase:
@@ -16,7 +18,8 @@ class MethodCase:
 
     @property
     def name(self) -> str:
-        parts = self.small["method"], self.small.get("selection"), "last" if self.small.get("last") else None
+        variant = (self.small.get(key) for key in ("selection", "index_sharing", "group_score", "current_page"))
+        parts = self.small["method"], *variant, "last" if self.small.get("last") else None
         return "-".join(str(part) for part in parts if part)
 
 
@@ -56,4 +59,34 @@ PREFILL_METHODS = [
     _a_shape(last=0),
     _a_shape(last=30),
     _xattention(threshold=0.7),
+]
+
+# What the decode methods of the table are resolved for: layer 0 is full, 1 and 3 select (where layers have roles).
+SMALL_MODEL = ModelShape("llama", num_layers=5, num_heads=4, num_kv_heads=2, hidden_size=64)
+_ROLES = {"full": [0], "select": [1, 3]}
+
+
+def _decode(method: str, budget: int, **settings: Any) -> MethodCase:
+    base = {"method": method, "min_length": 0, **settings}
+    return MethodCase(small={**base, "budget": budget}, full={**base, "budget": 400})
+
+
+def _layered(method: str, budget: int, **settings: Any) -> MethodCase:
+    return _decode(method, budget, layers=_ROLES, **settings)
+
+
+def _quest(**settings: Any) -> MethodCase:
+    return _decode("quest", 96, page_size=8, layers={"exclude": [0]}, **settings)
+
+
+DECODE_METHODS = [
+    _layered("tidaldecode", 48, index_sharing="q_head"),
+    _layered("tidaldecode", 48, index_sharing="kv_group", force_current=False),
+    _layered("tidaldecode", 48, index_sharing="all"),
+    _layered("delta", 96, page_size=8, recency_pages=3),
+    _layered("lessismore", 60),
+    _quest(index_sharing="q_head", current_page="scored"),
+    _quest(index_sharing="kv_group", group_score="sum", current_page="forced"),
+    _quest(index_sharing="kv_group", group_score="max", current_page="added"),
+    _decode("kinetics", 100, block_size=8, sinks=4, local=20),
 ]

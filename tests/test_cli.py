@@ -49,9 +49,31 @@ def test_show_resolves_a_config_against_a_model(tmp_path: Path, needle_llama_pat
     assert data["config"]["prefill"]["gamma"] == 0.8
     assert [layer["prefill"] for layer in data["layers"]] == ["flexprefill"] * 8
     assert data["layers"][0] | {"prefill": ""} == {
-        **{"layer": 0, "attention": "full", "query_heads": 8, "kv_heads": 2, "head_dim": 64, "decode": "dense"},
+        **{
+            "layer": 0,
+            "attention": "full",
+            "query_heads": 8,
+            "kv_heads": 2,
+            "head_dim": 64,
+            "decode": "dense",
+            "role": "",
+        },
         "prefill": "",
     }
+
+
+def test_show_names_the_role_of_every_layer(tmp_path: Path, needle_llama_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("decode: {method: delta, layers: {full: [0, 1, 2, 5]}}")
+    command = "show", str(tmp_path / "my.yaml"), "--model", str(needle_llama_path), "--json", str(tmp_path / "s.json")
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    data = json.loads((tmp_path / "s.json").read_text())
+    assert [layer["decode"] for layer in data["layers"]] == ["delta"] * 8
+    roles = ["full", "full", "select", "sparse", "sparse", "select", "sparse", "sparse"]
+    assert [layer["role"] for layer in data["layers"]] == roles
+    result = run("show", "delta", "--model", str(needle_llama_path))
+    assert result.returncode == 2 and 'run "sparse-patch calibrate layers' in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_eval_writes_rows_for_dense_and_every_config(tmp_path: Path, needle_llama_path: Path) -> None:

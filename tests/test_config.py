@@ -16,7 +16,7 @@ def test_every_packaged_config_loads_and_names_its_method() -> None:
     for name in packaged_configs():
         config = load_config(name)
         methods = {method.method for method in (config.prefill, config.decode) if method}
-        assert methods == {Path(name).stem}
+        assert methods == set(Path(name).stem.split("+"))
 
 
 def test_every_method_has_a_config_of_its_name() -> None:
@@ -27,9 +27,15 @@ def test_every_method_has_a_config_of_its_name() -> None:
 def test_a_packaged_config_spells_out_every_default(name: str) -> None:
     written = packaged_configs()[f"{name}.yaml"].read_text()
     config = load_config(name)
-    assert config.prefill == registry()[name]()
-    for field in type(config.prefill).model_fields:
+    method = config.prefill or config.decode
+    assert method == registry()[name]()
+    for field in type(method).model_fields:
         assert f"\n  {field}:" in written
+
+
+def test_a_combination_is_its_parts() -> None:
+    config = load_config("flexprefill+delta.yaml")
+    assert config.settings() == load_config(["flexprefill.yaml", "delta.yaml"]).settings()
 
 
 def test_names_work_with_and_without_suffix_and_local_files_come_first(
@@ -102,9 +108,9 @@ BAD_SOURCES = [
     (FLEX, {"prefill": {"gamma": True}}, "prefill.gamma: expected a valid number, got bool True"),
     (FLEX, {"prefill": {"tau": float("nan")}}, "prefill.tau: expected"),
     (FLEX, {"prefill": {"block_size": 100}}, "prefill.block_size: expected 16, 32, 64 or 128, got int 100"),
-    (FLEX, {"prefill": {"selection": 3}}, "prefill.selection: expected 'reference' or 'coverage', got int 3"),
+    (FLEX, {"prefill": {"selection": 3}}, "prefill.selection: expected 'coverage' or 'reference', got int 3"),
     (FLEX, {"prefill": {"min_budget": 1.5}}, "prefill.min_budget: expected a valid integer, got float 1.5"),
-    (FLEX, {"prefill": {"max_budget": 12}}, "prefill.max_budget: 12 is below min_budget 1024; raise it or lower that"),
+    (FLEX, {"prefill": {"max_budget": 12}}, "prefill.max_budget: 12 is below min_budget 512; raise it or lower that"),
     (FLEX, {"prefill": {"layers": "most"}}, 'prefill.layers: expected "all", a list of layer numbers or'),
     (FLEX, {"prefill": {"layers": [1, "a"]}}, 'prefill.layers: expected "all", a list of layer numbers or'),
     (FLEX, {"prefill": {"method": 3}}, f"prefill.method: expected one of {names('prefill')}, got 3"),

@@ -17,9 +17,10 @@ In both codes and here: no sinks and no window are forced. Several queries at a 
 where the public code decodes them sparsely. The paper's periodic KV-cache correction is not part of the selection.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.methods.layer_roles import TIDAL_PRESETS, LayeredMethod
@@ -40,6 +41,7 @@ class TidalDecode(LayeredMethod):
     presets = TIDAL_PRESETS
 
     method: Literal["tidaldecode"] = "tidaldecode"
+    budget: Annotated[int, Field(gt=0)] | None = 4096
     force_current: bool = True
     index_sharing: Literal["q_head", "kv_group", "all"] = "q_head"
 

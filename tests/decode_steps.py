@@ -1,0 +1,92 @@
+"""Decode calls made by hand, and the hook's part played by the reference: remember, plan, attend, select."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from calls import make_call, row_alone
+
+from sparse_patch.call import AttentionCall, apply_softcap
+from sparse_patch.memory import LayerMemory
+from sparse_patch.methods.base import DecodeMethod
+from sparse_patch.plans import Dense, PagePlan
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one layer did.
+
+    Attributes:
+        call: its call.
+        plan: what the method answered.
+        mask: the keys that were read, bool `[B, Hq, Sq, capacity]`.
+        output: `[B, Hq, Sq, Dv]`.
+    """
+
+    call: AttentionCall
+    plan: PagePlan | Dense
+    mask: torch.Tensor
+    output: torch.Tensor
+
+
+def decode_call(length: int, *, layer: int = 0, queries: int = 1, **settings: object) -> AttentionCall:
+    """The call of the last tokens of `make_call`, as decode; layers differ."""
+    seed = 1000 * int(settings.pop("seed", 0)) + layer  # type: ignore[call-overload]
+    call = make_call(length, queries=queries, seed=seed, **settings)  # type: ignore[arg-type]
+    return replace(call, phase="decode", layer=layer)
+
+
+def in_buffer(call: AttentionCall, room: int) -> AttentionCall:
+    """The same call from a static cache: buffers with a poisoned tail, whose length is known on the device only."""
+    batch, heads, length, head_dim = call.k.shape
+    k = torch.full((batch, heads, length + room, head_dim), torch.nan, dtype=call.k.dtype)
+    v = torch.full((batch, heads, length + room, call.v.shape[-1]), torch.nan, dtype=call.v.dtype)
+    k[:, :, :length], v[:, :, :length] = call.k, call.v
+    return replace(call, k=k, v=v, q_start=-1, kv_end=torch.tensor(length))
+
+
+def forward(method: DecodeMethod, calls: list[AttentionCall]) -> list[Step]:
+    """Run the calls of one forward, layer by layer."""
+    carried: dict[str, object] = {}
+    return [run(method, replace(call, carried=carried)) for call in calls]
+
+
+def forward_of_row(method: DecodeMethod, calls: list[AttentionCall], row: int) -> list[Step]:
+    """The same for one row of padded calls, alone."""
+    return forward(method, [row_alone(call, row)[0] for call in calls])
+
+
+def run(method: DecodeMethod, call: AttentionCall) -> Step:
+    """Run one call as the hook does."""
+    method.remember(call)
+    plan = method.plan(call)
+    assert isinstance(plan, PagePlan | Dense)
+    mask = (PagePlan.every(call) if isinstance(plan, Dense) else plan).mask()
+    output, logits, lse = _attend(call, mask)
+    if isinstance(plan, PagePlan) and plan.wants_logits:
+        method.select(call, logits, lse)
+    return Step(call, plan, mask, output)
+
+
+def _attend(call: AttentionCall, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, and float32 logits by position within the row, NaN behind its length, and LSE of the last query."""
+    k, v = (part.double().nan_to_num(0).repeat_interleave(call.group_size, 1) for part in (call.k, call.v))
+    z = apply_softcap(call.q.double() @ k.transpose(-1, -2) * call.scale, call.softcap)
+    z = z.masked_fill(~mask, -torch.inf)
+    last = z[:, :, -1]
+    position = torch.arange(call.kv_length)
+    index = (position + call.row_starts()[:, None]).clamp(max=call.kv_length - 1)[:, None].expand_as(last)
+    by_position = last.gather(-1, index).masked_fill((position >= call.lengths()[:, None])[:, None], torch.nan)
+    return (z.softmax(-1) @ v).to(call.q.dtype), by_position.float(), last.logsumexp(-1).float()
+
+
+def lists_of(plan: PagePlan | Dense, row: int = 0) -> list[set[int]]:
+    """The pages of each list of a row."""
+    assert isinstance(plan, PagePlan) and plan.pages is not None and plan.counts is not None
+    lists = [plan.pages[row, i, :number].tolist() for i, number in enumerate(plan.counts[row].tolist())]
+    assert all(len(pages) == len(set(pages)) for pages in lists), "a page is listed twice"
+    assert all(0 <= page < plan.num_pages for pages in lists for page in pages)
+    return [set(pages) for pages in lists]
+
+
+def with_memory(call: AttentionCall, memory: LayerMemory) -> AttentionCall:
+    return replace(call, memory=memory)
