@@ -199,6 +199,12 @@ class _Bench:
         if reason := decode_kernels.unsupported(self.calls[0], kernel):
             raise UnsupportedCallError(reason)
         attends = [decode_kernels.prepared(call, self.length, kernel) for call in self.calls]
+        try:
+            attends[0]()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # not ours: it must not end the run
+            raise UnsupportedCallError(str(error).splitlines()[0]) from None
 
         def step() -> None:
             for attend in attends:

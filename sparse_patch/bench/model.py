@@ -189,7 +189,7 @@ def bench_model(benchmark: Benchmark, progress: Step = lambda _: None) -> Result
                 measured.append(_row(benchmark, model, prompt, label, config))
             except torch.OutOfMemoryError:
                 result.skipped.setdefault(f"{label}: out of memory", []).append(length)
-            _forget(benchmark)
+            _forget(benchmark, model)
         result.rows.extend(_against_dense(measured))
     return result
 
@@ -295,8 +295,9 @@ def _row(
     )
 
 
-def _forget(benchmark: Benchmark) -> None:
+def _forget(benchmark: Benchmark, model: PreTrainedModel) -> None:
     """Give back what compiled code, its graphs and caches hold: the next way compiles anew, and has the memory."""
+    vars(model).pop("_previous_max_cache_length", None)  # else the next static cache is as long as the longest so far
     if is_compiled(benchmark):
         torch.compiler.reset()
     if benchmark.device == "cuda":

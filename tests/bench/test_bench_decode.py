@@ -171,6 +171,15 @@ def test_out_of_memory_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not result.rows and list(result.skipped) == ["caches of all layers: out of memory, ask for fewer --layers"]
 
 
+def test_a_kernel_of_others_that_fails_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("No available kernel.\nMore.")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fail)
+    result = bench_decode(made(tmp_path))
+    assert result.skipped["sdpa: No available kernel."] == [200] and result.rows[0].kind == "dense"
+
+
 def test_words_of_the_command_line(tmp_path: Path) -> None:
     assert architecture_of("llama-3.1-8b") == ARCHITECTURES["llama-3.1-8b"]
     assert architecture_of("llama-3.1-8b", 4).layers == 4

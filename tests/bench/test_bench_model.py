@@ -85,6 +85,30 @@ def test_every_way_has_its_cache_and_its_patch(benchmark_: Benchmark) -> None:
     assert all(isinstance(cache, StaticCache) for cache, _ in seen)
 
 
+def test_a_static_cache_is_as_long_as_its_own_prompt_needs(
+    benchmark_: Benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers keeps the length of the longest cache so far for the next ones."""
+    lengths: list[tuple[int, int]] = []
+    run = bench.generate
+
+    def generate(benchmark: Benchmark, model: Any, prompt: torch.Tensor, label: str) -> list[float]:
+        times = run(benchmark, model, prompt, label)
+        lengths.append((prompt.shape[1], model._previous_max_cache_length))
+        return times
+
+    monkeypatch.setattr(bench, "generate", generate)
+    bench_model(replace(benchmark_, cache="static", lengths=[90, 60], methods={}))
+    assert set(lengths) == {(90, lengths[0][1]), (60, lengths[0][1] - 30)} and lengths[0][1] in (93, 94)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_other_architectures_can_be_made(kind: str, benchmark_: Benchmark) -> None:
+    model = replace(benchmark_, architecture=replace(TINY, model_type=kind)).model()
+    assert model.config.model_type == kind and model.config.rope_parameters["rope_theta"] == 1e4
+    assert {type(layer.self_attn).__name__ for layer in model.model.layers} == {f"{kind.capitalize()}Attention"}  # type: ignore[union-attr]
+
+
 def test_the_model_has_the_sizes(benchmark_: Benchmark) -> None:
     model = benchmark_.model()
     assert model.config.num_hidden_layers == 4 and model.config.max_position_embeddings == 94

@@ -164,7 +164,7 @@ def test_a_budget_that_is_no_budget() -> None:
         measure(llama(), Tokenizer(), [sample(0)], 200, Journal(None, ABOUT))
 
 
-@pytest.mark.parametrize("length, budget", [(1536, 256)])
+@pytest.mark.parametrize("length, budget", [(1024, 160)])
 def test_the_layer_of_the_shipped_model_is_found(
     length: int, budget: int, needle_llama_path: Path, tmp_path: Path
 ) -> None:
