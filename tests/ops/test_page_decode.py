@@ -92,10 +92,10 @@ def test_every_page_of_every_length(backend: str, wants_logits: bool, length: in
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (7, 1), (14, 2), (16, 2), (40, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (14, 2), (8, 1), (40, 1)], ids=str)
 @pytest.mark.parametrize("lists", ["every", "one", "kv", "query"])
 def test_groups(backend: str, heads: tuple[int, int], lists: str) -> None:
-    call = decode_call(200, heads=heads, queries=2)
+    call = decode_call(70, heads=heads, queries=2)
     number = {"one": 1, "kv": heads[1], "query": heads[0]}.get(lists)
     plan = PagePlan.every(call, wants_logits=True) if number is None else random_plan(call, number, 16)
     assert_matches(call, plan, backend)
@@ -109,7 +109,7 @@ def test_groups(backend: str, heads: tuple[int, int], lists: str) -> None:
 def test_head_dims_and_dtypes(backend: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> None:
     if backend == "triton" and dtype == torch.bfloat16:
         pytest.skip("the interpreter multiplies bfloat16 wrongly; tests/test_gpu.py has it")
-    call = decode_call(150, head_dim=head_dim, value_dim=value_dim, dtype=dtype, tail=10)
+    call = decode_call(90, head_dim=head_dim, value_dim=value_dim, dtype=dtype, tail=10)
     assert_matches(call, PagePlan.every(call), backend)
     assert_matches(call, random_plan(call, 2, 16), backend)
 
@@ -117,7 +117,7 @@ def test_head_dims_and_dtypes(backend: str, dtype: torch.dtype, head_dim: int, v
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("queries", [1, 2, 5, 16])
-@pytest.mark.parametrize("tail, softcap", [(None, None), (70, None), (70, 2.0)])
+@pytest.mark.parametrize("tail, softcap", [(None, None), (70, 2.0)])
 def test_ragged_batches_static_buffers_and_softcap(
     backend: str, queries: int, tail: int | None, softcap: float | None
 ) -> None:
@@ -195,11 +195,11 @@ def test_queries_without_a_key_give_zero(backend: str) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("splits", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("splits", [1, 2, 3, 12])
 def test_splits_change_nothing(splits: int) -> None:
     """Also more splits than there are tiles, and rows that are much shorter than others."""
-    call = decode_call(200, queries=2, row_starts=[0, 150, 197], heads=(4, 2))
-    for plan in (PagePlan.every(call, wants_logits=True), random_plan(call, 2, 8)):
+    call = decode_call(130, queries=2, row_starts=[0, 90, 127], heads=(2, 1))
+    for plan in (PagePlan.every(call, wants_logits=True), random_plan(call, 1, 8)):
         expected, lse, logits = attend(call, plan, "reference", return_lse=True)
         lists = (plan.pages, plan.counts, call.kv_start, call.kv_end)
         options = (call.scale, 0.0, plan.page_size, plan.wants_logits, splits)

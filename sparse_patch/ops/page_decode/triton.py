@@ -33,11 +33,12 @@ class Tile:
 def tile_of(head_dim: int, itemsize: int, capability: tuple[int, int]) -> Tile:
     """The tile for a head size, bytes of an element and GPU generation; static, so that no length waits for a search.
 
-    A tile of keys and values takes 32 KB: two or three programs of an SM then keep enough bytes in flight.
+    A tile of keys and values takes 32 KB: the programs of an SM then keep enough bytes in flight, and three fit.
     """
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_n = max(16, min(128, 32768 // (2 * block_d * itemsize)))
-    return Tile(block_n, 4, 3 if capability in ((8, 0), (9, 0), (10, 0)) else 2, 2)
+    warps = 8 if itemsize == 4 else 4  # float32 is multiplied without tensor cores, in many registers
+    return Tile(block_n, warps, 3 if capability in ((8, 0), (9, 0), (10, 0)) else 2, 2)
 
 
 def unsupported(call: AttentionCall, plan: PagePlan) -> str | None:
@@ -111,7 +112,7 @@ def page_decode_attention(
         list_strides = (pages.stride(0), step * pages.stride(1), counts.stride(0), step * counts.stride(1))
     group = heads // groups
     rows = group * q_length
-    block_m = max(16, min(64, triton.next_power_of_2(rows)))
+    block_m = 16 if q.dtype == torch.float32 else max(16, min(64, triton.next_power_of_2(rows)))
     programs = batch * groups * triton.cdiv(rows, block_m)
     sms, capability = _gpu(q.device)
     tile = tile_of(max(head_dim, value_dim), q.element_size(), capability)
