@@ -78,18 +78,12 @@ def test_merged_ranks() -> None:
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2), (7, 1), (32, 1)], ids=str)
 def test_statistics_and_scores(dtype: torch.dtype, head_dim: int, heads: tuple[int, int]) -> None:
-    call = make_call(777, queries=300, row_starts=[0, 5, 600], dtype=dtype, head_dim=head_dim, heads=heads)
+    call = make_call(777, row_starts=[0, 5, 600], dtype=dtype, head_dim=head_dim, heads=heads)
     bounds, means = LayerMemory(), LayerMemory()
-    for end in (500, 777):
-        part = replace(
-            on_gpu(call), q=call.q[:, :, end - 777 - 23 : end - 777 or None].cuda(), k=call.k[:, :, :end].cuda()
-        )
-        part = replace(part, q_start=end - part.q.shape[2])
-        if end == 777:
-            bounds.covered = means.covered = part.q_start  # what lies between is the same pages' business
-            bounds.clear(), means.clear()
-        low, high = page_bounds(replace(part, memory=bounds), 16)
-        mean = page_means(replace(part, memory=means), 16, 4)
+    for begin, end in ((0, 500), (500, 776), (776, 777)):
+        chunk = replace(on_gpu(call), q=call.q[:, :, begin:end].cuda(), k=call.k[:, :, :end].cuda(), q_start=begin)
+        low, high = page_bounds(replace(chunk, memory=bounds), 16)
+        mean = page_means(replace(chunk, memory=means), 16, 4)
     expected_low, expected_high = page_bounds(replace(call, memory=None), 16)
     expected_mean = page_means(replace(call, memory=None), 16, 4)
     lengths, q = call.lengths(), call.q[:, :, -1]

@@ -68,7 +68,7 @@ def test_exact(backend: object, kind: str, size: int) -> None:
     scores = structured(kind, 3, 2, size)
     limits = torch.tensor([[size, 0], [size // 2, 1], [max(size - 1, 0), size + 7]])
     scores[0, 1] = scores[2, 0, -1] = NAN  # behind the limit
-    for k in sorted({1, size // 3, size - 1, size + 5} - {0}):
+    for k in sorted({1, size // 3, size + 5} - {0}):
         assert_exact(backend, scores, limits, k)
 
 
@@ -79,7 +79,7 @@ def test_a_long_list_of_random_scores(backend: object) -> None:
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "holes", "forced"])
-@pytest.mark.parametrize("size, k", [(65, 3), (64, 31), (200, 40), (500, 10)])
+@pytest.mark.parametrize("size, k", [(65, 3), (64, 31), (200, 40), (290, 10)])
 def test_lists_in_parts(kind: str, size: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A list too long for one program: the best of each part, and the best of those."""
     monkeypatch.setattr(kernels, "_WHOLE", 32)

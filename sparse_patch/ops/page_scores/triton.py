@@ -28,6 +28,7 @@ def score_pages(logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, 
         scores,
         *logits.stride(),
         heads,
+        size,
         scores.shape[1],
         HEADS=min(16, triton.next_power_of_2(heads)),
         BLOCK=_BLOCK,
@@ -48,23 +49,23 @@ def _scores(logits: torch.Tensor, page_size: int) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["pages"])
 def _score_kernel(
-    logits, lse, lengths, scores, stride_b, stride_h, stride_s, heads, pages,
+    logits, lse, lengths, scores, stride_b, stride_h, stride_s, heads, size, pages,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     i_block, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length = tl.load(lengths + i_b).to(tl.int32)
     first = i_block * BLOCK
     offs_s = first + tl.arange(0, BLOCK)
-    real = offs_s < length
     top = tl.full([BLOCK], -float("inf"), dtype=tl.float32)  # largest log probability of each token
     for h in tl.range(0, tl.where(first < length, heads, 0), HEADS):
         offs_h = h + tl.arange(0, HEADS)
         p_logits = logits + i_b * stride_b + offs_h.to(tl.int64)[:, None] * stride_h + offs_s[None, :] * stride_s
-        mask = (offs_h < heads)[:, None] & real[None, :]
+        # What lies behind the row's end is loaded too: a mask that may end anywhere forbids wide loads.
+        mask = (offs_h < heads)[:, None] & (offs_s < size)[None, :]
         b_logits = tl.load(p_logits, mask=mask, other=-float("inf"))
         b_lse = tl.load(lse + i_b * heads + offs_h, mask=offs_h < heads, other=0.0)
         top = tl.maximum(top, tl.max(b_logits - b_lse[:, None], 0))
-    probability = tl.where(real, tl.exp(top), 0.0)
+    probability = tl.where(offs_s < length, tl.exp(top), 0.0)
     sums = tl.sum(tl.reshape(probability, (BLOCK // P, P)), 1)
     offs_u = i_block * (BLOCK // P) + tl.arange(0, BLOCK // P)
     sums = tl.where(offs_u * P < length, sums, -float("inf"))

@@ -76,7 +76,7 @@ def _refresh(
     offset: int,
 ) -> None:
     batch, heads, _, head_dim = k.shape
-    rows = min(32, triton.next_power_of_2(page_size))
+    rows, block_d = min(32, triton.next_power_of_2(page_size)), triton.next_power_of_2(head_dim)
     _refresh_kernel[(min(pages_of(tokens, page_size), first.shape[2]), batch * heads)](
         k,
         kv_start if kv_start is not None else k,
@@ -90,13 +90,13 @@ def _refresh(
         tokens,
         offset,
         D=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=block_d,
         P=page_size,
         ROWS=rows,
         HAS_START=kv_start is not None,
         HAS_END=kv_end is not None,
         BOUNDS=second is not None,
-        num_warps=min(max(rows * head_dim // 1024, 1), 4),
+        num_warps=min(max(rows * block_d // 1024, 1), 4),
     )
 
 

@@ -78,6 +78,7 @@ def _select(
         BLOCK=block,
         HAS_CANDIDATES=candidates is not None,
         num_warps=min(max(block // 512, 1), 32),
+        maxnreg=64 if parts > 1 else None,  # many programs: two on a multiprocessor
     )
     return pages, counts
 
@@ -90,7 +91,7 @@ def _rising(scores):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["size", "entries", "k", "fill"])
+@triton.jit(do_not_specialize=["entries", "k", "fill"])
 def _select_kernel(
     scores, candidates, limits, pages, counts, stride_b, stride_l, stride_n, stride_limit_b, stride_limit_l,
     lists, size, entries, k, fill, BLOCK: tl.constexpr, HAS_CANDIDATES: tl.constexpr,
@@ -101,12 +102,12 @@ def _select_kernel(
     page = i_part * BLOCK + offs
     if HAS_CANDIDATES:
         page = tl.load(candidates + i_list * entries + page, mask=page < entries, other=-1)
-        real = page >= 0
+        real, there = page >= 0, page >= 0
     else:
         limit = tl.load(limits + i_b * stride_limit_b + i_l * stride_limit_l)
-        real = page < tl.minimum(limit, size)
+        real, there = page < tl.minimum(limit, size), page < size  # a mask that may end anywhere forbids wide loads
     p_scores = scores + i_b * stride_b + i_l * stride_l + page.to(tl.int64) * stride_n
-    key = _rising(tl.load(p_scores, mask=real, other=-float("inf")))
+    key = _rising(tl.load(p_scores, mask=there, other=-float("inf")))
     low = tl.min(tl.where(real, key, 0x7FFFFFFF), 0).to(tl.int64)
     key = tl.where(real, key, -0x80000000)  # below -inf
     high = tl.max(key, 0).to(tl.int64)
