@@ -37,6 +37,17 @@ HaystackOption = Annotated[
 ]
 ModelOption = Annotated[str | None, typer.Option(help="Model folder or id.", show_default="examples/needle-llama")]
 PlotOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture here (PNG).")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="bfloat16, float16 or float32.", show_default="bfloat16 on a GPU, float32 on a CPU"),
+]
+ArchitectureOption = Annotated[
+    str, typer.Option("--shape", help="llama-3.1-8b, qwen2.5-7b, qwen3-8b or needle-llama: sizes and layers.")
+]
+BatchOption = Annotated[int, typer.Option(min=1, help="Rows of the batch.")]
+LayersOption = Annotated[
+    int | None, typer.Option(min=1, help="Layers, to shrink the model.", show_default="those of the shape")
+]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
 
 
@@ -225,10 +236,7 @@ def bench_prefill(
             show_default="llama-3.1-8b, or that of --qkv",
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="bfloat16, float16 or float32.", show_default="bfloat16 on a GPU, float32 on a CPU"),
-    ] = None,
+    dtype: DtypeOption = None,
     qkv: Annotated[
         Path | None,
         typer.Option(
@@ -244,7 +252,8 @@ def bench_prefill(
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from sparse_patch import bench as benches
+    from sparse_patch.bench import common
+    from sparse_patch.bench import prefill as benches
     from sparse_patch.evaluation.journal import write_atomically
     from sparse_patch.evaluation.recording import file_inputs, random_inputs, recorded_inputs
     from sparse_patch.plots import plot_bench, require_matplotlib
@@ -255,13 +264,13 @@ def bench_prefill(
         require_matplotlib()
     transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    number_type = benches.dtype_of(dtype or ("bfloat16" if device == "cuda" else "float32"))
+    number_type = common.dtype_of(dtype or common.default_dtype(device))
     tokens, shares, methods = _lengths(lengths), _densities(densities), benches.methods_of(config or [])
-    size = None if shape is None else benches.shape_of(shape)
+    size = None if shape is None else common.shape_of(shape)
     if qkv is not None:
         inputs = file_inputs(qkv, size, number_type, device, tokens)
     else:
-        size = size or benches.SHAPES["llama-3.1-8b"]
+        size = size or common.SHAPES["llama-3.1-8b"]
         inputs = (
             recorded_inputs(_recorded_model(), size, number_type, device, tokens)
             if methods
@@ -280,6 +289,99 @@ def bench_prefill(
     if plot is not None:
         plot_bench(data, plot)
         console.print(f"picture: {plot}")
+
+
+@bench.command("decode")
+def bench_decode(
+    config: ConfigsOption = None,
+    shape: ArchitectureOption = "llama-3.1-8b",
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of the caches, with commas between.", show_default="32768,131072 on a GPU, 4096 on a CPU"
+        ),
+    ] = None,
+    batch: BatchOption = 1,
+    budgets: Annotated[str, typer.Option(help="Tokens of random lists, with commas between.")] = "1024,2048",
+    layers: LayersOption = None,
+    dtype: DtypeOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Time one token's attention: dense kernels, lists, and configurations layer by layer and as a whole stack."""
+    import torch
+
+    from sparse_patch.bench import common
+    from sparse_patch.bench import decode as benches
+    from sparse_patch.evaluation.journal import write_atomically
+    from sparse_patch.progress import progress_steps
+
+    _check_writable(json_file)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    architecture = common.architecture_of(shape, layers)
+    benchmark = benches.Benchmark(
+        architecture=architecture,
+        lengths=_lengths(lengths or ("32768,131072" if device == "cuda" else "4096")),
+        batch=batch,
+        budgets=_lengths(budgets, "--budgets"),
+        methods=benches.methods_of(config or [], architecture),
+        dtype=common.dtype_of(dtype or common.default_dtype(device)),
+        device=device,
+    )
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    with progress_steps(console, benchmark.steps) as step:
+        result = benches.bench_decode(benchmark, step)
+    console.print(benches.table(result, benchmark))
+    for note in benches.notes(result):
+        console.print(note, markup=False, highlight=False)
+    if json_file is not None:
+        write_atomically(json_file, json.dumps(benches.as_json(result, benchmark), indent=1) + "\n")
+
+
+@bench.command("model")
+def bench_model(
+    config: ConfigsOption = None,
+    shape: ArchitectureOption = "llama-3.1-8b",
+    lengths: LengthsOption = "4096",
+    batch: BatchOption = 1,
+    new_tokens: Annotated[int, typer.Option(min=3, help="Tokens to generate.")] = 32,
+    layers: LayersOption = None,
+    cache: Annotated[str, typer.Option(help="static or dynamic.")] = "static",
+    eager: Annotated[bool, typer.Option("--eager", help="Never compile; a static cache on a GPU does else.")] = False,
+    dtype: DtypeOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Time a model with random weights through `generate`: to the first token, and for each token after it."""
+    import torch
+
+    from sparse_patch.bench import common
+    from sparse_patch.bench import model as benches
+    from sparse_patch.evaluation.journal import write_atomically
+    from sparse_patch.progress import progress_steps
+
+    _check_writable(json_file)
+    if cache not in ("static", "dynamic"):
+        raise SparsePatchError(f"--cache: expected static or dynamic, got {cache!r}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    architecture = common.architecture_of(shape, layers)
+    benchmark = benches.Benchmark(
+        architecture=architecture,
+        lengths=_lengths(lengths),
+        batch=batch,
+        new_tokens=new_tokens,
+        methods=benches.methods_of(config or [], architecture),
+        cache="static" if cache == "static" else "dynamic",
+        compiled=not eager,
+        dtype=common.dtype_of(dtype or common.default_dtype(device)),
+        device=device,
+    )
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    with progress_steps(console, benchmark.steps) as step:
+        result = benches.bench_model(benchmark, step)
+    console.print(benches.table(result, benchmark))
+    for note in benches.notes(result):
+        console.print(note, markup=False, highlight=False)
+    if json_file is not None:
+        write_atomically(json_file, json.dumps(benches.as_json(result, benchmark), indent=1) + "\n")
 
 
 @app.command()
@@ -357,6 +459,59 @@ def calibrate_minference(
     console.print(f"patterns: {out}; use them with prefill.calibration: {out}", soft_wrap=True)
 
 
+@calibrate.command("layers")
+def calibrate_layers(
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="YAML to write. A run that was killed goes on from beside it.")
+    ],
+    model: ModelOption = None,
+    length: Annotated[int, typer.Option(min=256, help="Tokens of the prompts: as many as yours have.")] = 8192,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts: of four tasks in turn.")] = 4,
+    seed: SeedOption = 0,
+    budget: Annotated[int, typer.Option(min=1, help="Tokens that a sparse layer reads.")] = 512,
+    select: Annotated[int, typer.Option(min=0, help="Layers that select again, after the first selecting one.")] = 1,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Find the layers that select keys for decode, from the attention of a few long prompts' answers."""
+    from transformers.utils import logging as transformers_logging
+
+    from sparse_patch.calibration import layers
+    from sparse_patch.evaluation.generation import load_model
+    from sparse_patch.evaluation.journal import write_atomically
+    from sparse_patch.plots import plot_layers, require_matplotlib
+    from sparse_patch.progress import progress_steps
+
+    _check_writable(out, json_file, plot)
+    if plot is not None:
+        require_matplotlib()
+    name = str(model or shipped_model())
+    name = Path(name).resolve().name if Path(name).is_dir() else name
+    about = {"model": name, "length": length, "seed": seed, "budget": budget}
+    journal = layers.journal_of(out, about)
+    transformers_logging.disable_progress_bar()
+    loaded, tokenizer = load_model(model or shipped_model())
+    layers.check_number(select, layers.model_of(loaded)["num_layers"])
+    prompts = layers.samples_of(tokenizer, length, samples, seed)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    with progress_steps(console, sum(number not in journal.records for number in range(samples))) as step:
+        measured = layers.measure(loaded, tokenizer, prompts, budget, journal, step)
+    curves = layers.Curves.of(measured)
+    choice = layers.choose(curves, select)
+    about |= {"samples": samples}
+    layers.write_layers(layers.as_yaml(curves, choice, layers.model_of(loaded), about), out)
+    data = layers.as_json(curves, choice, layers.model_of(loaded), about, measured)
+    console.print(layers.table(curves, choice, about))
+    console.print(layers.summary(choice), highlight=False)
+    console.print(f"layers: {out}; use them with decode.calibration: {out}", soft_wrap=True)
+    if json_file is not None:
+        write_atomically(json_file, json.dumps(data, indent=1) + "\n")
+    if plot is not None:
+        plot_layers(data, plot)
+        console.print(f"picture: {plot}")
+    journal.remove()
+
+
 @app.command(
     "lm-eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False
 )
@@ -408,13 +563,13 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _lengths(text: str) -> list[int]:
+def _lengths(text: str, option: str = "--lengths") -> list[int]:
     try:
         lengths = [int(name) for name in _names(text)]
     except ValueError:
         lengths = []
     if not lengths or min(lengths) < 1:
-        raise SparsePatchError(f"--lengths: expected numbers of tokens with commas between, 4096,8192, got {text!r}")
+        raise SparsePatchError(f"{option}: expected numbers of tokens with commas between, 4096,8192, got {text!r}")
     return list(dict.fromkeys(lengths))
 
 

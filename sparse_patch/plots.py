@@ -105,6 +105,40 @@ def plot_bench(result: dict[str, Any], path: str | Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def plot_layers(result: dict[str, Any], path: str | Path) -> None:
+    """What every layer finds in the lists of the layers before it, and what each is worth as a re-selecting layer.
+
+    Args:
+        result: the JSON of `sparse-patch calibrate layers`.
+        path: picture to write.
+
+    Raises:
+        SparsePatchError: matplotlib is not installed.
+    """
+    figure_class, _ = require_matplotlib()
+    figure = figure_class(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    layers, mass = result["layers"], torch.tensor(result["mass_shared"])
+    mass = mass.masked_fill(torch.ones_like(mass, dtype=torch.bool).tril(-1), torch.nan)
+    image = left.imshow(mass.numpy(), vmin=0, vmax=1)
+    ticks = range(0, len(layers), -(-len(layers) // 16))
+    left.set_xticks(ticks, [layers[tick] for tick in ticks])
+    left.set_yticks(ticks, [layers[tick] for tick in ticks])
+    left.set(xlabel="layer", ylabel="lists of layer", title="attention mass on the list of another layer")
+    figure.colorbar(image, ax=left)
+    rows = result["measured"]["candidates"]
+    labels = {"mass": "mass, mean of the sparse layers", "worst_layer": "mass, worst sparse layer", "jump": "1 - cos"}
+    for key, label in labels.items():
+        right.plot([row["layer"] for row in rows], [row[key] for row in rows], marker="o", label=label)
+    for layer in result["select"][1:]:
+        right.axvline(layer, color="black", linewidth=0.8, linestyle=":")
+    right.set_xticks([layers[tick] for tick in ticks])
+    right.set(xlabel="re-selecting layer", ylim=(0, 1), title=f"full {result['full']}, select {result['select']}")
+    right.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def _lines(result: dict[str, Any], length: int) -> dict[str, list[tuple[float, float, str]]]:
     """(Share, mean score, configuration) of each configuration, by method."""
     rows = [row for row in result["rows"] if row["length"] == length]

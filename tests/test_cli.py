@@ -175,6 +175,9 @@ def test_lm_eval_gets_its_own_arguments() -> None:
 
 SMALL = "prefill: {method: flexprefill, block_size: 32, min_budget: 128, min_length: 512}"
 LITTLE = ["--tasks", "vt", "--lengths", "1024", "--samples", "1", "--json", "r.json"]
+DECODE = ["bench", "decode", "--json", "p.json"]
+MODEL = ["bench", "model", "--json", "p.json"]
+LAYERS = ["calibrate", "layers", "--out", "l.yaml"]
 BENCH = ["bench", "prefill", "--json", "p.json"]
 
 BAD = [
@@ -212,6 +215,23 @@ BAD = [
     ([*BENCH, "--qkv", "short.txt"], "error: --qkv: short.txt: cannot be read"),
     ([*BENCH[:2], "--json", "no/such/p.json"], "error: no/such/p.json: cannot be written"),
     ([*BENCH[:2], "--json", "."], "error: .: cannot be written: it is a folder"),
+    (
+        [*DECODE, "--shape", "gemma3-12b"],
+        "error: --shape: expected llama-3.1-8b, qwen2.5-7b, qwen3-8b, needle-llama, got",
+    ),
+    ([*DECODE, "--lengths", "32k"], "error: --lengths: expected numbers of tokens"),
+    ([*DECODE, "--budgets", "0"], "error: --budgets: expected numbers of tokens"),
+    ([*DECODE, "--dtype", "int8"], "error: --dtype: expected bfloat16, float16, float32, got 'int8'"),
+    ([*DECODE, "--config", "flexprefill"], "error: --config: flexprefill: has no sparse decode method to time"),
+    ([*DECODE, "--config", "delta3.yaml"], "error: delta3.yaml: decode.layers: no published choice for this model"),
+    ([*DECODE, "--config", "bad.yaml"], "error: bad.yaml: prefill.gama: unknown key"),
+    ([*DECODE[:2], "--json", "no/such/p.json"], "error: no/such/p.json: cannot be written"),
+    ([*MODEL, "--shape", "llama-3.1-8"], "error: --shape: expected llama-3.1-8b"),
+    ([*MODEL, "--cache", "paged"], "error: --cache: expected static or dynamic, got 'paged'"),
+    ([*MODEL, "--lengths", "-1"], "error: --lengths: expected numbers of tokens"),
+    ([*MODEL, "--config", "dense"], "error: --config: dense: has no sparse method to time"),
+    ([*MODEL, "--config", "delta3.yaml"], "error: delta3.yaml: decode.layers: no published choice for this model"),
+    ([*MODEL[:2], "--json", "."], "error: .: cannot be written: it is a folder"),
     (["run", "nope.yaml"], "error: nope.yaml: cannot be read"),
     (["show", "nope.yaml"], "error: nope.yaml: no such file"),
     (["show", "bad.yaml"], "error: bad.yaml: prefill.gama: unknown key, did you mean 'gamma'?"),
@@ -228,6 +248,12 @@ BAD = [
         ["calibrate", "minference", "--out", "p.json", "--length", "40000"],
         "error: --length: a prompt of 40000 tokens and 0 for the answer do not fit",
     ),
+    (["calibrate", "layers", "--out", "no/such/l.yaml"], "error: no/such/l.yaml: cannot be written"),
+    (["calibrate", "layers", "--out", "l.yaml", "--json", "."], "error: .: cannot be written: it is a folder"),
+    (["calibrate", "layers", "--out", "l.yaml", "--model", "no-such"], "error: --model: no-such: cannot be loaded"),
+    ([*LAYERS, "--select", "5"], "error: --select: the model has 4 layers to choose from, not 5"),
+    ([*LAYERS, "--length", "40000", "--samples", "1"], "error: --length: a prompt of 40000 tokens and "),
+    ([*LAYERS, "--length", "1024", "--budget", "1024"], "error: --budget: 1024 tokens are all of a prompt of 1024"),
     (["show", "calibration.yaml"], "error: calibration.yaml: prefill.calibration: no.json: cannot be read"),
     (["demo", "--json", "no/such/folder/a.json"], "error: no/such/folder/a.json: cannot be written"),
 ]
@@ -248,6 +274,7 @@ def test_bad_input_is_one_line_and_exit_2(
     (tmp_path / "calibration.yaml").write_text("prefill: {method: minference, calibration: no.json}")
     (tmp_path / "layers.yaml").write_text("prefill: {method: flexprefill, layers: [9]}")
     (tmp_path / "decode.yaml").write_text("decode: {method: dense}")
+    (tmp_path / "delta3.yaml").write_text("decode: {method: delta}")
     (tmp_path / "short.txt").write_text("A few words.")
     before = set(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sparse_patch.bench import methods_of, shape_of
+from sparse_patch.bench import decode, model, prefill
+from sparse_patch.bench.common import architecture_of, shape_of
 from sparse_patch.config import load_config
 from sparse_patch.errors import SparsePatchError
 from sparse_patch.evaluation.suite import configurations
@@ -37,7 +38,12 @@ def test_a_recipe_names_what_exists(path: Path) -> None:
             assert (Path(options(arguments, "--model")[0]) / "config.json").is_file()
             assert len(configurations(options(arguments, "--config"))) >= 2
         elif arguments[0] == "bench":
-            assert methods_of(options(arguments, "--config")) and shape_of(options(arguments, "--shape")[0])
+            sources, (shape,) = options(arguments, "--config"), options(arguments, "--shape")
+            if arguments[1] == "prefill":
+                assert prefill.methods_of(sources) and shape_of(shape)
+            else:
+                bench = {"decode": decode, "model": model}[arguments[1]]
+                assert bench.methods_of(sources, architecture_of(shape))
         else:
             (model_args,) = options(arguments, "--model_args")
             load_config(dict(item.split("=") for item in model_args.split(","))["config"])

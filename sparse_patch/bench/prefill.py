@@ -5,45 +5,31 @@ by CUDA events on a GPU, by the clock on a CPU. FLOP are counted over the (query
 head_dim for each pair and query head; a dense kernel computes the causal triangle.
 """
 
-import platform
-import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 import torch
 from rich import box
 from rich.table import Table
 
+from sparse_patch.bench.common import cell, configs_by_stem, describe_machine, measured
 from sparse_patch.call import AttentionCall, causal_pairs
-from sparse_patch.config import PatchConfig, load_config, nearest
+from sparse_patch.config import PatchConfig
 from sparse_patch.errors import TaskError, UnsupportedCallError
 from sparse_patch.evaluation.generation import machine
-from sparse_patch.evaluation.recording import Inputs, Shape
+from sparse_patch.evaluation.recording import Inputs
 from sparse_patch.ops import block_sparse, dense
-from sparse_patch.patching import versions
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense
 from sparse_patch.progress import Step
 
-SHAPES = {  # query heads, KV heads, head_dim
-    "llama-3.1-8b": Shape(32, 8, 128),
-    "qwen2.5-7b": Shape(28, 4, 128),
-    "gemma3-12b": Shape(16, 8, 256),
-    "needle-llama": Shape(8, 2, 64),
-}
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BASELINES = {  # key in the JSON: field of a row, and how it is called
     "fastest_dense": ("speedup", "the fastest dense kernel"),
     "flash2": ("speedup_flash2", "FlashAttention-2"),
 }
 _BLOCK = 128
 _FLASH2 = "flash2"
-_CPU_SECONDS, _CPU_RUNS = 0.5, (3, 20)  # of the timing of one row: seconds, and runs at least and at most
 
 
 @dataclass(frozen=True)
@@ -140,38 +126,11 @@ def methods_of(sources: Sequence[str]) -> dict[str, PatchConfig]:
         ConfigError: a configuration is not valid.
         TaskError: it has no prefill method to time, or two have the same stem.
     """
-    configs: dict[str, PatchConfig] = {}
-    for source in sources:
-        name, config = Path(source).stem, load_config(source)
+    configs = configs_by_stem(sources)
+    for source, config in zip(sources, configs.values(), strict=True):
         if config.prefill is None or config.prefill.method == "dense":
             raise TaskError(f"--config: {source}: has no sparse prefill method to time")
-        if name in configs:
-            raise TaskError(f"--config: {source}: there is another configuration called {name!r}; rename the file")
-        configs[name] = config
     return configs
-
-
-def shape_of(text: str) -> Shape:
-    """A known shape by its name, or `Hq,Hkv,D`; raises TaskError for anything else."""
-    if text in SHAPES:
-        return SHAPES[text]
-    try:
-        heads, kv_heads, head_dim = (int(number) for number in text.split(","))
-        if min(heads, kv_heads, head_dim) > 0 and heads % kv_heads == 0:
-            return Shape(heads, kv_heads, head_dim)
-    except ValueError:
-        pass
-    raise TaskError(
-        f"--shape: expected {', '.join(SHAPES)}, or query heads, KV heads and head_dim such as 32,8,128, got {text!r}"
-        f"{nearest(text, SHAPES)}"
-    )
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """A dtype by its name; raises TaskError for one that is not timed."""
-    if name not in DTYPES:
-        raise TaskError(f"--dtype: expected {', '.join(DTYPES)}, got {name!r}{nearest(name, DTYPES)}")
-    return DTYPES[name]
 
 
 @torch.no_grad()
@@ -238,14 +197,6 @@ def as_json(result: Result, benchmark: Benchmark, dtype: torch.dtype) -> dict[st
     }
 
 
-def describe_machine() -> dict[str, Any]:
-    """What a kernel's time depends on; the versions of what is not there are left out."""
-    found = {name: _version(name) for name in ("triton", "flash-attn-4")}
-    if torch.cuda.is_available():
-        found |= {"driver": _driver(), "cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
-    return {**machine(), **versions(), "system": platform.system(), **{k: v for k, v in found.items() if v is not None}}
-
-
 def table(result: Result, benchmark: Benchmark, dtype: torch.dtype) -> Table:
     """One line a row; what queries, keys and values were below it."""
     about = f"{machine()['device']}, {dtype}, heads and head_dim {benchmark.inputs.shape}; {benchmark.inputs.about}"
@@ -264,11 +215,11 @@ def table(result: Result, benchmark: Benchmark, dtype: torch.dtype) -> Table:
             f"{row.density:.3f}",
             f"{row.ms:.3f}",
             f"{row.tflops_effective:.4g}",
-            _cell(row.selection_ms, 3),
+            cell(row.selection_ms, 3),
             f"{row.total_ms:.3f}",
-            _cell(row.speedup, 2),
-            _cell(row.speedup_flash2, 2),
-            _cell(row.peak_memory_mb, 0),
+            cell(row.speedup, 2),
+            cell(row.speedup_flash2, 2),
+            cell(row.peak_memory_mb, 0),
             end_section=number < len(result.rows) and result.rows[number].length != row.length,
         )
     return drawn
@@ -287,7 +238,7 @@ def notes(result: Result) -> list[str]:
 
 def _dense_row(call: AttentionCall, kernel: str) -> Row:
     pairs = int(causal_pairs(call.q_start, call.kv_length, call.row_starts()).sum()) * call.q.shape[1]
-    ms, memory = _measured(lambda: dense.attend(call, kernel), call)
+    ms, memory = measured(lambda: dense.attend(call, kernel), call)
     return Row(
         kind="dense",
         label=f"{kernel}, dense",
@@ -305,7 +256,7 @@ def _dense_row(call: AttentionCall, kernel: str) -> Row:
 
 def _blocks_row(call: AttentionCall, label: str, backend: str, density: float) -> Row:
     plan = random_plan(call, density)
-    ms, memory = _measured(lambda: block_sparse.attend(call, plan, backend), call)
+    ms, memory = measured(lambda: block_sparse.attend(call, plan, backend), call)
     return Row(
         kind="blocks",
         label=label,
@@ -334,9 +285,9 @@ def _method_row(call: AttentionCall, name: str, config: PatchConfig) -> Row:
         assert isinstance(planned, BlockPlan)
         block_sparse.attend(call, planned, backend)
 
-    ms, _ = _measured(lambda: block_sparse.attend(call, plan, backend), call)
-    selection_ms, _ = _measured(lambda: method.plan(call), call)
-    total_ms, memory = _measured(whole, call)
+    ms, _ = measured(lambda: block_sparse.attend(call, plan, backend), call)
+    selection_ms, _ = measured(lambda: method.plan(call), call)
+    total_ms, memory = measured(whole, call)
     return Row(
         kind="method",
         label=f"{name} ({backend})",
@@ -366,48 +317,5 @@ def _with_speedups(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _measured(function: Callable[[], object], call: AttentionCall) -> tuple[float, float | None]:
-    """Milliseconds of one run, median, and the most MB that it allocates (None on a CPU)."""
-    if not call.q.is_cuda:
-        return _clocked(function), None
-    from triton.testing import do_bench
-
-    ms = float(do_bench(function, warmup=50, rep=300, return_mode="median"))
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return ms, (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def _clocked(function: Callable[[], object]) -> float:
-    function()
-    seconds: list[float] = []
-    least, most = _CPU_RUNS
-    while len(seconds) < least or (len(seconds) < most and sum(seconds) < _CPU_SECONDS):
-        begin = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - begin)
-    return 1000 * median(seconds)
-
-
 def _tflops(call: AttentionCall, pairs: int, ms: float) -> float:
     return 4 * call.q.shape[-1] * pairs / ms / 1e9
-
-
-def _cell(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _driver() -> str | None:
-    """The version of NVIDIA's driver, where Linux tells it."""
-    path = Path("/proc/driver/nvidia/version")
-    found = re.search(r"\d+\.\d+(\.\d+)?", path.read_text()) if path.is_file() else None
-    return found[0] if found else None

@@ -13,17 +13,17 @@ from test_readme import update_readme
 from transformers import AutoTokenizer
 
 from sparse_patch import TaskError, UnsupportedCallError
-from sparse_patch.bench import (
+from sparse_patch.bench import common, prefill
+from sparse_patch.bench.common import dtype_of, shape_of
+from sparse_patch.bench.prefill import (
     Benchmark,
     Row,
     as_json,
     bench_prefill,
     break_even,
-    dtype_of,
     methods_of,
     notes,
     random_plan,
-    shape_of,
     table,
 )
 from sparse_patch.call import AttentionCall
@@ -67,8 +67,6 @@ def test_a_method_is_its_selection_and_the_kernel_on_its_plan(
     benchmark_: Benchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a clock that counts runs: the kernel, the selection, and both, each timed alone."""
-    from sparse_patch import bench
-
     calls: list[str] = []
     attend, config = block_sparse.attend, benchmark_.methods["mine"]
     assert config.prefill is not None
@@ -89,8 +87,8 @@ def test_a_method_is_its_selection_and_the_kernel_on_its_plan(
 
     monkeypatch.setattr(type(config.prefill), "plan", planned)
     monkeypatch.setattr(block_sparse, "attend", attended)
-    monkeypatch.setattr(bench, "_clocked", clocked)
-    row = bench._method_row(benchmark_.inputs.make(640), "mine", config)
+    monkeypatch.setattr(common, "clocked", clocked)
+    row = prefill._method_row(benchmark_.inputs.make(640), "mine", config)
     assert (row.ms, row.selection_ms, row.total_ms) == (3.0, 2.0, 4.5)
 
 

@@ -1,0 +1,172 @@
+"""What the benchmarks share: shapes, dtypes, clocks and the description of the machine."""
+
+import platform
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.config import PatchConfig, load_config, nearest
+from sparse_patch.errors import TaskError
+from sparse_patch.evaluation.generation import machine
+from sparse_patch.evaluation.recording import Shape
+from sparse_patch.model_shape import ModelShape
+from sparse_patch.patching import versions
+
+SHAPES = {  # query heads, KV heads, head_dim
+    "llama-3.1-8b": Shape(32, 8, 128),
+    "qwen2.5-7b": Shape(28, 4, 128),
+    "gemma3-12b": Shape(16, 8, 256),
+    "needle-llama": Shape(8, 2, 64),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a model that decode is timed for.
+
+    Attributes:
+        model_type: Transformers' name of the architecture.
+        layers: decoder layers, all with full attention.
+        hidden: width of the residual stream.
+        intermediate: width of the MLP.
+        vocabulary: tokens.
+        heads: of an attention layer.
+        rope_theta: base of the rotary embedding.
+    """
+
+    model_type: str
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    heads: Shape
+    rope_theta: float
+
+    @property
+    def model_shape(self) -> ModelShape:
+        """What methods decide by."""
+        return ModelShape(self.model_type, self.layers, self.heads.heads, self.heads.kv_heads, self.hidden)
+
+
+ARCHITECTURES = {
+    "llama-3.1-8b": Architecture("llama", 32, 4096, 14336, 128256, SHAPES["llama-3.1-8b"], 5e5),
+    "qwen2.5-7b": Architecture("qwen2", 28, 3584, 18944, 152064, SHAPES["qwen2.5-7b"], 1e6),
+    "qwen3-8b": Architecture("qwen3", 36, 4096, 12288, 151936, SHAPES["llama-3.1-8b"], 1e6),
+    "needle-llama": Architecture("llama", 8, 384, 1024, 4096, SHAPES["needle-llama"], 1e6),
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_CPU_SECONDS, _CPU_RUNS = 0.5, (3, 20)  # of the timing of one row: seconds, and runs at least and at most
+
+
+def shape_of(text: str) -> Shape:
+    """A known shape by its name, or `Hq,Hkv,D`; raises TaskError for anything else."""
+    if text in SHAPES:
+        return SHAPES[text]
+    try:
+        heads, kv_heads, head_dim = (int(number) for number in text.split(","))
+        if min(heads, kv_heads, head_dim) > 0 and heads % kv_heads == 0:
+            return Shape(heads, kv_heads, head_dim)
+    except ValueError:
+        pass
+    raise TaskError(
+        f"--shape: expected {', '.join(SHAPES)}, or query heads, KV heads and head_dim such as 32,8,128, got {text!r}"
+        f"{nearest(text, SHAPES)}"
+    )
+
+
+def architecture_of(name: str, layers: int | None = None) -> Architecture:
+    """A known architecture, with another number of layers if one is given; raises TaskError for anything else."""
+    if name not in ARCHITECTURES:
+        raise TaskError(f"--shape: expected {', '.join(ARCHITECTURES)}, got {name!r}{nearest(name, ARCHITECTURES)}")
+    found = ARCHITECTURES[name]
+    return found if layers is None else replace(found, layers=layers)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """A dtype by its name; raises TaskError for one that is not timed."""
+    if name not in DTYPES:
+        raise TaskError(f"--dtype: expected {', '.join(DTYPES)}, got {name!r}{nearest(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def default_dtype(device: str) -> str:
+    """The dtype to time on a device where none is asked for."""
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def configs_by_stem(sources: Sequence[str]) -> dict[str, PatchConfig]:
+    """Configurations by the stems of their files.
+
+    Raises:
+        ConfigError: a configuration is not valid.
+        TaskError: two have the same stem.
+    """
+    configs: dict[str, PatchConfig] = {}
+    for source in sources:
+        name, config = Path(source).stem, load_config(source)
+        if name in configs:
+            raise TaskError(f"--config: {source}: there is another configuration called {name!r}; rename the file")
+        configs[name] = config
+    return configs
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a kernel's time depends on; the versions of what is not there are left out."""
+    packages = ("triton", "flash-attn-4", "flash-attn", "flashinfer-python")
+    found = {name: _version(name) for name in packages}
+    if torch.cuda.is_available():
+        found |= {"driver": _driver(), "cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    return {**machine(), **versions(), "system": platform.system(), **{k: v for k, v in found.items() if v is not None}}
+
+
+def measured(function: Callable[[], object], call: AttentionCall) -> tuple[float, float | None]:
+    """Milliseconds of one run, median, and the most MB that it allocates (None on a CPU)."""
+    if not call.q.is_cuda:
+        return clocked(function), None
+    from triton.testing import do_bench
+
+    ms = float(do_bench(function, warmup=50, rep=300, return_mode="median"))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return ms, (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def clocked(function: Callable[[], object]) -> float:
+    """Milliseconds of one run by the clock, median after a warm-up: for a CPU."""
+    function()
+    seconds: list[float] = []
+    least, most = _CPU_RUNS
+    while len(seconds) < least or (len(seconds) < most and sum(seconds) < _CPU_SECONDS):
+        begin = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begin)
+    return 1000 * median(seconds)
+
+
+def cell(value: float | None, digits: int) -> str:
+    """A number for a table; empty for None."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, where Linux tells it."""
+    path = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\d+\.\d+(\.\d+)?", path.read_text()) if path.is_file() else None
+    return found[0] if found else None

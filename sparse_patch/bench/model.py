@@ -1,0 +1,314 @@
+"""`sparse-patch bench model`: time to first token and time per token of a whole model, through `generate`.
+
+The model has the sizes of a known one and random weights, which take as long as trained ones. Every way generates
+greedily from the same random prompt, twice: the first run compiles and warms up, the second is timed. A streamer takes
+the time of each token as `generate` hands it over; the time per token is the median over all but the first.
+
+Ways: the model as it is, the model patched with dense attention only and `dense: best`, which is our own decode kernel,
+and each configuration; all with the same kind of cache. With a growing cache there is one more, the cache that
+Transformers makes by itself, which copies all of it for every token.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from statistics import median
+from typing import Any, Literal, cast
+
+import torch
+from rich import box
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from sparse_patch.bench.common import Architecture, cell, configs_by_stem, describe_machine
+from sparse_patch.caches import growing_cache
+from sparse_patch.config import PatchConfig
+from sparse_patch.errors import TaskError
+from sparse_patch.evaluation.generation import machine, synchronize
+from sparse_patch.patching import patched, sparsity_report
+from sparse_patch.progress import Step
+
+CacheKind = Literal["static", "dynamic"]
+UNPATCHED, BEST, COPYING = "unpatched", "dense: best", "unpatched, DynamicCache"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of generating, at one length.
+
+    Attributes:
+        label: for tables.
+        config: name of the configuration; None for the dense ways.
+        length: tokens of the prompt.
+        first_token_ms: from the call of `generate` to the first token.
+        token_ms: median time of a token after the first.
+        slowest_token_ms: the longest of them.
+        peak_memory_mb: the most that was allocated, the weights included; None on a CPU.
+        fallbacks: calls that a method could not serve, by reason. A compiled decode step does not count.
+        unpatched: `token_ms` by that of the unpatched model on the same kind of cache.
+        best: `token_ms` by that of our own dense decode.
+    """
+
+    label: str
+    config: str | None
+    length: int
+    first_token_ms: float
+    token_ms: float
+    slowest_token_ms: float
+    peak_memory_mb: float | None
+    fallbacks: dict[str, int]
+    unpatched: float | None = None
+    best: float | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What to time.
+
+    Attributes:
+        architecture: sizes and number of layers.
+        lengths: tokens of the prompts.
+        batch: rows.
+        new_tokens: tokens to generate; 3 or more.
+        methods: configurations by name.
+        cache: "static", which is compiled on a GPU, or "dynamic", a growing one.
+        compiled: whether `generate` may compile; it does with a static cache on a GPU only.
+        dtype: of the weights.
+        device: "cuda" or "cpu".
+    """
+
+    architecture: Architecture
+    lengths: Sequence[int]
+    batch: int
+    new_tokens: int
+    methods: dict[str, PatchConfig]
+    cache: CacheKind
+    compiled: bool
+    dtype: torch.dtype
+    device: str
+
+    def ways(self) -> dict[str, PatchConfig | None]:
+        """What each way patches the model with, by label; None for nothing."""
+        copying: dict[str, PatchConfig | None] = {COPYING: None} if self.cache == "dynamic" else {}
+        best = PatchConfig(dense="best", source=BEST)
+        return {**copying, UNPATCHED: None, BEST: best, **self.methods}
+
+    @property
+    def steps(self) -> int:
+        """Measurements, if nothing is skipped."""
+        return len(self.lengths) * len(self.ways())
+
+    def model(self) -> PreTrainedModel:
+        """The model, with random weights, on the device."""
+        torch.manual_seed(0)
+        sizes, heads = self.architecture, self.architecture.heads
+        config = AutoConfig.for_model(
+            sizes.model_type,
+            num_hidden_layers=sizes.layers,
+            hidden_size=sizes.hidden,
+            intermediate_size=sizes.intermediate,
+            vocab_size=sizes.vocabulary,
+            num_attention_heads=heads.heads,
+            num_key_value_heads=heads.kv_heads,
+            head_dim=heads.head_dim,
+            max_position_embeddings=max(self.lengths) + self.new_tokens,
+            rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
+        )
+        with torch.device(self.device):
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+        return model
+
+    def prompt(self, length: int) -> torch.Tensor:
+        """Random tokens, int64 `[batch, length]`."""
+        generator = torch.Generator().manual_seed(0)
+        size = (self.batch, length)
+        return torch.randint(self.architecture.vocabulary, size, generator=generator).to(self.device)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Rows by length, and what did not run: `{"delta: out of memory": [131072]}`."""
+
+    rows: list[Row]
+    skipped: dict[str, list[int]]
+
+
+class _Clock(BaseStreamer):
+    """When `generate` handed over the prompt and then each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def methods_of(sources: Sequence[str], architecture: Architecture) -> dict[str, PatchConfig]:
+    """Configurations with a method, by the stems of their files.
+
+    Raises:
+        ConfigError: a configuration is not valid, or does not fit the architecture.
+        TaskError: it has no sparse method to time, or two have the same stem.
+    """
+    configs = configs_by_stem(sources)
+    for source, config in zip(sources, configs.values(), strict=True):
+        if all(method is None or method.method == "dense" for method in (config.prefill, config.decode)):
+            raise TaskError(f"--config: {source}: has no sparse method to time")
+        config.for_model(architecture.model_shape)
+    return configs
+
+
+@torch.no_grad()
+def bench_model(benchmark: Benchmark, progress: Step = lambda _: None) -> Result:
+    """Time every way of generating at every length; what runs out of memory is skipped and noted.
+
+    Args:
+        benchmark: what to time.
+        progress: called with a description before each row.
+
+    Raises:
+        TaskError: the weights do not fit the device.
+    """
+    try:
+        model = benchmark.model()
+    except torch.OutOfMemoryError:
+        raise TaskError("--shape: the weights do not fit the GPU's memory; ask for fewer --layers") from None
+    result = Result([], {})
+    for length in benchmark.lengths:
+        prompt, measured = benchmark.prompt(length), list[Row]()
+        for label, config in benchmark.ways().items():
+            progress(f"{label}, {length} tokens")
+            try:
+                measured.append(_row(benchmark, model, prompt, label, config))
+            except torch.OutOfMemoryError:
+                result.skipped.setdefault(f"{label}: out of memory", []).append(length)
+            _forget(benchmark, model)
+        result.rows.extend(_against_dense(measured))
+    return result
+
+
+def generate(benchmark: Benchmark, model: PreTrainedModel, prompt: torch.Tensor, label: str) -> list[float]:
+    """When each token came, in seconds after the call."""
+    clock, generating = _Clock(), cast(Any, model)  # whose type says that it cannot generate
+    cache: dict[str, Any] = {}
+    if benchmark.cache == "static":
+        cache = {"cache_implementation": "static"}
+    elif label != COPYING:
+        cache = {"past_key_values": growing_cache(model.config)}
+    synchronize()
+    begin = time.perf_counter()
+    generating.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=benchmark.new_tokens,
+        do_sample=False,
+        disable_compile=not benchmark.compiled,
+        streamer=clock,
+        **cache,
+    )
+    return [at - begin for at in clock.times[1:]]
+
+
+def is_compiled(benchmark: Benchmark) -> bool:
+    """Whether `generate` compiles the decode step."""
+    return benchmark.compiled and benchmark.cache == "static" and benchmark.device == "cuda"
+
+
+def as_json(result: Result, benchmark: Benchmark) -> dict[str, Any]:
+    """What was measured, on what, and of what."""
+    return {
+        "machine": {**describe_machine(), "dtype": str(benchmark.dtype).removeprefix("torch.")},
+        "shape": asdict(benchmark.architecture),
+        "weights": "random",
+        "batch": benchmark.batch,
+        "new_tokens": benchmark.new_tokens,
+        "cache": benchmark.cache,
+        "compiled": is_compiled(benchmark),
+        "configs": {name: config.settings() for name, config in benchmark.methods.items()},
+        "skipped": result.skipped,
+        "rows": [asdict(row) for row in result.rows],
+    }
+
+
+def table(result: Result, benchmark: Benchmark) -> Table:
+    """One line a row; a section for each length."""
+    about = (
+        f"{machine()['device']}, {benchmark.dtype}, {benchmark.architecture.layers} layers, batch {benchmark.batch}, "
+        f"{benchmark.cache} cache, {'compiled' if is_compiled(benchmark) else 'eager'}, random weights"
+    )
+    drawn = Table(title="a model through generate", title_justify="left", box=box.SIMPLE, caption=about)
+    drawn.caption_justify = "left"
+    drawn.add_column("attention", no_wrap=True)
+    for column in ("tokens", "first token ms", "ms a token", "slowest", "x unpatched", f"x {BEST}", "peak MB"):
+        drawn.add_column(column, justify="right")
+    for number, row in enumerate(result.rows, 1):
+        drawn.add_row(
+            row.label,
+            str(row.length),
+            f"{row.first_token_ms:.1f}",
+            f"{row.token_ms:.2f}",
+            f"{row.slowest_token_ms:.2f}",
+            cell(row.unpatched, 3),
+            cell(row.best, 3),
+            cell(row.peak_memory_mb, 0),
+            end_section=number < len(result.rows) and result.rows[number].length != row.length,
+        )
+    return drawn
+
+
+def notes(result: Result) -> Iterator[str]:
+    """What a method could not serve, and what did not run."""
+    for row in result.rows:
+        for reason, calls in row.fallbacks.items():
+            yield f"{row.label}, {row.length} tokens: {calls} calls were dense: {reason}"
+    for what, lengths in result.skipped.items():
+        yield f"skipped at {', '.join(map(str, lengths))}: {what}"
+
+
+def _row(
+    benchmark: Benchmark, model: PreTrainedModel, prompt: torch.Tensor, label: str, config: PatchConfig | None
+) -> Row:
+    on_gpu = benchmark.device == "cuda"
+    with patched(model, config) if config is not None else nullcontext():
+        generate(benchmark, model, prompt, label)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        times = generate(benchmark, model, prompt, label)
+        fallbacks = sparsity_report(model).fallbacks() if config is not None else {}
+    steps = [1000 * (after - before) for before, after in pairwise(times)]
+    return Row(
+        label=label,
+        config=label if label in benchmark.methods else None,
+        length=prompt.shape[1],
+        first_token_ms=1000 * times[0],
+        token_ms=median(steps),
+        slowest_token_ms=max(steps),
+        peak_memory_mb=torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None,
+        fallbacks=fallbacks,
+    )
+
+
+def _forget(benchmark: Benchmark, model: PreTrainedModel) -> None:
+    """Give back what compiled code, its graphs and caches hold: the next way compiles anew, and has the memory."""
+    vars(model).pop("_previous_max_cache_length", None)  # else the next static cache is as long as the longest so far
+    if is_compiled(benchmark):
+        torch.compiler.reset()
+    if benchmark.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _against_dense(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one length, each against both dense ones."""
+    ms = {row.label: row.token_ms for row in rows}
+
+    def by(row: Row, label: str) -> float | None:
+        return row.token_ms / ms[label] if label in ms else None
+
+    return [replace(row, unpatched=by(row, UNPATCHED), best=by(row, BEST)) for row in rows]
