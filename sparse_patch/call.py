@@ -74,7 +74,9 @@ class AttentionCall:
 
     def lengths(self) -> torch.Tensor:
         """Real keys of each row, int64 `[B]`."""
-        return self.end() - self.row_starts()
+        if self.kv_start is None:
+            return self.end().expand(self.q.shape[0])
+        return self.end() - self.kv_start
 
 
 def causal_pairs(q_start: int | torch.Tensor, kv_length: int | torch.Tensor, row_starts: torch.Tensor) -> torch.Tensor:

@@ -257,8 +257,8 @@ class PagePlan:
         heads: query heads, Hq.
         q_length: queries of the call, Sq.
         capacity: keys that the call's `k` has room for, valid or not (a host number).
-        row_starts: first real key of each row, int64 `[B]`.
-        kv_end: keys that are valid, int64 `[]`, on the device.
+        lengths: real keys of each row, int64 `[B]`.
+        kv_start: first real key of each row, int64 `[B]`; None where no row is padded.
         pages: int32 `[B, L, K]`, where L is 1 (one list for all heads), Hkv or Hq; the first `counts` entries of a list
             are pages, in any order, each at most once and each with a key at or before the last query. None for every
             page.
@@ -271,8 +271,8 @@ class PagePlan:
     heads: int
     q_length: int
     capacity: int
-    row_starts: torch.Tensor
-    kv_end: torch.Tensor
+    lengths: torch.Tensor
+    kv_start: torch.Tensor | None = None
     pages: torch.Tensor | None = None
     counts: torch.Tensor | None = None
     wants_logits: bool = False
@@ -281,29 +281,25 @@ class PagePlan:
     def every(cls, call: AttentionCall, page_size: int = 1, wants_logits: bool = False) -> "PagePlan":
         """Dense decode: every page."""
         _, heads, q_length, _ = call.q.shape
-        starts, end = call.row_starts(), call.end()
-        return cls(page_size, heads, q_length, call.kv_length, starts, end, wants_logits=wants_logits)
+        of_rows = call.lengths(), call.kv_start
+        return cls(page_size, heads, q_length, call.kv_length, *of_rows, wants_logits=wants_logits)
 
     @classmethod
     def of(cls, call: AttentionCall, pages: torch.Tensor, counts: torch.Tensor, page_size: int) -> "PagePlan":
         """The listed pages; arguments as the attributes."""
         _, heads, q_length, _ = call.q.shape
-        return cls(page_size, heads, q_length, call.kv_length, call.row_starts(), call.end(), pages, counts)
+        return cls(page_size, heads, q_length, call.kv_length, call.lengths(), call.kv_start, pages, counts)
 
     @property
     def num_pages(self) -> int:
         """Pages that a row can have (a host number)."""
         return -(-self.capacity // self.page_size)
 
-    @property  # not a cached one: Python 3.11's takes a lock, which torch.compile cannot
-    def lengths(self) -> torch.Tensor:
-        """Real keys of each row, int64 `[B]`."""
-        return self.kv_end - self.row_starts
-
     def mask(self) -> torch.Tensor:
         """The plan as a mask of tokens, bool `[B, Hq, Sq, capacity]`: for the oracle and for pictures."""
-        device = self.row_starts.device
-        key = torch.arange(self.capacity, device=device) - self.row_starts[:, None]
+        device = self.lengths.device
+        starts = torch.zeros_like(self.lengths) if self.kv_start is None else self.kv_start
+        key = torch.arange(self.capacity, device=device) - starts[:, None]
         position = torch.arange(self.q_length, device=device) + (self.lengths - self.q_length)[:, None]
         causal = ((key[:, None, :] <= position[:, :, None]) & (key[:, None, :] >= 0))[:, None]
         if self.pages is None or self.counts is None:
@@ -315,9 +311,8 @@ class PagePlan:
 
     def computed_pairs(self) -> torch.Tensor:
         """(Query, key) pairs of real tokens that the plan computes, int64 `[B, Hq]`."""
-        causal = causal_pairs(self.kv_end - self.q_length, self.kv_end, self.row_starts)
         if self.pages is None or self.counts is None:
-            return causal[:, None].expand(-1, self.heads)
+            return self._causal_pairs()[:, None].expand(-1, self.heads)
         queries = torch.arange(self.q_length, device=self.pages.device)
         seen = (self.lengths - self.q_length + 1)[:, None] + queries  # keys that each query may read, [B, Sq]
         in_page = (seen[:, None, None] - self.pages[..., None] * self.page_size).clamp(0, self.page_size)
@@ -331,8 +326,10 @@ class PagePlan:
 
     def density(self) -> torch.Tensor:
         """Share of the causal pairs that is computed, float32 `[B, Hq]`."""
-        causal = causal_pairs(self.kv_end - self.q_length, self.kv_end, self.row_starts)
-        return self.computed_pairs().float() / causal[:, None].clamp(min=1).float()
+        return self.computed_pairs().float() / self._causal_pairs()[:, None].clamp(min=1).float()
+
+    def _causal_pairs(self) -> torch.Tensor:
+        return causal_pairs(self.lengths - self.q_length, self.lengths, torch.zeros_like(self.lengths))
 
 
 Plan = BlockPlan | PagePlan | Dense

@@ -230,7 +230,7 @@ class _Bench:
             assert lse is not None and logits is not None, "the plan wants them"
             lengths = call.lengths()
             scores = page_scores(logits, lse[..., -1], lengths, page)
-            top_pages(scores[:, None], -(-lengths // page), -(-budget // page))
+            top_pages(scores[:, None], lengths, -(-budget // page), page)
 
         def step() -> None:
             for call in self.calls:

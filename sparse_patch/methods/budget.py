@@ -79,22 +79,24 @@ class BudgetedMethod(DecodeMethod):
         return lengths.double().mul(self.budget_ratio).ceil().long().clamp(min=self.fewest)
 
     def highest(
-        self, call: AttentionCall, scores: torch.Tensor, limits: torch.Tensor
+        self, call: AttentionCall, scores: torch.Tensor, limits: torch.Tensor, page_size: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The pages with the highest scores, as many as each row's budget is worth.
 
         Args:
             call: the call.
             scores: float32 `[B, L, N]`; +inf for a page that is always read.
-            limits: pages that each row has, int64 `[B]`; what lies behind has no meaning.
+            limits: pages that each row has, or with a `page_size` the tokens of them, int64 `[B]`; what lies behind has
+                no meaning.
+            page_size: tokens of a page, where `limits` are tokens.
 
         Returns:
             As the arguments of `PagePlan.of`: int32 `[B, L, K]`, ascending, and counts, int32 `[B, L]`.
         """
         most = self.pages(self.most(call.kv_length))
         if self.budget is not None:
-            return top_pages(scores, limits, most)
-        return _highest(scores, limits, self.pages(self.tokens(call.lengths())), most)
+            return top_pages(scores, limits, most, page_size)
+        return _highest(scores, -(-limits // page_size), self.pages(self.tokens(call.lengths())), most)
 
 
 def _highest(

@@ -74,8 +74,8 @@ class Kinetics(BudgetedMethod):
         if means is None:
             means = page_means(call, self.block_size, self.sinks)
         lengths = call.lengths()
-        query = call.q[:, :, -1].float().unflatten(1, (call.k.shape[1], call.group_size)).mean(2)
-        scores = mean_scores(query, means, lengths, self.block_size, self.sinks)
+        of_heads = mean_scores(call.q[:, :, -1], means, lengths, self.block_size, self.sinks)
+        scores = of_heads.unflatten(1, (call.k.shape[1], call.group_size)).mean(2)
         between = self.pages(lengths).clamp(min=0)  # whole blocks between sinks and window
         return self._plan_of_blocks(call, between, *self.highest(call, scores, between))
 

@@ -177,17 +177,19 @@ class LayeredMethod(BudgetedMethod):
             return Dense("full layer")
         if role == "select":
             return PagePlan.every(call, self.list_page_size, wants_logits=True)
-        lists = call.carried.get(self.method)
-        if lists is None:
+        plan: PagePlan | None = call.carried.get(self.method)
+        if plan is None or plan.pages is None or plan.counts is None:
             return Dense("no list: the selecting layer was dense")
-        pages, counts = (part.to(call.q.device) for part in lists)  # layers may lie on several devices
-        if pages.shape[1] not in (1, call.k.shape[1], call.q.shape[1]):
+        if plan.pages.shape[1] not in (1, call.k.shape[1], call.q.shape[1]):
             return Dense("the selecting layer has another number of heads")
-        return PagePlan.of(call, pages, counts, self.list_page_size)
+        if plan.pages.device == call.q.device and plan.heads == call.q.shape[1]:
+            return plan
+        device = call.q.device  # layers may lie on several devices
+        return PagePlan.of(call, plan.pages.to(device), plan.counts.to(device), self.list_page_size)
 
     def select(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> None:
         """Choose the list of the layers that follow; see `DecodeMethod.select`."""
-        call.carried[self.method] = self.choose(call, logits, lse)
+        call.carried[self.method] = PagePlan.of(call, *self.choose(call, logits, lse), self.list_page_size)
 
     @abstractmethod
     def choose(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -71,11 +71,10 @@ class Quest(BudgetedMethod):
         low, high = call.carried.pop(self._key(call), None) or page_bounds(call, self.page_size)
         lengths = call.lengths()
         scores = self._of_lists(call, bound_scores(call.q[:, :, -1], low, high, lengths, self.page_size))
-        limits = -(-lengths // self.page_size)
         if self.current_page != "scored":
-            number = torch.arange(scores.shape[-1], device=scores.device)
-            scores = scores.masked_fill((number == (limits - 1)[:, None])[:, None], torch.inf)
-        return PagePlan.of(call, *self.highest(call, scores, limits), self.page_size)
+            current = ((lengths - 1) // self.page_size)[:, None, None].expand(-1, scores.shape[1], 1)
+            scores = scores.scatter(-1, current, torch.inf)
+        return PagePlan.of(call, *self.highest(call, scores, lengths, self.page_size), self.page_size)
 
     def _of_lists(self, call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
         """The scores of query heads `[B, Hq, Np]` as those of lists `[B, L, Np]`."""

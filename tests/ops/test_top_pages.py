@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import sparse_patch.ops.top_pages as ops
+from sparse_patch.ops.top_pages import top_pages
 from sparse_patch.ops.top_pages import top_pages as op
 from sparse_patch.ops.top_pages import triton as kernels
 from sparse_patch.ops.top_pages.torch import top_pages as in_torch
@@ -121,5 +123,16 @@ def test_no_host_sync() -> None:
 
 
 def test_the_kernel_declares_what_it_does() -> None:
-    arguments = torch.randn(2, 3, 40), torch.full((2, 3), 40), 7
+    arguments = torch.randn(2, 3, 40), torch.full((2, 3), 40), 7, 1
     torch.library.opcheck(kernels.select_pages, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_limits_may_be_given_in_tokens(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randn(5, 2, 9, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([0, 1, page_size, 3 * page_size + 1, 9 * page_size])
+    expected = top_pages(scores, -(-tokens // page_size), 4)
+    for takes in (False, True):
+        monkeypatch.setattr(ops, "takes_triton", lambda _, takes=takes: takes)
+        for found, wanted in zip(top_pages(scores, tokens, 4, page_size), expected, strict=True):
+            assert torch.equal(found, wanted)

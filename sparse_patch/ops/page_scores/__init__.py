@@ -5,7 +5,7 @@ from torch import Tensor
 from sparse_patch.ops.backends import takes_triton
 
 
-def page_scores(logits: Tensor, lse: Tensor, lengths: Tensor, page_size: int) -> Tensor:
+def page_scores(logits: Tensor, lse: Tensor, lengths: Tensor, page_size: int, recent: int = 0) -> Tensor:
     """The attention that a page's tokens get, each from the head that attends to it most.
 
     A token's score is the largest probability that any query head gives it, a page's the sum over its tokens: the sum
@@ -17,12 +17,13 @@ def page_scores(logits: Tensor, lse: Tensor, lengths: Tensor, page_size: int) ->
         lse: float32 `[B, Hq]`, natural logarithm.
         lengths: tokens of each row, int64 `[B]`.
         page_size: tokens of a page.
+        recent: last pages of each row that are always read.
 
     Returns:
-        float32 `[B, ceil(S / page_size)]`; `-inf` for pages without a token.
+        float32 `[B, ceil(S / page_size)]`; `-inf` for pages without a token, `+inf` for the recent ones.
     """
     if takes_triton(logits) and page_size in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         from sparse_patch.ops.page_scores.triton import page_scores as scores
     else:
         from sparse_patch.ops.page_scores.torch import page_scores as scores
-    return scores(logits, lse, lengths, page_size)
+    return scores(logits, lse, lengths, page_size, recent)

@@ -11,25 +11,31 @@ import triton.language as tl
 _BLOCK = 256  # tokens of a program, at 4 a thread
 
 
-def page_scores(logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int) -> torch.Tensor:
+def page_scores(
+    logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int, recent: int = 0
+) -> torch.Tensor:
     """See `ops.page_scores`; `page_size` is a power of two up to 256."""
-    return score_pages(logits, lse, lengths, page_size)
+    return score_pages(logits, lse, lengths, page_size, recent)
 
 
 @torch.library.custom_op("sparse_patch::page_scores", mutates_args=())
-def score_pages(logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int) -> torch.Tensor:
+def score_pages(
+    logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int, recent: int
+) -> torch.Tensor:
     """The kernel's launch; arguments and result as in `ops.page_scores`."""
     scores = _scores(logits, page_size)
     batch, heads, size = logits.shape
     _score_kernel[(triton.cdiv(size, _BLOCK), batch)](
         logits,
         lse.contiguous(),
-        lengths.contiguous(),
+        lengths,
         scores,
         *logits.stride(),
+        lengths.stride(0),
         heads,
         size,
         scores.shape[1],
+        recent,
         HEADS=min(16, triton.next_power_of_2(heads)),
         BLOCK=_BLOCK,
         P=page_size,
@@ -39,7 +45,7 @@ def score_pages(logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, 
 
 
 @score_pages.register_fake
-def _(logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int) -> torch.Tensor:
+def _(logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int, recent: int) -> torch.Tensor:
     return _scores(logits, page_size)
 
 
@@ -49,11 +55,11 @@ def _scores(logits: torch.Tensor, page_size: int) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["pages"])
 def _score_kernel(
-    logits, lse, lengths, scores, stride_b, stride_h, stride_s, heads, size, pages,
+    logits, lse, lengths, scores, stride_b, stride_h, stride_s, stride_length, heads, size, pages, recent,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     i_block, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    length = tl.load(lengths + i_b).to(tl.int32)
+    length = tl.load(lengths + i_b * stride_length).to(tl.int32)
     first = i_block * BLOCK
     offs_s = first + tl.arange(0, BLOCK)
     top = tl.full([BLOCK], -float("inf"), dtype=tl.float32)  # largest log probability of each token
@@ -68,5 +74,6 @@ def _score_kernel(
     probability = tl.where(offs_s < length, tl.exp(top), 0.0)
     sums = tl.sum(tl.reshape(probability, (BLOCK // P, P)), 1)
     offs_u = i_block * (BLOCK // P) + tl.arange(0, BLOCK // P)
+    sums = tl.where(offs_u >= tl.cdiv(length, P) - recent, float("inf"), sums)
     sums = tl.where(offs_u * P < length, sums, -float("inf"))
     tl.store(scores + i_b * pages + offs_u, sums, mask=offs_u < pages)

@@ -5,7 +5,7 @@ from torch import Tensor
 from sparse_patch.ops.backends import takes_triton
 
 
-def top_pages(scores: Tensor, limits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_pages(scores: Tensor, limits: Tensor, k: int, page_size: int = 1) -> tuple[Tensor, Tensor]:
     """The `min(k, limit)` highest of the first `limit` scores of each list, by number.
 
     A page of score `+inf` is chosen before all others, one of `-inf` or NaN only when nothing else is left; of equal
@@ -13,8 +13,10 @@ def top_pages(scores: Tensor, limits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Args:
         scores: float32 `[B, L, N]`.
-        limits: pages that each row, or each list, really has: int64 `[B]` or `[B, L]`; at most N of them count.
+        limits: pages that each row, or each list, really has, or with a `page_size` the tokens of them: int64 `[B]` or
+            `[B, L]`; at most N pages count.
         k: pages to choose; more than N are N.
+        page_size: tokens of a page, where `limits` are tokens.
 
     Returns:
         The pages, int32 `[B, L, min(k, N)]`, in ascending order; what follows the first `counts` has no meaning but is
@@ -28,7 +30,7 @@ def top_pages(scores: Tensor, limits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         from sparse_patch.ops.top_pages.triton import unsupported
 
         if unsupported(scores, k) is None:
-            return by_kernel(scores, limits, k)
+            return by_kernel(scores, limits, k, page_size)
     from sparse_patch.ops.top_pages.torch import top_pages as in_torch
 
-    return in_torch(scores, limits, k)
+    return in_torch(scores, -(-limits // page_size) if page_size > 1 else limits, k)

@@ -23,23 +23,27 @@ def unsupported(scores: torch.Tensor, k: int) -> str | None:
     return None
 
 
-def top_pages(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def top_pages(
+    scores: torch.Tensor, limits: torch.Tensor, k: int, page_size: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.top_pages`; `limits` is int64 `[B, L]` and `k` at most N."""
-    return select_pages(scores, limits, k)
+    return select_pages(scores, limits, k, page_size)
 
 
 @torch.library.custom_op("sparse_patch::top_pages", mutates_args=())
-def select_pages(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def select_pages(
+    scores: torch.Tensor, limits: torch.Tensor, k: int, page_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel's launches; arguments and results as in `top_pages`."""
     entries, candidates = scores.shape[-1], None
     while (block := _block(entries, k)) < entries:
-        candidates = _select(scores, candidates, limits, k, block, entries)[0]
+        candidates = _select(scores, candidates, limits, k, page_size, block, entries)[0]
         entries = candidates.shape[-1]
-    return _select(scores, candidates, limits, k, block, entries)
+    return _select(scores, candidates, limits, k, page_size, block, entries)
 
 
 @select_pages.register_fake
-def _(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _(scores: torch.Tensor, limits: torch.Tensor, k: int, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return _lists(scores, 1, k)
 
 
@@ -56,7 +60,13 @@ def _lists(scores: torch.Tensor, parts: int, k: int) -> tuple[torch.Tensor, torc
 
 
 def _select(
-    scores: torch.Tensor, candidates: torch.Tensor | None, limits: torch.Tensor, k: int, block: int, entries: int
+    scores: torch.Tensor,
+    candidates: torch.Tensor | None,
+    limits: torch.Tensor,
+    k: int,
+    page_size: int,
+    block: int,
+    entries: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best of each part, of all pages or of the candidates `[B, L, entries]`; -1 where a part has fewer."""
     batch, lists, size = scores.shape
@@ -74,6 +84,7 @@ def _select(
         size,
         entries,
         k,
+        page_size,
         0 if parts == 1 else -1,
         BLOCK=block,
         HAS_CANDIDATES=candidates is not None,
@@ -94,7 +105,7 @@ def _rising(scores):
 @triton.jit(do_not_specialize=["entries", "k", "fill"])
 def _select_kernel(
     scores, candidates, limits, pages, counts, stride_b, stride_l, stride_n, stride_limit_b, stride_limit_l,
-    lists, size, entries, k, fill, BLOCK: tl.constexpr, HAS_CANDIDATES: tl.constexpr,
+    lists, size, entries, k, page_size, fill, BLOCK: tl.constexpr, HAS_CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     i_part, i_list = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_b, i_l = i_list // lists, i_list % lists
@@ -104,7 +115,7 @@ def _select_kernel(
         page = tl.load(candidates + i_list * entries + page, mask=page < entries, other=-1)
         real, there = page >= 0, page >= 0
     else:
-        limit = tl.load(limits + i_b * stride_limit_b + i_l * stride_limit_l)
+        limit = tl.cdiv(tl.load(limits + i_b * stride_limit_b + i_l * stride_limit_l), page_size)
         real, there = page < tl.minimum(limit, size), page < size  # a mask that may end anywhere forbids wide loads
     p_scores = scores + i_b * stride_b + i_l * stride_l + page.to(tl.int64) * stride_n
     key = _rising(tl.load(p_scores, mask=there, other=-float("inf")))
