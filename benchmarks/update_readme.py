@@ -175,13 +175,62 @@ def _from(name: str, length: int | None) -> str:
     return f"`{name}` from {length:,} tokens" if length else f"`{name}` at no length"
 
 
+def decode_tables(results: Path = ROOT / "benchmarks" / "results") -> str:
+    """One table for each machine of `sparse-patch bench decode` and `bench model`, whatever their batches."""
+    folders = sorted({path.parent for path in results.glob("*/decode*.json")})
+    return "\n\n".join(decode_table(folder) for folder in folders) or "No measured machine is recorded yet."
+
+
+def decode_table(folder: Path) -> str:
+    """A row for each kind of layer and for all layers, then the whole models; a column for each batch and length."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("decode*.json"))]
+    models = [json.loads(path.read_text()) for path in sorted(folder.glob("model*.json"))]
+    cells: dict[str, dict[tuple[int, int], str]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            of = {(run["batch"], row["length"]): _decode_cell(row["ms"], row["dense"])}
+            cells.setdefault(_decode_label(row), {}).update(of)
+    for run in models:
+        for row in run["rows"]:
+            label = f"a token of the whole model: {_decode_label(row)}"
+            cells.setdefault(label, {})[run["batch"], row["length"]] = _decode_cell(row["token_ms"], row["best"])
+    columns = sorted({key for row in cells.values() for key in row})
+    titles = [f"batch {batch}, {length:,} tokens" for batch, length in columns]
+    lines = [f"| decode | {' | '.join(titles)} |", f"|{'---|' * (len(columns) + 1)}"]
+    lines += [f"| {label} | {' | '.join(row.get(key, '') for key in columns)} |" for label, row in cells.items()]
+    machine, heads = runs[0]["machine"], runs[0]["shape"]["heads"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "One step, and its time relative to dense decode on our own kernel, on the same cache. Layers are timed in "
+            f"one CUDA graph of {runs[0]['shape']['layers']}; whole models generate with a static cache, compiled, "
+            f"with random weights. {machine['device']}, {machine['dtype']}, {heads['heads']} query heads, "
+            f"{heads['kv_heads']} KV heads, head_dim {heads['head_dim']}; a copy moves "
+            f"{max(run['copy_gb_per_s'] for run in runs):,.0f} GB/s; torch {machine['torch']}, triton "
+            f"{machine['triton']}, transformers {machine['transformers']}.",
+        ]
+    )
+
+
+def _decode_label(row: dict[str, Any]) -> str:
+    name, _, rest = row["label"].partition(":")
+    return f"`{name}`{':' if rest else ''}{rest}" if row["config"] else row["label"]
+
+
+def _decode_cell(ms: float, dense: float | None) -> str:
+    time = f"{1000 * ms:.1f} us" if ms < 1 else f"{ms:.2f} ms"
+    return time + ("" if dense is None else f", {dense:.2f} x")
+
+
 def updated(readme: str) -> str:
     """The README with fresh tables between its markers."""
-    for name, table in (("demo", demo_table()), ("accuracy", accuracy_tables()), ("prefill", prefill_tables())):
+    tables = {"demo": demo_table, "accuracy": accuracy_tables, "prefill": prefill_tables, "decode": decode_tables}
+    for name, draw in tables.items():
         begin, end = f"<!-- {name} table -->", f"<!-- end of {name} table -->"
         before, _, rest = readme.partition(begin)
         _, _, after = rest.partition(end)
-        readme = f"{before}{begin}\n{table}\n{end}{after}"
+        readme = f"{before}{begin}\n{draw()}\n{end}{after}"
     return readme
 
 

@@ -36,10 +36,10 @@ class PatchConfig(BaseModel):
         prefill: method for calls that process a prompt or a chunk of one; None leaves them dense.
         decode: method for calls that generate tokens; None leaves them dense.
         backend: which implementation executes plans: "auto" takes the fastest that serves the device.
-        dense: what runs prefill calls that are dense by the configuration or by the method's choice (short prompts,
-            layers that are not selected, `method: dense`): "unpatched", the implementation that the model had, or
-            "best", the fastest dense kernel present (flash-attn-4 or cuDNN on Hopper) where it serves the call; it
-            rounds differently.
+        dense: what runs calls that are dense by the configuration or by the method's choice (short prompts, layers that
+            are not selected, `method: dense`): "unpatched", the implementation that the model had, or "best", the
+            fastest dense kernel present where it serves the call: in prefill flash-attn-4 or cuDNN on Hopper, in decode
+            our own kernel on any GPU that runs Triton. It rounds differently.
         on_unsupported: what a call that the method cannot serve does: "warn" (once per reason) and go dense, "error",
             or "silent" (dense; the report counts it in any case).
         source: where the configuration came from, for messages and the report.

@@ -44,9 +44,9 @@ def _build(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     return getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
 
 
-def llama() -> PreTrainedModel:
+def llama(layers: int = 3) -> PreTrainedModel:
     """The plain case: grouped-query attention, no window, no cap."""
-    return _build("Llama")
+    return _build("Llama", num_hidden_layers=layers)
 
 
 def mistral() -> PreTrainedModel:

@@ -6,12 +6,13 @@ from typing import Any, Literal
 import pytest
 import torch
 from families import FAMILIES, llama
+from method_table import DECODE_METHODS, MethodCase
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
 from sparse_patch.caches import FixedLayer, GrowingLayer, adopt, growing_cache
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import PatchConfig
-from sparse_patch.methods.base import DecodeMethod
+from sparse_patch.methods.base import DecodeMethod, registry
 from sparse_patch.patching import capture_plans, patched, sparsity_report
 from sparse_patch.plans import PagePlan, Plan
 
@@ -237,3 +238,111 @@ def test_a_deep_copy_and_unpatching_leave_nothing_behind() -> None:
     batch = prompt(model)
     with patched(model, TOY):
         torch.testing.assert_close(steps(twin, batch), steps(model, batch))
+
+
+# What holds for every decode method, through the hook.
+METHODS = pytest.mark.parametrize("case", DECODE_METHODS, ids=lambda case: case.name)
+FAST = pytest.mark.parametrize("case", [DECODE_METHODS[i] for i in (0, 3, 5, 8)], ids=lambda case: case.name)
+
+
+@pytest.fixture(scope="module")
+def five_layers() -> PreTrainedModel:
+    return llama(layers=5)
+
+
+def long_prompt(pad: int = 30) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 90, (2, 200), generator=torch.Generator().manual_seed(7))
+    mask = torch.ones_like(ids)
+    mask[1, :pad] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_every_decode_method_is_in_the_table() -> None:
+    sparse = {name for name, method in registry().items() if "decode" in method.phases and name != "dense"}
+    assert {case.small["method"] for case in DECODE_METHODS} == sparse
+
+
+@METHODS
+def test_a_full_budget_is_dense_bit_for_bit(case: MethodCase, five_layers: PreTrainedModel) -> None:
+    batch = long_prompt()
+    expected = steps(five_layers, batch)
+    with patched(five_layers, {"decode": case.full}):
+        assert torch.equal(steps(five_layers, batch), expected)
+
+
+@METHODS
+def test_backends_and_caches_agree(case: MethodCase, five_layers: PreTrainedModel) -> None:
+    """The torch backend on a growing, a static and a user's own cache gives what the reference backend gives."""
+    batch = long_prompt()
+    with patched(five_layers, {"decode": case.small, "backend": "reference", "on_unsupported": "error"}):
+        expected = steps(five_layers, batch)
+        report = sparsity_report(five_layers)
+    assert not torch.allclose(expected, steps(five_layers, batch), atol=1e-4), "decode was sparse"
+    attended = [layer.decode.attended for layer in report.layers]
+    assert min(attended) < 110 < max(attended), attended
+    with patched(five_layers, {"decode": case.small, "on_unsupported": "error"}):
+        for options in ({}, {"cache_implementation": "static"}, {"past_key_values": DynamicCache()}):
+            found = steps(five_layers, batch, **options)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4, msg=str(options))
+
+
+@METHODS
+def test_a_padded_row_generates_what_it_generates_alone(case: MethodCase, five_layers: PreTrainedModel) -> None:
+    batch = long_prompt(pad=30)
+    alone = {"input_ids": batch["input_ids"][1:, 30:], "attention_mask": batch["attention_mask"][1:, 30:]}
+    with patched(five_layers, {"decode": case.small}):
+        together = steps(five_layers, batch)[:, 1]
+        torch.testing.assert_close(together, steps(five_layers, alone)[:, 0], atol=1e-4, rtol=1e-4)
+
+
+@FAST
+def test_a_compiled_step_of_every_kind_of_method(case: MethodCase, five_layers: PreTrainedModel) -> None:
+    torch._dynamo.reset()
+    options = CompileConfig(backend="eager", fullgraph=True)
+    options._compile_all_devices = True
+    with patched(five_layers, {"decode": case.small}):
+        eager = steps(five_layers, long_prompt(), cache_implementation="static")
+        before = sparsity_report(five_layers).layers[2].decode.calls
+        compiled = steps(five_layers, long_prompt(), cache_implementation="static", compile_config=options)
+        assert sparsity_report(five_layers).layers[2].decode.calls == before, "the step was not compiled"
+    torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
+    torch._dynamo.reset()
+
+
+@FAST
+@torch.no_grad()
+def test_a_continued_chat_and_a_cut_cache(case: MethodCase, five_layers: PreTrainedModel) -> None:
+    """Tokens, a second prompt and tokens again; what was cut off and fed once more gives the same."""
+    ids = long_prompt()["input_ids"]
+    with patched(five_layers, {"decode": case.small}):
+        cache = growing_cache(five_layers.config)
+        pieces = [(0, 120), *((i, i + 1) for i in range(120, 126)), (126, 170), *((i, i + 1) for i in range(170, 176))]
+        logits = [five_layers(ids[:, a:b], past_key_values=cache).logits[:, -1] for a, b in pieces]
+        cache.crop(-20)  # into the second prompt
+        five_layers(ids[:, 156:170], past_key_values=cache)
+        again = [five_layers(ids[:, i : i + 1], past_key_values=cache).logits[:, -1] for i in range(170, 176)]
+    torch.testing.assert_close(torch.stack(again), torch.stack(logits[-6:]), atol=1e-4, rtol=1e-4)
+
+
+@FAST
+def test_assisted_decoding_is_what_it_is_without_an_assistant(case: MethodCase, five_layers: PreTrainedModel) -> None:
+    """Several tokens at a time are verified densely, so only a full budget must give the same text."""
+    prompt = {"input_ids": long_prompt(0)["input_ids"][:1]}
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    with patched(five_layers, {"decode": case.full}):
+        expected = five_layers.generate(**prompt, **settings)
+        assert torch.equal(five_layers.generate(**prompt, **settings, assistant_model=llama()), expected)
+    with patched(five_layers, {"decode": case.small}):
+        five_layers.generate(**prompt, **settings, assistant_model=llama())
+        assert "more than one query" in sparsity_report(five_layers).layers[-1].decode.dense
+
+
+def test_no_key_is_copied_again_while_generating(five_layers: PreTrainedModel) -> None:
+    """With the cache that `generate` makes, no concatenation in a profile is as large as the keys."""
+    with patched(five_layers, {"decode": DECODE_METHODS[3].small}):
+        five_layers.generate(**long_prompt(), max_new_tokens=2)
+        with torch.profiler.profile(record_shapes=True) as profile:
+            result = five_layers.generate(**long_prompt(), max_new_tokens=8, return_dict_in_generate=True)
+    keys = result.past_key_values.layers[0].keys
+    sizes = [event.input_shapes[0] for event in profile.events() if event.name == "aten::cat"]
+    assert sizes and not [shapes for shapes in sizes if keys.shape[2] - 8 in torch.tensor(shapes).flatten().tolist()]
