@@ -25,7 +25,7 @@ from sparse_patch.call import AttentionCall
 from sparse_patch.methods.base import Excluded, LayerIndex, Tokens
 from sparse_patch.methods.budget import BudgetedMethod, Count
 from sparse_patch.ops.page_statistics import mean_scores, page_means
-from sparse_patch.plans import PagePlan, Plan, leading
+from sparse_patch.plans import PagePlan, Plan
 
 
 class Kinetics(BudgetedMethod):
@@ -92,18 +92,18 @@ class Kinetics(BudgetedMethod):
         """
         page = self.list_page_size
         per_block, first = self.block_size // page, self.sinks // page  # pages of a block; page of the first block
-        sinks = torch.arange(first, device=call.q.device).expand(*counts.shape, -1)
-        within = torch.arange(per_block, device=call.q.device)
-        chosen = (first + blocks[..., None] * per_block + within).flatten(-2)
-        last = torch.arange(-(-(self.local + self.block_size - 1) // page), device=call.q.device)
-        window = (first + between[:, None] * per_block + last)[:, None].expand(*counts.shape, -1)
-        pages = torch.cat([sinks, chosen, window], -1)
-        is_read = pages * page < call.lengths()[:, None, None]
-        of_chosen = leading(blocks, counts).repeat_interleave(per_block, -1)
-        is_read[..., first : first + of_chosen.shape[-1]] &= of_chosen
-        end = -(-call.kv_length // page)
-        in_front = pages.masked_fill(~is_read, end).sort(-1).values.clamp(max=end - 1)
-        return PagePlan.of(call, in_front.int(), is_read.sum(-1).int(), page)
+        in_blocks, between = (
+            counts.long() * per_block,
+            between[:, None] * per_block,
+        )  # pages: of chosen and of all blocks
+        size = first + blocks.shape[-1] * per_block - (-(self.local + self.block_size - 1) // page)
+        slot = torch.arange(size, device=blocks.device).expand(*counts.shape, -1)
+        number, within = (slot - first).clamp(min=0) // per_block, (slot - first) % per_block
+        chosen = first + blocks.gather(-1, number.clamp(max=blocks.shape[-1] - 1)) * per_block + within
+        window = slot + (between - in_blocks)[..., None]
+        pages = torch.where(slot < first + in_blocks[..., None], torch.where(slot < first, slot, chosen), window)
+        read = -(-call.lengths()[:, None] // page) - between + in_blocks
+        return PagePlan.of(call, pages.clamp(max=-(-call.kv_length // page) - 1).int(), read.int(), page)
 
     def _key(self, call: AttentionCall) -> str:
         return f"{self.method} {call.layer}"
