@@ -22,7 +22,9 @@ from sparse_patch.attention import NAME, LayerState, dispatch_scope, note_cache,
 from sparse_patch.caches import adopt
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.config import ConfigSource, PatchConfig, load_config
+from sparse_patch.correction import Correction
 from sparse_patch.errors import PatchError
+from sparse_patch.methods.base import DecodeMethod
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.plans import Plan
 from sparse_patch.report import LayerCounts, LayerReport, SparsityReport
@@ -40,7 +42,7 @@ class Patch:
         attention: the patched attention modules, in the order of their layers.
         own_configs: the model's copies of Transformers configs.
         holders: the modules that were given one of them.
-        hooks: what tells a layer which cache a forward uses.
+        hooks: what tells a layer which cache a forward uses, and what corrects that cache.
     """
 
     config: PatchConfig
@@ -91,6 +93,9 @@ def patch_model(
         _config_of(module)._attn_implementation = NAME
         module.sparse_patch = state  # type: ignore[assignment]
     hooks = [module.register_forward_pre_hook(note_cache, with_kwargs=True) for module in attention.values()]
+    if isinstance(settings.decode, DecodeMethod) and settings.decode.correct_every is not None:
+        correction = Correction(settings.decode.correct_every, states)
+        hooks.append(root.register_forward_pre_hook(correction, with_kwargs=True))
     if isinstance(root, GenerationMixin):
         vars(root)[_PREPARE] = MethodType(_prepare_cache, root)  # in the way of the class's own
     root.sparse_patch = Patch(settings, list(attention.values()), own_configs, holders, hooks)  # type: ignore[assignment]

@@ -133,6 +133,11 @@ class DecodeMethod(Method):
 
     min_length: Tokens = 4096
 
+    @property
+    def correct_every(self) -> int | None:
+        """Tokens after which what was decoded sparsely is computed once more, densely; None for never."""
+        return None
+
     def why_dense(self, call: AttentionCall) -> Dense | None:
         """The dense answer that every decode method gives to short caches."""
         if call.kv_length < self.min_length:

@@ -14,7 +14,8 @@ DerrickYLJ/TidalDecode. Paper and public code differ:
   heads' softmax probabilities (DELTA's measure), because logits of different heads cannot be compared.
 
 In both codes and here: no sinks and no window are forced. Several queries at a time (speculative decoding) are dense,
-where the public code decodes them sparsely. The paper's periodic KV-cache correction is not part of the selection.
+where the public code decodes them sparsely. The paper's periodic KV-cache correction is off by default;
+`correction_period` turns it on.
 """
 
 from typing import Annotated, Literal
@@ -34,6 +35,8 @@ class TidalDecode(LayeredMethod):
         budget: tokens of a list, the current one included.
         force_current: whether the current token is always in the list.
         index_sharing: which heads share a list; see the module's text.
+        correction_period: tokens after which the cache is corrected, see `sparse_patch.correction`; None for never, and
+            never with a static cache.
     """
 
     summary = "tokens with the highest logits of two layers, reused by the layers after them"
@@ -44,6 +47,11 @@ class TidalDecode(LayeredMethod):
     budget: Annotated[int, Field(gt=0)] | None = 4096
     force_current: bool = True
     index_sharing: Literal["q_head", "kv_group", "all"] = "q_head"
+    correction_period: Annotated[int, Field(gt=0)] | None = None
+
+    @property
+    def correct_every(self) -> int | None:
+        return self.correction_period
 
     def choose(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Top-k tokens of each list; see `LayeredMethod.choose`."""
