@@ -286,6 +286,14 @@ def test_backends_and_caches_agree(case: MethodCase, five_layers: PreTrainedMode
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4, msg=str(options))
 
 
+def test_a_backend_that_is_named_for_prefill_does_not_stop_decode(five_layers: PreTrainedModel) -> None:
+    settings = {"decode": DECODE_METHODS[3].small, "on_unsupported": "error"}
+    with patched(five_layers, settings):
+        expected = steps(five_layers, long_prompt())
+    with patched(five_layers, {**settings, "backend": "flash"}):
+        assert torch.equal(steps(five_layers, long_prompt()), expected)
+
+
 @METHODS
 def test_a_padded_row_generates_what_it_generates_alone(case: MethodCase, five_layers: PreTrainedModel) -> None:
     batch = long_prompt(pad=30)

@@ -10,6 +10,7 @@ from sparse_patch.ops.backends import takes_triton, triton_unsupported
 from sparse_patch.plans import PagePlan
 
 BACKENDS = ("reference", "torch", "triton")
+_OWN_CHOICE = ("auto", "flash")  # flash-attn-4 has no kernel for this; a configuration may name it for its prefill
 
 
 def attend(
@@ -20,7 +21,7 @@ def attend(
     Args:
         call: the attention call, of decode.
         plan: the pages to read; made for this call.
-        backend: one of `BACKENDS`, or "auto" for the fastest one that serves the call.
+        backend: one of `BACKENDS`, or "auto" or "flash" for the fastest one that serves the call.
         return_lse: whether to compute the LSE as well; a plan that `wants_logits` gets it always.
 
     Returns:
@@ -31,7 +32,7 @@ def attend(
     Raises:
         UnsupportedCallError: the backend cannot serve the call; `unsupported` tells before.
     """
-    if backend == "auto":
+    if backend in _OWN_CHOICE:
         backend = fastest(call, plan)
     elif reason := unsupported(call, plan, backend):
         raise UnsupportedCallError(reason)
@@ -45,8 +46,8 @@ def fastest(call: AttentionCall, plan: PagePlan) -> str:
 
 
 def unsupported(call: AttentionCall, plan: PagePlan, backend: str) -> str | None:
-    """Why a backend cannot serve a call; None if it can, as "auto" always can."""
-    if backend in ("auto", "torch", "reference"):
+    """Why a backend cannot serve a call; None if it can, as "auto" and "flash" always can."""
+    if backend in (*_OWN_CHOICE, "torch", "reference"):
         return None
     if backend == "triton" and (reason := triton_unsupported(call.q)):
         return reason
