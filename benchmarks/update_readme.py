@@ -68,8 +68,8 @@ def accuracy_table(result: dict[str, Any]) -> str:
     """One row for each length and configuration of `sparse-patch eval` on needle-llama."""
     rows = result["rows"]
     lines = [
-        f"| prompt tokens | config | {' | '.join(COLUMNS)} | density | prefill |",
-        f"|{'---|' * (len(COLUMNS) + 4)}",
+        f"| prompt tokens | config | {' | '.join(COLUMNS)} | density | attended | prefill |",
+        f"|{'---|' * (len(COLUMNS) + 5)}",
     ]
     for length in sorted({row["length"] for row in rows}):
         for config in result["configs"]:
@@ -86,7 +86,8 @@ def _accuracy_row(length: int, config: str, rows: list[dict[str, Any]], alone: b
         digits = 2 if figure == "exact_match" else 3
         cells.append(f"{fmean(values):.{digits}f}" if values else "")
     seconds = f"{fmean(row['prefill_s'] for row in rows):.1f} s" if alone else ""
-    cells += [f"{fmean(row['density'] for row in rows):.2f}", seconds]
+    attended = [row["attended"] / length for row in rows if row["attended"] is not None]
+    cells += [f"{fmean(row['density'] for row in rows):.2f}", f"{fmean(attended):.2f}" if attended else "", seconds]
     return f"| {' | '.join(cells)} |"
 
 
@@ -99,6 +100,7 @@ def _accuracy_note(result: dict[str, Any]) -> str:
     prompts = ", ".join(f"{'/'.join(map(str, sorted(number)))} at {length:,}" for length, number in samples.items())
     return (
         "Share of prompts answered exactly (first three columns) and of answer tokens predicted (next three); density "
+        "(of prefill), keys that a decoded token attended to, as a share of the prompt, mean over layers, "
         f"and seconds are means over tasks. Prompts a task: {prompts}; so few that 1.00 of 10 means 0.72 or more, the "
         f"JSON has every interval. {_shared(result)}{machine['device']}, {machine['threads']} threads, {dtype}, torch"
         f" {machine['torch']}, transformers {machine['transformers']}, "
