@@ -14,11 +14,17 @@ def triton_unsupported(x: torch.Tensor) -> str | None:
     if x.is_cuda:
         recent = torch.cuda.get_device_properties(x.device).major >= 8  # torch.compile can trace it
         return None if recent else "backend triton needs a GPU of compute capability 8.0 or more"
-    import triton
-
-    return None if triton.knobs.runtime.interpret else "backend triton needs a CUDA device"
+    return None if _interprets() else "backend triton needs a CUDA device"
 
 
 def takes_triton(x: torch.Tensor) -> bool:
     """Whether an op that chooses for itself takes its Triton kernel for a tensor: on every GPU that it runs on."""
     return x.is_cuda and triton_unsupported(x) is None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _interprets() -> bool:
+    """Whether Triton's interpreter is on; torch.compile cannot trace the question."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
