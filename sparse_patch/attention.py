@@ -276,14 +276,21 @@ def _why_unserved(call: AttentionCall, plan: BlockPlan | PagePlan, backend: str)
     return None if reason is None else Dense(reason)
 
 
+def attend_pages(call: AttentionCall, plan: PagePlan, method: DecodeMethod, backend: str) -> torch.Tensor:
+    """Attend by a decode method's plan, and let the method select where it asked to: the output `[B, Hq, Sq, Dv]`."""
+    output, lse, logits = page_decode.attend(call, plan, backend)
+    if lse is not None and logits is not None:
+        method.select(call, logits, lse[..., -1])
+    return output
+
+
 def _attend_sparsely(
     state: LayerState, call: AttentionCall, plan: BlockPlan | PagePlan, mask: LazyMask
 ) -> torch.Tensor:
     """Attend and record: the output `[B, Sq, Hq, Dv]`."""
     if isinstance(plan, PagePlan):
-        output, lse, logits = page_decode.attend(call, plan, state.config.backend)
-        if logits is not None and lse is not None and state.decoder is not None:
-            state.decoder.select(call, logits, lse[..., -1])
+        assert state.decoder is not None, "only a decode method plans pages"
+        output = attend_pages(call, plan, state.decoder, state.config.backend)
     else:
         output, _ = block_sparse.attend(call, plan, state.config.backend)
     if not torch.compiler.is_compiling():  # a graph would be compiled anew for every value of a Python counter

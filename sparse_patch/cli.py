@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -176,7 +176,7 @@ def evaluate(
     from transformers.utils import logging as transformers_logging
 
     from sparse_patch.evaluation.generation import load_model
-    from sparse_patch.evaluation.journal import Journal, write_atomically
+    from sparse_patch.evaluation.journal import Journal
     from sparse_patch.evaluation.prompts import read_haystack
     from sparse_patch.evaluation.results import Record, add_to, as_json, summary, table
     from sparse_patch.evaluation.suite import Evaluation, configurations, header
@@ -217,7 +217,7 @@ def evaluate(
     data = as_json(rows, about, evaluation.configs)
     if json_file is not None:
         data = data if old is None else add_to(old, data, json_file)
-        write_atomically(json_file, json.dumps(data, indent=1) + "\n")
+        _write_result(json_file, data)
         journal.remove()
     if plot is not None:
         plot_accuracy(data, plot)
@@ -254,7 +254,6 @@ def bench_prefill(
 
     from sparse_patch.bench import common
     from sparse_patch.bench import prefill as benches
-    from sparse_patch.evaluation.journal import write_atomically
     from sparse_patch.evaluation.recording import file_inputs, random_inputs, recorded_inputs
     from sparse_patch.plots import plot_bench, require_matplotlib
     from sparse_patch.progress import progress_steps
@@ -280,12 +279,9 @@ def bench_prefill(
     console = Console() if sys.stdout.isatty() else Console(width=140)
     with progress_steps(console, benchmark.steps) as step:
         result = benches.bench_prefill(benchmark, step)
-    console.print(benches.table(result, benchmark, number_type))
-    for note in benches.notes(result):
-        console.print(note, markup=False, highlight=False)
+    _show_bench(console, benches.table(result, benchmark, number_type), benches.notes(result))
     data = benches.as_json(result, benchmark, number_type)
-    if json_file is not None:
-        write_atomically(json_file, json.dumps(data, indent=1) + "\n")
+    _write_result(json_file, data)
     if plot is not None:
         plot_bench(data, plot)
         console.print(f"picture: {plot}")
@@ -312,7 +308,6 @@ def bench_decode(
 
     from sparse_patch.bench import common
     from sparse_patch.bench import decode as benches
-    from sparse_patch.evaluation.journal import write_atomically
     from sparse_patch.progress import progress_steps
 
     _check_writable(json_file)
@@ -330,11 +325,8 @@ def bench_decode(
     console = Console() if sys.stdout.isatty() else Console(width=120)
     with progress_steps(console, benchmark.steps) as step:
         result = benches.bench_decode(benchmark, step)
-    console.print(benches.table(result, benchmark))
-    for note in benches.notes(result):
-        console.print(note, markup=False, highlight=False)
-    if json_file is not None:
-        write_atomically(json_file, json.dumps(benches.as_json(result, benchmark), indent=1) + "\n")
+    _show_bench(console, benches.table(result, benchmark), benches.notes(result))
+    _write_result(json_file, benches.as_json(result, benchmark))
 
 
 @bench.command("model")
@@ -355,7 +347,6 @@ def bench_model(
 
     from sparse_patch.bench import common
     from sparse_patch.bench import model as benches
-    from sparse_patch.evaluation.journal import write_atomically
     from sparse_patch.progress import progress_steps
 
     _check_writable(json_file)
@@ -377,11 +368,8 @@ def bench_model(
     console = Console() if sys.stdout.isatty() else Console(width=140)
     with progress_steps(console, benchmark.steps) as step:
         result = benches.bench_model(benchmark, step)
-    console.print(benches.table(result, benchmark))
-    for note in benches.notes(result):
-        console.print(note, markup=False, highlight=False)
-    if json_file is not None:
-        write_atomically(json_file, json.dumps(benches.as_json(result, benchmark), indent=1) + "\n")
+    _show_bench(console, benches.table(result, benchmark), benches.notes(result))
+    _write_result(json_file, benches.as_json(result, benchmark))
 
 
 @app.command()
@@ -478,7 +466,6 @@ def calibrate_layers(
 
     from sparse_patch.calibration import layers
     from sparse_patch.evaluation.generation import load_model
-    from sparse_patch.evaluation.journal import write_atomically
     from sparse_patch.plots import plot_layers, require_matplotlib
     from sparse_patch.progress import progress_steps
 
@@ -504,8 +491,7 @@ def calibrate_layers(
     console.print(layers.table(curves, choice, about))
     console.print(layers.summary(choice), highlight=False)
     console.print(f"layers: {out}; use them with decode.calibration: {out}", soft_wrap=True)
-    if json_file is not None:
-        write_atomically(json_file, json.dumps(data, indent=1) + "\n")
+    _write_result(json_file, data)
     if plot is not None:
         plot_layers(data, plot)
         console.print(f"picture: {plot}")
@@ -605,6 +591,20 @@ def _check_writable(*paths: Path | None) -> None:
             raise SparsePatchError(f"{path}: cannot be written: {path.absolute().parent} is not a folder")
         if path is not None and path.is_dir():
             raise SparsePatchError(f"{path}: cannot be written: it is a folder")
+
+
+def _write_result(path: Path | None, data: dict[str, Any]) -> None:
+    """Write what a long run measured: all of it, or nothing."""
+    from sparse_patch.evaluation.journal import write_atomically
+
+    if path is not None:
+        write_atomically(path, json.dumps(data, indent=1) + "\n")
+
+
+def _show_bench(console: Console, table: Table, notes: Iterable[str]) -> None:
+    console.print(table)
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
 
 
 def _write_json(path: Path | None, make: Callable[[], Any]) -> None:

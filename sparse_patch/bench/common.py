@@ -3,22 +3,25 @@
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import PatchConfig, load_config, nearest
-from sparse_patch.errors import TaskError
+from sparse_patch.errors import TaskError, UnsupportedCallError
 from sparse_patch.evaluation.generation import machine
 from sparse_patch.evaluation.recording import Shape
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.patching import versions
+from sparse_patch.progress import Step
+
+T = TypeVar("T")
 
 SHAPES = {  # query heads, KV heads, head_dim
     "llama-3.1-8b": Shape(32, 8, 128),
@@ -125,6 +128,35 @@ def describe_machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         found |= {"driver": _driver(), "cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
     return {**machine(), **versions(), "system": platform.system(), **{k: v for k, v in found.items() if v is not None}}
+
+
+def rows_of(
+    ways: Iterable[tuple[str, Callable[[], T]]], length: int, skipped: dict[str, list[int]], progress: Step
+) -> list[T]:
+    """The rows of one length; what a kernel or method does not serve, or memory does not hold, is added to `skipped`.
+
+    Args:
+        ways: label and measurement of each row.
+        length: tokens.
+        skipped: lengths by what did not run and why.
+        progress: called with a description before each measurement.
+    """
+    rows = []
+    for label, measure in ways:
+        progress(f"{label}, {length} tokens")
+        try:
+            rows.append(measure())
+        except UnsupportedCallError as error:
+            skipped.setdefault(f"{label}: {error}", []).append(length)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            skipped.setdefault(f"{label}: out of memory", []).append(length)
+    return rows
+
+
+def skipped_notes(skipped: dict[str, list[int]]) -> list[str]:
+    """What did not run, a line each."""
+    return [f"skipped at {', '.join(map(str, lengths))}: {what}" for what, lengths in skipped.items()]
 
 
 def measured(function: Callable[[], object], call: AttentionCall) -> tuple[float, float | None]:

@@ -23,8 +23,17 @@ import torch
 from rich import box
 from rich.table import Table
 
+from sparse_patch.attention import attend_pages
 from sparse_patch.bench import decode_kernels
-from sparse_patch.bench.common import Architecture, cell, clocked, configs_by_stem, describe_machine
+from sparse_patch.bench.common import (
+    Architecture,
+    cell,
+    clocked,
+    configs_by_stem,
+    describe_machine,
+    rows_of,
+    skipped_notes,
+)
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import TaskError, UnsupportedCallError
@@ -313,18 +322,8 @@ def bench_decode(benchmark: Benchmark, progress: Step = lambda _: None) -> Resul
             torch.cuda.empty_cache()
             result.skipped.setdefault("caches of all layers: out of memory, ask for fewer --layers", []).append(length)
             continue
-        measured = []
-        for label, measure in bench.ways(benchmark):
-            progress(f"{label}, {length} tokens")
-            try:
-                measured.append(measure())
-            except UnsupportedCallError as error:
-                result.skipped.setdefault(f"{label}: {error}", []).append(length)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                result.skipped.setdefault(f"{label}: out of memory", []).append(length)
-        result.rows.extend(_against_dense(measured))
-        del bench, measured
+        result.rows.extend(_against_dense(rows_of(bench.ways(benchmark), length, result.skipped, progress)))
+        del bench
         if benchmark.device == "cuda":
             torch.cuda.empty_cache()
     return result
@@ -342,10 +341,7 @@ def run_layer(config: PatchConfig, call: AttentionCall) -> PagePlan:
     if isinstance(plan, Dense):
         plan = PagePlan.every(call)
     assert isinstance(plan, PagePlan), "a decode method plans pages"
-    _, lse, logits = page_decode.attend(call, plan, config.backend)
-    if plan.wants_logits:
-        assert lse is not None and logits is not None, "the plan wants them"
-        method.select(call, logits, lse[..., -1])
+    attend_pages(call, plan, method, config.backend)
     return plan
 
 
@@ -480,7 +476,7 @@ def table(result: Result, benchmark: Benchmark) -> Table:
 
 def notes(result: Result) -> list[str]:
     """What did not run."""
-    return [f"skipped at {', '.join(map(str, lengths))}: {what}" for what, lengths in result.skipped.items()]
+    return skipped_notes(result.skipped)
 
 
 def _against_dense(rows: Sequence[Row]) -> list[Row]:

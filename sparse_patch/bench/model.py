@@ -10,7 +10,7 @@ Transformers makes by itself, which copies all of it for every token.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from sparse_patch.bench.common import Architecture, cell, configs_by_stem, describe_machine
+from sparse_patch.bench.common import Architecture, cell, configs_by_stem, describe_machine, skipped_notes
 from sparse_patch.caches import growing_cache
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import TaskError
@@ -263,13 +263,14 @@ def table(result: Result, benchmark: Benchmark) -> Table:
     return drawn
 
 
-def notes(result: Result) -> Iterator[str]:
+def notes(result: Result) -> list[str]:
     """What a method could not serve, and what did not run."""
-    for row in result.rows:
-        for reason, calls in row.fallbacks.items():
-            yield f"{row.label}, {row.length} tokens: {calls} calls were dense: {reason}"
-    for what, lengths in result.skipped.items():
-        yield f"skipped at {', '.join(map(str, lengths))}: {what}"
+    lines = [
+        f"{row.label}, {row.length} tokens: {calls} calls were dense: {reason}"
+        for row in result.rows
+        for reason, calls in row.fallbacks.items()
+    ]
+    return lines + skipped_notes(result.skipped)
 
 
 def _row(

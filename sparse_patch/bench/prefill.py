@@ -14,7 +14,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from sparse_patch.bench.common import cell, configs_by_stem, describe_machine, measured
+from sparse_patch.bench.common import cell, configs_by_stem, describe_machine, measured, rows_of, skipped_notes
 from sparse_patch.call import AttentionCall, causal_pairs
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import TaskError, UnsupportedCallError
@@ -144,17 +144,7 @@ def bench_prefill(benchmark: Benchmark, progress: Step = lambda _: None) -> Resu
     result = Result([], {})
     for length in benchmark.lengths:
         call = benchmark.inputs.make(length)
-        measured = []
-        for label, measure in benchmark.ways(call):
-            progress(f"{label}, {length} tokens")
-            try:
-                measured.append(measure())
-            except UnsupportedCallError as error:
-                result.skipped.setdefault(f"{label}: {error}", []).append(length)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                result.skipped.setdefault(f"{label}: out of memory", []).append(length)
-        result.rows.extend(_with_speedups(measured))
+        result.rows.extend(_with_speedups(rows_of(benchmark.ways(call), length, result.skipped, progress)))
     return result
 
 
@@ -233,7 +223,7 @@ def notes(result: Result) -> list[str]:
         for name, lengths in break_even(result.rows).items()
         for baseline, length in lengths.items()
     ]
-    return lines + [f"skipped at {', '.join(map(str, lengths))}: {what}" for what, lengths in result.skipped.items()]
+    return lines + skipped_notes(result.skipped)
 
 
 def _dense_row(call: AttentionCall, kernel: str) -> Row:

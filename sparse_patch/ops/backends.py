@@ -4,6 +4,8 @@ from importlib.util import find_spec
 
 import torch
 
+from sparse_patch.call import AttentionCall
+
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -15,6 +17,15 @@ def triton_unsupported(x: torch.Tensor) -> str | None:
         recent = torch.cuda.get_device_properties(x.device).major >= 8  # torch.compile can trace it
         return None if recent else "backend triton needs a GPU of compute capability 8.0 or more"
     return None if _interprets() else "backend triton needs a CUDA device"
+
+
+def kernel_unsupported(call: AttentionCall) -> str | None:
+    """Why the Triton kernels of attention cannot execute a call where they run; None if they can."""
+    if call.scale <= 0:
+        return f"backend triton: scale {call.scale} is not positive"
+    if max(call.q.shape[-1], call.v.shape[-1]) > 256:
+        return f"backend triton: head_dim {max(call.q.shape[-1], call.v.shape[-1])} is above 256"
+    return None
 
 
 def takes_triton(x: torch.Tensor) -> bool:

@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.ops.backends import kernel_unsupported
 from sparse_patch.ops.kernels import softcap_logits
 from sparse_patch.plans import BlockPlan
 
@@ -45,11 +46,7 @@ def tile_of(head_dim: int, dtype: torch.dtype, block_size: int, capability: tupl
 
 def unsupported(call: AttentionCall, plan: BlockPlan) -> str | None:
     """Why this backend cannot execute the plan where its kernel runs; None if it can."""
-    if call.scale <= 0:
-        return f"backend triton: scale {call.scale} is not positive"
-    if max(call.q.shape[-1], call.v.shape[-1]) > 256:
-        return f"backend triton: head_dim {max(call.q.shape[-1], call.v.shape[-1])} is above 256"
-    return None
+    return kernel_unsupported(call)
 
 
 def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.ops.backends import kernel_unsupported
+from sparse_patch.ops.kernels import softcap_logits
 from sparse_patch.plans import PagePlan
 
 
@@ -41,11 +43,7 @@ def tile_of(head_dim: int, itemsize: int, capability: tuple[int, int]) -> Tile:
 
 def unsupported(call: AttentionCall, plan: PagePlan) -> str | None:
     """Why this backend cannot execute the plan; None if it can."""
-    if call.scale <= 0:
-        return f"backend triton: scale {call.scale} is not positive"
-    if max(call.q.shape[-1], call.v.shape[-1]) > 256:
-        return f"backend triton: head_dim {max(call.q.shape[-1], call.v.shape[-1])} is above 256"
-    return None
+    return kernel_unsupported(call)
 
 
 def attend(call: AttentionCall, plan: PagePlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -338,7 +336,7 @@ def _split_kernel(
         b_k = tl.load(p_k[None, :] + (rows * stride_ks)[:, None], mask=mask_k, other=0.0)
         s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
         if HAS_SOFTCAP:
-            s = softcap * (2.0 * tl.sigmoid(s * (2.0 / softcap)) - 1.0)  # tanh(x) = 2 sigmoid(2x) - 1
+            s = softcap_logits(s, 1.0, softcap)
         if WANTS_LOGITS:
             wanted = (offs_q == q_length - 1)[:, None] & readable[None, :]
             tl.store(p_logits[:, None] + position[None, :], s, mask=wanted)
