@@ -293,8 +293,10 @@ def _attend_sparsely(
         output = attend_pages(call, plan, state.decoder, state.config.backend)
     else:
         output, _ = block_sparse.attend(call, plan, state.config.backend)
-    if not torch.compiler.is_compiling():  # a graph would be compiled anew for every value of a Python counter
-        counts = state.counts.of(call.phase)
+    counts = state.counts.of(call.phase)
+    if torch.compiler.is_compiling():  # a graph would be compiled anew for every value of a Python counter
+        counts.compiled = True
+    else:
         counts.add_sparse(mask.work, plan.pairs_by_head)
         counts.copying_calls += state.copies
         _capture(state, call.phase, plan)
@@ -314,8 +316,10 @@ def _count_dense(
     assert reason is not None
     if dense is None:
         _complain(state, phase, reason.reason)
-    if not torch.compiler.is_compiling():
-        counts = state.counts.of(phase)
+    counts = state.counts.of(phase)
+    if torch.compiler.is_compiling():
+        counts.compiled = True
+    else:
         (counts.fallbacks if dense is None else counts.dense)[reason.reason] += 1
         counts.add_dense(mask.work if isinstance(mask, LazyMask) else _full_work(*tensors[:2]))
         _capture(state, phase, reason)

@@ -45,6 +45,7 @@ class PhaseCounts:
     fallbacks: Counter[str] = field(default_factory=Counter)
     dense_kernels: Counter[str] = field(default_factory=Counter)
     copying_calls: int = 0
+    compiled: bool = False
 
     def add_dense(self, work: Work) -> None:
         self._add(work)
@@ -77,6 +78,7 @@ class PhaseCounts:
             fallbacks=dict(self.fallbacks),
             dense_kernels=dict(self.dense_kernels),
             copying_calls=self.copying_calls,
+            compiled=self.compiled,
             pairs=(mean, causal, queries),
         )
 
@@ -96,7 +98,7 @@ class PhaseReport(BaseModel):
     """One layer in one phase.
 
     Attributes:
-        calls: attention calls. Calls inside `torch.compile` graphs are not counted.
+        calls: attention calls, those inside `torch.compile` graphs left out.
         sparse_calls: those that ran a sparse plan.
         density: share of the causal triangle that was computed, mean over heads, dense calls included; None without
             calls.
@@ -107,6 +109,7 @@ class PhaseReport(BaseModel):
         dense_kernels: how many of the calls in `dense` ran on a faster kernel than the model's own, by kernel; with
             `dense: best` only.
         copying_calls: how many of `sparse_calls` read a cache that copies all its keys for every token.
+        compiled: whether calls ran inside `torch.compile` graphs as well, which nothing here counts.
         pairs: (pairs computed, pairs of the causal triangle, queries): what totals are made from.
     """
 
@@ -119,6 +122,7 @@ class PhaseReport(BaseModel):
     fallbacks: dict[str, int]
     dense_kernels: dict[str, int] = {}
     copying_calls: int = 0
+    compiled: bool = False
     pairs: tuple[float, int, int]
 
 
@@ -219,6 +223,11 @@ class SparsityReport(BaseModel):
                     f"{phase}: {copying} sparse calls on a DynamicCache, which copies all its keys for every token; "
                     "let generate make the cache, or pass growing_cache(model.config)"
                 )
+            if compiled := sum(layer.phase(phase).compiled for layer in self.layers):
+                notes.append(
+                    f"{phase}: {compiled} layers also ran inside compiled graphs, whose calls are not counted; "
+                    "generate(disable_compile=True) counts them"
+                )
         if not self.hook_active:
             notes.append("the hook is not active: the attention implementation was changed after patch_model")
         return notes
@@ -259,6 +268,7 @@ def _merged_phase(parts: Sequence[PhaseReport]) -> PhaseReport:
         fallbacks=_sum(part.fallbacks for part in parts),
         dense_kernels=_sum(part.dense_kernels for part in parts),
         copying_calls=sum(part.copying_calls for part in parts),
+        compiled=any(part.compiled for part in parts),
         pairs=(computed, int(causal), int(queries)),
     )
 

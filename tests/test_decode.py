@@ -13,7 +13,7 @@ from sparse_patch.caches import FixedLayer, GrowingLayer, adopt, growing_cache
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import PatchConfig
 from sparse_patch.methods.base import DecodeMethod, registry
-from sparse_patch.patching import capture_plans, patched, sparsity_report
+from sparse_patch.patching import capture_plans, patched, reset_report, sparsity_report
 from sparse_patch.plans import PagePlan, Plan
 
 PROMPT = 60
@@ -91,9 +91,15 @@ def test_the_compiled_step_of_a_static_cache(family: str) -> None:
         batch = prompt(model, pad=pad)
         with patched(model, TOY):
             eager = steps(model, batch, cache_implementation="static")
-            before = sparsity_report(model).layers[0].decode.calls
+            before = sparsity_report(model)
             compiled = steps(model, batch, cache_implementation="static", compile_config=options)
-            assert sparsity_report(model).layers[0].decode.calls == before, "the step was not compiled"
+            after = sparsity_report(model)
+            assert after.layers[0].decode.calls == before.layers[0].decode.calls, "the step was not compiled"
+            assert not any(layer.decode.compiled for layer in before.layers)
+            assert all(layer.decode.compiled for layer in after.layers) and "inside compiled graphs" in str(after)
+            reset_report(model)
+            steps(model, batch, cache_implementation="static", compile_config=options)
+            assert sparsity_report(model).layers[0].decode.compiled, "a graph that is run again is noted again"
         torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
     torch._dynamo.reset()
 

@@ -84,8 +84,7 @@ def test_a_long_list_of_random_scores(backend: object) -> None:
 @pytest.mark.parametrize("size, k", [(65, 3), (64, 31), (200, 40), (290, 10)])
 def test_lists_in_parts(kind: str, size: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A list too long for one program: the best of each part, and the best of those."""
-    monkeypatch.setattr(kernels, "_WHOLE", 32)
-    monkeypatch.setattr(kernels, "_PART", 32)
+    monkeypatch.setattr(kernels, "_PART", (32, 32))
     scores = structured(kind, 2, 2, size)
     limits = torch.tensor([[size, 40], [size - 20, 1]])
     assert_exact(in_triton, scores, limits, k)

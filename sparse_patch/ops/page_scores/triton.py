@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 256  # tokens of a program, at 4 a thread
+_BLOCK = 128  # tokens of a program, at 4 a thread: many small programs hide the way of the logits from memory
 
 
 def page_scores(
@@ -25,7 +25,8 @@ def score_pages(
     """The kernel's launch; arguments and result as in `ops.page_scores`."""
     scores = _scores(logits, page_size)
     batch, heads, size = logits.shape
-    _score_kernel[(triton.cdiv(size, _BLOCK), batch)](
+    block = max(_BLOCK, page_size)
+    _score_kernel[(triton.cdiv(size, block), batch)](
         logits,
         lse.contiguous(),
         lengths,
@@ -37,9 +38,9 @@ def score_pages(
         scores.shape[1],
         recent,
         HEADS=min(16, triton.next_power_of_2(heads)),
-        BLOCK=_BLOCK,
+        BLOCK=block,
         P=page_size,
-        num_warps=_BLOCK // 128,
+        num_warps=block // 128,
     )
     return scores
 

@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-_WHOLE = 16384  # pages of a list that one program takes as a whole
-_PART = 8192  # pages of a part of a longer one, unless k is more than half of it
+_PART = (2048, 8192)  # least and most pages of a part
 _WIDEST = 32768  # pages that a program can hold
 
 
@@ -48,9 +47,14 @@ def _(scores: torch.Tensor, limits: torch.Tensor, k: int, page_size: int) -> tup
 
 
 def _block(entries: int, k: int) -> int:
-    """Entries that a program takes, of lists of so many: all of them, or parts of at least 2k, which halves them."""
-    part = max(_PART, triton.next_power_of_2(2 * k))
-    return max(32, triton.next_power_of_2(entries)) if entries <= max(_WHOLE, part) else part
+    """Entries that a program takes, of lists of so many: all of them, or parts.
+
+    Small parts are quick and run side by side, but what they choose has to be chosen from again: a part is 8k long
+    where that lies within bounds, and never less than 2k, which halves the list.
+    """
+    least, most = _PART
+    part = max(least, min(triton.next_power_of_2(8 * k), most), triton.next_power_of_2(2 * k))
+    return part if entries > min(2 * part, _WIDEST) else max(32, triton.next_power_of_2(entries))
 
 
 def _lists(scores: torch.Tensor, parts: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,24 +123,24 @@ def _select_kernel(
         real, there = page < tl.minimum(limit, size), page < size  # a mask that may end anywhere forbids wide loads
     p_scores = scores + i_b * stride_b + i_l * stride_l + page.to(tl.int64) * stride_n
     key = _rising(tl.load(p_scores, mask=there, other=-float("inf")))
-    low = tl.min(tl.where(real, key, 0x7FFFFFFF), 0).to(tl.int64)
+    low = tl.min(tl.where(real, key, 0x7FFFFFFF), 0)
     key = tl.where(real, key, -0x80000000)  # below -inf
-    high = tl.max(key, 0).to(tl.int64)
+    high = tl.max(key, 0)
     count = tl.minimum(k, tl.sum(real.to(tl.int32), 0))
 
     # The largest number with `count` keys at or above it; or an earlier one with exactly as many.
     while low < high:
-        middle = low + (high - low + 1) // 2
-        reached = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
+        middle = (low | high) - ((low ^ high) >> 1)  # rounded up, without overflow
+        reached = tl.sum((key >= middle).to(tl.int32), 0)
         low = tl.where(reached >= count, middle, low)
         high = tl.where(reached > count, high, tl.where(reached == count, middle, middle - 1))
 
-    above = key > low.to(tl.int32)
-    equal = real & (key == low.to(tl.int32))
-    number_above = tl.sum(above.to(tl.int32), 0)
-    rank = tl.cumsum(equal.to(tl.int32), 0)  # among equals, from 1
-    ties = count - number_above
-    place = tl.cumsum(above.to(tl.int32), 0) + tl.minimum(rank, ties) - 1
+    above = key > low
+    equal = real & (key == low)
+    ahead = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)  # two counts of 16 bits, one scan
+    rank = (ahead >> 16) & 0xFFFF  # among equals, from 1
+    ties = count - tl.sum(above.to(tl.int32), 0)
+    place = (ahead & 0xFFFF) + tl.minimum(rank, ties) - 1
     i_out = i_list * tl.num_programs(0) + i_part
     tl.store(pages + i_out * k + place, page, mask=above | (equal & (rank <= ties)))
     tl.store(pages + i_out * k + offs, tl.zeros([BLOCK], tl.int32) + fill, mask=(offs >= count) & (offs < k))
