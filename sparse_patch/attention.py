@@ -19,7 +19,7 @@ from sparse_patch.caches import copies, memory_of
 from sparse_patch.call import AttentionCall, Phase
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import PatchError, UnsupportedCallError
-from sparse_patch.masks import DECODE_MAX_QUERIES, LazyMask, lazy_mask
+from sparse_patch.masks import DECODE_MAX_QUERIES, LazyMask, lazy_mask, lazy_mask_for_kernels
 from sparse_patch.memory import LayerMemory
 from sparse_patch.methods.base import DecodeMethod, Method
 from sparse_patch.ops import block_sparse, page_decode
@@ -28,6 +28,7 @@ from sparse_patch.plans import BlockPlan, Dense, PagePlan, Plan
 from sparse_patch.report import LayerCounts, Work
 
 NAME = "sparse_patch"
+ON_KERNELS = "sparse_patch_on_kernels"  # the same hook, on a model whose decode steps need no masks
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Tensors among the keyword arguments that leave the arithmetic of attention as it is. Any other one makes a call dense.
 _HARMLESS_TENSORS = frozenset({"position_ids", "cache_position", "text_position_ids", "labels", "input_ids"})
@@ -51,6 +52,7 @@ class LayerState:
         captured: when not None, the plans of the calls that ran, newest last.
         memory: what the cache of the running forward keeps for this layer; set by `note_cache`, taken by the hook.
         copies: whether that cache copies its keys for every token.
+        compiled: whether calls ran inside `torch.compile` graphs, which `counts` leaves out.
     """
 
     name: str
@@ -64,6 +66,7 @@ class LayerState:
     captured: list[tuple[Phase, Plan]] | None = None
     memory: LayerMemory | None = None
     copies: bool = False
+    compiled: bool = False
 
     @property
     def remembers(self) -> bool:
@@ -90,8 +93,9 @@ class _Unpatched:
 
 def register() -> None:
     """Register the hook with Transformers; registering it again changes nothing."""
-    AttentionInterface.register(NAME, sparse_attention)
-    AttentionMaskInterface.register(NAME, lazy_mask)
+    for name, mask_function in {NAME: lazy_mask, ON_KERNELS: lazy_mask_for_kernels}.items():
+        AttentionInterface.register(name, sparse_attention)
+        AttentionMaskInterface.register(name, mask_function)
 
 
 def note_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -293,10 +297,10 @@ def _attend_sparsely(
         output = attend_pages(call, plan, state.decoder, state.config.backend)
     else:
         output, _ = block_sparse.attend(call, plan, state.config.backend)
-    counts = state.counts.of(call.phase)
     if torch.compiler.is_compiling():  # a graph would be compiled anew for every value of a Python counter
-        counts.compiled = True
+        state.compiled = True
     else:
+        counts = state.counts.of(call.phase)
         counts.add_sparse(mask.work, plan.pairs_by_head)
         counts.copying_calls += state.copies
         _capture(state, call.phase, plan)
@@ -316,10 +320,10 @@ def _count_dense(
     assert reason is not None
     if dense is None:
         _complain(state, phase, reason.reason)
-    counts = state.counts.of(phase)
     if torch.compiler.is_compiling():
-        counts.compiled = True
+        state.compiled = True
     else:
+        counts = state.counts.of(phase)
         (counts.fallbacks if dense is None else counts.dense)[reason.reason] += 1
         counts.add_dense(mask.work if isinstance(mask, LazyMask) else _full_work(*tensors[:2]))
         _capture(state, phase, reason)

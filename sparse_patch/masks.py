@@ -1,5 +1,6 @@
 """The lazy mask: what the mask of a forward is, without building it (a dense one is 16 GiB at 128k tokens)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -109,9 +110,9 @@ class LazyMask:
             return None  # causality alone still says what is visible
         return function(**{**self.arguments, "allow_is_causal_skip": False})
 
-    def prepare_for_a_graph(self) -> None:
+    def prepare_for_a_graph(self, implementations: Sequence[str]) -> None:
         """Compute what a compiled forward asks for: inside the graph it would tie that to the objects of this step."""
-        for implementation in ("sdpa", "eager"):
+        for implementation in implementations:
             self.build(implementation)
         _ = self.end_on_device, self.real_row_starts
 
@@ -198,6 +199,16 @@ def _work(batch: int, q_start: int, q_length: int, window: int | None) -> Work:
 
 def lazy_mask(**arguments: Any) -> LazyMask:
     """The mask function that is registered with Transformers: keeps the arguments for later."""
+    return _lazy_mask(arguments, ("sdpa", "eager"))
+
+
+def lazy_mask_for_kernels(**arguments: Any) -> LazyMask:
+    """The same for models whose decode steps run on kernels of ours: no mask is built ahead for every step."""
+    return _lazy_mask(arguments, ())
+
+
+def _lazy_mask(arguments: dict[str, Any], ahead: Sequence[str]) -> LazyMask:
+    """`ahead`: implementations whose masks a compiled step may ask for."""
     mask = arguments.get("attention_mask")
     if isinstance(mask, LazyMask):  # `generate` builds the masks of a static cache ahead
         return mask
@@ -206,5 +217,5 @@ def lazy_mask(**arguments: Any) -> LazyMask:
     # With a static cache this is the cache's own counter, which moves on before attention runs.
     mask = LazyMask({**arguments, "q_offset": arguments["q_offset"].clone()})
     if mask.is_decode and not torch.compiler.is_compiling():
-        mask.prepare_for_a_graph()
+        mask.prepare_for_a_graph(ahead)
     return mask

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from sparse_patch.attention import NAME, LayerState, dispatch_scope, note_cache, register
+from sparse_patch.attention import NAME, ON_KERNELS, LayerState, dispatch_scope, note_cache, register
 from sparse_patch.caches import adopt
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.config import ConfigSource, PatchConfig, load_config
@@ -26,6 +26,7 @@ from sparse_patch.correction import Correction
 from sparse_patch.errors import PatchError
 from sparse_patch.methods.base import DecodeMethod
 from sparse_patch.model_shape import ModelShape
+from sparse_patch.ops.backends import takes_triton
 from sparse_patch.plans import Plan
 from sparse_patch.report import LayerCounts, LayerReport, SparsityReport
 from sparse_patch.version import __version__
@@ -89,8 +90,9 @@ def patch_model(
     register()
     holders = [module for module in model.modules() if isinstance(vars(module).get("config"), PreTrainedConfig)]
     own_configs = _give_own_configs(holders)
+    implementation = ON_KERNELS if _decodes_on_kernels(root, states, list(attention.values())) else NAME
     for module, state in zip(attention.values(), states, strict=True):
-        _config_of(module)._attn_implementation = NAME
+        _config_of(module)._attn_implementation = implementation
         module.sparse_patch = state  # type: ignore[assignment]
     hooks = [module.register_forward_pre_hook(note_cache, with_kwargs=True) for module in attention.values()]
     if isinstance(settings.decode, DecodeMethod) and settings.decode.correct_every is not None:
@@ -148,7 +150,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
         config=patch.config.settings(),
         source=patch.config.source,
         fingerprint=patch.config.fingerprint(),
-        hook_active=all(_config_of(module)._attn_implementation == NAME for module in patch.attention),
+        hook_active=all(_config_of(module)._attn_implementation in (NAME, ON_KERNELS) for module in patch.attention),
         versions=versions(),
         layers=[_layer_report(state_of(module)) for module in patch.attention],
     )
@@ -170,7 +172,8 @@ def reset_report(model: nn.Module) -> None:
         PatchError: the model is not patched.
     """
     for module in _patch_of(transformers_model(model)).attention:
-        state_of(module).counts = LayerCounts()
+        state = state_of(module)
+        state.counts, state.compiled = LayerCounts(), False
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -234,6 +237,16 @@ def _settings(config: ConfigSource | Sequence[ConfigSource] | PatchConfig, overr
     if not isinstance(config, PatchConfig):
         return load_config(config, **overrides)
     return load_config(config.settings(), **overrides) if overrides else config
+
+
+def _decodes_on_kernels(root: PreTrainedModel, states: Sequence[LayerState], attention: Sequence[nn.Module]) -> bool:
+    """Whether no decode step is expected to run what the model had before: then no masks are made for it.
+
+    A step that does so all the same (a fallback) makes its mask itself.
+    """
+    shape = ModelShape.of(root.config, 1 + max(state.layer for state in states))
+    own_kernels = states[0].config.dense == "best" and takes_triton(next(root.parameters()))
+    return own_kernels and not shape.local_layers and all(getattr(m, "sinks", None) is None for m in attention)
 
 
 def _config_of(module: nn.Module) -> PreTrainedConfig:
@@ -346,4 +359,5 @@ def _layer_report(state: LayerState) -> LayerReport:
         decode_method=method["decode"].method if method["decode"] else None,
         prefill=state.counts.prefill.report(),
         decode=state.counts.decode.report(),
+        compiled=state.compiled,
     )

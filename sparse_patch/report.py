@@ -45,7 +45,6 @@ class PhaseCounts:
     fallbacks: Counter[str] = field(default_factory=Counter)
     dense_kernels: Counter[str] = field(default_factory=Counter)
     copying_calls: int = 0
-    compiled: bool = False
 
     def add_dense(self, work: Work) -> None:
         self._add(work)
@@ -78,7 +77,6 @@ class PhaseCounts:
             fallbacks=dict(self.fallbacks),
             dense_kernels=dict(self.dense_kernels),
             copying_calls=self.copying_calls,
-            compiled=self.compiled,
             pairs=(mean, causal, queries),
         )
 
@@ -109,7 +107,6 @@ class PhaseReport(BaseModel):
         dense_kernels: how many of the calls in `dense` ran on a faster kernel than the model's own, by kernel; with
             `dense: best` only.
         copying_calls: how many of `sparse_calls` read a cache that copies all its keys for every token.
-        compiled: whether calls ran inside `torch.compile` graphs as well, which nothing here counts.
         pairs: (pairs computed, pairs of the causal triangle, queries): what totals are made from.
     """
 
@@ -122,12 +119,14 @@ class PhaseReport(BaseModel):
     fallbacks: dict[str, int]
     dense_kernels: dict[str, int] = {}
     copying_calls: int = 0
-    compiled: bool = False
     pairs: tuple[float, int, int]
 
 
 class LayerReport(BaseModel):
-    """One attention module: its layer index, its path in the model, its method per phase and what it computed."""
+    """One attention module: its layer index, its path in the model, its method per phase and what it computed.
+
+    `compiled` says whether it also ran inside `torch.compile` graphs, which nothing here counts.
+    """
 
     layer: int
     name: str
@@ -135,6 +134,7 @@ class LayerReport(BaseModel):
     decode_method: str | None
     prefill: PhaseReport
     decode: PhaseReport
+    compiled: bool = False
 
     def phase(self, phase: Phase) -> PhaseReport:
         return self.prefill if phase == "prefill" else self.decode
@@ -223,11 +223,11 @@ class SparsityReport(BaseModel):
                     f"{phase}: {copying} sparse calls on a DynamicCache, which copies all its keys for every token; "
                     "let generate make the cache, or pass growing_cache(model.config)"
                 )
-            if compiled := sum(layer.phase(phase).compiled for layer in self.layers):
-                notes.append(
-                    f"{phase}: {compiled} layers also ran inside compiled graphs, whose calls are not counted; "
-                    "generate(disable_compile=True) counts them"
-                )
+        if compiled := sum(layer.compiled for layer in self.layers):
+            notes.append(
+                f"{compiled} layers also ran inside compiled graphs, whose calls are not counted; "
+                "generate(disable_compile=True) counts them"
+            )
         if not self.hook_active:
             notes.append("the hook is not active: the attention implementation was changed after patch_model")
         return notes
@@ -244,7 +244,11 @@ def merged(reports: Sequence[SparsityReport]) -> SparsityReport:
         raise ValueError("reports of different configurations cannot be merged")
     layers = [
         layers[0].model_copy(
-            update={phase: _merged_phase([layer.phase(phase) for layer in layers]) for phase in PHASES}
+            update={
+                "prefill": _merged_phase([layer.prefill for layer in layers]),
+                "decode": _merged_phase([layer.decode for layer in layers]),
+                "compiled": any(layer.compiled for layer in layers),
+            }
         )
         for layers in zip(*(report.layers for report in reports), strict=True)
     ]
@@ -268,7 +272,6 @@ def _merged_phase(parts: Sequence[PhaseReport]) -> PhaseReport:
         fallbacks=_sum(part.fallbacks for part in parts),
         dense_kernels=_sum(part.dense_kernels for part in parts),
         copying_calls=sum(part.copying_calls for part in parts),
-        compiled=any(part.compiled for part in parts),
         pairs=(computed, int(causal), int(queries)),
     )
 

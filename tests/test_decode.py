@@ -9,6 +9,7 @@ from families import FAMILIES, llama
 from method_table import DECODE_METHODS, MethodCase
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
+from sparse_patch.attention import NAME, ON_KERNELS
 from sparse_patch.caches import FixedLayer, GrowingLayer, adopt, growing_cache
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import PatchConfig
@@ -95,11 +96,11 @@ def test_the_compiled_step_of_a_static_cache(family: str) -> None:
             compiled = steps(model, batch, cache_implementation="static", compile_config=options)
             after = sparsity_report(model)
             assert after.layers[0].decode.calls == before.layers[0].decode.calls, "the step was not compiled"
-            assert not any(layer.decode.compiled for layer in before.layers)
-            assert all(layer.decode.compiled for layer in after.layers) and "inside compiled graphs" in str(after)
+            assert not any(layer.compiled for layer in before.layers)
+            assert all(layer.compiled for layer in after.layers) and "inside compiled graphs" in str(after)
             reset_report(model)
             steps(model, batch, cache_implementation="static", compile_config=options)
-            assert sparsity_report(model).layers[0].decode.compiled, "a graph that is run again is noted again"
+            assert sparsity_report(model).layers[0].compiled, "a graph that is run again is noted again"
         torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
     torch._dynamo.reset()
 
@@ -307,6 +308,30 @@ def test_a_padded_row_generates_what_it_generates_alone(case: MethodCase, five_l
     with patched(five_layers, {"decode": case.small}):
         together = steps(five_layers, batch)[:, 1]
         torch.testing.assert_close(together, steps(five_layers, alone)[:, 0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pad", [0, 9])
+def test_a_step_without_masks_made_ahead(pad: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on kernels of ours builds no masks; a layer that falls back makes its own, compiled too."""
+    torch._dynamo.reset()
+    options = CompileConfig(backend="eager", fullgraph=True)
+    options._compile_all_devices = True
+    model = FAMILIES["llama"]()
+    batch = prompt(model, pad=pad)
+    best = TOY.model_copy(update={"dense": "best"})
+    with patched(model, best):
+        expected = steps(model, batch, cache_implementation="static")
+    monkeypatch.setattr("sparse_patch.patching.takes_triton", lambda _: True)
+    with patched(model, best):
+        assert model.config._attn_implementation == ON_KERNELS and sparsity_report(model).hook_active
+        for more in ({}, {"compile_config": options}):
+            found = steps(model, batch, cache_implementation="static", **more)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert sparsity_report(model).layers[0].compiled
+    assert model.config._attn_implementation == "sdpa"
+    with patched(FAMILIES["gemma2"](), best) as windowed:
+        assert windowed.config._attn_implementation == NAME, "layers with a window need masks"
+    torch._dynamo.reset()
 
 
 @FAST

@@ -109,6 +109,7 @@ def page_decode_attention(
     sms, capability = _gpu(q.device)
     tile = tile_of(max(head_dim, value_dim), q.element_size(), capability)
     splits = splits or max(1, min(triton.cdiv(tokens, tile.block_n), tile.programs_per_sm * sms // programs))
+    tiles = triton.cdiv(tokens, splits * tile.block_n)  # of a split; a deeper pipeline is not filled
     part, part_lse = out, lse
     if splits > 1:
         part = q.new_empty(batch, heads, q_length, splits, value_dim, dtype=torch.float32)
@@ -153,7 +154,7 @@ def page_decode_attention(
         SPLIT=splits > 1,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_stages=max(2, min(tile.num_stages, tiles)),
     )
     if splits > 1:
         block_s = max(16, triton.next_power_of_2(splits))  # few variants while a growing cache is short
