@@ -4,6 +4,8 @@ Run `python benchmarks/update_readme.py` after new results; a test checks that t
 """
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -58,37 +60,51 @@ COLUMNS = {  # title: tasks and figure
 }
 
 
-def accuracy_tables(results: Path = ROOT / "benchmarks" / "results") -> str:
-    """One table for each machine that `sparse-patch eval` ran on: the CPU first, then `<machine>/needle-llama.json`."""
-    paths = [results / "needle-llama.json", *sorted(results.glob("*/needle-llama.json"))]
+def accuracy_tables(name: str = "needle-llama", results: Path = ROOT / "benchmarks" / "results") -> str:
+    """One table for each machine that `sparse-patch eval` ran on: the CPU first, then `<machine>/<name>.json`."""
+    paths = [results / f"{name}.json", *sorted(results.glob(f"*/{name}.json"))]
     return "\n\n".join(accuracy_table(json.loads(path.read_text())) for path in paths)
 
 
 def accuracy_table(result: dict[str, Any]) -> str:
-    """One row for each length and configuration of `sparse-patch eval` on needle-llama."""
+    """One row for each length and configuration of `sparse-patch eval`; columns that say the same in all are left out."""
     rows = result["rows"]
-    lines = [
-        f"| prompt tokens | config | {' | '.join(COLUMNS)} | density | attended | prefill |",
-        f"|{'---|' * (len(COLUMNS) + 5)}",
-    ]
+    tasks = {row["task"] for row in rows}
+    columns = {title: column for title, column in COLUMNS.items() if tasks & set(column[0])}
+    figures = {title: figure for title, figure in FIGURES.items() if len({figure(row) for row in rows}) > 1}
+    if result.get("processes", 1) > 1:
+        figures.pop("prefill")
+    titles = ["prompt tokens", "config", *columns, *figures]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for length in sorted({row["length"] for row in rows}):
         for config in result["configs"]:
             chosen = [row for row in rows if (row["length"], row["config"]) == (length, config)]
             if chosen:
-                lines.append(_accuracy_row(length, config, chosen, alone=result.get("processes", 1) == 1))
+                cells = [_task_cell(chosen, *column) for column in columns.values()]
+                cells += [_figure_cell(chosen, title, figure) for title, figure in figures.items()]
+                lines.append(f"| {' | '.join([f'{length:,}', f'`{config}`', *cells])} |")
     return "\n".join([*lines, "", _accuracy_note(result)])
 
 
-def _accuracy_row(length: int, config: str, rows: list[dict[str, Any]], alone: bool) -> str:
-    cells = [f"{length:,}", f"`{config}`"]
-    for tasks, figure in COLUMNS.values():
-        values = [row[figure] for row in rows if row["task"] in tasks]
-        digits = 2 if figure == "exact_match" else 3
-        cells.append(f"{fmean(values):.{digits}f}" if values else "")
-    seconds = f"{fmean(row['prefill_s'] for row in rows):.1f} s" if alone else ""
-    attended = [row["attended"] / length for row in rows if row["attended"] is not None]
-    cells += [f"{fmean(row['density'] for row in rows):.2f}", f"{fmean(attended):.2f}" if attended else "", seconds]
-    return f"| {' | '.join(cells)} |"
+def _attended(row: dict[str, Any]) -> float | None:
+    return None if row["attended"] is None else float(row["attended"]) / float(row["length"])
+
+
+FIGURES: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "density": lambda row: row["density"],
+    "attended": _attended,
+    "prefill": lambda row: row["prefill_s"],
+}
+
+
+def _task_cell(rows: list[dict[str, Any]], tasks: tuple[str, ...], figure: str) -> str:
+    values = [row[figure] for row in rows if row["task"] in tasks]
+    return f"{fmean(values):.{2 if figure == 'exact_match' else 3}f}" if values else ""
+
+
+def _figure_cell(rows: list[dict[str, Any]], title: str, figure: Callable[[dict[str, Any]], float | None]) -> str:
+    values = [value for value in map(figure, rows) if value is not None]
+    return "" if not values else f"{fmean(values):.1f} s" if title == "prefill" else f"{fmean(values):.2f}"
 
 
 def _accuracy_note(result: dict[str, Any]) -> str:
@@ -99,9 +115,9 @@ def _accuracy_note(result: dict[str, Any]) -> str:
     dtype = "bfloat16" if "+cu" in machine["torch"] else "float32"  # as load_model has it
     prompts = ", ".join(f"{'/'.join(map(str, sorted(number)))} at {length:,}" for length, number in samples.items())
     return (
-        "Share of prompts answered exactly (first three columns) and of answer tokens predicted (next three); density "
-        "(of prefill), keys that a decoded token attended to, as a share of the prompt, mean over layers, "
-        f"and seconds are means over tasks. Prompts a task: {prompts}; so few that 1.00 of 10 means 0.72 or more, the "
+        "Needles and keys: share of prompts answered exactly. 4 values, variables, recite: share of answer tokens "
+        "predicted. Density is that of prefill, attended the keys that a decoded token attended to, as a share of the "
+        f"prompt, mean over layers. Prompts a task: {prompts}; so few that 1.00 of 10 means 0.72 or more, the "
         f"JSON has every interval. {_shared(result)}{machine['device']}, {machine['threads']} threads, {dtype}, torch"
         f" {machine['torch']}, transformers {machine['transformers']}, "
         f"Python {machine['python']}, seed {result['seed']}."
@@ -227,7 +243,13 @@ def _decode_cell(ms: float, dense: float | None) -> str:
 
 def updated(readme: str) -> str:
     """The README with fresh tables between its markers."""
-    tables = {"demo": demo_table, "accuracy": accuracy_tables, "prefill": prefill_tables, "decode": decode_tables}
+    tables = {
+        "demo": demo_table,
+        "accuracy": accuracy_tables,
+        "prefill": prefill_tables,
+        "decode accuracy": partial(accuracy_tables, "needle-decode"),
+        "decode": decode_tables,
+    }
     for name, draw in tables.items():
         begin, end = f"<!-- {name} table -->", f"<!-- end of {name} table -->"
         before, _, rest = readme.partition(begin)
