@@ -67,7 +67,7 @@ def accuracy_tables(name: str = "needle-llama", results: Path = ROOT / "benchmar
 
 
 def accuracy_table(result: dict[str, Any]) -> str:
-    """One row for each length and configuration of `sparse-patch eval`; columns that say the same in all are left out."""
+    """One row for each length and configuration of `sparse-patch eval`, without columns that say the same in all."""
     rows = result["rows"]
     tasks = {row["task"] for row in rows}
     columns = {title: column for title, column in COLUMNS.items() if tasks & set(column[0])}
