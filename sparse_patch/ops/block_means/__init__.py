@@ -7,8 +7,6 @@ that all point one way, 0 for blocks that a row lacks. A zero vector has a cosin
 Sums are float32, from float16, bfloat16 or float32 tokens of any strides.
 """
 
-from types import ModuleType
-
 from torch import Tensor
 
 from sparse_patch.ops.backends import takes_triton
@@ -17,8 +15,11 @@ from sparse_patch.plans import BlockGrid
 
 def key_means(k: Tensor, grid: BlockGrid) -> Tensor:
     """Mean key of each block, float32 `[B, Hkv, N, D]` for keys `[B, Hkv, Skv, D]`; 0 for blocks a row lacks."""
-    means: Tensor = _backend(k).key_means(k, grid)
-    return means
+    if takes_triton(k):
+        from sparse_patch.ops.block_means.triton import key_means as of_blocks
+    else:
+        from sparse_patch.ops.block_means.torch import key_means as of_blocks
+    return of_blocks(k, grid)
 
 
 def key_similarities(k: Tensor, grid: BlockGrid, center: Tensor) -> Tensor:
@@ -32,25 +33,26 @@ def key_similarities(k: Tensor, grid: BlockGrid, center: Tensor) -> Tensor:
     Returns:
         Float32 `[B, Hkv, N]`.
     """
-    similarities: Tensor = _backend(k).key_similarities(k, grid, center)
-    return similarities
+    if takes_triton(k):
+        from sparse_patch.ops.block_means.triton import key_similarities as of_blocks
+    else:
+        from sparse_patch.ops.block_means.torch import key_similarities as of_blocks
+    return of_blocks(k, grid, center)
 
 
 def query_means(q: Tensor, grid: BlockGrid) -> Tensor:
     """Mean query of each query block, float32 `[B, Hq, NQ, D]` for queries `[B, Hq, Sq, D]`; 0 for empty blocks."""
-    means: Tensor = _backend(q).query_means(q, grid)
-    return means
+    if takes_triton(q):
+        from sparse_patch.ops.block_means.triton import query_means as of_blocks
+    else:
+        from sparse_patch.ops.block_means.torch import query_means as of_blocks
+    return of_blocks(q, grid)
 
 
 def query_means_and_similarities(q: Tensor, grid: BlockGrid) -> tuple[Tensor, Tensor]:
     """`query_means`, and the self-similarity of each query block, float32 `[B, Hq, NQ]`, in one pass over `q`."""
-    both: tuple[Tensor, Tensor] = _backend(q).query_means_and_similarities(q, grid)
-    return both
-
-
-def _backend(x: Tensor) -> ModuleType:
-    if takes_triton(x):
-        from sparse_patch.ops.block_means import triton as backend
+    if takes_triton(q):
+        from sparse_patch.ops.block_means.triton import query_means_and_similarities as of_blocks
     else:
-        from sparse_patch.ops.block_means import torch as backend
-    return backend
+        from sparse_patch.ops.block_means.torch import query_means_and_similarities as of_blocks
+    return of_blocks(q, grid)
