@@ -18,6 +18,7 @@ from sparse_patch.methods.a_shape import AShape
 from sparse_patch.methods.base import PrefillMethod
 from sparse_patch.methods.flexprefill import FlexPrefill
 from sparse_patch.methods.minference import MInference
+from sparse_patch.methods.spargeattn import SpargeAttn
 from sparse_patch.methods.xattention import XAttention
 from sparse_patch.ops import dense, page_decode
 from sparse_patch.ops.antidiagonal import block_masses
@@ -39,6 +40,16 @@ def on_gpu(call: AttentionCall) -> AttentionCall:
 @pytest.mark.parametrize("row_starts", [None, [0, 77, 300]], ids=["plain", "padded"])
 def test_plans_on_the_gpu_equal_plans_on_the_cpu(selection: str, row_starts: list[int] | None) -> None:
     method = FlexPrefill(gamma=0.8, tau=0.2, min_budget=32, block_size=32, min_length=0, selection=selection)
+    call = make_call(900, queries=500, row_starts=row_starts)
+    expected, plan = method.plan(call), method.plan(on_gpu(call))
+    assert isinstance(expected, BlockPlan) and isinstance(plan, BlockPlan)
+    assert (plan.blocks().cpu() != expected.blocks()).float().mean() < 0.002  # sums round in another order
+
+
+@pytest.mark.parametrize("selection", ["topk", "cdf"])
+@pytest.mark.parametrize("row_starts", [None, [0, 77, 300]], ids=["plain", "padded"])
+def test_means_that_are_alike_on_the_gpu(selection: str, row_starts: list[int] | None) -> None:
+    method = SpargeAttn(selection=selection, similarity_threshold=0.5, topk=0.3, block_size=32, min_length=0)
     call = make_call(900, queries=500, row_starts=row_starts)
     expected, plan = method.plan(call), method.plan(on_gpu(call))
     assert isinstance(expected, BlockPlan) and isinstance(plan, BlockPlan)
@@ -73,13 +84,14 @@ def test_antidiagonal_masses_on_the_gpu(backend: str, block_size: int, stride: i
         torch.testing.assert_close(ours.cpu(), theirs, atol=atol, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["flexprefill", "coverage", "xattention", "minference", "a_shape"])
+@pytest.mark.parametrize("name", ["flexprefill", "coverage", "xattention", "spargeattn", "minference", "a_shape"])
 def test_planning_never_waits_for_the_gpu(name: str, tmp_path: Path) -> None:
     flexprefill = {"gamma": 0.8, "tau": 0.2, "min_budget": 32, "block_size": 32, "min_length": 0}
     methods: dict[str, PrefillMethod] = {
         "flexprefill": FlexPrefill(**flexprefill, selection="reference"),
         "coverage": FlexPrefill(**flexprefill, selection="coverage"),
         "xattention": XAttention(threshold=0.8, stride=8, block_size=32, min_length=0),
+        "spargeattn": SpargeAttn(topk=0.3, similarity_threshold=0.5, block_size=32, min_length=0),
         "minference": mixed_heads(tmp_path),
         "a_shape": AShape(sink=20, window=100, last=40, block_size=32, min_length=0),
     }
