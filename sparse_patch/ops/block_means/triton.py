@@ -76,6 +76,7 @@ def _launch(
         MEANS=means is not None,
         SIMILARITIES=similarities is not None,
         CENTERED=center is not None,
+        num_warps=4 if similarities is None else 8,  # a block stays in registers until its similarity is known
     )
 
 
