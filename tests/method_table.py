@@ -65,7 +65,7 @@ PREFILL_METHODS = [
     _a_shape(last=30),
     _xattention(threshold=0.7),
     _spargeattn("topk", topk=0.3),
-    _spargeattn("cdf", cdf_threshold=0.8, similarity_threshold=0.55, attention_sink=True),
+    _spargeattn("cdf", cdf_threshold=0.8, similarity_threshold=0.55, attention_sink=True, pv_threshold=4.0),
 ]
 
 # What the decode methods of the table are resolved for: layer 0 is full, 1 and 3 select (where layers have roles).

@@ -128,6 +128,20 @@ def assert_close(call: AttentionCall, plan: BlockPlan, backend: str) -> None:
     torch.testing.assert_close(lse, expected_lse, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_tiles_are_left_out_on_the_gpu(head_dim: int, block_size: int) -> None:
+    """A threshold that no logit comes near, so that rounding decides nothing: keys are small or large."""
+    call = make_call(1100, queries=900, row_starts=[0, 77], head_dim=head_dim, dtype=torch.bfloat16)
+    size = torch.where(torch.arange(1100) < 300, 4.0, 0.01)[:, None].bfloat16()
+    call = on_gpu(AttentionCall(**{**vars(call), "k": call.k * size}))
+    plan = replace(random_plan(call, block_size, 0.7), pv_threshold=2.0)
+    assert_close(call, plan, "triton")
+    _, lse = attend(call, plan, "triton", return_lse=True)
+    _, whole = attend(call, replace(plan, pv_threshold=None), "triton", return_lse=True)
+    assert lse is not None and whole is not None and not torch.allclose(lse, whole, atol=1e-3)
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", ["triton", "flash"])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
@@ -175,7 +189,7 @@ def test_compiled_and_captured_calls_give_the_same() -> None:
 
     def run(q: torch.Tensor) -> torch.Tensor:
         lists = (plan.indices, plan.counts, plan.columns, plan.column_counts, call.kv_start)
-        return block_sparse_attention(q, call.k, call.v, *lists, call.scale, 0.0, 128, call.q_start, False)[0]
+        return block_sparse_attention(q, call.k, call.v, *lists, call.scale, 0.0, 128, call.q_start, None, False)[0]
 
     assert torch.equal(torch.compile(run, fullgraph=True)(call.q), expected)
     graph = torch.cuda.CUDAGraph()

@@ -9,8 +9,8 @@ code: thu-ml/SpargeAttn.
 
 Two selections, as in the code: `topk` takes a share of the row's key blocks, which its authors recommend; `cdf`, the
 paper's, takes the largest while their sum is at most `cdf_threshold`: the block that crosses it is not among them. Both
-take at least one. This is the paper's first filter, executed at full precision; its int8 products and its second filter
-(values of a tile whose logits lie far below the running maximum) are not here.
+take at least one. That is the paper's first filter. The second, `pv_threshold`, leaves out tiles of what was selected
+whose logits turn out to lie far below the running maximum. Products have full precision, not the paper's int8 and fp8.
 
 Where the public code is followed, and where it is not:
 
@@ -19,6 +19,8 @@ Where the public code is followed, and where it is not:
 - The diagonal is always read, beside what is selected (the code can miss it). So is key block 0 with `attention_sink`.
 - Query and key blocks have the same size (the code: 128 queries by 64 keys, on Hopper 64 by 128), and causality is
   exact to the token (the code's wrappers leave the tile on the diagonal unmasked).
+- The second filter works on tiles of 64 by 64 (the code: a block by a block). It is off unless asked for: the code's
+  default of 50 leaves out weights below 2 ** -50, and flash-attn-4's kernel, the fastest one, has no such filter.
 - Means and similarities are over the real tokens of a block. The code divides zeros by zeros in the last block, which
   makes it dense. A zero vector has a cosine of 0 with everything, itself included.
 - Means are of raw keys: smoothing moves all logits of a query by one number, which the softmax drops. With a softcap,
@@ -31,6 +33,7 @@ therefore depends, a little, on tokens after it. Below 0 every block counts as a
 query block's selection looks at no token after the block (`topk` at their number).
 """
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -58,6 +61,8 @@ class SpargeAttn(PrefillMethod):
         similarity_threshold: the mean of a block stands for it when its self-similarity is above this; similarities lie
             in [0, 1], so that below 0 all means do, and with 1 none: dense. None for what is published for the
             selection: -0.1 for "topk", 0.6 for "cdf".
+        pv_threshold: tiles of a query block's keys whose logits all lie at least this far below what was read before
+            them, in log2 units, are left out (`ops.block_sparse` says which); None for no tile. Densities include them.
         attention_sink: whether every query block reads key block 0.
         block_size: side of a block in tokens.
     """
@@ -70,6 +75,7 @@ class SpargeAttn(PrefillMethod):
     topk: Annotated[float, Field(gt=0, le=1)] = 0.5
     cdf_threshold: Annotated[float, Field(ge=0, le=1)] = 0.98
     similarity_threshold: Annotated[float, Field(ge=-1, le=1)] | None = None
+    pv_threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     attention_sink: bool = False
     block_size: Literal[16, 32, 64, 128] = 128
 
@@ -88,7 +94,7 @@ class SpargeAttn(PrefillMethod):
         if call.kv_length <= (1 + self.attention_sink) * self.block_size:
             return Dense("no longer than the blocks that are always kept")
         grid = BlockGrid.of(call, self.block_size)
-        return BlockPlan.from_blocks(self._select(call, grid), grid)
+        return replace(BlockPlan.from_blocks(self._select(call, grid), grid), pv_threshold=self.pv_threshold)
 
     def _everything(self) -> Dense | None:
         """The dense answer of settings that take every block."""

@@ -195,6 +195,21 @@ def test_softcap_and_scale_reach_the_selection() -> None:
         assert (blocks_of(by_mass(), changed(call, **change)) != base).any()
 
 
+@pytest.mark.parametrize("threshold", [0.5, 3.0, 10.0])
+def test_what_the_second_filter_leaves_out_is_bounded(threshold: float) -> None:
+    call = make_call(400, sharpness=4.0)
+    selected = by_mass().plan(call)
+    filtered = by_mass(pv_threshold=threshold).plan(call)
+    assert isinstance(selected, BlockPlan) and isinstance(filtered, BlockPlan)
+    assert torch.equal(selected.blocks(), filtered.blocks())
+    (whole, before), (output, after) = (attend(call, plan, return_lse=True) for plan in (selected, filtered))
+    assert before is not None and after is not None
+    left_out = 1 - torch.exp(after - before)
+    assert left_out.max() <= 400 * 2**-threshold + 1e-4 and (left_out.max() > 1e-3) == (threshold < 10)
+    error = (output - whole).abs().amax(-1)
+    assert (error <= 2 * left_out.clamp(min=0) * call.v.abs().max() + 1e-3).all()
+
+
 def test_the_published_thresholds_go_with_the_selection() -> None:
     assert spargeattn().least_similarity == -0.1
     assert spargeattn(selection="cdf").least_similarity == 0.6
@@ -209,9 +224,10 @@ def test_settings_and_calls_that_leave_nothing_out_are_dense() -> None:
         assert isinstance(plan, Dense) == dense
 
 
-@pytest.mark.parametrize(
-    "change", [{"topk": 0.0}, {"topk": 1.1}, {"cdf_threshold": -0.1}, {"similarity_threshold": 1.5}, {"block_size": 48}]
-)
-def test_bad_settings_are_refused(change: dict[str, float]) -> None:
-    with pytest.raises(ValidationError, match=next(iter(change))):
-        SpargeAttn.model_validate(change)
+BAD = {"topk": 0.0, "cdf_threshold": -0.1, "similarity_threshold": 1.5, "pv_threshold": -1.0, "block_size": 48}
+
+
+@pytest.mark.parametrize("field", BAD)
+def test_bad_settings_are_refused(field: str) -> None:
+    with pytest.raises(ValidationError, match=field):
+        SpargeAttn.model_validate({field: BAD[field]})
