@@ -25,7 +25,7 @@ def similarity(tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("queries", [150, 100, 37])
 @pytest.mark.parametrize("row_starts", [None, [0, 5, 64, 120]])
 def test_means_and_similarities_of_blocks(backend: ModuleType, queries: int, row_starts: list[int] | None) -> None:
-    call = make_call(150, queries=queries, row_starts=row_starts, head_dim=24)
+    call = make_call(150, queries=queries, heads=(2, 1), row_starts=row_starts, head_dim=24)
     grid = BlockGrid.of(call, 32)
     keys, queries_ = backend.key_means(call.k, grid), backend.query_means(call.q, grid)
     same_queries, alike_queries = backend.query_means_and_similarities(call.q, grid)

@@ -167,13 +167,13 @@ def test_tiles_far_below_the_running_maximum_are_left_out(backend: str, block_si
 
 @pytest.mark.parametrize("backend", FAST)
 def test_tiles_are_left_out_of_padded_rows_and_chunks(backend: str) -> None:
-    call = make_call(200, queries=96, row_starts=[0, 5, 64, 150], softcap=20.0)
-    call = AttentionCall(**{**vars(call), "k": call.k * torch.linspace(2, 0, 200)[:, None]})
+    call = make_call(120, queries=60, heads=(2, 1), row_starts=[0, 5, 43, 90], softcap=20.0)
+    call = AttentionCall(**{**vars(call), "k": call.k * torch.linspace(2, 0, 120)[:, None]})
     plan = replace(random_plan(call, 16, 0.7), pv_threshold=0.5)
     lost = share_left_out(call, plan, backend)
     for row in range(3):
         assert lost[row].max() > 1e-3
-    assert lost[3, :, :46].eq(0).all()
+    assert lost[3, :, :30].eq(0).all()
 
 
 def test_a_plan_with_columns_leaves_out_no_tile() -> None:
