@@ -160,6 +160,9 @@ class BlockPlan:
         columns: int32 `[B, Hq, NQ, C]`; the first `column_counts` entries of a list are keys, as positions within the
             row, each at most once, in none of the listed blocks and before the query block. None for no columns.
         column_counts: int32 `[B, Hq, NQ]`, or None.
+        pv_threshold: tiles whose logits lie this far below what was read before them, in log2 units, count for nothing
+            (`ops.block_sparse` says which). 0 or more; None for no such tile. Only a plan without columns may have it.
+            `mask`, `density` and what else the plan says include these tiles.
     """
 
     indices: torch.Tensor
@@ -167,6 +170,11 @@ class BlockPlan:
     grid: BlockGrid
     columns: torch.Tensor | None = None
     column_counts: torch.Tensor | None = None
+    pv_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.pv_threshold is not None and self.columns is not None:
+            raise ValueError("pv_threshold: a plan with single columns cannot have one")
 
     @classmethod
     def from_blocks(cls, blocks: torch.Tensor, grid: BlockGrid, columns: torch.Tensor | None = None) -> "BlockPlan":

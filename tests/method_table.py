@@ -52,6 +52,11 @@ def _xattention(**changes: Any) -> MethodCase:
     return MethodCase(small={**base, **changes}, full={**base, "threshold": 1.0})
 
 
+def _spargeattn(selection: str, **changes: Any) -> MethodCase:
+    base = {"method": "spargeattn", "selection": selection, "block_size": 16, "min_length": 0}
+    return MethodCase(small={**base, **changes}, full={**base, "topk": 1.0, "cdf_threshold": 1.0})
+
+
 PREFILL_METHODS = [
     _flexprefill("reference"),
     _flexprefill("coverage", gamma=0.5, min_budget=16),
@@ -59,6 +64,8 @@ PREFILL_METHODS = [
     _a_shape(last=0),
     _a_shape(last=30),
     _xattention(threshold=0.7),
+    _spargeattn("topk", topk=0.3),
+    _spargeattn("cdf", cdf_threshold=0.8, similarity_threshold=0.55, attention_sink=True, pv_threshold=4.0),
 ]
 
 # What the decode methods of the table are resolved for: layer 0 is full, 1 and 3 select (where layers have roles).

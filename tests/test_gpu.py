@@ -18,6 +18,7 @@ from sparse_patch.methods.a_shape import AShape
 from sparse_patch.methods.base import PrefillMethod
 from sparse_patch.methods.flexprefill import FlexPrefill
 from sparse_patch.methods.minference import MInference
+from sparse_patch.methods.spargeattn import SpargeAttn
 from sparse_patch.methods.xattention import XAttention
 from sparse_patch.ops import dense, page_decode
 from sparse_patch.ops.antidiagonal import block_masses
@@ -39,6 +40,16 @@ def on_gpu(call: AttentionCall) -> AttentionCall:
 @pytest.mark.parametrize("row_starts", [None, [0, 77, 300]], ids=["plain", "padded"])
 def test_plans_on_the_gpu_equal_plans_on_the_cpu(selection: str, row_starts: list[int] | None) -> None:
     method = FlexPrefill(gamma=0.8, tau=0.2, min_budget=32, block_size=32, min_length=0, selection=selection)
+    call = make_call(900, queries=500, row_starts=row_starts)
+    expected, plan = method.plan(call), method.plan(on_gpu(call))
+    assert isinstance(expected, BlockPlan) and isinstance(plan, BlockPlan)
+    assert (plan.blocks().cpu() != expected.blocks()).float().mean() < 0.002  # sums round in another order
+
+
+@pytest.mark.parametrize("selection", ["topk", "cdf"])
+@pytest.mark.parametrize("row_starts", [None, [0, 77, 300]], ids=["plain", "padded"])
+def test_means_that_are_alike_on_the_gpu(selection: str, row_starts: list[int] | None) -> None:
+    method = SpargeAttn(selection=selection, similarity_threshold=0.5, topk=0.3, block_size=32, min_length=0)
     call = make_call(900, queries=500, row_starts=row_starts)
     expected, plan = method.plan(call), method.plan(on_gpu(call))
     assert isinstance(expected, BlockPlan) and isinstance(plan, BlockPlan)
@@ -73,13 +84,14 @@ def test_antidiagonal_masses_on_the_gpu(backend: str, block_size: int, stride: i
         torch.testing.assert_close(ours.cpu(), theirs, atol=atol, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["flexprefill", "coverage", "xattention", "minference", "a_shape"])
+@pytest.mark.parametrize("name", ["flexprefill", "coverage", "xattention", "spargeattn", "minference", "a_shape"])
 def test_planning_never_waits_for_the_gpu(name: str, tmp_path: Path) -> None:
     flexprefill = {"gamma": 0.8, "tau": 0.2, "min_budget": 32, "block_size": 32, "min_length": 0}
     methods: dict[str, PrefillMethod] = {
         "flexprefill": FlexPrefill(**flexprefill, selection="reference"),
         "coverage": FlexPrefill(**flexprefill, selection="coverage"),
         "xattention": XAttention(threshold=0.8, stride=8, block_size=32, min_length=0),
+        "spargeattn": SpargeAttn(topk=0.3, similarity_threshold=0.5, block_size=32, min_length=0),
         "minference": mixed_heads(tmp_path),
         "a_shape": AShape(sink=20, window=100, last=40, block_size=32, min_length=0),
     }
@@ -114,6 +126,20 @@ def assert_close(call: AttentionCall, plan: BlockPlan, backend: str) -> None:
     error = (output - expected).float().norm() / expected.float().norm()
     assert error < (1e-5 if call.q.dtype == torch.float32 else 5e-3)
     torch.testing.assert_close(lse, expected_lse, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_tiles_are_left_out_on_the_gpu(head_dim: int, block_size: int) -> None:
+    """A threshold that no logit comes near, so that rounding decides nothing: keys are small or large."""
+    call = make_call(1100, queries=900, row_starts=[0, 77], head_dim=head_dim, dtype=torch.bfloat16)
+    size = torch.where(torch.arange(1100) < 300, 4.0, 0.01)[:, None].bfloat16()
+    call = on_gpu(AttentionCall(**{**vars(call), "k": call.k * size}))
+    plan = replace(random_plan(call, block_size, 0.7), pv_threshold=2.0)
+    assert_close(call, plan, "triton")
+    _, lse = attend(call, plan, "triton", return_lse=True)
+    _, whole = attend(call, replace(plan, pv_threshold=None), "triton", return_lse=True)
+    assert lse is not None and whole is not None and not torch.allclose(lse, whole, atol=1e-3)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -163,7 +189,7 @@ def test_compiled_and_captured_calls_give_the_same() -> None:
 
     def run(q: torch.Tensor) -> torch.Tensor:
         lists = (plan.indices, plan.counts, plan.columns, plan.column_counts, call.kv_start)
-        return block_sparse_attention(q, call.k, call.v, *lists, call.scale, 0.0, 128, call.q_start, False)[0]
+        return block_sparse_attention(q, call.k, call.v, *lists, call.scale, 0.0, 128, call.q_start, None, False)[0]
 
     assert torch.equal(torch.compile(run, fullgraph=True)(call.q), expected)
     graph = torch.cuda.CUDAGraph()

@@ -18,3 +18,11 @@ def pooled_logits(mean_q: torch.Tensor, mean_k: torch.Tensor, call: AttentionCal
     grouped = (mean_q * call.scale).unflatten(1, (-1, call.group_size))
     logits = grouped @ mean_k.transpose(-1, -2)[:, :, None]
     return apply_softcap(logits.flatten(1, 2), call.softcap)
+
+
+def mean_of_rows(mean_k: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
+    """Mean key of each row, float32 `[B, Hkv, D]`, from the mean keys of its blocks `[B, Hkv, N, D]`."""
+    begin = torch.arange(grid.num_key_blocks, device=mean_k.device) * grid.block_size
+    tokens = (grid.lengths[:, None] - begin).clamp(0, grid.block_size)
+    share = tokens.float() / grid.lengths[:, None].float()
+    return (mean_k * share[:, None, :, None]).sum(-2)

@@ -1,5 +1,7 @@
 """Every backend of the block-sparse op against the oracle, and the oracle against dense attention."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,3 +140,43 @@ def test_torch_backend_leaves_threads_and_modes_alone(mode: type, threads: int) 
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+def share_left_out(call: AttentionCall, plan: BlockPlan, backend: str) -> torch.Tensor:
+    """Assert that a backend leaves out what the oracle does; the share of each query's weight that it is."""
+    assert_matches(call, plan, backend)
+    _, lse = attend(call, plan, backend, return_lse=True)
+    _, whole = attend(call, replace(plan, pv_threshold=None), backend, return_lse=True)
+    assert lse is not None and whole is not None
+    return (1 - torch.exp(lse - whole)).nan_to_num(0.0)  # a query without a key loses nothing
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("block_size, length", [(16, 100), (64, 300), (128, 515)])
+def test_tiles_far_below_the_running_maximum_are_left_out(backend: str, block_size: int, length: int) -> None:
+    call = make_call(length, heads=(2, 1), sharpness=2.0)
+    call = AttentionCall(**{**vars(call), "k": call.k * torch.linspace(2, 0, length)[:, None]})  # near keys count least
+    for number, threshold in enumerate((0.0, 2.0, 50.0)):
+        queries = [length, 77][number % 2]
+        part = AttentionCall(**{**vars(call), "q": call.q[:, :, -queries:], "q_start": length - queries})
+        plan = replace(random_plan(part, block_size, 0.7, seed=number), pv_threshold=threshold)
+        lost = share_left_out(part, plan, backend)
+        assert lost.min() > -1e-4 and lost.max() < length * 2**-threshold + 1e-4
+        assert (lost.max() > 1e-3) == (threshold < 50)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_tiles_are_left_out_of_padded_rows_and_chunks(backend: str) -> None:
+    call = make_call(120, queries=60, heads=(2, 1), row_starts=[0, 5, 43, 90], softcap=20.0)
+    call = AttentionCall(**{**vars(call), "k": call.k * torch.linspace(2, 0, 120)[:, None]})
+    plan = replace(random_plan(call, 16, 0.7), pv_threshold=0.5)
+    lost = share_left_out(call, plan, backend)
+    for row in range(3):
+        assert lost[row].max() > 1e-3
+    assert lost[3, :, :30].eq(0).all()
+
+
+def test_a_plan_with_columns_leaves_out_no_tile() -> None:
+    plan = random_plan(make_call(100), 32, 0.5, columns=5)
+    with pytest.raises(ValueError, match="pv_threshold"):
+        replace(plan, pv_threshold=1.0)

@@ -25,6 +25,8 @@ def unsupported(call: AttentionCall, plan: BlockPlan) -> str | None:
         return f"backend flash: block_size {plan.grid.block_size}"
     if plan.columns is not None:
         return "backend flash: single columns"
+    if plan.pv_threshold is not None:
+        return "backend flash: pv_threshold"
     if plan.grid.padded or not plan.grid.aligned:
         return "backend flash: padding, or a chunk that begins inside a block"
     if call.softcap is not None:

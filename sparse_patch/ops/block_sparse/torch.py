@@ -5,6 +5,7 @@ core works through tasks of its own with single-threaded operators: the scores s
 no barrier of all cores after each small operator, which costs more than the arithmetic when another process is running.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from sparse_patch.call import AttentionCall, apply_softcap
+from sparse_patch.ops.block_sparse.tiles import tile_side
 from sparse_patch.ops.layout import key_blocks, merge_query_blocks, query_blocks
 from sparse_patch.plans import BlockPlan, leading
 
@@ -26,6 +28,7 @@ class _Task:
     on_diagonal: bool  # whether the last of them is the diagonal block
     out: torch.Tensor  # [block, Dv]
     lse: torch.Tensor | None  # [block]
+    real: torch.Tensor | None  # bool [block], the queries that there are; where tiles may be left out
 
     @property
     def keys(self) -> int:
@@ -41,6 +44,7 @@ class _Work:
     above_diagonal: torch.Tensor  # bool [block, block]
     scale: float
     softcap: float | None
+    pv_threshold: float | None
 
 
 class _Buffers:
@@ -63,6 +67,7 @@ def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> tu
         above_diagonal=call.q.new_ones(grid.block_size, grid.block_size, dtype=torch.bool).triu(1),
         scale=call.scale,
         softcap=call.softcap,
+        pv_threshold=plan.pv_threshold,
     )
     # Laid out in memory as [B, Sq, Hq, Dv], which Transformers wants.
     out = work.v.new_zeros(batch, rows, grid.block_size, heads, call.v.shape[-1]).permute(0, 3, 1, 2, 4)
@@ -82,9 +87,10 @@ def _tasks(
     columns = _columns(plan, first_block * plan.grid.block_size)
     on_diagonal = plan.on_diagonal.flatten().tolist()
     lses = [None] * len(counts) if lse is None else _each(lse)
+    real = [None] * len(counts) if plan.pv_threshold is None else _each(_real_queries(plan))
     tasks = [
         _Task(*fields)
-        for fields in zip(_each(q), lists, columns, on_diagonal, _each(out), lses, strict=True)
+        for fields in zip(_each(q), lists, columns, on_diagonal, _each(out), lses, real, strict=True)
         if len(fields[1]) + len(fields[2])
     ]
     return sorted(tasks, key=lambda task: -task.keys)
@@ -101,6 +107,11 @@ def _columns(plan: BlockPlan, first_key: torch.Tensor) -> Sequence[torch.Tensor]
 def _each(x: torch.Tensor) -> list[torch.Tensor]:
     """The `x[b, h, i]` as views, in order."""
     return [block for row in x.unbind() for head in row.unbind() for block in head.unbind()]
+
+
+def _real_queries(plan: BlockPlan) -> torch.Tensor:
+    """Which slots of the query blocks hold a real query, bool `[B, Hq, NQ, block]`."""
+    return plan.grid.query_is_real[:, None].expand(-1, plan.counts.shape[1], -1, -1)
 
 
 def _first_key_block(call: AttentionCall, plan: BlockPlan) -> torch.Tensor:
@@ -154,8 +165,25 @@ def _attend_task(work: _Work, task: _Task, buffers: _Buffers) -> None:
     apply_softcap(scores, work.softcap)
     if task.on_diagonal:
         scores[:, in_blocks - block : in_blocks].masked_fill_(work.above_diagonal, -torch.inf)
+    if work.pv_threshold is not None and task.real is not None:
+        _leave_out(scores, task.real, task.on_diagonal, work.pv_threshold)
     if task.lse is not None:
         torch.logsumexp(scores, -1, out=task.lse)
     weights = buffers.weights[: block * keys].view(block, keys)
     torch.softmax(scores, -1, out=weights)
     torch.mm(weights, buffers.v[:keys], out=task.out)
+
+
+def _leave_out(scores: torch.Tensor, real: torch.Tensor, on_diagonal: bool, threshold: float) -> None:
+    """Give the tiles that lie `threshold` below what was read before them, in log2 units, scores of `-inf`."""
+    block, side = len(real), tile_side(len(real))
+    tiles = scores.view(block // side, side, -1, side)
+    of_tiles = tiles.amax(-1)  # [query tiles, queries, key tiles]
+    before = of_tiles.cummax(-1).values[..., :-1]  # a tile that is left out is no maximum
+    above = (of_tiles[..., 1:] - before).masked_fill(~real.view(-1, side, 1), -torch.inf).amax(1)
+    far = above + threshold * math.log(2) <= 0  # of the tiles from the second on
+    if on_diagonal:
+        far.diagonal(far.shape[-1] - block // side).fill_(False)  # what lies behind the last tile is in the future
+    elif far.shape[-1]:
+        far[:, -1] = False
+    tiles[:, :, 1:].masked_fill_(far[:, None, :, None], -torch.inf)

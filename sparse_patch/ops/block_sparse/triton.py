@@ -4,10 +4,10 @@ A program holds one tile of queries. It reads the blocks below the diagonal, whi
 columns, then the diagonal block with its mask. Programs are ordered so that what runs together shares keys in the
 cache: one KV head after the other, in it the query blocks from the last (the longest) to the first, and the query heads
 of the GQA group side by side. Keys and values arrive through tensor descriptors: the copy engine on Hopper and later,
-plain loads before.
+plain loads before. With a `pv_threshold` a tile's logits say whether its values are read at all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.ops.backends import kernel_unsupported
+from sparse_patch.ops.block_sparse.tiles import tile_side
 from sparse_patch.ops.kernels import softcap_logits
 from sparse_patch.plans import BlockPlan
 
@@ -44,8 +45,18 @@ def tile_of(head_dim: int, dtype: torch.dtype, block_size: int, capability: tupl
     return Tile(min(tile.block_m, block_size), min(tile.block_n, block_size), tile.num_warps, tile.num_stages)
 
 
+def tile_that_may_be_left_out(tile: Tile, block_size: int) -> Tile:
+    """The tile of plans with a `pv_threshold`, whose size says what is left out: the same everywhere."""
+    side = tile_side(block_size)
+    num_stages = tile.num_stages if tile.block_n >= side else 1
+    return replace(tile, block_m=side, block_n=side, num_warps=4, num_stages=num_stages)
+
+
 def unsupported(call: AttentionCall, plan: BlockPlan) -> str | None:
     """Why this backend cannot execute the plan where its kernel runs; None if it can."""
+    wide = max(call.q.shape[-1], call.v.shape[-1]) > 128
+    if plan.pv_threshold is not None and wide and call.q.dtype == torch.float32:
+        return "backend triton: pv_threshold, float32 and a head_dim above 128"  # its tiles need too much memory
     return kernel_unsupported(call)
 
 
@@ -64,6 +75,7 @@ def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> tu
         call.softcap or 0.0,
         plan.grid.block_size,
         call.q_start,
+        plan.pv_threshold,
         return_lse,
     )
     return out, lse if return_lse else None
@@ -83,6 +95,7 @@ def block_sparse_attention(
     softcap: float,
     block_size: int,
     q_start: int,
+    pv_threshold: float | None,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel's launch; arguments as in `AttentionCall` and `BlockPlan`, softcap 0 for none.
@@ -98,6 +111,8 @@ def block_sparse_attention(
     num_query_blocks = indices.shape[2]
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
     tile = tile_of(max(head_dim, value_dim), q.dtype, block_size, capability)
+    if pv_threshold is not None:
+        tile = tile_that_may_be_left_out(tile, block_size)
     k, v = _copyable(k), _copyable(v)
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (head_dim, value_dim))
     if columns is None or column_counts is None:
@@ -130,6 +145,7 @@ def block_sparse_attention(
         columns.stride(2),
         scale,
         softcap,
+        pv_threshold or 0.0,
         D=head_dim,
         DV=value_dim,
         BLOCK_D=block_d,
@@ -140,6 +156,7 @@ def block_sparse_attention(
         HAS_START=kv_start is not None,
         HAS_COLUMNS=has_columns,
         HAS_SOFTCAP=softcap > 0,
+        LEAVES_OUT=pv_threshold is not None,
         RETURN_LSE=return_lse,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps,
@@ -188,6 +205,13 @@ def _update(s, v_tile, acc, m_i, l_i, to_log2, PRECISION: tl.constexpr):
     return acc, m_new, l_i
 
 
+@triton.jit
+def _is_near(s, m_i, to_log2, real, pv_threshold):
+    """Whether any real query has a logit in a tile that is less than `pv_threshold` below its running maximum."""
+    above = tl.where(real, tl.max(s, 1) * to_log2 - m_i, -float("inf"))
+    return tl.max(above, 0) + pv_threshold > 0
+
+
 @triton.jit(do_not_specialize=["num_query_blocks", "q_length", "q_start", "stride_list", "stride_columns"])
 def _block_sparse_kernel(
     q,
@@ -223,6 +247,7 @@ def _block_sparse_kernel(
     stride_columns,
     scale,
     softcap,
+    pv_threshold,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -233,6 +258,7 @@ def _block_sparse_kernel(
     HAS_START: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    LEAVES_OUT: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -282,8 +308,10 @@ def _block_sparse_kernel(
         position = start + j * BLOCK + (t % PARTS) * BLOCK_N
         b_k = k_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_D)
         s = _logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale, PRECISION)
-        b_v = v_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_DV)
-        acc, m_i, l_i = _update(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
+        is_last = (t == full * PARTS - 1) & (full == count)
+        if not LEAVES_OUT or (is_last | _is_near(s, m_i, to_log2, mask_m, pv_threshold)):
+            b_v = v_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_DV)
+            acc, m_i, l_i = _update(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
 
     if HAS_COLUMNS:
         number = tl.load(column_counts + i_list)
@@ -307,8 +335,9 @@ def _block_sparse_kernel(
             b_k = k_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_D)
             s = _logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale, PRECISION)
             s = tl.where(offs_in[:, None] >= (n + tl.arange(0, BLOCK_N))[None, :], s, -float("inf"))
-            b_v = v_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_DV)
-            acc, m_i, l_i = _update(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
+            if not LEAVES_OUT or ((n == first) | _is_near(s, m_i, to_log2, mask_m, pv_threshold)):
+                b_v = v_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_DV)
+                acc, m_i, l_i = _update(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
 
     acc = tl.where(l_i[:, None] > 0, acc / l_i[:, None], 0.0)
     p_o = o + i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh + rows[:, None] * stride_os + offs_dv[None, :]

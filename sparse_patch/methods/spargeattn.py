@@ -1,0 +1,153 @@
+"""SpargeAttn: Accurate and Training-free Sparse Attention Accelerating Any Model Inference (ICML 2025).
+
+Queries and keys are cut into blocks, and a block stands for its mean where its tokens are alike: its self-similarity,
+the mean cosine of all pairs of its tokens, is above `similarity_threshold`. Keys are taken less the mean key of their
+row there, which all of them share ("smoothed"). Mean queries against the mean keys of such blocks give, after a causal
+softmax, what a query block of a head selects from; blocks that are not alike are never judged by their mean: such a key
+block is read by every query block after it, and such a query block reads every key block before it. arXiv 2502.18137;
+code: thu-ml/SpargeAttn.
+
+Two selections, as in the code: `topk` takes a share of the row's key blocks, which its authors recommend; `cdf`, the
+paper's, takes the largest while their sum is at most `cdf_threshold`: the block that crosses it is not among them. Both
+take at least one. That is the paper's first filter. The second, `pv_threshold`, leaves out tiles of what was selected
+whose logits turn out to lie far below the running maximum. Products have full precision, not the paper's int8 and fp8.
+
+Where the public code is followed, and where it is not:
+
+- `topk` counts against all key blocks of the row, not those before the query block: one half computes three quarters of
+  the causal triangle. In a chunk of a chunked prefill the row is what there is up to the chunk's end.
+- The diagonal is always read, beside what is selected (the code can miss it). So is key block 0 with `attention_sink`.
+- Query and key blocks have the same size (the code: 128 queries by 64 keys, on Hopper 64 by 128), and causality is
+  exact to the token (the code's wrappers leave the tile on the diagonal unmasked).
+- The second filter works on tiles of 64 by 64 (the code: a block by a block). It is off unless asked for: the code's
+  default of 50 leaves out weights below 2 ** -50, and flash-attn-4's kernel, the fastest one, has no such filter.
+- Means and similarities are over the real tokens of a block. The code divides zeros by zeros in the last block, which
+  makes it dense. A zero vector has a cosine of 0 with everything, itself included.
+- Means are of raw keys: smoothing moves all logits of a query by one number, which the softmax drops. With a softcap,
+  which the code lacks, it would not; so the softcap is applied to the logits of the raw means.
+- The model's own `scale` is used (the code: `D ** -0.5`), sums and probabilities are float32 (the code: the model's
+  dtype and float16), ties go to the earlier key block, and KV heads are not repeated.
+
+The mean key is that of the whole row up to the call's end. With a `similarity_threshold` of 0 or more a token's output
+therefore depends, a little, on tokens after it. Below 0 every block counts as alike, no similarity is computed, and a
+query block's selection looks at no token after the block (`topk` at their number).
+"""
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.methods.base import PrefillMethod
+from sparse_patch.ops.block_means import key_means, key_similarities, query_means, query_means_and_similarities
+from sparse_patch.ops.pooling import mean_of_rows, pooled_logits
+from sparse_patch.ops.slices import slices
+from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
+
+_SELECTION_BYTES = 48  # of temporaries for each block: the sort's values and indices, twice, and what is made of them
+_PUBLISHED_SIMILARITY = {"topk": -0.1, "cdf": 0.6}
+
+
+class SpargeAttn(PrefillMethod):
+    """Blocks by the attention of means, where the tokens of a block are alike; all blocks where they are not.
+
+    Attributes:
+        selection: "topk" takes a share of the key blocks, "cdf" takes by mass; see the module's text.
+        topk: share of the row's key blocks that a query block selects, in (0, 1]; 1 is dense. Of "topk" alone.
+        cdf_threshold: pooled attention mass that the selected blocks stay within, in [0, 1]; 0 selects one block, 1 is
+            dense. Of "cdf" alone.
+        similarity_threshold: the mean of a block stands for it when its self-similarity is above this; similarities lie
+            in [0, 1], so that below 0 all means do, and with 1 none: dense. None for what is published for the
+            selection: -0.1 for "topk", 0.6 for "cdf".
+        pv_threshold: tiles of a query block's keys whose logits all lie at least this far below what was read before
+            them, in log2 units, are left out (`ops.block_sparse` says which); None for no tile. Densities include them.
+        attention_sink: whether every query block reads key block 0.
+        block_size: side of a block in tokens.
+    """
+
+    summary = "blocks by the attention of means, where the tokens of a block are alike"
+    paper = "SpargeAttn, ICML 2025, arXiv 2502.18137"
+
+    method: Literal["spargeattn"] = "spargeattn"
+    selection: Literal["topk", "cdf"] = "topk"
+    topk: Annotated[float, Field(gt=0, le=1)] = 0.5
+    cdf_threshold: Annotated[float, Field(ge=0, le=1)] = 0.98
+    similarity_threshold: Annotated[float, Field(ge=-1, le=1)] | None = None
+    pv_threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    attention_sink: bool = False
+    block_size: Literal[16, 32, 64, 128] = 128
+
+    @property
+    def least_similarity(self) -> float:
+        """`similarity_threshold`, or what is published for the selection."""
+        chosen = self.similarity_threshold
+        return _PUBLISHED_SIMILARITY[self.selection] if chosen is None else chosen
+
+    def plan(self, call: AttentionCall) -> Plan:
+        """Select blocks for every head and query block; see `Method.plan`."""
+        if dense := self._everything():
+            return dense
+        if short := self.why_dense(call):
+            return short
+        if call.kv_length <= (1 + self.attention_sink) * self.block_size:
+            return Dense("no longer than the blocks that are always kept")
+        grid = BlockGrid.of(call, self.block_size)
+        return replace(BlockPlan.from_blocks(self._select(call, grid), grid), pv_threshold=self.pv_threshold)
+
+    def _everything(self) -> Dense | None:
+        """The dense answer of settings that take every block."""
+        if self.selection == "topk" and self.topk >= 1:
+            return Dense("topk: 1")
+        if self.selection == "cdf" and self.cdf_threshold >= 1:
+            return Dense("cdf_threshold: 1")
+        return Dense("similarity_threshold: 1") if self.least_similarity >= 1 else None
+
+    def _select(self, call: AttentionCall, grid: BlockGrid) -> torch.Tensor:
+        """The blocks of every head, bool `[B, Hq, NQ, N]`; may hold blocks outside the causal triangle."""
+        (batch, heads), mean_k = call.q.shape[:2], key_means(call.k, grid)
+        mean_q, alike_q, alike_k = self._means_and_alike(call, grid, mean_k)
+        blocks = call.q.new_empty(batch, heads, grid.num_query_blocks, grid.num_key_blocks, dtype=torch.bool)
+        for rows in slices(grid.num_query_blocks, _SELECTION_BYTES * batch * heads * grid.num_key_blocks):
+            candidates = grid.causal[:, None, rows]
+            if alike_k is not None:
+                candidates = candidates & alike_k[:, :, None]
+            logits = pooled_logits(mean_q[:, :, rows], mean_k, call).masked_fill_(~candidates, -torch.inf)
+            blocks[:, :, rows] = self._largest(logits, grid)
+        if alike_q is not None and alike_k is not None:
+            blocks |= ~alike_q[..., None]
+            blocks |= ~alike_k[:, :, None]
+        return blocks.logical_or_(self._always(grid)[:, None])
+
+    def _means_and_alike(
+        self, call: AttentionCall, grid: BlockGrid, mean_k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Mean queries, and which query and key blocks are alike, bool `[B, Hq, NQ]`, `[B, Hq, N]`; None for all."""
+        if self.least_similarity < 0:
+            return query_means(call.q, grid), None, None
+        mean_q, of_queries = query_means_and_similarities(call.q, grid)
+        of_keys = key_similarities(call.k, grid, mean_of_rows(mean_k, grid))
+        alike_k = (of_keys > self.least_similarity).repeat_interleave(call.group_size, 1)
+        return mean_q, of_queries > self.least_similarity, alike_k
+
+    def _largest(self, logits: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
+        """The key blocks that each query block selects, from logits `[B, Hq, I, N]` with `-inf` where there is none.
+
+        A query block with no candidate at all takes block 0: it has none but blocks that are not alike, which it reads.
+        """
+        ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+        if self.selection == "cdf":
+            taken = ranked.softmax(-1).cumsum(-1) <= self.cdf_threshold
+        else:
+            number = (grid.key_blocks_per_row.double() * self.topk).long()
+            rank = torch.arange(logits.shape[-1], device=logits.device)
+            taken = (rank < number[:, None]).view(len(number), 1, 1, -1).expand_as(logits).clone()
+        taken[..., 0] = True
+        return torch.zeros_like(taken).scatter_(-1, order, taken)
+
+    def _always(self, grid: BlockGrid) -> torch.Tensor:
+        """The blocks that every head reads, bool `[B, NQ, N]`: the diagonal, key block 0, short rows."""
+        key_block = torch.arange(grid.num_key_blocks, device=grid.row_starts.device)
+        always = (key_block == grid.query_block_ids[..., None]) | (grid.lengths < self.min_length)[:, None, None]
+        return always | (key_block == 0) if self.attention_sink else always
