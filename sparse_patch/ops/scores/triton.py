@@ -1,0 +1,492 @@
+"""Triton backend: one kernel quantises the keys once per KV head, one decides.
+
+A deciding program holds a few query tiles of one head and loads them once: exact products with the reference region
+give every query its limit, then the candidates pass as int8 codes. What is done for each of their products is one
+integer maximum. The four threads of a tensor core instruction that share a row own the keys `(n % 8) // 2` of a block
+each, so the maximum over the others stays inside a thread; an estimate, one conversion and one comparison follow for
+each thread, row and block, and the outcomes gather as bits of one word a thread and row. Rows and threads meet once in
+32 key blocks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, softcap_logits
+from sparse_patch.ops.scores.rules import (
+    DENSE_BELOW,
+    KEY_BLOCK,
+    QUERY_TILE,
+    SEGMENT,
+    WORD_KEYS,
+    ScoreRule,
+    TileBounds,
+    mean_key,
+    mean_query,
+)
+
+_QUANTISED_KEYS = 128  # keys of a program that quantises
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the deciding kernel is cut: query tiles of a program, keys of a step over the candidates and over the
+    reference region, warps, depth of the pipeline."""
+
+    query_tiles: int
+    keys: int
+    region_keys: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_of(head_dim: int, dtype: torch.dtype) -> Tile:
+    """The tile for a head size and dtype: a multiple of 64 queries a warp group, as Hopper multiplies."""
+    if dtype == torch.float32:
+        return Tile(1, 128, 32, 4, 2)
+    return Tile(2, 128, 64, 8, 3) if head_dim <= 128 else Tile(1, 128, 32, 4, 2)
+
+
+def decisions(call: AttentionCall, tau: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
+    """See `ops.scores`."""
+    mean_k = mean_key(call)
+    mean_q = mean_query(call) if rule.numerics == "int4" else None
+    codes, scales, mean_term = quantise_keys(call.k, mean_k, mean_q, call.kv_start, rule.largest_code)
+    bounds = TileBounds.of(call, rule)
+    return decide_blocks(
+        call.q, call.k, codes, scales, mean_term, mean_k, mean_q, tau, call.kv_start, call.scale, call.softcap or 0.0,
+        call.q_start, rule.local_window, bounds.grid.num_query_blocks, bounds.num_words,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("sparse_patch::quantise_keys", mutates_args=())
+def quantise_keys(
+    k: torch.Tensor,
+    mean_k: torch.Tensor,
+    mean_q: torch.Tensor | None,
+    kv_start: torch.Tensor | None,
+    largest_code: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The smoothed keys as codes; int4 with a mean query, int8 without.
+
+    Args:
+        k: `[B, Hkv, Skv, D]`.
+        mean_k: `[B, Hkv, D]`, contiguous.
+        mean_q: `[B, Hq, D]`, contiguous; None for int8.
+        kv_start: int64 `[B]`, or None.
+        largest_code: 7 or 127.
+
+    Returns:
+        What `ops.scores.torch.QuantisedKeys` has, D filled up with zeros to a power of two, and `mean_term` empty for
+        int8.
+    """
+    codes, scales, mean_term = _key_outputs(k, mean_q)
+    batch, kv_heads, slots, block_d = codes.shape
+    steps = slots // _QUANTISED_KEYS
+    _quantise_kernel[(batch * kv_heads * steps,)](
+        k,
+        mean_k,
+        mean_q if mean_q is not None else mean_k,
+        codes,
+        scales,
+        mean_term,
+        kv_start if kv_start is not None else codes,
+        *k.stride(),
+        kv_heads,
+        mean_q.shape[1] // kv_heads if mean_q is not None else 1,
+        steps,
+        k.shape[2],
+        LARGEST=largest_code,
+        D=k.shape[3],
+        BLOCK_D=block_d,
+        BLOCK_N=_QUANTISED_KEYS,
+        HAS_START=kv_start is not None,
+        HAS_MEAN=mean_q is not None,
+        num_warps=4,
+    )
+    return codes, scales, mean_term
+
+
+@quantise_keys.register_fake
+def _(
+    k: torch.Tensor, mean_k: torch.Tensor, mean_q: torch.Tensor | None, *_: torch.Tensor | int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _key_outputs(k, mean_q)
+
+
+def _key_outputs(k: torch.Tensor, mean_q: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, kv_heads, kv_length, head_dim = k.shape
+    slots = -(-kv_length // WORD_KEYS) * WORD_KEYS
+    block_d = max(32, 1 << (head_dim - 1).bit_length())
+    codes = k.new_empty(batch, kv_heads, slots, block_d, dtype=torch.int8)
+    if mean_q is None:
+        scales = k.new_empty(batch, kv_heads, slots // KEY_BLOCK, 1, dtype=torch.float32)
+        return codes, scales, k.new_empty(0)
+    scales = k.new_empty(batch, kv_heads, slots // KEY_BLOCK, 4)
+    return codes, scales, k.new_empty(batch, mean_q.shape[1], slots)
+
+
+@torch.library.custom_op("sparse_patch::decide_blocks", mutates_args=())
+def decide_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    mean_term: torch.Tensor,
+    mean_k: torch.Tensor,
+    mean_q: torch.Tensor | None,
+    tau: torch.Tensor,
+    kv_start: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    q_start: int,
+    local_window: int,
+    num_tiles: int,
+    num_words: int,
+) -> torch.Tensor:
+    """The deciding kernel's launch; arguments as in `AttentionCall` and `quantise_keys`, softcap 0 for none.
+
+    Returns:
+        The map, int32 `[B, Hq, num_tiles, num_words]`.
+    """
+    batch, heads, q_length, head_dim = q.shape
+    kv_heads, kv_length = k.shape[1:3]
+    words = q.new_empty(batch, heads, num_tiles, num_words, dtype=torch.int32)
+    tile = tile_of(head_dim, q.dtype)
+    block_d = codes.shape[-1]
+    programs = triton.cdiv(num_tiles, tile.query_tiles)
+    _decide_kernel[(batch * heads * programs,)](
+        q,
+        k,
+        TensorDescriptor.from_tensor(codes, [1, 1, tile.keys, block_d]),
+        scales,
+        mean_term,
+        mean_k,
+        mean_q if mean_q is not None else mean_k,
+        tau,
+        words,
+        kv_start if kv_start is not None else words,
+        *q.stride(),
+        *k.stride(),
+        heads,
+        kv_heads,
+        programs,
+        num_tiles,
+        num_words,
+        q_length,
+        kv_length,
+        q_start,
+        codes.shape[2],
+        scale,
+        softcap,
+        LARGEST=127 if mean_q is None else 7,
+        WINDOW=local_window,
+        SEGMENT=SEGMENT,
+        DENSE=DENSE_BELOW,
+        D=head_dim,
+        BLOCK_D=block_d,
+        TILE=QUERY_TILE,
+        TILES=tile.query_tiles,
+        BLOCK_N=tile.keys,
+        REGION_N=tile.region_keys,
+        HAS_START=kv_start is not None,
+        HAS_MEAN=mean_q is not None,
+        HAS_SOFTCAP=softcap > 0,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return words
+
+
+@decide_blocks.register_fake
+def _(q: torch.Tensor, *arguments: torch.Tensor | float | None) -> torch.Tensor:
+    return q.new_empty(*q.shape[:2], *arguments[-2:], dtype=torch.int32)
+
+
+_EVEN: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: added and taken off again, it rounds half to even
+_MEAN_LIMIT: tl.constexpr = tl.constexpr(536870912.0)
+_LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def _lowest(n):
+    """The lowest `n` bits of a word, int32; `n` may lie outside 0 to 32."""
+    n = tl.minimum(tl.maximum(n, 0), 32)
+    return tl.where(n == 32, -1, (tl.full(n.shape, 1, tl.int32) << (n & 31)) - 1)
+
+
+@triton.jit
+def _scale_of(largest, LARGEST: tl.constexpr, dtype: tl.constexpr):
+    """The scale of a group from its largest magnitude, float32, rounded to `dtype`; 1 for a group of zeros."""
+    scale = tl.math.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32)).to(dtype).to(tl.float32)
+    return tl.where(scale == 0.0, 1.0, scale)
+
+
+@triton.jit
+def _to_codes(x, scale, LARGEST: tl.constexpr):
+    """Codes, int8, of float32 values with scales of the same shape."""
+    rounded = (tl.math.div_rn(x, scale) + _EVEN) - _EVEN
+    return tl.minimum(tl.maximum(rounded, -LARGEST), LARGEST).to(tl.int8)
+
+
+@triton.jit
+def _smoothed(p_k, position, valid, mean, stride_ks, stride_kd, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Keys `[N, BLOCK_D]` with the mean taken off, in their own dtype; zeros where not valid."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = valid[:, None] & (offs_d < D)[None, :]
+    p_tile = p_k + position.to(tl.int64)[:, None] * stride_ks + offs_d.to(tl.int64)[None, :] * stride_kd
+    b_k = tl.load(p_tile, mask=mask, other=0.0)
+    return tl.where(mask, b_k.to(tl.float32) - mean[None, :], 0.0).to(b_k.dtype)
+
+
+@triton.jit(do_not_specialize=["steps", "kv_length"])
+def _quantise_kernel(
+    k,
+    mean_k,
+    mean_q,
+    codes,
+    scales,
+    mean_term,
+    kv_start,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_kd,
+    kv_heads,
+    group,
+    steps,
+    kv_length,
+    LARGEST: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = BLOCK_N // 32
+    pid = tl.program_id(0)
+    i_n, i_bh = pid % steps, pid // steps
+    i_b, i_h = (i_bh // kv_heads).to(tl.int64), (i_bh % kv_heads).to(tl.int64)
+    start = 0
+    if HAS_START:
+        start = tl.load(kv_start + i_b).to(tl.int32)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mean = tl.load(mean_k + i_bh.to(tl.int64) * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+    position = offs_n + start
+    p_k = k + i_b * stride_kb + i_h * stride_kh
+    b_k = _smoothed(p_k, position, position < kv_length, mean, stride_ks, stride_kd, D, BLOCK_D)
+    dtype: tl.constexpr = b_k.dtype
+    x = b_k.to(tl.float32)
+
+    # Key 8a + 2t + e of a block, int4: the keys of equal t share a scale.
+    by_lane = tl.reshape(tl.max(tl.abs(x), 1), (BLOCKS, 4, 4, 2))
+    first_block = i_bh.to(tl.int64) * steps * BLOCKS + i_n * BLOCKS
+    offs_j = tl.arange(0, BLOCKS)
+    if HAS_MEAN:
+        scale = _scale_of(tl.max(tl.max(by_lane, 3), 1), LARGEST, dtype)  # [BLOCKS, 4]
+        tl.store(scales + (first_block + offs_j)[:, None] * 4 + tl.arange(0, 4)[None, :], scale.to(dtype))
+        of_key = tl.broadcast_to(scale[:, None, :, None], (BLOCKS, 4, 4, 2))
+    else:
+        scale = _scale_of(tl.max(tl.reshape(by_lane, (BLOCKS, 32)), 1), LARGEST, tl.float32)  # [BLOCKS]
+        tl.store(scales + first_block + offs_j, scale)
+        of_key = tl.broadcast_to(scale[:, None, None, None], (BLOCKS, 4, 4, 2))
+    of_key = tl.reshape(of_key, (BLOCK_N,))
+    rows = i_bh.to(tl.int64) * steps * BLOCK_N + offs_n
+    b_codes = _to_codes(x, tl.broadcast_to(of_key[:, None], (BLOCK_N, BLOCK_D)), LARGEST)
+    tl.store(codes + rows[:, None] * BLOCK_D + offs_d[None, :], b_codes)
+
+    if HAS_MEAN:
+        for i_g in tl.range(0, group):
+            i_head = i_bh.to(tl.int64) * group + i_g
+            b_mean = tl.load(mean_q + i_head * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+            term = tl.math.div_rn(tl.sum(x * b_mean[None, :], 1), of_key)
+            tl.store(mean_term + i_head * steps * BLOCK_N + offs_n, term.to(dtype))
+
+
+@triton.jit
+def _bounds(tile, length, WINDOW: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr):
+    """Key blocks that query tiles see, 0 for tiles behind the row's end, and their first local block."""
+    visible = tl.minimum((tile + 1) * (TILE // 32), (length + 31) // 32)
+    visible = tl.where(tile * TILE < length, visible, 0)
+    segments = tl.maximum(visible - 1 - WINDOW // 32, 0) // (SEGMENT // 32)
+    return visible, 1 + segments * (SEGMENT // 32)
+
+
+@triton.jit(do_not_specialize=["programs", "num_tiles", "num_words", "q_length", "kv_length", "q_start"])
+def _decide_kernel(
+    q,
+    k,
+    codes_desc,
+    scales,
+    mean_term,
+    mean_k,
+    mean_q,
+    tau,
+    words,
+    kv_start,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_kd,
+    heads,
+    kv_heads,
+    programs,
+    num_tiles,
+    num_words,
+    q_length,
+    kv_length,
+    q_start,
+    slots,
+    scale,
+    softcap,
+    LARGEST: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    DENSE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    REGION_N: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    BLOCK_M: tl.constexpr = TILES * TILE
+    BLOCKS: tl.constexpr = BLOCK_N // 32  # key blocks of a step
+    LANES: tl.constexpr = 4 if HAS_MEAN else 1  # scales of a key block
+    group = heads // kv_heads
+    pid = tl.program_id(0)
+    i_g = pid % group
+    pid = pid // group
+    i_first = (programs - 1 - pid % programs) * TILES  # the longest first
+    pid = pid // programs
+    i_hk = pid % kv_heads
+    i_b = pid // kv_heads
+    i_h = i_hk * group + i_g
+    i_bh = (i_b * heads + i_h).to(tl.int64)
+    i_bk = (i_b * kv_heads + i_hk).to(tl.int64)
+
+    start = 0
+    if HAS_START:
+        start = tl.load(kv_start + i_b).to(tl.int32)
+    length = kv_length - start
+    first_tile = tl.maximum(q_start - start, 0) // TILE + i_first
+    tiles = first_tile + tl.arange(0, TILES)
+    offs_m = first_tile * TILE + tl.arange(0, BLOCK_M)  # positions within the row
+    visible, local = _bounds(tiles, length, WINDOW, SEGMENT, TILE)
+    _, local_m = _bounds(offs_m // TILE, length, WINDOW, SEGMENT, TILE)
+    b_tau = tl.load(tau + i_h)
+    dense = b_tau < DENSE
+    local = tl.where(dense, 1, local)
+    end = tl.where(dense, 0, tl.max(visible, 0) * 32)  # of the reference region, which a dense head does not need
+    low = tl.min(tl.where(visible > 0, local, num_words * 32), 0) * 32
+
+    offs_d = tl.arange(0, BLOCK_D)
+    index = offs_m + start - q_start
+    real = (index >= tl.maximum(start - q_start, 0)) & (index < q_length)
+    mask_q = real[:, None] & (offs_d < D)[None, :]
+    p_q = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
+    p_q = p_q + index.to(tl.int64)[:, None] * stride_qs + offs_d.to(tl.int64)[None, :] * stride_qd
+    b_q = tl.load(p_q, mask=mask_q, other=0.0)
+    dtype: tl.constexpr = b_q.dtype
+    mean = tl.load(mean_k + i_bk * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+    taken_off = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if HAS_SOFTCAP:
+        taken_off = tl.sum(b_q.to(tl.float32) * mean[None, :], 1)
+
+    p_k = k + i_b.to(tl.int64) * stride_kb + i_hk.to(tl.int64) * stride_kh
+    m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for t in tl.range(0, tl.where(end > 0, 1 + tl.cdiv(tl.maximum(end - low, 0), REGION_N), 0)):
+        offs_n = tl.where(t == 0, 0, low + (t - 1) * REGION_N) + tl.arange(0, REGION_N)  # the sink, then the local ones
+        b_k = _smoothed(p_k, offs_n + start, offs_n < length, mean, stride_ks, stride_kd, D, BLOCK_D)
+        s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        if HAS_SOFTCAP:
+            s = softcap_logits(s + taken_off[:, None], scale, softcap * _LOG2_E)
+        else:
+            s = s * (scale * _LOG2_E)
+        from_n = tl.where(t == 0, 0, local_m * 32)
+        until_n = tl.where(t == 0, 31, offs_m)
+        seen = (offs_n[None, :] >= from_n[:, None]) & (offs_n[None, :] <= tl.minimum(until_n, offs_m)[:, None])
+        m_i, l_i = add_to_exp_sum(m_i, l_i, tl.where(seen, s, -float("inf")))
+
+    # What an estimated product must exceed.
+    limit = m_i + tl.math.log2(tl.maximum(l_i, 1.0)) + tl.math.log2(tl.maximum(b_tau, DENSE))  # a sum is 1 or more
+    limit = limit * (1.0 / _LOG2_E)
+    if HAS_SOFTCAP:
+        x = tl.maximum(limit / softcap, -1.0)
+        uncapped = (softcap * 0.5) * tl.math.log((1.0 + x) / tl.where(x < 1.0, 1.0 - x, 1.0))
+        limit = tl.where(x < 1.0, uncapped, float("inf"))
+    limit = limit / scale - taken_off
+    limit = tl.where(real, limit, float("inf"))
+
+    if HAS_MEAN:
+        b_mean = tl.load(mean_q + i_bh * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+        x_q = tl.where(mask_q, b_q.to(tl.float32) - b_mean[None, :], 0.0).to(dtype).to(tl.float32)
+        pairs = tl.max(tl.reshape(tl.max(tl.abs(x_q), 1), (BLOCK_M // 16, 2, 8)), 1)  # queries r and r + 8 of 16
+        scale_q = tl.broadcast_to(_scale_of(pairs, LARGEST, dtype)[:, None, :], (BLOCK_M // 16, 2, 8))
+        scale_q = tl.reshape(scale_q, (BLOCK_M,))
+        limit = limit.to(dtype).to(tl.float32)
+    else:
+        x_q = b_q.to(tl.float32)
+        scale_q = _scale_of(tl.max(tl.abs(x_q), 1), LARGEST, tl.float32)
+        limit = limit / scale_q
+    codes_q = _to_codes(x_q, tl.broadcast_to(scale_q[:, None], (BLOCK_M, BLOCK_D)), LARGEST)
+
+    offs_j = tl.arange(0, BLOCKS)
+    offs_l = tl.arange(0, LANES)
+    p_scales = scales + i_bk * (slots // 32 * LANES) + offs_j[:, None] * LANES + offs_l[None, :]
+    p_words = words + (i_bh * num_tiles + i_first + tl.arange(0, TILES)) * num_words
+    inside = i_first + tl.arange(0, TILES) < num_tiles
+    last = tl.where(dense, 1, tl.max(tl.where(visible > 0, local, 0), 0))  # candidates lie before this block
+    steps = tl.where(last > 1, tl.cdiv(last, BLOCKS), 0)
+    found = tl.zeros([BLOCK_M, 4], dtype=tl.int32)
+    scale_next = tl.load(p_scales)  # one step ahead: a load whose result is needed at once stalls the pipeline
+    for c in tl.range(0, steps):
+        b_k = codes_desc.load([i_b, i_hk, c * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
+        scale_k = scale_next.to(tl.float32)
+        scale_next = tl.load(p_scales + tl.minimum(c + 1, steps - 1) * (BLOCKS * LANES))
+        s = tl.dot(codes_q, tl.trans(b_k), out_dtype=tl.int32)
+        if HAS_MEAN:
+            term = tl.load(mean_term + i_bh * slots + c * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.float32)
+            term = term[None, :] / scale_q[:, None]
+            term = (tl.minimum(tl.maximum(term, -_MEAN_LIMIT), _MEAN_LIMIT) + _EVEN) - _EVEN
+            s += term.to(tl.int32)
+        # Key 8a + 2t + e of a block lies with thread t of a row.
+        largest = tl.max(tl.max(tl.reshape(s, (BLOCK_M, BLOCKS, 4, 4, 2)), 4), 2).to(tl.float32)  # [M, BLOCKS, 4]
+        if HAS_MEAN:
+            product = (scale_q[:, None, None] * scale_k[None, :, :]).to(dtype).to(tl.float32)
+            estimate = (largest.to(dtype).to(tl.float32) * product).to(dtype).to(tl.float32)
+        else:
+            estimate = largest * scale_k[None, :, :]
+        over = (estimate > limit[:, None, None]).to(tl.int32)
+        found = found | tl.sum(over << (c * BLOCKS % 32 + offs_j)[None, :, None], 1)
+        if ((c + 1) * BLOCKS % 32 == 0) | (c == steps - 1):
+            base = c * BLOCKS // 32 * 32
+            kept = tl.reduce(tl.reshape(found, (TILES, TILE * 4)), 1, _or) & _lowest(local - base)
+            kept = kept | _lowest(1 - base) | ~_lowest(local - base)
+            tl.store(p_words + base // 32, kept & _lowest(visible - base), mask=inside)
+            found = tl.zeros([BLOCK_M, 4], dtype=tl.int32)
+
+    done = tl.cdiv(steps * BLOCKS, 32)
+    for w in tl.range(done, num_words, 32):
+        base = (w + tl.arange(0, 32))[None, :] * 32
+        kept = (_lowest(1 - base) | ~_lowest(local[:, None] - base)) & _lowest(visible[:, None] - base)
+        there = inside[:, None] & (w + tl.arange(0, 32) < num_words)[None, :]
+        tl.store(p_words[:, None] + w + tl.arange(0, 32)[None, :], kept, mask=there)
