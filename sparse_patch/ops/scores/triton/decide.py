@@ -1,6 +1,6 @@
-"""Triton backend: one kernel quantises the keys once per KV head, one decides.
+"""Triton kernel that decides: exact reference region, estimates of the candidates, bits.
 
-A deciding program holds a few query tiles of one head and loads them once: exact products with the reference region
+A program holds a few query tiles of one head and loads them once: exact products with the reference region
 give every query its limit, then the candidates pass as int8 codes. What is done for each of their products is one
 integer maximum. The four threads of a tensor core instruction that share a row own the keys `(n % 8) // 2` of a block
 each, so the maximum over the others stays inside a thread; an estimate, one conversion and one comparison follow for
@@ -15,27 +15,25 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparse_patch.call import AttentionCall
 from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, softcap_logits
-from sparse_patch.ops.scores.rules import (
-    DENSE_BELOW,
-    KEY_BLOCK,
-    QUERY_TILE,
-    SEGMENT,
-    WORD_KEYS,
-    ScoreRule,
-    TileBounds,
-    mean_key,
-    mean_query,
-)
+from sparse_patch.ops.scores.rules import DENSE_BELOW, QUERY_TILE, SEGMENT
+from sparse_patch.ops.scores.triton.codes import EVEN, scale_of, smoothed, to_codes
 
-_QUANTISED_KEYS = 128  # keys of a program that quantises
+_MEAN_LIMIT: tl.constexpr = tl.constexpr(536870912.0)  # of the mean query's term, so that it stays an int32
+_LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How the deciding kernel is cut: query tiles of a program, keys of a step over the candidates and over the
-    reference region, warps, depth of the pipeline."""
+    """How the deciding kernel is cut.
+
+    Attributes:
+        query_tiles: of 64 queries, of a program: with more of them the codes of the keys are read less often.
+        keys: of a step over the candidates; 32 to 1024.
+        region_keys: of a step over the reference region.
+        num_warps: a multiple of 4.
+        num_stages: depth of the pipeline over the candidates.
+    """
 
     query_tiles: int
     keys: int
@@ -49,85 +47,6 @@ def tile_of(head_dim: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return Tile(1, 128, 32, 4, 2)
     return Tile(2, 128, 64, 8, 3) if head_dim <= 128 else Tile(1, 128, 32, 4, 2)
-
-
-def decisions(call: AttentionCall, tau: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
-    """See `ops.scores`."""
-    mean_k = mean_key(call)
-    mean_q = mean_query(call) if rule.numerics == "int4" else None
-    codes, scales, mean_term = quantise_keys(call.k, mean_k, mean_q, call.kv_start, rule.largest_code)
-    bounds = TileBounds.of(call, rule)
-    return decide_blocks(
-        call.q, call.k, codes, scales, mean_term, mean_k, mean_q, tau, call.kv_start, call.scale, call.softcap or 0.0,
-        call.q_start, rule.local_window, bounds.grid.num_query_blocks, bounds.num_words,
-    )  # fmt: skip
-
-
-@torch.library.custom_op("sparse_patch::quantise_keys", mutates_args=())
-def quantise_keys(
-    k: torch.Tensor,
-    mean_k: torch.Tensor,
-    mean_q: torch.Tensor | None,
-    kv_start: torch.Tensor | None,
-    largest_code: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The smoothed keys as codes; int4 with a mean query, int8 without.
-
-    Args:
-        k: `[B, Hkv, Skv, D]`.
-        mean_k: `[B, Hkv, D]`, contiguous.
-        mean_q: `[B, Hq, D]`, contiguous; None for int8.
-        kv_start: int64 `[B]`, or None.
-        largest_code: 7 or 127.
-
-    Returns:
-        What `ops.scores.torch.QuantisedKeys` has, D filled up with zeros to a power of two, and `mean_term` empty for
-        int8.
-    """
-    codes, scales, mean_term = _key_outputs(k, mean_q)
-    batch, kv_heads, slots, block_d = codes.shape
-    steps = slots // _QUANTISED_KEYS
-    _quantise_kernel[(batch * kv_heads * steps,)](
-        k,
-        mean_k,
-        mean_q if mean_q is not None else mean_k,
-        codes,
-        scales,
-        mean_term,
-        kv_start if kv_start is not None else codes,
-        *k.stride(),
-        kv_heads,
-        mean_q.shape[1] // kv_heads if mean_q is not None else 1,
-        steps,
-        k.shape[2],
-        LARGEST=largest_code,
-        D=k.shape[3],
-        BLOCK_D=block_d,
-        BLOCK_N=_QUANTISED_KEYS,
-        HAS_START=kv_start is not None,
-        HAS_MEAN=mean_q is not None,
-        num_warps=4,
-    )
-    return codes, scales, mean_term
-
-
-@quantise_keys.register_fake
-def _(
-    k: torch.Tensor, mean_k: torch.Tensor, mean_q: torch.Tensor | None, *_: torch.Tensor | int | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _key_outputs(k, mean_q)
-
-
-def _key_outputs(k: torch.Tensor, mean_q: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, kv_heads, kv_length, head_dim = k.shape
-    slots = -(-kv_length // WORD_KEYS) * WORD_KEYS
-    block_d = max(32, 1 << (head_dim - 1).bit_length())
-    codes = k.new_empty(batch, kv_heads, slots, block_d, dtype=torch.int8)
-    if mean_q is None:
-        scales = k.new_empty(batch, kv_heads, slots // KEY_BLOCK, 1, dtype=torch.float32)
-        return codes, scales, k.new_empty(0)
-    scales = k.new_empty(batch, kv_heads, slots // KEY_BLOCK, 4)
-    return codes, scales, k.new_empty(batch, mean_q.shape[1], slots)
 
 
 @torch.library.custom_op("sparse_patch::decide_blocks", mutates_args=())
@@ -207,11 +126,6 @@ def _(q: torch.Tensor, *arguments: torch.Tensor | float | None) -> torch.Tensor:
     return q.new_empty(*q.shape[:2], *arguments[-2:], dtype=torch.int32)
 
 
-_EVEN: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: added and taken off again, it rounds half to even
-_MEAN_LIMIT: tl.constexpr = tl.constexpr(536870912.0)
-_LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
-
-
 @triton.jit
 def _or(a, b):
     return a | b
@@ -222,95 +136,6 @@ def _lowest(n):
     """The lowest `n` bits of a word, int32; `n` may lie outside 0 to 32."""
     n = tl.minimum(tl.maximum(n, 0), 32)
     return tl.where(n == 32, -1, (tl.full(n.shape, 1, tl.int32) << (n & 31)) - 1)
-
-
-@triton.jit
-def _scale_of(largest, LARGEST: tl.constexpr, dtype: tl.constexpr):
-    """The scale of a group from its largest magnitude, float32, rounded to `dtype`; 1 for a group of zeros."""
-    scale = tl.math.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32)).to(dtype).to(tl.float32)
-    return tl.where(scale == 0.0, 1.0, scale)
-
-
-@triton.jit
-def _to_codes(x, scale, LARGEST: tl.constexpr):
-    """Codes, int8, of float32 values with scales of the same shape."""
-    rounded = (tl.math.div_rn(x, scale) + _EVEN) - _EVEN
-    return tl.minimum(tl.maximum(rounded, -LARGEST), LARGEST).to(tl.int8)
-
-
-@triton.jit
-def _smoothed(p_k, position, valid, mean, stride_ks, stride_kd, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Keys `[N, BLOCK_D]` with the mean taken off, in their own dtype; zeros where not valid."""
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = valid[:, None] & (offs_d < D)[None, :]
-    p_tile = p_k + position.to(tl.int64)[:, None] * stride_ks + offs_d.to(tl.int64)[None, :] * stride_kd
-    b_k = tl.load(p_tile, mask=mask, other=0.0)
-    return tl.where(mask, b_k.to(tl.float32) - mean[None, :], 0.0).to(b_k.dtype)
-
-
-@triton.jit(do_not_specialize=["steps", "kv_length"])
-def _quantise_kernel(
-    k,
-    mean_k,
-    mean_q,
-    codes,
-    scales,
-    mean_term,
-    kv_start,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_kd,
-    kv_heads,
-    group,
-    steps,
-    kv_length,
-    LARGEST: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_START: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-):
-    BLOCKS: tl.constexpr = BLOCK_N // 32
-    pid = tl.program_id(0)
-    i_n, i_bh = pid % steps, pid // steps
-    i_b, i_h = (i_bh // kv_heads).to(tl.int64), (i_bh % kv_heads).to(tl.int64)
-    start = 0
-    if HAS_START:
-        start = tl.load(kv_start + i_b).to(tl.int32)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mean = tl.load(mean_k + i_bh.to(tl.int64) * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
-    position = offs_n + start
-    p_k = k + i_b * stride_kb + i_h * stride_kh
-    b_k = _smoothed(p_k, position, position < kv_length, mean, stride_ks, stride_kd, D, BLOCK_D)
-    dtype: tl.constexpr = b_k.dtype
-    x = b_k.to(tl.float32)
-
-    # Key 8a + 2t + e of a block, int4: the keys of equal t share a scale.
-    by_lane = tl.reshape(tl.max(tl.abs(x), 1), (BLOCKS, 4, 4, 2))
-    first_block = i_bh.to(tl.int64) * steps * BLOCKS + i_n * BLOCKS
-    offs_j = tl.arange(0, BLOCKS)
-    if HAS_MEAN:
-        scale = _scale_of(tl.max(tl.max(by_lane, 3), 1), LARGEST, dtype)  # [BLOCKS, 4]
-        tl.store(scales + (first_block + offs_j)[:, None] * 4 + tl.arange(0, 4)[None, :], scale.to(dtype))
-        of_key = tl.broadcast_to(scale[:, None, :, None], (BLOCKS, 4, 4, 2))
-    else:
-        scale = _scale_of(tl.max(tl.reshape(by_lane, (BLOCKS, 32)), 1), LARGEST, tl.float32)  # [BLOCKS]
-        tl.store(scales + first_block + offs_j, scale)
-        of_key = tl.broadcast_to(scale[:, None, None, None], (BLOCKS, 4, 4, 2))
-    of_key = tl.reshape(of_key, (BLOCK_N,))
-    rows = i_bh.to(tl.int64) * steps * BLOCK_N + offs_n
-    b_codes = _to_codes(x, tl.broadcast_to(of_key[:, None], (BLOCK_N, BLOCK_D)), LARGEST)
-    tl.store(codes + rows[:, None] * BLOCK_D + offs_d[None, :], b_codes)
-
-    if HAS_MEAN:
-        for i_g in tl.range(0, group):
-            i_head = i_bh.to(tl.int64) * group + i_g
-            b_mean = tl.load(mean_q + i_head * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
-            term = tl.math.div_rn(tl.sum(x * b_mean[None, :], 1), of_key)
-            tl.store(mean_term + i_head * steps * BLOCK_N + offs_n, term.to(dtype))
 
 
 @triton.jit
@@ -410,17 +235,17 @@ def _decide_kernel(
     if HAS_SOFTCAP:
         taken_off = tl.sum(b_q.to(tl.float32) * mean[None, :], 1)
 
+    to_log2 = _LOG2_E * (1.0 if HAS_SOFTCAP else scale)
     p_k = k + i_b.to(tl.int64) * stride_kb + i_hk.to(tl.int64) * stride_kh
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     for t in tl.range(0, tl.where(end > 0, 1 + tl.cdiv(tl.maximum(end - low, 0), REGION_N), 0)):
         offs_n = tl.where(t == 0, 0, low + (t - 1) * REGION_N) + tl.arange(0, REGION_N)  # the sink, then the local ones
-        b_k = _smoothed(p_k, offs_n + start, offs_n < length, mean, stride_ks, stride_kd, D, BLOCK_D)
+        b_k = smoothed(p_k, offs_n + start, offs_n < length, mean, stride_ks, stride_kd, D, BLOCK_D)
         s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         if HAS_SOFTCAP:
-            s = softcap_logits(s + taken_off[:, None], scale, softcap * _LOG2_E)
-        else:
-            s = s * (scale * _LOG2_E)
+            s = softcap_logits(s + taken_off[:, None], scale, softcap)
+        s = s * to_log2
         from_n = tl.where(t == 0, 0, local_m * 32)
         until_n = tl.where(t == 0, 31, offs_m)
         seen = (offs_n[None, :] >= from_n[:, None]) & (offs_n[None, :] <= tl.minimum(until_n, offs_m)[:, None])
@@ -440,14 +265,14 @@ def _decide_kernel(
         b_mean = tl.load(mean_q + i_bh * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
         x_q = tl.where(mask_q, b_q.to(tl.float32) - b_mean[None, :], 0.0).to(dtype).to(tl.float32)
         pairs = tl.max(tl.reshape(tl.max(tl.abs(x_q), 1), (BLOCK_M // 16, 2, 8)), 1)  # queries r and r + 8 of 16
-        scale_q = tl.broadcast_to(_scale_of(pairs, LARGEST, dtype)[:, None, :], (BLOCK_M // 16, 2, 8))
+        scale_q = tl.broadcast_to(scale_of(pairs, LARGEST, dtype)[:, None, :], (BLOCK_M // 16, 2, 8))
         scale_q = tl.reshape(scale_q, (BLOCK_M,))
         limit = limit.to(dtype).to(tl.float32)
     else:
         x_q = b_q.to(tl.float32)
-        scale_q = _scale_of(tl.max(tl.abs(x_q), 1), LARGEST, tl.float32)
+        scale_q = scale_of(tl.max(tl.abs(x_q), 1), LARGEST, tl.float32)
         limit = limit / scale_q
-    codes_q = _to_codes(x_q, tl.broadcast_to(scale_q[:, None], (BLOCK_M, BLOCK_D)), LARGEST)
+    codes_q = to_codes(x_q, tl.broadcast_to(scale_q[:, None], (BLOCK_M, BLOCK_D)), LARGEST)
 
     offs_j = tl.arange(0, BLOCKS)
     offs_l = tl.arange(0, LANES)
@@ -466,7 +291,7 @@ def _decide_kernel(
         if HAS_MEAN:
             term = tl.load(mean_term + i_bh * slots + c * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.float32)
             term = term[None, :] / scale_q[:, None]
-            term = (tl.minimum(tl.maximum(term, -_MEAN_LIMIT), _MEAN_LIMIT) + _EVEN) - _EVEN
+            term = (tl.minimum(tl.maximum(term, -_MEAN_LIMIT), _MEAN_LIMIT) + EVEN) - EVEN
             s += term.to(tl.int32)
         # Key 8a + 2t + e of a block lies with thread t of a row.
         largest = tl.max(tl.max(tl.reshape(s, (BLOCK_M, BLOCKS, 4, 4, 2)), 4), 2).to(tl.float32)  # [M, BLOCKS, 4]
