@@ -84,11 +84,11 @@ def read_thresholds(path: str | Path) -> Thresholds:
     """
     place = f"calibration: {path}"
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with Path(path).open("rb"), safe_open(str(path), framework="pt") as file:
             metadata, names = dict(file.metadata() or {}), list(file.keys())
             tau = file.get_tensor("tau") if names == ["tau"] else None
     except OSError as error:
-        raise ValueError(f"{place}: cannot be read: {error.strerror or error}; {MAKE_ONE}") from None
+        raise ValueError(f"{place}: cannot be read: {error.strerror}; {MAKE_ONE}") from None
     except SafetensorError as error:
         raise ValueError(f"{place}: is no safetensors file ({error}); {MAKE_ONE}") from None
     if tau is None:

@@ -1,8 +1,8 @@
 """Slow oracle for the selection of SALE: plain loops over tiles, rows and blocks, written from the specification alone.
 
-One unpadded sequence; the queries are the last ``Sq`` of ``n`` tokens, and the dtype of q and k is the model's. ``m`` is
-an absolute tile of 64 queries, ``i = m - q_start // 64`` its row of this call, ``b`` an absolute block of 32 keys. What
-is exact is float64; the published int4 arithmetic rounds to the model's dtype where the specification does.
+One unpadded sequence; the queries are the last ``Sq`` of ``n`` tokens, and q and k have the model's dtype. ``m`` is an
+absolute tile of 64 queries, ``i = m - q_start // 64`` its row of this call, ``b`` an absolute block of 32 keys. What is
+exact is float64; the published int4 arithmetic rounds to the model's dtype where the specification does.
 """
 
 from __future__ import annotations
@@ -109,12 +109,11 @@ def _limit(
     reference = [j for j in range(row + 1) if j // 32 == 0 or j // 32 >= local]
     wide = query.astype(np.float64)
     offset = float(wide @ mean_k.astype(np.float64)) if softcap is not None else 0.0
-    logits = []
-    for j in reference:
-        logit = (float(wide @ smooth_k[j].astype(np.float64)) + offset) * scale
-        logits.append(logit if softcap is None else softcap * math.tanh(logit / softcap))
-    largest = max(logits)
-    total = sum(math.exp(logit - largest) for logit in logits)
+    logits = (smooth_k[reference].astype(np.float64) @ wide + offset) * scale
+    if softcap is not None:
+        logits = softcap * np.tanh(logits / softcap)
+    largest = float(logits.max())
+    total = float(np.exp(logits - largest).sum())
     if tau == 0:
         return -math.inf
     limit = largest + math.log(total * tau)
@@ -136,25 +135,24 @@ def _score(
     settings: SaleSettings,
 ) -> tuple[float, bool]:
     """The highest estimate of a query in a block, nearest to a decision, and whether one is above the limit."""
-    keys = range(32 * block, 32 * block + 32)
+    keys = np.arange(32 * block, 32 * block + 32)
     dtype = smooth_k.dtype.type
     if settings.numerics == "exact":
-        score = max(float(query.astype(np.float64) @ smooth_k[j].astype(np.float64)) for j in keys)
+        score = float((smooth_k[keys].astype(np.float64) @ query.astype(np.float64)).max())
         return score, score > limit
-    products = {j: int(codes_q.codes[i] @ codes_k.codes[j]) for j in keys}
+    products = codes_k.codes[keys] @ codes_q.codes[i]
     if settings.numerics == "int8":
-        score = max(products.values()) * float(codes_k.scales[keys[0]]) * float(codes_q.scales[i])
+        score = int(products.max()) * float(codes_k.scales[keys[0]]) * float(codes_q.scales[i])
         return score, score > limit
+    means = smooth_k[keys].astype(np.float64) @ mean_q.astype(np.float64)
     best, over = -math.inf, False
     for lane in range(4):
-        own = [j for j in keys if j % 8 // 2 == lane]
-        sk, sq = codes_k.scales[own[0]], codes_q.scales[i]
-        whole = []
-        for j in own:
-            term = dtype(float(mean_q.astype(np.float64) @ smooth_k[j].astype(np.float64)) / float(sk))
-            whole.append(products[j] + int(np.rint(np.float32(term) / np.float32(sq))))
+        own = keys % 8 // 2 == lane
+        sk, sq = codes_k.scales[keys[own][0]], codes_q.scales[i]
+        term = (means[own] / float(sk)).astype(dtype)
+        whole = products[own] + np.rint(term.astype(np.float32) / np.float32(sq)).astype(np.int64)
         with np.errstate(over="ignore"):
-            estimate = dtype(max(whole)) * (sq * sk)
+            estimate = dtype(whole.max()) * (sq * sk)
             over = over or bool(estimate > dtype(limit))
         best = max(best, float(estimate))
     return best, over
