@@ -127,6 +127,14 @@ def test_limits_are_of_the_reference_region_alone(softcap: float | None) -> None
     torch.testing.assert_close(limits[0, :, real[0]], expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("length, queries", [(1, 1), (31, 31), (33, 2), (64, 64), (65, 1), (257, 193), (1025, 1)])
+def test_small_and_odd_calls(length: int, queries: int) -> None:
+    call, rule = make_call(length, queries=queries, heads=(1, 1)), ScoreRule("int8", 32)
+    bits = decide(call, rule, "reference")
+    assert torch.equal(decide(call, rule, "torch"), bits) and torch.equal(decide(call, rule, "triton"), bits)
+    assert bits[0, 0, -1, -1] and bits[0, 0, :, 0].all()
+
+
 @NUMERICS
 @pytest.mark.parametrize("queries, softcap", [(300, None), (171, 20.0), (1, None)])
 def test_padding_chunks_and_softcap(numerics: Numerics, softcap: float | None, queries: int) -> None:
@@ -238,6 +246,7 @@ def test_a_constant_added_to_all_keys_changes_nothing_beyond_rounding(numerics: 
 
 
 @NUMERICS
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # of the interpreter
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_tile_reads_no_later_token(numerics: Numerics, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given the means, which are of all tokens, nothing behind a tile has a part in its decisions."""

@@ -3,7 +3,8 @@
 import torch
 
 from sparse_patch.call import AttentionCall, causal_pairs
-from sparse_patch.ops.scores.rules import KEY_BLOCK, QUERY_TILE, ScoreRule, TileBounds
+from sparse_patch.ops.scores.rules import KEY_BLOCK, QUERY_TILE
+from sparse_patch.ops.slices import slices
 from sparse_patch.plans import BlockGrid
 
 
@@ -58,15 +59,17 @@ def decided_density(words: torch.Tensor, call: AttentionCall) -> torch.Tensor:
     """Share of the causal triangle that the decisions themselves keep, float32 `[B, Hq]`.
 
     A plan computes whole blocks of 64 or 128, so its density is higher: this one is the method's, comparable with the
-    figures of its paper. It makes a map of bits; not for the path of a call.
+    figures of its paper. For measurements; not on the path of a call.
     """
-    bounds = TileBounds.of(call, ScoreRule())
-    grid = bounds.grid
-    begin, end = (bound[..., None] for bound in grid.query_bounds)  # [B, NQ, 1]
+    grid = BlockGrid.of(call, QUERY_TILE)
     first_key = torch.arange(words.shape[-1] * 32, device=words.device) * KEY_BLOCK
-    # Query i reads min(i + 1 - first_key, 32) keys of a block: a ramp, then the whole block.
-    pairs = _ramp(end - first_key) - _ramp(begin - first_key)
-    kept = (unpacked(words) * pairs[:, None]).sum((-1, -2))
+    batch, heads, num_tiles, _ = words.shape
+    kept = torch.zeros(batch, heads, dtype=torch.int64, device=words.device)
+    for part in slices(num_tiles, 16 * batch * heads * len(first_key)):
+        begin, end = (bound[:, part, None] for bound in grid.query_bounds)  # [B, tiles, 1]
+        # Query i reads min(i + 1 - first_key, 32) keys of a block: a ramp, then the whole block.
+        pairs = _ramp(end - first_key) - _ramp(begin - first_key)
+        kept += (unpacked(words[:, :, part]) * pairs[:, None]).sum((-1, -2))
     causal = causal_pairs(grid.q_start, grid.kv_length, grid.row_starts)
     return kept.float() / causal[:, None].clamp(min=1).float()
 

@@ -33,6 +33,8 @@ class Tile:
         region_keys: of a step over the reference region.
         num_warps: a multiple of 4.
         num_stages: depth of the pipeline over the candidates.
+        registers: of a thread at most, so that two programs share a multiprocessor: while one multiplies the other
+            takes maxima. None for no limit.
     """
 
     query_tiles: int
@@ -40,13 +42,14 @@ class Tile:
     region_keys: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
 def tile_of(head_dim: int, dtype: torch.dtype) -> Tile:
     """The tile for a head size and dtype: a multiple of 64 queries a warp group, as Hopper multiplies."""
     if dtype == torch.float32:
-        return Tile(1, 128, 32, 4, 2)
-    return Tile(2, 128, 64, 8, 3) if head_dim <= 128 else Tile(1, 128, 32, 4, 2)
+        return Tile(1, 128, 16, 8, 2)
+    return Tile(2, 128, 32, 8, 3, registers=128) if head_dim <= 128 else Tile(1, 128, 32, 4, 2)
 
 
 @torch.library.custom_op("sparse_patch::decide_blocks", mutates_args=())
@@ -117,6 +120,7 @@ def decide_blocks(
         HAS_SOFTCAP=softcap > 0,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=tile.registers,
     )
     return words
 
@@ -136,6 +140,12 @@ def _lowest(n):
     """The lowest `n` bits of a word, int32; `n` may lie outside 0 to 32."""
     n = tl.minimum(tl.maximum(n, 0), 32)
     return tl.where(n == 32, -1, (tl.full(n.shape, 1, tl.int32) << (n & 31)) - 1)
+
+
+@triton.jit
+def _as_float(x):
+    """Integers of less than 2 ** 22 as float32, exactly; a conversion would be a quarter as fast."""
+    return (x + 0x4B400000).to(tl.float32, bitcast=True) - EVEN
 
 
 @triton.jit
@@ -256,7 +266,7 @@ def _decide_kernel(
     limit = limit * (1.0 / _LOG2_E)
     if HAS_SOFTCAP:
         x = tl.maximum(limit / softcap, -1.0)
-        uncapped = (softcap * 0.5) * tl.math.log((1.0 + x) / tl.where(x < 1.0, 1.0 - x, 1.0))
+        uncapped = (softcap * 0.5) * tl.math.log(tl.maximum(1.0 + x, 1e-37) / tl.where(x < 1.0, 1.0 - x, 1.0))
         limit = tl.where(x < 1.0, uncapped, float("inf"))
     limit = limit / scale - taken_off
     limit = tl.where(real, limit, float("inf"))
@@ -294,12 +304,12 @@ def _decide_kernel(
             term = (tl.minimum(tl.maximum(term, -_MEAN_LIMIT), _MEAN_LIMIT) + EVEN) - EVEN
             s += term.to(tl.int32)
         # Key 8a + 2t + e of a block lies with thread t of a row.
-        largest = tl.max(tl.max(tl.reshape(s, (BLOCK_M, BLOCKS, 4, 4, 2)), 4), 2).to(tl.float32)  # [M, BLOCKS, 4]
+        largest = tl.max(tl.max(tl.reshape(s, (BLOCK_M, BLOCKS, 4, 4, 2)), 4), 2)  # [M, BLOCKS, 4]
         if HAS_MEAN:
             product = (scale_q[:, None, None] * scale_k[None, :, :]).to(dtype).to(tl.float32)
-            estimate = (largest.to(dtype).to(tl.float32) * product).to(dtype).to(tl.float32)
+            estimate = (largest.to(tl.float32).to(dtype).to(tl.float32) * product).to(dtype).to(tl.float32)
         else:
-            estimate = largest * scale_k[None, :, :]
+            estimate = _as_float(largest) * scale_k[None, :, :]  # a product is 127 * 127 * 256 at most
         over = (estimate > limit[:, None, None]).to(tl.int32)
         found = found | tl.sum(over << (c * BLOCKS % 32 + offs_j)[None, :, None], 1)
         if ((c + 1) * BLOCKS % 32 == 0) | (c == steps - 1):
