@@ -204,6 +204,7 @@ def _decide_kernel(
 ):
     BLOCK_M: tl.constexpr = TILES * TILE
     BLOCKS: tl.constexpr = BLOCK_N // 32  # key blocks of a step
+    SINK_STEPS: tl.constexpr = (32 + REGION_N - 1) // REGION_N
     LANES: tl.constexpr = 4 if HAS_MEAN else 1  # scales of a key block
     group = heads // kv_heads
     pid = tl.program_id(0)
@@ -249,15 +250,16 @@ def _decide_kernel(
     p_k = k + i_b.to(tl.int64) * stride_kb + i_hk.to(tl.int64) * stride_kh
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for t in tl.range(0, tl.where(end > 0, 1 + tl.cdiv(tl.maximum(end - low, 0), REGION_N), 0)):
-        offs_n = tl.where(t == 0, 0, low + (t - 1) * REGION_N) + tl.arange(0, REGION_N)  # the sink, then the local ones
+    for t in tl.range(0, tl.where(end > 0, SINK_STEPS + tl.cdiv(tl.maximum(end - low, 0), REGION_N), 0)):
+        in_sink = t < SINK_STEPS  # the sink comes first, then what is local
+        offs_n = tl.where(in_sink, t * REGION_N, low + (t - SINK_STEPS) * REGION_N) + tl.arange(0, REGION_N)
         b_k = smoothed(p_k, offs_n + start, offs_n < length, mean, stride_ks, stride_kd, D, BLOCK_D)
         s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         if HAS_SOFTCAP:
             s = softcap_logits(s + taken_off[:, None], scale, softcap)
         s = s * to_log2
-        from_n = tl.where(t == 0, 0, local_m * 32)
-        until_n = tl.where(t == 0, 31, offs_m)
+        from_n = tl.where(in_sink, 0, local_m * 32)
+        until_n = tl.where(in_sink, 31, offs_m)
         seen = (offs_n[None, :] >= from_n[:, None]) & (offs_n[None, :] <= tl.minimum(until_n, offs_m)[:, None])
         m_i, l_i = add_to_exp_sum(m_i, l_i, tl.where(seen, s, -float("inf")))
 
