@@ -67,6 +67,7 @@ def test_decisions_equal_the_oracle(
     compared = in_doubt = 0
     for seed, (length, queries, dtype, softcap) in enumerate(cases):
         call = make_call(length, queries=queries, head_dim=32, seed=seed, dtype=dtype, softcap=softcap)
+        call.k[:, :, 20:31] = 2 * call.q.mean(2).unflatten(1, (2, 2)).mean(2)[:, :, None]  # a sink that counts
         done, doubtful = compare_with_oracle(call, ScoreRule(numerics, window))
         compared, in_doubt = compared + done, in_doubt + doubtful
     assert compared > 40 and in_doubt < 0.02 * compared
