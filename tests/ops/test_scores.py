@@ -46,7 +46,7 @@ def oracle(call: AttentionCall, rule: ScoreRule, tau: list[float], numerics: str
 
 def compare_with_oracle(call: AttentionCall, rule: ScoreRule) -> tuple[int, int]:
     """Assert equality where no decision is within rounding of its limit: (candidates compared, candidates in doubt)."""
-    expected = oracle(call, rule, TAU)
+    expected = oracle(call, rule, TAU[: call.q.shape[1]])
     margins = torch.from_numpy(expected.margins)
     clear = margins > MARGIN[call.q.dtype]
     for backend in ("reference", "torch", "triton"):
@@ -57,7 +57,7 @@ def compare_with_oracle(call: AttentionCall, rule: ScoreRule) -> tuple[int, int]
 
 @NUMERICS
 @pytest.mark.parametrize("window, cases", [
-    (32, [(320, 320, torch.float32, None), (321, 150, torch.float32, 20.0)]),
+    (32, [(288, 288, torch.float32, None), (321, 150, torch.float32, 20.0)]),
     (64, [(319, 319, torch.float16, None), (300, 171, torch.float32, 20.0)]),
 ])  # fmt: skip
 def test_decisions_equal_the_oracle(
@@ -66,11 +66,11 @@ def test_decisions_equal_the_oracle(
     """Tails of every kind, chunks that begin inside a tile, softcap, half precision; every backend."""
     compared = in_doubt = 0
     for seed, (length, queries, dtype, softcap) in enumerate(cases):
-        call = make_call(length, queries=queries, head_dim=32, seed=seed, dtype=dtype, softcap=softcap)
-        call.k[:, :, 20:31] = 2 * call.q.mean(2).unflatten(1, (2, 2)).mean(2)[:, :, None]  # a sink that counts
+        call = make_call(length, queries=queries, heads=(3, 1), head_dim=32, seed=seed, dtype=dtype, softcap=softcap)
+        call.k[:, :, 20:31] = 2 * call.q.mean((1, 2))[:, None, None]  # a sink that counts
         done, doubtful = compare_with_oracle(call, ScoreRule(numerics, window))
         compared, in_doubt = compared + done, in_doubt + doubtful
-    assert compared > 40 and in_doubt < 0.02 * compared
+    assert compared > 30 and in_doubt < 0.02 * compared
 
 
 @NUMERICS
@@ -136,15 +136,17 @@ def test_small_and_odd_calls(length: int, queries: int) -> None:
     assert bits[0, 0, -1, -1] and bits[0, 0, :, 0].all()
 
 
-@NUMERICS
-@pytest.mark.parametrize("queries, softcap", [(300, None), (171, 20.0), (1, None)])
-def test_padding_chunks_and_softcap(numerics: Numerics, softcap: float | None, queries: int) -> None:
+@pytest.mark.parametrize(
+    "queries, softcap, numerics",
+    [(300, None, "int8"), (171, 20.0, "int8"), (171, 20.0, "int4"), (150, None, "int4"), (1, None, "int8")],
+)
+def test_padding_chunks_and_softcap(queries: int, softcap: float | None, numerics: Numerics) -> None:
     """Triton is PyTorch, and a row of a batch is the row alone."""
-    call = make_call(300, queries=queries, row_starts=[0, 37, 290], softcap=softcap, head_dim=32, heads=(2, 1))
+    call = make_call(300, queries=queries, row_starts=[0, 137], softcap=softcap, head_dim=32, heads=(2, 1))
     rule = ScoreRule(numerics, 32)
     bits = decide(call, rule)
     assert torch.equal(decide(call, rule, "triton"), bits)
-    for row in range(3):
+    for row in range(2):
         alone = decide(row_alone(call, row)[0], rule)[0]
         assert torch.equal(bits[row, :, : alone.shape[1], : alone.shape[2]], alone)
         assert not bits[row, :, alone.shape[1] :].any() and not bits[row, ..., alone.shape[2] :].any()
@@ -191,18 +193,17 @@ def test_forced_blocks_and_causality(numerics: Numerics) -> None:
         assert torch.equal(dense, torch.arange(13) < visible[:, None]) and torch.equal(sparse | dense, dense)
 
 
-@NUMERICS
-@pytest.mark.parametrize("softcap", [None, 10.0])
+@pytest.mark.parametrize("numerics, softcap", [("int8", None), ("int8", 10.0), ("int4", None)])
 def test_decisions_are_nested_in_tau(numerics: Numerics, softcap: float | None) -> None:
-    call, rule = make_call(640, head_dim=32, heads=(2, 1), softcap=softcap, sharpness=0.7), ScoreRule(numerics, 32)
+    call, rule = make_call(500, head_dim=32, heads=(2, 1), softcap=softcap, sharpness=0.7), ScoreRule(numerics, 32)
     previous = decide(call, rule, tau=[0.0] * 2)
     changes = 0
-    for tau in (0.001, 0.01, 0.1, 0.5, 2.0):
+    for tau in (0.01, 0.1, 0.5, 2.0):
         bits = decide(call, rule, tau=[tau] * 2)
         assert not (bits & ~previous).any()
         changes += bool((bits != previous).any())
         previous = bits
-    assert changes > 2
+    assert changes > 1
 
 
 def test_int8_decides_nearly_as_exact_scores_do() -> None:
@@ -297,7 +298,7 @@ def test_rows_of_zeros(numerics: Numerics) -> None:
 
 
 def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    call = make_call(400, queries=300, row_starts=[0, 37], head_dim=16)
+    call = make_call(300, queries=250, row_starts=[0, 37], heads=(2, 1))
     expected = [decide(call, ScoreRule(numerics, 32)) for numerics in ("int8", "int4")]  # type: ignore[arg-type]
     monkeypatch.setattr(slices, "SLICE_BYTES", 1)
     for bits, numerics in zip(expected, ("int8", "int4"), strict=True):
@@ -305,7 +306,7 @@ def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_kernels_read_any_strides() -> None:
-    call, rule = make_call(200, head_dim=32), ScoreRule("int8", 32)
+    call, rule = make_call(170, heads=(1, 1), head_dim=32), ScoreRule("int8", 32)
     across = AttentionCall(**{**vars(call), "q": call.q.mT.contiguous().mT, "k": call.k.mT.contiguous().mT})
     assert torch.equal(decide(across, rule, "triton"), decide(call, rule, "triton"))
 

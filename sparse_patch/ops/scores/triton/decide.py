@@ -316,14 +316,15 @@ def _decide_kernel(
         found = found | tl.sum(over << (c * BLOCKS % 32 + offs_j)[None, :, None], 1)
         if ((c + 1) * BLOCKS % 32 == 0) | (c == steps - 1):
             base = c * BLOCKS // 32 * 32
-            kept = tl.reduce(tl.reshape(found, (TILES, TILE * 4)), 1, _or) & _lowest(local - base)
-            kept = kept | _lowest(1 - base) | ~_lowest(local - base)
+            below = _lowest(local - base)
+            kept = tl.reduce(tl.reshape(found, (TILES, TILE * 4)), 1, _or) & below
+            kept = kept | ~below | (base == 0).to(tl.int32)
             tl.store(p_words + base // 32, kept & _lowest(visible - base), mask=inside)
             found = tl.zeros([BLOCK_M, 4], dtype=tl.int32)
 
     done = tl.cdiv(steps * BLOCKS, 32)
     for w in tl.range(done, num_words, 32):
         base = (w + tl.arange(0, 32))[None, :] * 32
-        kept = (_lowest(1 - base) | ~_lowest(local[:, None] - base)) & _lowest(visible[:, None] - base)
+        kept = (~_lowest(local[:, None] - base) | (base == 0).to(tl.int32)) & _lowest(visible[:, None] - base)
         there = inside[:, None] & (w + tl.arange(0, 32) < num_words)[None, :]
         tl.store(p_words[:, None] + w + tl.arange(0, 32)[None, :], kept, mask=there)
