@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from sparse_patch.call import PHASES
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import SparsePatchError
-from sparse_patch.methods.base import Method
 from sparse_patch.model_shape import ModelShape, attention_kind
 from sparse_patch.patching import patched, sparsity_report
+from sparse_patch.report import LayerReport
 
 
 def layers_of(model: str | Path, settings: PatchConfig) -> list[dict[str, Any]]:
@@ -33,7 +34,7 @@ def layers_of(model: str | Path, settings: PatchConfig) -> list[dict[str, Any]]:
     text = skeleton.config.get_text_config(decoder=True)
     with patched(skeleton, settings):
         layers = sparsity_report(skeleton).layers
-        method = settings.for_model(ModelShape.of(text, 1 + max(layer.layer for layer in layers))).decode
+        resolved = settings.for_model(ModelShape.of(text, 1 + max(layer.layer for layer in layers)))
         return [
             {
                 "layer": layer.layer,
@@ -43,12 +44,16 @@ def layers_of(model: str | Path, settings: PatchConfig) -> list[dict[str, Any]]:
                 "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
                 "prefill": layer.prefill_method or "dense",
                 "decode": layer.decode_method or "dense",
-                "role": _role(method, layer.layer, text) if layer.decode_method else "",
+                "role": _roles(resolved, layer, text),
             }
             for layer in layers
         ]
 
 
-def _role(method: Method | None, layer: int, config: PreTrainedConfig) -> str:
-    """What a layer does in decode, where layers do different things."""
-    return method.role(layer) if method is not None and attention_kind(config, layer) == "full" else ""
+def _roles(settings: PatchConfig, layer: LayerReport, config: PreTrainedConfig) -> str:
+    """What a layer does in prefill and in decode, as far as its methods say more than their names."""
+    if attention_kind(config, layer.layer) != "full":
+        return ""
+    used = {"prefill": layer.prefill_method, "decode": layer.decode_method}
+    methods = (settings.method(phase) for phase in PHASES if used[phase])
+    return ", ".join(role for method in methods if method is not None and (role := method.role(layer.layer)))

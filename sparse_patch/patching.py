@@ -153,6 +153,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
         hook_active=all(_config_of(module)._attn_implementation in (NAME, ON_KERNELS) for module in patch.attention),
         versions=versions(),
         layers=[_layer_report(state_of(module)) for module in patch.attention],
+        remarks=[method.remark() for phase in PHASES if (method := patch.config.method(phase)) and method.remark()],
     )
 
 

@@ -143,7 +143,8 @@ class LayerReport(BaseModel):
 class SparsityReport(BaseModel):
     """What a patched model computed since it was patched, or since `reset_report`.
 
-    `print(report)` shows a table; `report.model_dump_json()` and `report.save(path)` give JSON.
+    `print(report)` shows a table; `report.model_dump_json()` and `report.save(path)` give JSON. `remarks` is what the
+    methods say about their settings: that they were not calibrated for the model, for instance.
     """
 
     config: dict[str, Any]
@@ -152,6 +153,7 @@ class SparsityReport(BaseModel):
     hook_active: bool
     versions: dict[str, str]
     layers: list[LayerReport]
+    remarks: list[str] = []
 
     def pairs(self, phase: Phase) -> tuple[float, int, int]:
         """(Pairs computed, pairs of the causal triangle, queries) over all layers; pairs are means over heads."""
@@ -209,8 +211,8 @@ class SparsityReport(BaseModel):
         return table
 
     def notes(self) -> list[str]:
-        """Why calls were dense, one line a reason, and whether the hook is still in place."""
-        notes = []
+        """The remarks, why calls were dense, one line a reason, and whether the hook is still in place."""
+        notes = list(self.remarks)
         for phase in PHASES:
             for kind in ("dense", "fallbacks"):
                 total = _sum(getattr(layer.phase(phase), kind) for layer in self.layers)

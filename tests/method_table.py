@@ -18,7 +18,9 @@ class MethodCase:
 
     @property
     def name(self) -> str:
-        variant = (self.small.get(key) for key in ("selection", "index_sharing", "group_score", "current_page"))
+        variant = (
+            self.small.get(key) for key in ("selection", "index_sharing", "group_score", "current_page", "numerics")
+        )
         parts = self.small["method"], *variant, "last" if self.small.get("last") else None
         return "-".join(str(part) for part in parts if part)
 
@@ -57,6 +59,11 @@ def _spargeattn(selection: str, **changes: Any) -> MethodCase:
     return MethodCase(small={**base, **changes}, full={**base, "topk": 1.0, "cdf_threshold": 1.0})
 
 
+def _sale(**changes: Any) -> MethodCase:
+    base = {"method": "sale", "local_window": 32, "block_size": 64, "min_length": 0}
+    return MethodCase(small={**base, **changes}, full={**base, "tau": 0.0})
+
+
 PREFILL_METHODS = [
     _flexprefill("reference"),
     _flexprefill("coverage", gamma=0.5, min_budget=16),
@@ -66,6 +73,8 @@ PREFILL_METHODS = [
     _xattention(threshold=0.7),
     _spargeattn("topk", topk=0.3),
     _spargeattn("cdf", cdf_threshold=0.8, similarity_threshold=0.55, attention_sink=True, pv_threshold=4.0),
+    _sale(tau=1.0, numerics="int8"),
+    _sale(tau=1.0, numerics="int4"),
 ]
 
 # What the decode methods of the table are resolved for: layer 0 is full, 1 and 3 select (where layers have roles).

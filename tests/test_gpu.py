@@ -18,12 +18,14 @@ from sparse_patch.methods.a_shape import AShape
 from sparse_patch.methods.base import PrefillMethod
 from sparse_patch.methods.flexprefill import FlexPrefill
 from sparse_patch.methods.minference import MInference
+from sparse_patch.methods.sale import Sale
 from sparse_patch.methods.spargeattn import SpargeAttn
 from sparse_patch.methods.xattention import XAttention
 from sparse_patch.ops import dense, page_decode
 from sparse_patch.ops.antidiagonal import block_masses
 from sparse_patch.ops.block_sparse import attend, unsupported
 from sparse_patch.ops.block_sparse.triton import block_sparse_attention
+from sparse_patch.ops.scores import Numerics, ScoreRule, decisions, unpacked
 from sparse_patch.plans import BlockGrid, BlockPlan, PagePlan
 
 pytestmark = pytest.mark.gpu
@@ -84,7 +86,28 @@ def test_antidiagonal_masses_on_the_gpu(backend: str, block_size: int, stride: i
         torch.testing.assert_close(ours.cpu(), theirs, atol=atol, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["flexprefill", "coverage", "xattention", "spargeattn", "minference", "a_shape"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("numerics", ["int8", "int4"])
+@pytest.mark.parametrize("dtype, head_dim, softcap", [
+    (torch.bfloat16, 128, None), (torch.float16, 80, 20.0), (torch.float32, 64, None), (torch.bfloat16, 256, None),
+])  # fmt: skip
+def test_decisions_on_the_gpu(
+    backend: str, numerics: Numerics, dtype: torch.dtype, head_dim: int, softcap: float | None
+) -> None:
+    call = make_call(
+        3000, queries=2500, row_starts=[0, 77], dtype=dtype, head_dim=head_dim, softcap=softcap, sharpness=0.7
+    )
+    rule, tau = ScoreRule(numerics, 128), torch.tensor([2e-4, 1e-3, 4e-3, 0.0])
+    expected = unpacked(decisions(call, tau, rule, "torch"))
+    bits = unpacked(decisions(on_gpu(call), tau.cuda(), rule, backend)).cpu()
+    # Sums round in another order; the int4 mode rounds estimate and limit to the dtype.
+    assert (bits != expected).float().mean() < (2e-4 if numerics == "int8" else 2e-3)
+    assert 0.1 < expected[:, 1:3].float().mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    "name", ["flexprefill", "coverage", "xattention", "spargeattn", "sale", "minference", "a_shape"]
+)
 def test_planning_never_waits_for_the_gpu(name: str, tmp_path: Path) -> None:
     flexprefill = {"gamma": 0.8, "tau": 0.2, "min_budget": 32, "block_size": 32, "min_length": 0}
     methods: dict[str, PrefillMethod] = {
@@ -94,6 +117,7 @@ def test_planning_never_waits_for_the_gpu(name: str, tmp_path: Path) -> None:
         "spargeattn": SpargeAttn(topk=0.3, similarity_threshold=0.5, block_size=32, min_length=0),
         "minference": mixed_heads(tmp_path),
         "a_shape": AShape(sink=20, window=100, last=40, block_size=32, min_length=0),
+        "sale": Sale(tau=0.5, local_window=32, min_length=0),
     }
     call = on_gpu(make_call(900, row_starts=[0, 77]))
     assert isinstance(methods[name].plan(call), BlockPlan)

@@ -83,6 +83,10 @@ class Method(BaseModel, ABC):
         """What a layer that uses the method does, in a word or two; empty where all of them do the same."""
         return ""
 
+    def remark(self) -> str:
+        """What a report should say about the settings beside its numbers, as one line; empty for nothing."""
+        return ""
+
     def digests(self) -> dict[str, str]:
         """The SHA-256 of each file that the settings name, by field: a file that changed is another setting.
 

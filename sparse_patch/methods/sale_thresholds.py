@@ -1,0 +1,136 @@
+"""The calibration of SALE as a file: a threshold for each query head, and for which model and settings it was found.
+
+A safetensors file with one tensor, `tau`, float32 `[num_layers, num_query_heads]`, and metadata: strings, as the format
+has no others. A threshold of 0 makes its head dense.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sparse_patch.model_shape import ModelShape
+from sparse_patch.version import __version__
+
+MAKE_ONE = 'run "sparse-patch calibrate sale --model M --out FILE"'
+_OF_MODEL = {"model_type": str, "num_layers": int, "num_heads": int, "num_kv_heads": int, "hidden_size": int}
+_OF_SEARCH = {"numerics": str, "local_window": int, "error": float, "sparse_patch": str}
+
+
+class Thresholds(NamedTuple):
+    """What a calibration holds.
+
+    Attributes:
+        tau: float32 `[num_layers, num_query_heads]`, on the CPU.
+        model: the sizes of the model that it was made for, by the names of `ModelShape`.
+        numerics: of the estimates it was made with.
+        local_window: of the reference region it was made with, in tokens.
+        error: the error that it allows a head: the L1 norm, per query, of the change of the output.
+        metadata: everything that the file says of itself, as it stands there.
+    """
+
+    tau: torch.Tensor
+    model: Mapping[str, Any]
+    numerics: str
+    local_window: int
+    error: float
+    metadata: Mapping[str, str]
+
+
+def write_thresholds(
+    path: str | Path,
+    tau: torch.Tensor,
+    shape: ModelShape,
+    *,
+    numerics: str,
+    local_window: int,
+    error: float,
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """Write a calibration, in place of an older one at once.
+
+    Args:
+        path: the file.
+        tau: float32 `[num_layers, num_query_heads]`.
+        shape: the model it was made for.
+        numerics: of the estimates.
+        local_window: in tokens.
+        error: the error that it allows a head.
+        more: what else the file is to say (prompts, lengths, ...).
+
+    Raises:
+        ValueError: the thresholds are not of the model's shape, not finite or negative.
+    """
+    if problem := _problem(tau, (shape.num_layers, shape.num_heads)):
+        raise ValueError(f"tau: {problem}")
+    settings = {"numerics": numerics, "local_window": local_window, "error": error, "sparse_patch": __version__}
+    sizes = {key: getattr(shape, key) for key in _OF_MODEL}
+    metadata = {**(more or {}), **{key: str(value) for key, value in (sizes | settings).items()}}
+    temporary = Path(path).with_name(f"{Path(path).name}.tmp")
+    save_file({"tau": tau.cpu().contiguous()}, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def read_thresholds(path: str | Path) -> Thresholds:
+    """What a file that `write_thresholds` wrote holds.
+
+    Raises:
+        ValueError: the file cannot be read or is none of this format; the message names field, file and place.
+    """
+    place = f"calibration: {path}"
+    try:
+        with Path(path).open("rb"), safe_open(str(path), framework="pt") as file:
+            metadata, names = dict(file.metadata() or {}), list(file.keys())
+            tau = file.get_tensor("tau") if names == ["tau"] else None
+    except OSError as error:
+        raise ValueError(f"{place}: cannot be read: {error.strerror}; {MAKE_ONE}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{place}: is no safetensors file ({error}); {MAKE_ONE}") from None
+    if tau is None:
+        found = ", ".join(names) or "none"
+        raise ValueError(f"{place}: expected one tensor, tau, got {found[:60]}; {MAKE_ONE}")
+    values = {key: _value(place, metadata, key, kind) for key, kind in (_OF_MODEL | _OF_SEARCH).items()}
+    if problem := _problem(tau, (values["num_layers"], values["num_heads"])):
+        raise ValueError(f"{place}: tau: {problem}; {MAKE_ONE}")
+    model = {key: values[key] for key in _OF_MODEL}
+    return Thresholds(tau, model, values["numerics"], values["local_window"], values["error"], metadata)
+
+
+def check_shape(thresholds: Thresholds, shape: ModelShape, place: str) -> None:
+    """Raise ValueError if a calibration was made for another model; the message begins with `place`."""
+    for key, theirs in thresholds.model.items():
+        if theirs != getattr(shape, key):
+            raise ValueError(
+                f"{place}: was made for another model: {key} {theirs}, this one has {getattr(shape, key)}; {MAKE_ONE}"
+            )
+
+
+def _value(place: str, metadata: Mapping[str, str], key: str, kind: type) -> Any:
+    """A field of the metadata as what it is."""
+    if key not in metadata:
+        raise ValueError(f"{place}: metadata {key}: missing; {MAKE_ONE}")
+    try:
+        value = kind(metadata[key])
+    except ValueError:
+        value = math.nan
+    if kind is not str and not (math.isfinite(value) and value >= 0):
+        expected = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{place}: metadata {key}: expected {expected}, got {metadata[key][:60]!r}; {MAKE_ONE}")
+    return value
+
+
+def _problem(tau: torch.Tensor, shape: tuple[int, int]) -> str | None:
+    """What is wrong with thresholds of a model with so many layers and query heads."""
+    if tau.dtype != torch.float32 or tuple(tau.shape) != shape:
+        kind = str(tau.dtype).removeprefix("torch.")
+        return f"expected float32 {list(shape)} (layers, query heads), got {kind} {list(tau.shape)}"
+    wrong = ~(tau.isfinite() & (tau >= 0))
+    if wrong.any():
+        layer, head = wrong.nonzero()[0].tolist()
+        return f"layer {layer}, head {head}: expected a number of 0 or more, got {tau[layer, head].item()}"
+    return None
