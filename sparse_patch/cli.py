@@ -447,6 +447,61 @@ def calibrate_minference(
     console.print(f"patterns: {out}; use them with prefill.calibration: {out}", soft_wrap=True)
 
 
+@calibrate.command("sale")
+def calibrate_sale(
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Safetensors to write. A run that was killed goes on from beside it.")
+    ],
+    model: ModelOption = None,
+    error: Annotated[
+        float, typer.Option(min=0, help="Change of a head's output that is allowed, L1, per query.")
+    ] = 0.4,
+    lengths: LengthsOption = "8192",
+    samples: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 5,
+    tasks: Annotated[str, typer.Option(help="Offline tasks that the prompts are of, in turn.")] = "kv_retrieval",
+    text: Annotated[Path | None, typer.Option(help="Take pieces of this text file in place of tasks.")] = None,
+    numerics: Annotated[str, typer.Option(help="int8 or int4, as prefill.numerics.")] = "int8",
+    local_window: Annotated[int, typer.Option(help="Tokens, as prefill.local_window.")] = 128,
+    seed: SeedOption = 0,
+) -> None:
+    """Find the threshold of each head for `sale`, on long prompts."""
+    from transformers.utils import logging as transformers_logging
+
+    from sparse_patch.calibration import sale
+    from sparse_patch.config import load_config
+    from sparse_patch.evaluation.generation import load_model
+    from sparse_patch.methods.sale import Sale
+    from sparse_patch.methods.sale_thresholds import write_thresholds
+    from sparse_patch.model_shape import ModelShape
+    from sparse_patch.progress import progress_steps
+
+    _check_writable(out)
+    asked = {"method": "sale", "numerics": numerics, "local_window": local_window, "min_length": 0}
+    method = load_config({"prefill": asked}).prefill
+    assert isinstance(method, Sale)
+    name = str(model or shipped_model())
+    settings = {"numerics": numerics, "local_window": local_window, "error": error}
+    about = {"model": name, **settings, "lengths": lengths, "samples": samples, "tasks": tasks, "seed": seed}
+    about["text"] = None if text is None else str(text)
+    journal = sale.journal_of(out, about)
+    transformers_logging.disable_progress_bar()
+    loaded, tokenizer = load_model(name)
+    if text is None:
+        prompts = sale.generated_prompts(loaded, tokenizer, _names(tasks), _lengths(lengths), samples, seed)
+    else:
+        prompts = sale.text_prompts(loaded, tokenizer, text, _lengths(lengths), samples)
+    shape = ModelShape.of(loaded.config, loaded.config.get_text_config(decoder=True).num_hidden_layers)
+    console = Console()
+    with progress_steps(console, shape.num_layers * len(prompts) - len(journal.records)) as step:
+        found = sale.search(loaded, prompts, error, journal, step, method)
+    tau = sale.thresholds(found, shape.num_layers, shape.num_heads)
+    more = {key: str(value) for key, value in about.items() if key not in settings}
+    write_thresholds(out, tau, shape, numerics=numerics, local_window=local_window, error=error, more=more)
+    journal.remove()
+    console.print(sale.table(found, error))
+    console.print(f"thresholds: {out}; use them with prefill.calibration: {out}", soft_wrap=True)
+
+
 @calibrate.command("layers")
 def calibrate_layers(
     out: Annotated[

@@ -177,6 +177,20 @@ SMALL = "prefill: {method: flexprefill, block_size: 32, min_budget: 128, min_len
 LITTLE = ["--tasks", "vt", "--lengths", "1024", "--samples", "1", "--json", "r.json"]
 DECODE = ["bench", "decode", "--json", "p.json"]
 MODEL = ["bench", "model", "--json", "p.json"]
+
+
+def test_calibrate_sale_writes_what_a_config_reads(tmp_path: Path, needle_llama_path: Path) -> None:
+    command = ["calibrate", "sale", "--model", str(needle_llama_path), "--lengths", "512", "--samples", "1"]
+    result = run(*command, "--tasks", "niah_single_1", "--out", "t.safetensors", cwd=tmp_path)
+    assert result.returncode == 0 and "prefill.calibration: t.safetensors" in result.stdout, result.stderr
+    config = tmp_path / "sale.yaml"
+    config.write_text("prefill: {method: sale, calibration: t.safetensors}")
+    assert run("show", str(config), "--model", str(needle_llama_path)).returncode == 0
+    config.write_text("prefill: {method: sale, calibration: t.safetensors, local_window: 256}")
+    shown = run("show", str(config))
+    assert shown.returncode == 2 and "was made with local_window 128, the configuration has 256" in shown.stderr
+
+
 LAYERS = ["calibrate", "layers", "--out", "l.yaml"]
 BENCH = ["bench", "prefill", "--json", "p.json"]
 
@@ -248,6 +262,12 @@ BAD = [
         ["calibrate", "minference", "--out", "p.json", "--length", "40000"],
         "error: --length: a prompt of 40000 tokens and 0 for the answer do not fit",
     ),
+    (
+        ["calibrate", "sale", "--out", "t", "--numerics", "int5"],
+        "error: dict: prefill.numerics: expected 'int4' or 'int8'",
+    ),
+    (["calibrate", "sale", "--out", "t", "--tasks", "foo"], "error: --tasks: there is no task 'foo'"),
+    (["calibrate", "sale", "--out", "t", "--text", "none.txt"], "error: --text: none.txt: cannot be read"),
     (["calibrate", "layers", "--out", "no/such/l.yaml"], "error: no/such/l.yaml: cannot be written"),
     (["calibrate", "layers", "--out", "l.yaml", "--json", "."], "error: .: cannot be written: it is a folder"),
     (["calibrate", "layers", "--out", "l.yaml", "--model", "no-such"], "error: --model: no-such: cannot be loaded"),

@@ -116,12 +116,16 @@ class Sale(PrefillMethod):
             return Dense("the calibration has more heads than the call (tensor parallelism)")
         if max(thresholds) < DENSE_BELOW:
             return Dense("tau: 0 for every head")
+        return self.plan_at(call, _on_device(thresholds, call.q.device))
+
+    def plan_at(self, call: AttentionCall, tau: torch.Tensor) -> BlockPlan | Dense:
+        """The plan at given thresholds, float32 `[Hq]` on the device of the call; a search tries many."""
         if call.kv_length <= self.rule.always_kept:
             return Dense(f"no longer than the {self.rule.always_kept} tokens that are always kept")
         if call.scale <= 0:
             return Dense(f"scale {call.scale} is not positive")
         grid = BlockGrid.of(call, self.block_size)
-        words = decisions(call, _on_device(thresholds, call.q.device), self.rule)
+        words = decisions(call, tau, self.rule)
         short_rows = grid.lengths < self.min_length
         return BlockPlan.from_blocks(tiles(words, grid).logical_or_(short_rows[:, None, None, None]), grid)
 

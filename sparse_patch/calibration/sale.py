@@ -1,0 +1,198 @@
+"""The search for SALE's thresholds: for each head the largest that keeps its output within an error.
+
+As in the paper's public code (arXiv 2505.24179; BirdChristopher/SALE): a head begins at a threshold of 0.008, which is
+halved until the output changes by less than `error`, the L1 norm of the change over the head's dimensions, mean over
+the queries of a prompt. A threshold that comes down to 1e-4 becomes 0, which is dense. Prompts follow one another, and
+each begins where the one before it left off, so more prompts never raise a threshold. The model itself stays dense: a
+layer sees the same input whatever was found before it.
+
+In the code estimates and window differ between the search and the use; here a search runs the method itself, with the
+numerics, the window and the tiles that it is meant for. Heads that are done are given a threshold above everything
+while others go on, which makes them cheap.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.errors import TaskError
+from sparse_patch.evaluation.generation import check_context, encode, prefill
+from sparse_patch.evaluation.journal import Journal
+from sparse_patch.evaluation.tasks import TASKS, tasks_of
+from sparse_patch.methods.sale import Sale
+from sparse_patch.observe import observed
+from sparse_patch.ops.block_sparse import attend
+from sparse_patch.plans import BlockGrid, BlockPlan, Dense
+from sparse_patch.progress import Step
+
+HIGHEST = 0.008  # where every head begins
+LOWEST = 1e-4  # at or below which a head becomes dense
+
+
+@dataclass(frozen=True)
+class LayerThresholds:
+    """What the search found for a layer on a prompt.
+
+    Attributes:
+        prompt: its number.
+        layer: its index.
+        tau: the threshold of each query head, after this prompt.
+        error: the error of each head at its threshold, 0 for a dense one.
+        density: share of the causal triangle that is computed at these thresholds, of each head.
+    """
+
+    prompt: int
+    layer: int
+    tau: list[float]
+    error: list[float]
+    density: list[float]
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.prompt, self.layer
+
+
+def search(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    error: float,
+    journal: Journal[LayerThresholds],
+    progress: Step = lambda _: None,
+    method: Sale | None = None,
+) -> list[LayerThresholds]:
+    """The thresholds of every layer that can run sparse attention, after the last prompt, in order.
+
+    What the journal has is not measured again.
+
+    Args:
+        model: not patched; it is left so.
+        prompts: tokens of each prompt.
+        error: the change of a head's output that is allowed; see the module.
+        journal: gets each layer of each prompt as it is found.
+        progress: called with a description before each layer that is measured.
+        method: the method to search with; default settings by default. Its thresholds are not used.
+
+    Raises:
+        PatchError: the model is patched already, or cannot be.
+        TaskError: a prompt is too short, or no layer of the model can run sparse attention.
+    """
+    method = method or Sale()
+    for number, tokens in enumerate(prompts):
+
+        def see(call: AttentionCall, number: int = number) -> None:
+            if (number, call.layer) not in journal.records:
+                progress(f"prompt {number + 1}, layer {call.layer}")
+                before = journal.records.get((number - 1, call.layer))
+                start = before.tau if before else [HIGHEST] * call.q.shape[1]
+                journal.add(_found(call, method, error, number, start))
+
+        with observed(model, see):
+            prefill(model, tokens)
+    last = [journal.records[key] for key in sorted(journal.records) if key[0] == len(prompts) - 1]
+    if not last:
+        raise TaskError("--model: no layer of this model can run sparse attention, see `sparse-patch show`")
+    return last
+
+
+def _found(call: AttentionCall, method: Sale, error: float, number: int, start: Sequence[float]) -> LayerThresholds:
+    """Halve the thresholds of the heads whose error is too large, until none is."""
+    grid = BlockGrid.of(call, method.block_size)
+    everything = BlockPlan.from_blocks(grid.causal[:, None].expand(*call.q.shape[:2], -1, -1), grid)
+    dense = attend(call, everything)[0].float()
+    tau = torch.tensor(start, dtype=torch.float32, device=call.q.device)
+    open_heads = tau > 0
+    errors, densities = torch.zeros_like(tau), torch.ones_like(tau)
+    while bool(open_heads.any()):
+        plan = method.plan_at(call, tau.masked_fill(~open_heads, torch.inf))
+        if isinstance(plan, Dense):
+            raise TaskError(f"--lengths: {call.kv_length} tokens are too few for a search: {plan.reason}")
+        change = (attend(call, plan)[0].float() - dense).abs().sum(-1).mean((0, 2))
+        within = open_heads & (change < error)
+        errors, densities = errors.where(~within, change), densities.where(~within, plan.density().mean(0))
+        open_heads = open_heads & ~within
+        tau = tau.where(~open_heads, tau / 2)
+        tau = tau.where(~(open_heads & (tau <= LOWEST)), 0.0)
+        open_heads = open_heads & (tau > 0)
+    return LayerThresholds(number, call.layer, tau.tolist(), errors.tolist(), densities.tolist())
+
+
+def thresholds(found: Sequence[LayerThresholds], num_layers: int, num_heads: int) -> torch.Tensor:
+    """As a tensor, float32 `[num_layers, num_heads]`; 0 for layers that stay dense."""
+    tau = torch.zeros(num_layers, num_heads)
+    for layer in found:
+        tau[layer.layer, : len(layer.tau)] = torch.tensor(layer.tau)
+    return tau
+
+
+def generated_prompts(
+    model: PreTrainedModel, tokenizer: Any, tasks: Sequence[str], lengths: Sequence[int], samples: int, seed: int
+) -> list[list[int]]:
+    """Prompts of the offline tasks, in turn, `samples` of each length.
+
+    Raises:
+        TaskError: there is no such task, or a prompt does not fit the model's context.
+    """
+    chosen = tasks_of("all", tasks)
+    prompts = []
+    for length in lengths:
+        check_context(model, length, 0, "--lengths")
+        for number in range(samples):
+            sample = TASKS[chosen[number % len(chosen)].name].sample(tokenizer, length, seed, number)
+            prompts.append(encode(tokenizer, sample.prompt, sample.answer)[0])
+    return prompts
+
+
+def text_prompts(
+    model: PreTrainedModel, tokenizer: Any, path: Path, lengths: Sequence[int], samples: int
+) -> list[list[int]]:
+    """Pieces of a text file, one after the other, `samples` of each length.
+
+    Raises:
+        TaskError: the file cannot be read or has too few tokens, or a piece does not fit the model's context.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"--text: {path}: cannot be read: {error}") from None
+    tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    if len(tokens) < sum(lengths) * samples:
+        raise TaskError(
+            f"--text: {path}: has {len(tokens)} tokens, {samples} pieces of each length need "
+            f"{sum(lengths) * samples}; ask for fewer --samples or shorter --lengths"
+        )
+    prompts, begin = [], 0
+    for length in lengths:
+        check_context(model, length, 0, "--lengths")
+        for _ in range(samples):
+            prompts.append(tokens[begin : begin + length])
+            begin += length
+    return prompts
+
+
+def table(found: Sequence[LayerThresholds], error: float) -> Table:
+    """A line a layer: its thresholds, the heads that stay dense, and what they cost on the last prompt."""
+    result = Table(title=f"thresholds of SALE at an error of {error:g}", title_justify="left")
+    for column in ("layer", "tau", "dense heads", "largest error", "density"):
+        result.add_column(column, justify="right")
+    for layer in found:
+        sparse = [tau for tau in layer.tau if tau > 0]
+        result.add_row(
+            str(layer.layer),
+            f"{min(sparse):.5f}-{max(sparse):.5f}" if sparse else "",
+            str(len(layer.tau) - len(sparse)),
+            f"{max(layer.error):.3f}",
+            f"{fmean(layer.density):.2f}",
+        )
+    return result
+
+
+def journal_of(path: Path, about: dict[str, Any]) -> Journal[LayerThresholds]:
+    """The journal beside a file that is to be written."""
+    return Journal(path.with_name(f"{path.name}.unfinished"), about, lambda data: LayerThresholds(**data), "--out")
