@@ -1,0 +1,146 @@
+"""The command line, `sparse-patch COMMAND`. Errors are one line and exit 2; `--debug` traces them."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sparse_patch.cli import bench, calibrate, evaluation
+from sparse_patch.cli.options import (
+    JsonOption,
+    ModelOption,
+    PlotOption,
+    check_writable,
+    shipped_model,
+    write_json,
+)
+from sparse_patch.errors import SparsePatchError
+
+app = typer.Typer(
+    help="Training-free sparse attention for long prompts in Hugging Face Transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(evaluation.app)
+app.add_typer(bench.app, name="bench")
+app.add_typer(calibrate.app, name="calibrate")
+
+
+def main() -> None:
+    """Entry point of the `sparse-patch` command."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments, prog_name="sparse-patch")
+    except SparsePatchError as error:
+        if len(arguments) < len(sys.argv) - 1:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False) -> None:
+    """`--debug` is read by `main`, wherever it stands; this lists it in the help."""
+
+
+@app.command()
+def demo(
+    length: Annotated[int, typer.Option(min=1024, help="Tokens of the prompt.")] = 16384,
+    config: Annotated[str, typer.Option(help="A packaged configuration or a YAML file.")] = "flexprefill.yaml",
+    seed: Annotated[int, typer.Option(help="Chooses text, keys and numbers.")] = 0,
+    needles: Annotated[int, typer.Option(min=1, help="Numbers to find.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that each prefill is timed.")] = 3,
+    model: ModelOption = None,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Find numbers in a long text, with dense and with sparse attention."""
+    from transformers.utils import logging as transformers_logging
+
+    from sparse_patch.demo import run_demo, show
+    from sparse_patch.plots import plot_sparsity
+    from sparse_patch.progress import progress_steps
+
+    check_writable(json_file, plot)
+    transformers_logging.disable_progress_bar()
+    console = Console()
+    with progress_steps(console, total=3 + 2 * repeats) as step:
+        result = run_demo(model or shipped_model(), config, length, seed, needles, repeats, step)
+    show(result, console)
+    write_json(json_file, result.summary())
+    if plot is not None:
+        plot_sparsity(result.prefill_report, result.plans, plot)
+        console.print(f"picture: {plot}")
+
+
+@app.command()
+def methods(json_file: JsonOption = None) -> None:
+    """List the methods, and the configurations that ship."""
+    from sparse_patch.config import packaged_configs
+    from sparse_patch.methods.base import registry
+
+    configs = packaged_configs()
+    rows = [
+        {
+            "method": name,
+            "phases": list(method.phases),
+            "config": f"{name}.yaml" if f"{name}.yaml" in configs else None,
+            "summary": method.summary,
+            "paper": method.paper,
+            "fields": method().model_dump(exclude={"method"}),  # type: ignore[call-arg]
+        }
+        for name, method in registry().items()
+    ]
+    table = Table(title="methods", title_justify="left")
+    for column in ("method", "phases", "config", "what it does", "paper"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row["method"], ", ".join(row["phases"]), row["config"] or "", row["summary"], row["paper"])  # type: ignore[arg-type]
+    Console().print(table)
+    write_json(json_file, rows)
+
+
+@app.command()
+def show(
+    config: Annotated[str, typer.Argument(help="A packaged configuration or a YAML file.")],
+    model: Annotated[str | None, typer.Option(help="Model folder or id to resolve it against.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Print a configuration with every default, and what each layer of a model would run."""
+    import yaml
+
+    from sparse_patch.config import load_config
+
+    settings = load_config(config)
+    console = Console()
+    console.print(yaml.safe_dump(settings.settings(), sort_keys=False).rstrip(), markup=False, highlight=False)
+    layers: list[dict[str, Any]] = []
+    if model is not None:
+        from sparse_patch.inspection import layers_of
+
+        layers = layers_of(model, settings)
+        table = Table(title=model, title_justify="left")
+        for column in ("layer", "attention", "query heads", "KV heads", "head dim", "prefill", "decode", "role"):
+            table.add_column(column, justify="right")
+        for layer in layers:
+            table.add_row(*(str(value) for value in layer.values()))
+        console.print(table)
+    write_json(json_file, {"config": settings.settings(), "source": settings.source, "layers": layers})
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file of `recipes`.")],
+    dry: Annotated[bool, typer.Option("--dry-run", help="Print the commands and run none.")] = False,
+) -> None:
+    """Run the commands of a recipe: one command reproduces one table."""
+    from sparse_patch.recipes import load_recipe
+
+    for arguments in load_recipe(recipe).arguments(recipe):
+        print(f"sparse-patch {' '.join(arguments)}", flush=True)
+        if not dry:
+            app(arguments, prog_name="sparse-patch", standalone_mode=False)

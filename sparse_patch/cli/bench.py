@@ -1,0 +1,206 @@
+"""`sparse-patch bench`: kernels, methods and whole models, timed."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sparse_patch.cli.options import (
+    ArchitectureOption,
+    BatchOption,
+    ConfigsOption,
+    DtypeOption,
+    JsonOption,
+    LayersOption,
+    LengthsOption,
+    PlotOption,
+    check_writable,
+    lengths_of,
+    names_of,
+    shipped_model,
+    write_json,
+)
+from sparse_patch.errors import SparsePatchError
+
+app = typer.Typer(help="Time attention, side by side with every dense kernel present.", no_args_is_help=True)
+
+
+@app.command("prefill")
+def bench_prefill(
+    config: ConfigsOption = None,
+    lengths: LengthsOption = "8192,32768",
+    densities: Annotated[str, typer.Option(help="Densities of random blocks, with commas between.")] = "0.05,0.1,0.25",
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="llama-3.1-8b, qwen2.5-7b, gemma3-12b, needle-llama, or query heads, KV heads and head_dim: 32,8,128.",
+            show_default="llama-3.1-8b, or that of --qkv",
+        ),
+    ] = None,
+    dtype: DtypeOption = None,
+    qkv: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Safetensors with q, k, v [1, heads, tokens, head_dim] of one layer.",
+            show_default="recorded from needle-llama if there is a --config, else random",
+        ),
+    ] = None,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Time one layer's prefill attention: dense kernels, block-sparse kernels, and methods with their selection."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from sparse_patch.bench import common
+    from sparse_patch.bench import prefill as benches
+    from sparse_patch.evaluation.recording import file_inputs, random_inputs, recorded_inputs
+    from sparse_patch.plots import plot_bench, require_matplotlib
+    from sparse_patch.progress import progress_steps
+
+    check_writable(json_file, plot)
+    if plot is not None:
+        require_matplotlib()
+    transformers_logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    number_type = common.dtype_of(dtype or common.default_dtype(device))
+    tokens, shares, methods = lengths_of(lengths), _densities(densities), benches.methods_of(config or [])
+    size = None if shape is None else common.shape_of(shape)
+    if qkv is not None:
+        inputs = file_inputs(qkv, size, number_type, device, tokens)
+    else:
+        size = size or common.SHAPES["llama-3.1-8b"]
+        inputs = (
+            recorded_inputs(_recorded_model(), size, number_type, device, tokens)
+            if methods
+            else random_inputs(size, number_type, device)
+        )
+    benchmark = benches.Benchmark(inputs, tokens, shares, methods, device)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    with progress_steps(console, benchmark.steps) as step:
+        result = benches.bench_prefill(benchmark, step)
+    _show_bench(console, benches.table(result, benchmark, number_type), benches.notes(result))
+    data = benches.as_json(result, benchmark, number_type)
+    write_json(json_file, data)
+    if plot is not None:
+        plot_bench(data, plot)
+        console.print(f"picture: {plot}")
+
+
+@app.command("decode")
+def bench_decode(
+    config: ConfigsOption = None,
+    shape: ArchitectureOption = "llama-3.1-8b",
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of the caches, with commas between.", show_default="32768,131072 on a GPU, 4096 on a CPU"
+        ),
+    ] = None,
+    batch: BatchOption = 1,
+    budgets: Annotated[str, typer.Option(help="Tokens of random lists, with commas between.")] = "1024,2048",
+    layers: LayersOption = None,
+    dtype: DtypeOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Time one token's attention: dense kernels, lists, and configurations layer by layer and as a whole stack."""
+    import torch
+
+    from sparse_patch.bench import common
+    from sparse_patch.bench import decode as benches
+    from sparse_patch.progress import progress_steps
+
+    check_writable(json_file)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    architecture = common.architecture_of(shape, layers)
+    benchmark = benches.Benchmark(
+        architecture=architecture,
+        lengths=lengths_of(lengths or ("32768,131072" if device == "cuda" else "4096")),
+        batch=batch,
+        budgets=lengths_of(budgets, "--budgets"),
+        methods=benches.methods_of(config or [], architecture),
+        dtype=common.dtype_of(dtype or common.default_dtype(device)),
+        device=device,
+    )
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    with progress_steps(console, benchmark.steps) as step:
+        result = benches.bench_decode(benchmark, step)
+    _show_bench(console, benches.table(result, benchmark), benches.notes(result))
+    write_json(json_file, benches.as_json(result, benchmark))
+
+
+@app.command("model")
+def bench_model(
+    config: ConfigsOption = None,
+    shape: ArchitectureOption = "llama-3.1-8b",
+    lengths: LengthsOption = "4096",
+    batch: BatchOption = 1,
+    new_tokens: Annotated[int, typer.Option(min=3, help="Tokens to generate.")] = 32,
+    layers: LayersOption = None,
+    cache: Annotated[str, typer.Option(help="static or dynamic.")] = "static",
+    eager: Annotated[bool, typer.Option("--eager", help="Never compile; a static cache on a GPU does else.")] = False,
+    dtype: DtypeOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Time a model with random weights through `generate`: to the first token, and for each token after it."""
+    import torch
+
+    from sparse_patch.bench import common
+    from sparse_patch.bench import model as benches
+    from sparse_patch.progress import progress_steps
+
+    check_writable(json_file)
+    if cache not in ("static", "dynamic"):
+        raise SparsePatchError(f"--cache: expected static or dynamic, got {cache!r}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    architecture = common.architecture_of(shape, layers)
+    benchmark = benches.Benchmark(
+        architecture=architecture,
+        lengths=lengths_of(lengths),
+        batch=batch,
+        new_tokens=new_tokens,
+        methods=benches.methods_of(config or [], architecture),
+        cache="static" if cache == "static" else "dynamic",
+        compiled=not eager,
+        dtype=common.dtype_of(dtype or common.default_dtype(device)),
+        device=device,
+    )
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    with progress_steps(console, benchmark.steps) as step:
+        result = benches.bench_model(benchmark, step)
+    _show_bench(console, benches.table(result, benchmark), benches.notes(result))
+    write_json(json_file, benches.as_json(result, benchmark))
+
+
+def _recorded_model() -> Path:
+    """The model whose attention `bench` times methods on."""
+    try:
+        return shipped_model()
+    except SparsePatchError:
+        raise SparsePatchError(
+            "--qkv: name a file with q, k and v to time methods on; needle-llama, whose attention is taken else, ships "
+            "with the repository, not with the wheel"
+        ) from None
+
+
+def _densities(text: str) -> list[float]:
+    try:
+        densities = [float(name) for name in names_of(text)]
+    except ValueError:
+        densities = []
+    if not densities or not all(0 < density <= 1 for density in densities):
+        raise SparsePatchError(
+            f"--densities: expected shares above 0 and up to 1 with commas between, 0.05,0.1, got {text!r}"
+        )
+    return list(dict.fromkeys(densities))
+
+
+def _show_bench(console: Console, table: Table, notes: Iterable[str]) -> None:
+    console.print(table)
+    for note in notes:
+        console.print(note, markup=False, highlight=False)

@@ -1,0 +1,165 @@
+"""`sparse-patch calibrate`: what a method needs for a model, searched and written to a file."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sparse_patch.cli.options import (
+    JsonOption,
+    LengthsOption,
+    ModelOption,
+    PlotOption,
+    SeedOption,
+    check_writable,
+    lengths_of,
+    names_of,
+    shipped_model,
+    write_json,
+)
+
+app = typer.Typer(
+    help="Search the settings that a method needs for a model, and write them to a file.", no_args_is_help=True
+)
+
+
+@app.command("minference")
+def calibrate_minference(
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="JSON to write. A run that was killed goes on from beside it.")
+    ],
+    model: ModelOption = None,
+    length: Annotated[int, typer.Option(min=1024, help="Tokens of the prompt: as many as yours have.")] = 30_000,
+    seed: SeedOption = 0,
+) -> None:
+    """Find the pattern of each head for `minference`, on one prompt of key-value retrieval."""
+    from transformers.utils import logging as transformers_logging
+
+    from sparse_patch.calibration.minference import journal_of, search, table, write_patterns
+    from sparse_patch.evaluation.generation import check_context, encode, load_model
+    from sparse_patch.evaluation.tasks import TASKS
+    from sparse_patch.progress import progress_steps
+
+    check_writable(out)
+    name = str(model or shipped_model())
+    journal = journal_of(out, {"model": name, "length": length, "seed": seed})
+    transformers_logging.disable_progress_bar()
+    loaded, tokenizer = load_model(name)
+    check_context(loaded, length, 0, "--length")
+    sample = TASKS["kv_retrieval"].sample(tokenizer, length, seed)
+    layers = loaded.config.get_text_config(decoder=True).num_hidden_layers
+    console = Console()
+    with progress_steps(console, layers - len(journal.records)) as step:
+        found = search(loaded, encode(tokenizer, sample.prompt, sample.answer)[0], journal, step)
+    write_patterns(found, layers, out)
+    journal.remove()
+    console.print(table(found, length))
+    console.print(f"patterns: {out}; use them with prefill.calibration: {out}", soft_wrap=True)
+
+
+@app.command("sale")
+def calibrate_sale(
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Safetensors to write. A run that was killed goes on from beside it.")
+    ],
+    model: ModelOption = None,
+    error: Annotated[
+        float, typer.Option(min=0, help="Change of a head's output that is allowed, L1, per query.")
+    ] = 0.4,
+    lengths: LengthsOption = "8192",
+    samples: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 5,
+    tasks: Annotated[str, typer.Option(help="Offline tasks that the prompts are of, in turn.")] = "kv_retrieval",
+    text: Annotated[Path | None, typer.Option(help="Take pieces of this text file in place of tasks.")] = None,
+    numerics: Annotated[str, typer.Option(help="int8 or int4, as prefill.numerics.")] = "int8",
+    local_window: Annotated[int, typer.Option(help="Tokens, as prefill.local_window.")] = 128,
+    seed: SeedOption = 0,
+) -> None:
+    """Find the threshold of each head for `sale`, on long prompts."""
+    from transformers.utils import logging as transformers_logging
+
+    from sparse_patch.calibration import sale
+    from sparse_patch.config import load_config
+    from sparse_patch.evaluation.generation import load_model
+    from sparse_patch.methods.sale import Sale
+    from sparse_patch.methods.sale_thresholds import write_thresholds
+    from sparse_patch.model_shape import ModelShape
+    from sparse_patch.progress import progress_steps
+
+    check_writable(out)
+    asked = {"method": "sale", "numerics": numerics, "local_window": local_window, "min_length": 0}
+    method = load_config({"prefill": asked}).prefill
+    assert isinstance(method, Sale)
+    name = str(model or shipped_model())
+    settings = {"numerics": numerics, "local_window": local_window, "error": error}
+    about = {"model": name, **settings, "lengths": lengths, "samples": samples, "tasks": tasks, "seed": seed}
+    about["text"] = None if text is None else str(text)
+    journal = sale.journal_of(out, about)
+    transformers_logging.disable_progress_bar()
+    loaded, tokenizer = load_model(name)
+    if text is None:
+        prompts = sale.generated_prompts(loaded, tokenizer, names_of(tasks), lengths_of(lengths), samples, seed)
+    else:
+        prompts = sale.text_prompts(loaded, tokenizer, text, lengths_of(lengths), samples)
+    shape = ModelShape.of(loaded.config, loaded.config.get_text_config(decoder=True).num_hidden_layers)
+    console = Console()
+    with progress_steps(console, shape.num_layers * len(prompts) - len(journal.records)) as step:
+        found = sale.search(loaded, prompts, error, journal, step, method)
+    tau = sale.thresholds(found, shape.num_layers, shape.num_heads)
+    more = {key: str(value) for key, value in about.items() if key not in settings}
+    write_thresholds(out, tau, shape, numerics=numerics, local_window=local_window, error=error, more=more)
+    journal.remove()
+    console.print(sale.table(found, error))
+    console.print(f"thresholds: {out}; use them with prefill.calibration: {out}", soft_wrap=True)
+
+
+@app.command("layers")
+def calibrate_layers(
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="YAML to write. A run that was killed goes on from beside it.")
+    ],
+    model: ModelOption = None,
+    length: Annotated[int, typer.Option(min=256, help="Tokens of the prompts: as many as yours have.")] = 8192,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts: of four tasks in turn.")] = 4,
+    seed: SeedOption = 0,
+    budget: Annotated[int, typer.Option(min=1, help="Tokens that a sparse layer reads.")] = 512,
+    select: Annotated[int, typer.Option(min=0, help="Layers that select again, after the first selecting one.")] = 1,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Find the layers that select keys for decode, from the attention of a few long prompts' answers."""
+    from transformers.utils import logging as transformers_logging
+
+    from sparse_patch.calibration import layers
+    from sparse_patch.evaluation.generation import load_model
+    from sparse_patch.plots import plot_layers, require_matplotlib
+    from sparse_patch.progress import progress_steps
+
+    check_writable(out, json_file, plot)
+    if plot is not None:
+        require_matplotlib()
+    name = str(model or shipped_model())
+    name = Path(name).resolve().name if Path(name).is_dir() else name
+    about = {"model": name, "length": length, "seed": seed, "budget": budget}
+    journal = layers.journal_of(out, about)
+    transformers_logging.disable_progress_bar()
+    loaded, tokenizer = load_model(model or shipped_model())
+    layers.check_number(select, layers.model_of(loaded)["num_layers"])
+    prompts = layers.samples_of(tokenizer, length, samples, seed)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    with progress_steps(console, sum(number not in journal.records for number in range(samples))) as step:
+        measured = layers.measure(loaded, tokenizer, prompts, budget, journal, step)
+    curves = layers.Curves.of(measured)
+    choice = layers.choose(curves, select)
+    about |= {"samples": samples}
+    layers.write_layers(layers.as_yaml(curves, choice, layers.model_of(loaded), about), out)
+    data = layers.as_json(curves, choice, layers.model_of(loaded), about, measured)
+    console.print(layers.table(curves, choice, about))
+    console.print(layers.summary(choice), highlight=False)
+    console.print(f"layers: {out}; use them with decode.calibration: {out}", soft_wrap=True)
+    write_json(json_file, data)
+    if plot is not None:
+        plot_layers(data, plot)
+        console.print(f"picture: {plot}")
+    journal.remove()

@@ -1,0 +1,169 @@
+"""`sparse-patch eval`, `tasks`, `export` and `lm-eval`: what sparsity costs in answers."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sparse_patch.cli.options import (
+    ConfigsOption,
+    HaystackOption,
+    JsonOption,
+    LengthsOption,
+    ModelOption,
+    PlotOption,
+    SamplesOption,
+    SeedOption,
+    SuiteOption,
+    TasksOption,
+    check_writable,
+    lengths_of,
+    names_of,
+    shipped_model,
+    write_json,
+)
+from sparse_patch.errors import SparsePatchError
+
+app = typer.Typer()
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigsOption = None,
+    model: ModelOption = None,
+    suite: SuiteOption = "needle",
+    tasks: TasksOption = "",
+    lengths: LengthsOption = "4096",
+    samples: SamplesOption = 10,
+    seed: SeedOption = 0,
+    haystack: HaystackOption = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write the rows as JSON. A run that was killed goes on from there."
+        ),
+    ] = None,
+    plot: PlotOption = None,
+    add: Annotated[bool, typer.Option("--add", help="Keep what FILE has of other configurations.")] = False,
+) -> None:
+    """Measure configurations on the offline tasks, beside dense attention: scores, density and seconds."""
+    from transformers.utils import logging as transformers_logging
+
+    from sparse_patch.evaluation.generation import load_model
+    from sparse_patch.evaluation.journal import Journal
+    from sparse_patch.evaluation.prompts import read_haystack
+    from sparse_patch.evaluation.results import Record, add_to, as_json, summary, table
+    from sparse_patch.evaluation.suite import Evaluation, configurations, header
+    from sparse_patch.evaluation.suite import evaluate as run_evaluation
+    from sparse_patch.evaluation.tasks import tasks_of
+    from sparse_patch.plots import plot_accuracy, require_matplotlib
+    from sparse_patch.progress import progress_steps
+
+    check_writable(json_file, plot)
+    if plot is not None:
+        require_matplotlib()
+    evaluation = Evaluation(
+        configs=configurations(config or []),
+        tasks=tasks_of(suite, names_of(tasks)),
+        lengths=lengths_of(lengths),
+        samples=samples,
+        seed=seed,
+        haystack=None if haystack is None else read_haystack(haystack),
+    )
+    name = str(model or shipped_model())
+    about = header(
+        Path(name).resolve().name if Path(name).is_dir() else name,
+        evaluation,
+        None if haystack is None else str(haystack),
+    )
+    old = _earlier_result(json_file) if add else None
+    if old is not None and json_file is not None:
+        add_to(old, as_json([], about, evaluation.configs), json_file)  # whether they go together, before the work
+    journal: Journal[Record] = Journal(json_file and json_file.with_name(f"{json_file.name}.unfinished"), about)
+    transformers_logging.disable_progress_bar()
+    loaded, tokenizer = load_model(name)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    with progress_steps(console, evaluation.missing(journal)) as step:
+        rows = run_evaluation(loaded, tokenizer, evaluation, journal, step)
+    for length in evaluation.lengths:
+        console.print(table(rows, length))
+    console.print(summary(rows))
+    data = as_json(rows, about, evaluation.configs)
+    if json_file is not None:
+        data = data if old is None else add_to(old, data, json_file)
+        write_json(json_file, data)
+        journal.remove()
+    if plot is not None:
+        plot_accuracy(data, plot)
+        console.print(f"picture: {plot}")
+
+
+@app.command()
+def tasks(json_file: JsonOption = None) -> None:
+    """List the offline tasks and the suites that they are in."""
+    from sparse_patch.evaluation.tasks import SUITES, TASKS
+
+    rows = [
+        {"task": name, "asked": task.summary, "suites": [suite for suite, names in SUITES.items() if name in names]}
+        for name, task in TASKS.items()
+    ]
+    table = Table("task", "what is asked for", "suites", title="tasks", title_justify="left")
+    for row in rows:
+        table.add_row(str(row["task"]), str(row["asked"]), ", ".join(row["suites"]))
+    Console().print(table)
+    write_json(json_file, rows)
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="JSON lines to write: prompt, expected strings, answer.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or id.", show_default="examples/needle-llama")] = None,
+    suite: SuiteOption = "needle",
+    tasks: TasksOption = "",
+    lengths: LengthsOption = "4096",
+    samples: SamplesOption = 10,
+    seed: SeedOption = 0,
+    haystack: HaystackOption = None,
+) -> None:
+    """Write the prompts of the offline tasks to a file."""
+    from sparse_patch.evaluation.generation import load_tokenizer
+    from sparse_patch.evaluation.prompts import read_haystack
+    from sparse_patch.evaluation.suite import Evaluation
+    from sparse_patch.evaluation.tasks import export_jsonl, tasks_of
+
+    check_writable(file)
+    text = None if haystack is None else read_haystack(haystack)
+    evaluation = Evaluation({}, tasks_of(suite, names_of(tasks)), lengths_of(lengths), samples, seed, text)
+    counter = load_tokenizer(tokenizer or shipped_model(), "--tokenizer")
+    number = export_jsonl((evaluation.sample(counter, *prompt) for prompt in evaluation.prompts()), file)
+    Console().print(f"{number} prompts: {file}")
+
+
+@app.command(
+    "lm-eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False
+)
+def lm_eval(context: typer.Context) -> None:
+    """lm-eval's command line, with `--model hf-sparse --model_args pretrained=M,config=FILE` and `--tasks needle`."""
+    try:
+        from sparse_patch.evaluation.lm_eval import main
+    except ImportError as error:
+        raise SparsePatchError(f'lm-eval: {error}; pip install "sparse_patch[eval]"') from None
+    main(context.args)
+
+
+def _earlier_result(path: Path | None) -> dict[str, Any] | None:
+    """What a result file has, for `--add`; None where there is none yet."""
+    if path is None:
+        raise SparsePatchError("--add: needs --json FILE, whose rows are kept")
+    if not path.is_file():
+        return None
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        data["rows"], data["configs"]
+    except (ValueError, KeyError, TypeError):
+        raise SparsePatchError(f"{path}: --add: is no result of `sparse-patch eval`; name another file") from None
+    return data

@@ -1,0 +1,79 @@
+"""What several commands have in common: options, how they are read, and where results go."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparse_patch.errors import SparsePatchError
+
+ConfigsOption = Annotated[
+    list[str] | None, typer.Option("--config", help="A packaged configuration or a YAML file; give it several times.")
+]
+SuiteOption = Annotated[str, typer.Option(help="needle, niah, ruler or all.")]
+TasksOption = Annotated[str, typer.Option(help="Names with commas between, in place of a suite; see `tasks`.")]
+LengthsOption = Annotated[str, typer.Option(help="Tokens of the prompts, with commas between.")]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Prompts of each task and length.")]
+SeedOption = Annotated[int, typer.Option(help="Chooses texts, keys and values.")]
+HaystackOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Text to hide things in.", show_default="Python's help topics")
+]
+ModelOption = Annotated[str | None, typer.Option(help="Model folder or id.", show_default="examples/needle-llama")]
+PlotOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture here (PNG).")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="bfloat16, float16 or float32.", show_default="bfloat16 on a GPU, float32 on a CPU"),
+]
+ArchitectureOption = Annotated[
+    str, typer.Option("--shape", help="llama-3.1-8b, qwen2.5-7b, qwen3-8b or needle-llama: sizes and layers.")
+]
+BatchOption = Annotated[int, typer.Option(min=1, help="Rows of the batch.")]
+LayersOption = Annotated[
+    int | None, typer.Option(min=1, help="Layers, to shrink the model.", show_default="those of the shape")
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
+
+
+def shipped_model() -> Path:
+    """The model of the checkout's examples folder."""
+    path = Path(__file__).parent.parent.parent / "examples" / "needle-llama"
+    if not path.is_dir():
+        raise SparsePatchError(
+            "--model: needle-llama ships with the repository, not with the wheel; name a model folder"
+        )
+    return path
+
+
+def names_of(text: str) -> list[str]:
+    """What stands between commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def lengths_of(text: str, option: str = "--lengths") -> list[int]:
+    """Numbers of tokens with commas between, none twice."""
+    try:
+        lengths = [int(name) for name in names_of(text)]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 1:
+        raise SparsePatchError(f"{option}: expected numbers of tokens with commas between, 4096,8192, got {text!r}")
+    return list(dict.fromkeys(lengths))
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Raise before a long run if what it makes cannot be written."""
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise SparsePatchError(f"{path}: cannot be written: {path.absolute().parent} is not a folder")
+        if path is not None and path.is_dir():
+            raise SparsePatchError(f"{path}: cannot be written: it is a folder")
+
+
+def write_json(path: Path | None, data: Any) -> None:
+    """Write a result: all of it, or nothing."""
+    from sparse_patch.evaluation.journal import write_atomically
+
+    if path is not None:
+        check_writable(path)
+        write_atomically(path, json.dumps(data, indent=1) + "\n")
