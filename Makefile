@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/sparse-patch demo --json demo.json --plot demo.png
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
