@@ -91,6 +91,12 @@ class BlockGrid:
         return self.key_blocks_per_row * self.block_size - self.lengths
 
     @cached_property
+    def key_block_tokens(self) -> torch.Tensor:
+        """Real keys of each key block, int64 `[B, N]`; 0 for blocks that a row lacks."""
+        begin = torch.arange(self.num_key_blocks, device=self.row_starts.device) * self.block_size
+        return (self.lengths[:, None] - begin).clamp(0, self.block_size)
+
+    @cached_property
     def has_key_block(self) -> torch.Tensor:
         """Which key blocks each row has, bool `[B, N]`."""
         key_block = torch.arange(self.num_key_blocks, device=self.row_starts.device)
@@ -175,6 +181,12 @@ class BlockPlan:
     def __post_init__(self) -> None:
         if self.pv_threshold is not None and self.columns is not None:
             raise ValueError("pv_threshold: a plan with single columns cannot have one")
+
+    @classmethod
+    def every(cls, call: AttentionCall, block_size: int) -> "BlockPlan":
+        """Dense attention: every block up to the diagonal."""
+        grid = BlockGrid.of(call, block_size)
+        return cls.from_blocks(grid.causal[:, None].expand(-1, call.q.shape[1], -1, -1), grid)
 
     @classmethod
     def from_blocks(cls, blocks: torch.Tensor, grid: BlockGrid, columns: torch.Tensor | None = None) -> "BlockPlan":

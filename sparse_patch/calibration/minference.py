@@ -27,7 +27,7 @@ from sparse_patch.evaluation.journal import Journal, write_atomically
 from sparse_patch.methods.minference import FORCED_COLUMNS, FORCED_DISTANCES, MInference, Pattern
 from sparse_patch.observe import observed
 from sparse_patch.ops.block_sparse import attend
-from sparse_patch.plans import BlockGrid, BlockPlan, Dense
+from sparse_patch.plans import BlockPlan, Dense
 from sparse_patch.progress import Step
 
 PAPER_LENGTH = 30_000
@@ -112,13 +112,10 @@ def search(
 
 def _best(call: AttentionCall, choices: Sequence[Pattern], method: MInference) -> LayerPatterns:
     """The pattern of the smallest error for each head; of equal ones the first."""
-    batch, heads = call.q.shape[:2]
-    grid = BlockGrid.of(call, method.block_size)
-    everything = BlockPlan.from_blocks(grid.causal[:, None].expand(batch, heads, -1, -1), grid)
-    dense = attend(call, everything)[0].float()
+    dense = attend(call, BlockPlan.every(call, method.block_size))[0].float()
     errors, densities = [], []
     for choice in choices:
-        plan = method.plan_patterns(call, (choice,) * heads)
+        plan = method.plan_patterns(call, (choice,) * call.q.shape[1])
         if isinstance(plan, Dense):
             raise TaskError(
                 f"--length: {call.kv_length} tokens are too few for a search: {choice.kind} {choice.columns}, "

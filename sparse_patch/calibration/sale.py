@@ -25,11 +25,12 @@ from sparse_patch.call import AttentionCall
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.generation import check_context, encode, prefill
 from sparse_patch.evaluation.journal import Journal
-from sparse_patch.evaluation.tasks import TASKS, tasks_of
+from sparse_patch.evaluation.prompts import read_haystack
+from sparse_patch.evaluation.tasks import tasks_of
 from sparse_patch.methods.sale import Sale
 from sparse_patch.observe import observed
 from sparse_patch.ops.block_sparse import attend
-from sparse_patch.plans import BlockGrid, BlockPlan, Dense
+from sparse_patch.plans import BlockPlan, Dense
 from sparse_patch.progress import Step
 
 HIGHEST = 0.008  # where every head begins
@@ -103,9 +104,7 @@ def search(
 
 def _found(call: AttentionCall, method: Sale, error: float, number: int, start: Sequence[float]) -> LayerThresholds:
     """Halve the thresholds of the heads whose error is too large, until none is."""
-    grid = BlockGrid.of(call, method.block_size)
-    everything = BlockPlan.from_blocks(grid.causal[:, None].expand(*call.q.shape[:2], -1, -1), grid)
-    dense = attend(call, everything)[0].float()
+    dense = attend(call, BlockPlan.every(call, method.block_size))[0].float()
     tau = torch.tensor(start, dtype=torch.float32, device=call.q.device)
     open_heads = tau > 0
     errors, densities = torch.zeros_like(tau), torch.ones_like(tau)
@@ -144,7 +143,7 @@ def generated_prompts(
     for length in lengths:
         check_context(model, length, 0, "--lengths")
         for number in range(samples):
-            sample = TASKS[chosen[number % len(chosen)].name].sample(tokenizer, length, seed, number)
+            sample = chosen[number % len(chosen)].sample(tokenizer, length, seed, number)
             prompts.append(encode(tokenizer, sample.prompt, sample.answer)[0])
     return prompts
 
@@ -157,11 +156,7 @@ def text_prompts(
     Raises:
         TaskError: the file cannot be read or has too few tokens, or a piece does not fit the model's context.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"--text: {path}: cannot be read: {error}") from None
-    tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    tokens: list[int] = tokenizer(read_haystack(path, "--text"), verbose=False)["input_ids"]
     if len(tokens) < sum(lengths) * samples:
         raise TaskError(
             f"--text: {path}: has {len(tokens)} tokens, {samples} pieces of each length need "

@@ -54,18 +54,18 @@ def default_haystack() -> str:
     return re.sub(r"([=\-~^*#_+.])\1{5,}", r"\1\1\1\1", text)
 
 
-def read_haystack(path: str | Path) -> str:
+def read_haystack(path: str | Path, option: str = "--haystack") -> str:
     """The text of a file, UTF-8.
 
     Raises:
-        TaskError: the file is not there, is no text or is empty.
+        TaskError: the file is not there, is no text or is empty; the message begins with the option that named it.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"--haystack: {path}: cannot be read as UTF-8 text: {error}") from None
+        raise TaskError(f"{option}: {path}: cannot be read as UTF-8 text: {error}") from None
     if not text.strip():
-        raise TaskError(f"--haystack: {path}: the file is empty")
+        raise TaskError(f"{option}: {path}: the file is empty")
     return text.replace("\r", "")
 
 

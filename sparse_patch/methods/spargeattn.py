@@ -127,7 +127,7 @@ class SpargeAttn(PrefillMethod):
         if self.least_similarity < 0:
             return query_means(call.q, grid), None, None
         mean_q, of_queries = query_means_and_similarities(call.q, grid)
-        of_keys = key_similarities(call.k, grid, mean_of_rows(mean_k, grid))
+        of_keys = key_similarities(call.k, grid, mean_of_rows(mean_k, grid.key_block_tokens))
         alike_k = (of_keys > self.least_similarity).repeat_interleave(call.group_size, 1)
         return mean_q, of_queries > self.least_similarity, alike_k
 

@@ -20,9 +20,7 @@ def pooled_logits(mean_q: torch.Tensor, mean_k: torch.Tensor, call: AttentionCal
     return apply_softcap(logits.flatten(1, 2), call.softcap)
 
 
-def mean_of_rows(mean_k: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """Mean key of each row, float32 `[B, Hkv, D]`, from the mean keys of its blocks `[B, Hkv, N, D]`."""
-    begin = torch.arange(grid.num_key_blocks, device=mean_k.device) * grid.block_size
-    tokens = (grid.lengths[:, None] - begin).clamp(0, grid.block_size)
-    share = tokens.float() / grid.lengths[:, None].float()
-    return (mean_k * share[:, None, :, None]).sum(-2)
+def mean_of_rows(means: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean of each row, float32 `[B, H, D]`, from means of blocks `[B, H, N, D]` of `tokens` each, int64 `[B, N]`."""
+    share = tokens.float() / tokens.sum(-1, keepdim=True).clamp(min=1).float()
+    return (means * share[:, None, :, None]).sum(-2)

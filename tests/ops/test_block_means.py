@@ -29,7 +29,7 @@ def test_means_and_similarities_of_blocks(backend: ModuleType, queries: int, row
     grid = BlockGrid.of(call, 32)
     keys, queries_ = backend.key_means(call.k, grid), backend.query_means(call.q, grid)
     same_queries, alike_queries = backend.query_means_and_similarities(call.q, grid)
-    center = mean_of_rows(keys, grid)
+    center = mean_of_rows(keys, grid.key_block_tokens)
     alike_keys = backend.key_similarities(call.k, grid, center)
     assert keys.dtype == queries_.dtype == alike_keys.dtype == alike_queries.dtype == torch.float32
     assert torch.equal(same_queries, queries_)

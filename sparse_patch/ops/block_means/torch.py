@@ -10,8 +10,7 @@ from sparse_patch.plans import BlockGrid
 
 def key_means(k: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
     """See `ops.block_means`."""
-    last = grid.lengths[:, None] - torch.arange(grid.num_key_blocks, device=k.device) * grid.block_size
-    return _means(key_blocks(k, grid), last.clamp(max=grid.block_size))
+    return _means(key_blocks(k, grid), grid.key_block_tokens)
 
 
 def key_similarities(k: torch.Tensor, grid: BlockGrid, center: torch.Tensor) -> torch.Tensor:

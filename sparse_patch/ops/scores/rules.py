@@ -8,6 +8,7 @@ import torch
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.ops.block_means import key_means, query_means
+from sparse_patch.ops.pooling import mean_of_rows
 from sparse_patch.plans import BlockGrid
 
 Numerics = Literal["int4", "int8"]
@@ -88,19 +89,11 @@ class TileBounds:
 def mean_key(call: AttentionCall) -> torch.Tensor:
     """Mean of the real keys of each row, `[B, Hkv, D]` in the dtype of the keys."""
     grid = BlockGrid.of(call, 128)
-    begin = torch.arange(grid.num_key_blocks, device=call.k.device) * grid.block_size
-    count = (grid.lengths[:, None] - begin).clamp(0, grid.block_size)
-    return _weighted(key_means(call.k, grid), count).to(call.k.dtype)
+    return mean_of_rows(key_means(call.k, grid), grid.key_block_tokens).to(call.k.dtype)
 
 
 def mean_query(call: AttentionCall) -> torch.Tensor:
     """Mean of the real queries of each row, `[B, Hq, D]` in the dtype of the queries."""
     grid = BlockGrid.of(call, 128)
     begin, end = grid.query_bounds
-    return _weighted(query_means(call.q, grid), end - begin).to(call.q.dtype)
-
-
-def _weighted(means: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Mean over blocks of means `[B, H, N, D]` of `count` `[B, N]` tokens each: float32 `[B, H, D]`."""
-    share = count / count.sum(-1, keepdim=True).clamp(min=1)
-    return (share.float()[:, None, None] @ means).squeeze(2)
+    return mean_of_rows(query_means(call.q, grid), end - begin).to(call.q.dtype)
