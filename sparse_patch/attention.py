@@ -301,7 +301,8 @@ def _attend_sparsely(
         state.compiled = True
     else:
         counts = state.counts.of(call.phase)
-        counts.add_sparse(mask.work, plan.pairs_by_head)
+        decided = plan.decided_pairs if isinstance(plan, BlockPlan) else None
+        counts.add_sparse(mask.work, plan.pairs_by_head, decided)
         counts.copying_calls += state.copies
         _capture(state, call.phase, plan)
     return output.transpose(1, 2).contiguous()

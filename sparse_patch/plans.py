@@ -169,6 +169,8 @@ class BlockPlan:
         pv_threshold: tiles whose logits lie this far below what was read before them, in log2 units, count for nothing
             (`ops.block_sparse` says which). 0 or more; None for no such tile. Only a plan without columns may have it.
             `mask`, `density` and what else the plan says include these tiles.
+        decided_pairs: causal pairs that the method decided to read, where it decides finer than in whole blocks, int64
+            `[B, Hq]`; None where the blocks are its decision. For the report.
     """
 
     indices: torch.Tensor
@@ -177,6 +179,7 @@ class BlockPlan:
     columns: torch.Tensor | None = None
     column_counts: torch.Tensor | None = None
     pv_threshold: float | None = None
+    decided_pairs: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.pv_threshold is not None and self.columns is not None:

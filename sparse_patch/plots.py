@@ -68,15 +68,27 @@ def plot_accuracy(result: dict[str, Any], path: str | Path) -> None:
     panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
     for length, axes in zip(lengths, panels, strict=True):
         for method, points in _lines(result, length).items():
-            shares, scores, _ = zip(*sorted(points), strict=True)
+            points.sort()
+            shares, scores, labels = zip(*points, strict=True)
             axes.plot(shares, scores, marker="o", label=method)
-            for share, score, label in points:
-                axes.annotate(label, (share, score), xytext=(3, -10), textcoords="offset points", fontsize=7)
-        axes.set(title=f"{length} tokens", xlabel="share of dense attention", xlim=(0, 1.05))
-        axes.grid(alpha=0.3)
+            for share, score, label in {points[0], points[-1]}:
+                name = _short(label, labels)
+                axes.annotate(name, (share, score), xytext=(3, -10), textcoords="offset points", fontsize=7)
+        axes.set(title=f"{length} tokens", xlabel="share of dense attention", xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("score, mean over tasks")
-    panels[0].legend()
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
     figure.savefig(path, dpi=110)
+
+
+def _short(label: str, labels: Sequence[str]) -> str:
+    """A label without the words that all labels of its line begin with."""
+    words = label.split("-")
+    while len(labels) > 1 and len(words) > 1 and all(other.startswith(f"{words[0]}-") for other in labels):
+        words, labels = words[1:], [other.partition("-")[2] for other in labels]
+    return "-".join(words)
 
 
 def plot_bench(result: dict[str, Any], path: str | Path) -> None:

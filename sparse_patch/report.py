@@ -41,6 +41,7 @@ class PhaseCounts:
     causal: Count = 0
     attended_by_all: Count = 0
     attended_by_head: torch.Tensor | None = None
+    surplus: Count = 0
     dense: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     dense_kernels: Counter[str] = field(default_factory=Counter)
@@ -50,10 +51,18 @@ class PhaseCounts:
         self._add(work)
         self.attended_by_all = self.attended_by_all + work.attended
 
-    def add_sparse(self, work: Work, attended_by_head: torch.Tensor) -> None:
-        """`attended_by_head`: pairs that each query head computed, summed over the batch, int64 `[Hq]`."""
+    def add_sparse(self, work: Work, attended_by_head: torch.Tensor, decided_pairs: torch.Tensor | None = None) -> None:
+        """Count a call.
+
+        Args:
+            work: its size.
+            attended_by_head: pairs that each query head computed, summed over the batch, int64 `[Hq]`.
+            decided_pairs: `BlockPlan.decided_pairs`.
+        """
         self._add(work)
         self.sparse_calls += 1
+        if decided_pairs is not None:
+            self.surplus = self.surplus + attended_by_head.sum() - decided_pairs.sum()
         known = self.attended_by_head
         self.attended_by_head = attended_by_head if known is None else known + attended_by_head
 
@@ -78,6 +87,7 @@ class PhaseCounts:
             dense_kernels=dict(self.dense_kernels),
             copying_calls=self.copying_calls,
             pairs=(mean, causal, queries),
+            surplus=int(self.surplus) / len(attended),
         )
 
 
@@ -108,6 +118,8 @@ class PhaseReport(BaseModel):
             `dense: best` only.
         copying_calls: how many of `sparse_calls` read a cache that copies all its keys for every token.
         pairs: (pairs computed, pairs of the causal triangle, queries): what totals are made from.
+        surplus: of the pairs computed, those that a method did not decide on and that lie in a block with one that it
+            did; mean over heads. 0 for methods that decide on whole blocks.
     """
 
     calls: int
@@ -120,6 +132,7 @@ class PhaseReport(BaseModel):
     dense_kernels: dict[str, int] = {}
     copying_calls: int = 0
     pairs: tuple[float, int, int]
+    surplus: float = 0.0
 
 
 class LayerReport(BaseModel):
@@ -164,6 +177,12 @@ class SparsityReport(BaseModel):
         """Share of the causal triangle computed over all layers, dense ones included; None without calls."""
         computed, causal, _ = self.pairs(phase)
         return computed / causal if causal else None
+
+    def decided(self, phase: Phase = "prefill") -> float | None:
+        """`density`, with whole blocks counted as far as the method decided on them: what its paper calls density."""
+        computed, causal, _ = self.pairs(phase)
+        surplus = sum(layer.phase(phase).surplus for layer in self.layers)
+        return (computed - surplus) / causal if causal else None
 
     def attended(self, phase: Phase = "decode") -> float | None:
         """Keys read per query token and layer, mean; None without calls."""
@@ -214,6 +233,11 @@ class SparsityReport(BaseModel):
         """The remarks, why calls were dense, one line a reason, and whether the hook is still in place."""
         notes = list(self.remarks)
         for phase in PHASES:
+            if (decided := self.decided(phase)) != self.density(phase):
+                notes.append(
+                    f"{phase}: density of the decisions {_number(decided, 3)}, of the blocks that hold them "
+                    f"{_number(self.density(phase), 3)}"
+                )
             for kind in ("dense", "fallbacks"):
                 total = _sum(getattr(layer.phase(phase), kind) for layer in self.layers)
                 label = "dense" if kind == "dense" else "FALLBACK to dense"
@@ -275,6 +299,7 @@ def _merged_phase(parts: Sequence[PhaseReport]) -> PhaseReport:
         dense_kernels=_sum(part.dense_kernels for part in parts),
         copying_calls=sum(part.copying_calls for part in parts),
         pairs=(computed, int(causal), int(queries)),
+        surplus=sum(part.surplus for part in parts),
     )
 
 

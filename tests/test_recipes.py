@@ -11,6 +11,7 @@ from sparse_patch.bench.common import architecture_of, shape_of
 from sparse_patch.config import load_config
 from sparse_patch.errors import SparsePatchError
 from sparse_patch.evaluation.suite import configurations
+from sparse_patch.methods.sale_thresholds import read_thresholds
 from sparse_patch.recipes import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,7 @@ def test_a_recipe_names_what_exists(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.summary and recipe.needs and recipe.commands
     for arguments in recipe.arguments(path):
-        assert arguments[0] in ("bench", "eval", "lm-eval")
+        assert arguments[0] in ("bench", "calibrate", "eval", "lm-eval")
         if arguments[0] == "eval":
             assert (Path(options(arguments, "--model")[0]) / "config.json").is_file()
             assert len(configurations(options(arguments, "--config"))) >= 2
@@ -44,6 +45,11 @@ def test_a_recipe_names_what_exists(path: Path) -> None:
             else:
                 bench = {"decode": decode, "model": model}[arguments[1]]
                 assert bench.methods_of(sources, architecture_of(shape))
+        elif arguments[0] == "calibrate":
+            found = read_thresholds(options(arguments, "--out")[0])
+            assert options(arguments, "--error") == [f"{found.error:g}"]
+            assert options(arguments, "--block-size") == [str(found.block_size)]
+            assert all(found.metadata[key] == options(arguments, f"--{key}")[0] for key in ("lengths", "tasks", "seed"))
         else:
             (model_args,) = options(arguments, "--model_args")
             load_config(dict(item.split("=") for item in model_args.split(","))["config"])

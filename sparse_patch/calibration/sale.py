@@ -2,7 +2,8 @@
 
 As in the paper's public code (arXiv 2505.24179; BirdChristopher/SALE): a head begins at a threshold of 0.008, which is
 halved until the output changes by less than `error`, the L1 norm of the change over the head's dimensions, mean over
-the queries of a prompt. A threshold that comes down to 1e-4 becomes 0, which is dense. Prompts follow one another, and
+the queries of a prompt. The heads of a small model bear thresholds that are much larger: `highest` is where to begin.
+A threshold that comes down to 1e-4 becomes 0, which is dense. Prompts follow one another, and
 each begins where the one before it left off, so more prompts never raise a threshold. The model itself stays dense: a
 layer sees the same input whatever was found before it.
 
@@ -33,7 +34,7 @@ from sparse_patch.ops.block_sparse import attend
 from sparse_patch.plans import BlockPlan, Dense
 from sparse_patch.progress import Step
 
-HIGHEST = 0.008  # where every head begins
+HIGHEST = 0.008  # where every head begins in the public code
 LOWEST = 1e-4  # at or below which a head becomes dense
 
 
@@ -67,6 +68,7 @@ def search(
     journal: Journal[LayerThresholds],
     progress: Step = lambda _: None,
     method: Sale | None = None,
+    highest: float = HIGHEST,
 ) -> list[LayerThresholds]:
     """The thresholds of every layer that can run sparse attention, after the last prompt, in order.
 
@@ -79,6 +81,7 @@ def search(
         journal: gets each layer of each prompt as it is found.
         progress: called with a description before each layer that is measured.
         method: the method to search with; default settings by default. Its thresholds are not used.
+        highest: the threshold that every head begins with.
 
     Raises:
         PatchError: the model is patched already, or cannot be.
@@ -91,7 +94,7 @@ def search(
             if (number, call.layer) not in journal.records:
                 progress(f"prompt {number + 1}, layer {call.layer}")
                 before = journal.records.get((number - 1, call.layer))
-                start = before.tau if before else [HIGHEST] * call.q.shape[1]
+                start = before.tau if before else [highest] * call.q.shape[1]
                 journal.add(_found(call, method, error, number, start))
 
         with observed(model, see):

@@ -68,12 +68,18 @@ def calibrate_sale(
     error: Annotated[
         float, typer.Option(min=0, help="Change of a head's output that is allowed, L1, per query.")
     ] = 0.4,
+    highest: Annotated[
+        float, typer.Option(min=0.0002, help="Threshold that every head begins with; small models bear larger ones.")
+    ] = 0.008,
     lengths: LengthsOption = "8192",
     samples: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 5,
     tasks: Annotated[str, typer.Option(help="Offline tasks that the prompts are of, in turn.")] = "kv_retrieval",
     text: Annotated[Path | None, typer.Option(help="Take pieces of this text file in place of tasks.")] = None,
     numerics: Annotated[str, typer.Option(help="int8 or int4, as prefill.numerics.")] = "int8",
     local_window: Annotated[int, typer.Option(help="Tokens, as prefill.local_window.")] = 128,
+    block_size: Annotated[
+        int, typer.Option(help="64 or 128, as prefill.block_size: that or more when it is used.")
+    ] = 128,
     seed: SeedOption = 0,
 ) -> None:
     """Find the threshold of each head for `sale`, on long prompts."""
@@ -88,13 +94,13 @@ def calibrate_sale(
     from sparse_patch.progress import progress_steps
 
     check_writable(out)
-    asked = {"method": "sale", "numerics": numerics, "local_window": local_window, "min_length": 0}
-    method = load_config({"prefill": asked}).prefill
+    settings = {"numerics": numerics, "local_window": local_window, "block_size": block_size}
+    method = load_config({"prefill": {"method": "sale", "min_length": 0, **settings}}).prefill
     assert isinstance(method, Sale)
     name = str(model or shipped_model())
-    settings = {"numerics": numerics, "local_window": local_window, "error": error}
-    about = {"model": name, **settings, "lengths": lengths, "samples": samples, "tasks": tasks, "seed": seed}
-    about["text"] = None if text is None else str(text)
+    settings["error"] = error
+    about = {"model": name, **settings, "highest": highest, "lengths": lengths, "samples": samples, "tasks": tasks}
+    about |= {"seed": seed, "text": None if text is None else str(text)}
     journal = sale.journal_of(out, about)
     transformers_logging.disable_progress_bar()
     loaded, tokenizer = load_model(name)
@@ -105,10 +111,12 @@ def calibrate_sale(
     shape = ModelShape.of(loaded.config, loaded.config.get_text_config(decoder=True).num_hidden_layers)
     console = Console()
     with progress_steps(console, shape.num_layers * len(prompts) - len(journal.records)) as step:
-        found = sale.search(loaded, prompts, error, journal, step, method)
+        found = sale.search(loaded, prompts, error, journal, step, method, highest)
     tau = sale.thresholds(found, shape.num_layers, shape.num_heads)
     more = {key: str(value) for key, value in about.items() if key not in settings}
-    write_thresholds(out, tau, shape, numerics=numerics, local_window=local_window, error=error, more=more)
+    write_thresholds(
+        out, tau, shape, numerics=numerics, local_window=local_window, block_size=block_size, error=error, more=more
+    )
     journal.remove()
     console.print(sale.table(found, error))
     console.print(f"thresholds: {out}; use them with prefill.calibration: {out}", soft_wrap=True)

@@ -23,6 +23,7 @@ This differs from the public code in the following:
 A query tile looks at no score of a later key; only the mean that is taken off all keys knows of later ones.
 """
 
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Annotated, Literal
 
@@ -30,11 +31,11 @@ import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from sparse_patch.call import AttentionCall
+from sparse_patch.call import AttentionCall, causal_pairs
 from sparse_patch.methods.base import PrefillMethod
 from sparse_patch.methods.sale_thresholds import MAKE_ONE, Thresholds, check_shape, read_thresholds
 from sparse_patch.model_shape import ModelShape
-from sparse_patch.ops.scores import DENSE_BELOW, Numerics, ScoreRule, decisions, tiles
+from sparse_patch.ops.scores import DENSE_BELOW, Numerics, ScoreRule, decided_pairs, decisions, tiles
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
 
 
@@ -73,6 +74,12 @@ class Sale(PrefillMethod):
                     f"calibration: {self.calibration}: was made with {field} {theirs}, the configuration has {ours}; "
                     f"set {field}: {theirs}, or {MAKE_ONE}"
                 )
+        if self.thresholds.block_size > self.block_size:
+            raise ValueError(
+                f"calibration: {self.calibration}: was made with block_size {self.thresholds.block_size}, and the "
+                f"configuration's {self.block_size} computes less; set block_size: {self.thresholds.block_size}, or "
+                f"{MAKE_ONE}"
+            )
         return self
 
     @cached_property
@@ -125,9 +132,18 @@ class Sale(PrefillMethod):
         if call.scale <= 0:
             return Dense(f"scale {call.scale} is not positive")
         grid = BlockGrid.of(call, self.block_size)
+        blocks, decided = self._decided(call, tau, grid)
+        if not grid.padded:  # then the rows are as long as the call, which is not short
+            return replace(BlockPlan.from_blocks(blocks, grid), decided_pairs=decided)
+        short_rows = (grid.lengths < self.min_length)[:, None]
+        causal = causal_pairs(grid.q_start, grid.kv_length, grid.row_starts)[:, None]
+        plan = BlockPlan.from_blocks(blocks.logical_or_(short_rows[..., None, None]), grid)
+        return replace(plan, decided_pairs=torch.where(short_rows, causal, decided))
+
+    def _decided(self, call: AttentionCall, tau: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, torch.Tensor]:
+        """The blocks that hold a decision, bool `[B, Hq, NQ, N]`, and the pairs that were decided on."""
         words = decisions(call, tau, self.rule)
-        short_rows = grid.lengths < self.min_length
-        return BlockPlan.from_blocks(tiles(words, grid).logical_or_(short_rows[:, None, None, None]), grid)
+        return tiles(words, grid), decided_pairs(words, call)
 
 
 @lru_cache(maxsize=1024)

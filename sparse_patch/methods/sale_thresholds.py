@@ -19,7 +19,7 @@ from sparse_patch.version import __version__
 
 MAKE_ONE = 'run "sparse-patch calibrate sale --model M --out FILE"'
 _OF_MODEL = {"model_type": str, "num_layers": int, "num_heads": int, "num_kv_heads": int, "hidden_size": int}
-_OF_SEARCH = {"numerics": str, "local_window": int, "error": float, "sparse_patch": str}
+_OF_SEARCH = {"numerics": str, "local_window": int, "block_size": int, "error": float, "sparse_patch": str}
 
 
 class Thresholds(NamedTuple):
@@ -30,6 +30,7 @@ class Thresholds(NamedTuple):
         model: the sizes of the model that it was made for, by the names of `ModelShape`.
         numerics: of the estimates it was made with.
         local_window: of the reference region it was made with, in tokens.
+        block_size: side of the tiles that were computed, in tokens: smaller ones would compute less and err more.
         error: the error that it allows a head: the L1 norm, per query, of the change of the output.
         metadata: everything that the file says of itself, as it stands there.
     """
@@ -38,6 +39,7 @@ class Thresholds(NamedTuple):
     model: Mapping[str, Any]
     numerics: str
     local_window: int
+    block_size: int
     error: float
     metadata: Mapping[str, str]
 
@@ -49,6 +51,7 @@ def write_thresholds(
     *,
     numerics: str,
     local_window: int,
+    block_size: int,
     error: float,
     more: Mapping[str, str] | None = None,
 ) -> None:
@@ -60,6 +63,7 @@ def write_thresholds(
         shape: the model it was made for.
         numerics: of the estimates.
         local_window: in tokens.
+        block_size: of the tiles that are computed.
         error: the error that it allows a head.
         more: what else the file is to say (prompts, lengths, ...).
 
@@ -68,7 +72,8 @@ def write_thresholds(
     """
     if problem := _problem(tau, (shape.num_layers, shape.num_heads)):
         raise ValueError(f"tau: {problem}")
-    settings = {"numerics": numerics, "local_window": local_window, "error": error, "sparse_patch": __version__}
+    settings = {"numerics": numerics, "local_window": local_window, "block_size": block_size, "error": error}
+    settings |= {"sparse_patch": __version__}
     sizes = {key: getattr(shape, key) for key in _OF_MODEL}
     metadata = {**(more or {}), **{key: str(value) for key, value in (sizes | settings).items()}}
     temporary = Path(path).with_name(f"{Path(path).name}.tmp")
@@ -98,7 +103,8 @@ def read_thresholds(path: str | Path) -> Thresholds:
     if problem := _problem(tau, (values["num_layers"], values["num_heads"])):
         raise ValueError(f"{place}: tau: {problem}; {MAKE_ONE}")
     model = {key: values[key] for key in _OF_MODEL}
-    return Thresholds(tau, model, values["numerics"], values["local_window"], values["error"], metadata)
+    settings = {key: values[key] for key in _OF_SEARCH if key != "sparse_patch"}
+    return Thresholds(tau, model, **settings, metadata=metadata)
 
 
 def check_shape(thresholds: Thresholds, shape: ModelShape, place: str) -> None:

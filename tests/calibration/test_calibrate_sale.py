@@ -50,8 +50,10 @@ def prompts(model: Any) -> list[list[int]]:
     return generated_prompts(model, load_tokenizer("examples/needle-llama"), ["niah_multikey_1"], [LENGTH], 2, seed=0)
 
 
-def run(model: Any, prompts: Sequence[Sequence[int]], error: float = ERROR) -> list[LayerThresholds]:
-    return search(model, prompts, error, Journal(None, ABOUT), method=METHOD)
+def run(
+    model: Any, prompts: Sequence[Sequence[int]], error: float = ERROR, highest: float = HIGHEST
+) -> list[LayerThresholds]:
+    return search(model, prompts, error, Journal(None, ABOUT), method=METHOD, highest=highest)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,8 @@ def test_a_larger_error_raises_thresholds_and_more_prompts_never_do(
     assert bool((loose >= tight).all()) and bool((loose > tight).any())
     assert bool((of_heads(after_both) <= tight).all())
     assert of_heads(run(model, [prompts[0][:200]], 0.0)).max() == 0, "nothing is within no error"
+    higher = of_heads(run(model, prompts[:1], 4 * ERROR, 64 * HIGHEST))
+    assert bool((higher >= loose).all()) and higher.max() > HIGHEST
 
 
 def test_what_is_written_loads_back_and_runs(
@@ -111,7 +115,7 @@ def test_what_is_written_loads_back_and_runs(
     path, found = tmp_path / "tau.safetensors", after_both
     shape = ModelShape.of(model.config, 3)
     tau = thresholds(found, shape.num_layers, shape.num_heads)
-    write_thresholds(path, tau, shape, numerics="int8", local_window=32, error=ERROR, more=ABOUT)
+    write_thresholds(path, tau, shape, numerics="int8", local_window=32, block_size=64, error=ERROR, more=ABOUT)
     assert torch.equal(read_thresholds(path).tau, of_heads(found))
     settings = {"calibration": str(path), "local_window": 32, "block_size": 64, "min_length": 0}
     with torch.no_grad(), patched(model, "sale", prefill=settings):

@@ -121,7 +121,7 @@ def test_bad_settings_are_one_line(settings: dict[str, Any], message: str) -> No
 
 
 def calibration(folder: Path, tau: torch.Tensor | None = None, shape: ModelShape = SMALL_MODEL, **changes: Any) -> Path:
-    settings = {"numerics": "int8", "local_window": 32, "error": 0.4, **changes}
+    settings = {"numerics": "int8", "local_window": 32, "block_size": 64, "error": 0.4, **changes}
     path = folder / "sale.safetensors"
     if tau is None:
         tau = torch.rand(shape.num_layers, shape.num_heads)
@@ -134,7 +134,7 @@ def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = calibration(tmp_path, tau, more={"prompt": "kv_retrieval"})
     found = read_thresholds(path)
     assert torch.equal(found.tau, tau) and found.metadata["prompt"] == "kv_retrieval"
-    assert (found.numerics, found.local_window, found.error) == ("int8", 32, 0.4)
+    assert (found.numerics, found.local_window, found.block_size, found.error) == ("int8", 32, 64, 0.4)
     assert found.model["num_kv_heads"] == 2 and [file.name for file in tmp_path.iterdir()] == ["sale.safetensors"]
     assert sale(calibration=str(path)).head_thresholds(3, 4) == tuple(tau[3].tolist())
 
@@ -148,7 +148,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
 
 def metadata(**changes: str | None) -> dict[str, str]:
     whole = {"model_type": "llama", "num_layers": "5", "num_heads": "4", "num_kv_heads": "2", "hidden_size": "64"}
-    whole |= {"numerics": "int8", "local_window": "32", "error": "0.4", "sparse_patch": "0.1.0"}
+    whole |= {"numerics": "int8", "local_window": "32", "block_size": "64", "error": "0.4", "sparse_patch": "0.1.0"}
     return {key: value for key, value in (whole | changes).items() if value is not None}
 
 
@@ -187,6 +187,11 @@ BAD_FILES: list[tuple[dict[str, torch.Tensor], dict[str, str] | None, str]] = [
         {"tau": torch.ones(5, 4)},
         metadata(local_window="128"),
         "was made with local_window 128, the configuration has 32",
+    ),
+    (
+        {"tau": torch.ones(5, 4)},
+        metadata(block_size="256"),
+        "was made with block_size 256, and the configuration's 128 computes less; set block_size: 256, or run",
     ),
 ]
 
@@ -233,7 +238,13 @@ def test_a_model_runs_with_a_calibration_and_says_so(tmp_path: Path) -> None:
         assert model(ids).logits.isfinite().all()
         report = sparsity_report(model)
     assert [layer.prefill.sparse_calls for layer in report.layers] == [1, 1, 1] and report.fallbacks() == {}
-    assert "sale: uncalibrated, tau 3.0 for every head" in " ".join(str(report).split())
+    text = " ".join(str(report).split())
+    assert "sale: uncalibrated, tau 3.0 for every head" in text
+    assert (
+        f"density of the decisions {report.decided():.3f}, of the blocks that hold them {report.density():.3f}" in text
+    )
+    decided, density = report.decided(), report.density()
+    assert decided is not None and density is not None and 0 < decided < density
     assert json.loads(report.model_dump_json())["remarks"] == report.remarks != []
     path = calibration(tmp_path, tau, LLAMA)
     with torch.no_grad(), patched(model, "sale", prefill={**settings, "calibration": str(path)}):

@@ -13,7 +13,7 @@ from sparse_patch.call import AttentionCall
 from sparse_patch.errors import UnsupportedCallError
 from sparse_patch.ops import slices
 from sparse_patch.ops.layout import query_slots
-from sparse_patch.ops.scores import Numerics, ScoreRule, decided_density, decisions, tiles, unpacked, unsupported
+from sparse_patch.ops.scores import Numerics, ScoreRule, decided_pairs, decisions, tiles, unpacked, unsupported
 from sparse_patch.ops.scores import torch as in_torch
 from sparse_patch.ops.scores import triton as in_triton
 from sparse_patch.ops.scores.maps import packed
@@ -326,21 +326,21 @@ def test_tiles_hold_every_decision(block_size: int, queries: int) -> None:
             assert torch.equal(blocks[row, :, place], held[:, : grid.num_key_blocks])
 
 
-def test_the_density_of_decisions() -> None:
+def test_the_pairs_of_decisions() -> None:
     call, rule = make_call(400, queries=190, row_starts=[0, 37], head_dim=16), ScoreRule("int8", 32)
     words = decisions(call, torch.tensor(TAU), rule)
-    density = decided_density(words, call)
-    assert density[:, 3].eq(1).all() and density.min() < 1
+    pairs_decided = decided_pairs(words, call)
     bits = unpacked(words)
     for row, start in enumerate((0, 37)):
         pairs = 0
         for query in range(210 - start, 400 - start):
             keys = torch.arange(query + 1)
             pairs += bits[row, 0, query // 64 - (210 - start) // 64, keys // 32].sum()
+        assert pairs_decided[row, 0] == pairs
         causal = sum(range(210 - start + 1, 400 - start + 1))
-        assert density[row, 0] == pytest.approx(float(pairs) / causal)
+        assert pairs < causal == pairs_decided[row, 3]
     plan = BlockPlan.from_blocks(tiles(words, BlockGrid.of(call, 64)), BlockGrid.of(call, 64))
-    assert (plan.density() >= density).all()
+    assert (plan.computed_pairs() >= pairs_decided).all()
 
 
 def test_words_are_bits() -> None:

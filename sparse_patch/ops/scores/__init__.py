@@ -39,12 +39,12 @@ from torch import Tensor
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import UnsupportedCallError
 from sparse_patch.ops.backends import kernel_unsupported, takes_triton, triton_unsupported
-from sparse_patch.ops.scores.maps import decided_density, tiles, unpacked
+from sparse_patch.ops.scores.maps import decided_pairs, tiles, unpacked
 from sparse_patch.ops.scores.reference import decisions as in_reference
 from sparse_patch.ops.scores.rules import DENSE_BELOW, Numerics, ScoreRule
 from sparse_patch.ops.scores.torch import decisions as in_torch
 
-__all__ = ["DENSE_BELOW", "Numerics", "ScoreRule", "decided_density", "decisions", "tiles", "unpacked", "unsupported"]
+__all__ = ["DENSE_BELOW", "Numerics", "ScoreRule", "decided_pairs", "decisions", "tiles", "unpacked", "unsupported"]
 
 
 def decisions(call: AttentionCall, tau: Tensor, rule: ScoreRule, backend: str = "auto") -> Tensor:

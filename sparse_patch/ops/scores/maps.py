@@ -1,10 +1,9 @@
-"""Maps of decisions as bits: reading them, merging them into larger tiles, their density."""
+"""Maps of decisions as bits: reading them, merging them into larger tiles, counting them."""
 
 import torch
 
-from sparse_patch.call import AttentionCall, causal_pairs
+from sparse_patch.call import AttentionCall
 from sparse_patch.ops.scores.rules import KEY_BLOCK, QUERY_TILE
-from sparse_patch.ops.slices import slices
 from sparse_patch.plans import BlockGrid
 
 
@@ -55,26 +54,25 @@ def _rows(words: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
     return merged
 
 
-def decided_density(words: torch.Tensor, call: AttentionCall) -> torch.Tensor:
-    """Share of the causal triangle that the decisions themselves keep, float32 `[B, Hq]`.
+def decided_pairs(words: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    """Causal (query, key) pairs of real tokens that the decisions themselves keep, int64 `[B, Hq]`.
 
-    A plan computes whole blocks of 64 or 128, so its density is higher: this one is the method's, comparable with the
-    figures of its paper. For measurements; not on the path of a call.
+    A plan computes whole blocks of 64 or 128, so it has more: these are the method's, comparable with the density that
+    its paper reports.
     """
     grid = BlockGrid.of(call, QUERY_TILE)
-    first_key = torch.arange(words.shape[-1] * 32, device=words.device) * KEY_BLOCK
-    batch, heads, num_tiles, _ = words.shape
-    kept = torch.zeros(batch, heads, dtype=torch.int64, device=words.device)
-    for part in slices(num_tiles, 16 * batch * heads * len(first_key)):
-        begin, end = (bound[:, part, None] for bound in grid.query_bounds)  # [B, tiles, 1]
-        # Query i reads min(i + 1 - first_key, 32) keys of a block: a ramp, then the whole block.
-        pairs = _ramp(end - first_key) - _ramp(begin - first_key)
-        kept += (unpacked(words[:, :, part]) * pairs[:, None]).sum((-1, -2))
-    causal = causal_pairs(grid.q_start, grid.kv_length, grid.row_starts)
-    return kept.float() / causal[:, None].clamp(min=1).float()
+    begin, end = grid.query_bounds  # [B, NQ]
+    tile = grid.query_block_ids * QUERY_TILE
+    on_diagonal = -(-(end - tile) // KEY_BLOCK)  # blocks that a tile's own queries begin; a map always has them
+    below = _ones(words).sum(-1) - on_diagonal[:, None]
+    triangle = (end - begin) * (begin + end + 1 - 2 * tile) // 2
+    pairs = below * (KEY_BLOCK * (end - begin))[:, None] + triangle[:, None]
+    return pairs.masked_fill_(~grid.has_queries[:, None], 0).sum(-1)
 
 
-def _ramp(queries: torch.Tensor) -> torch.Tensor:
-    """Pairs of the first `queries` queries, counted from a block's first key, with the keys of the block."""
-    on_ramp = queries.clamp(0, KEY_BLOCK)
-    return on_ramp * (on_ramp + 1) // 2 + (queries - KEY_BLOCK).clamp(min=0) * KEY_BLOCK
+def _ones(words: torch.Tensor) -> torch.Tensor:
+    """How many bits of each word are set, uint8: sums of neighbours, in the bytes and then over them."""
+    octets = words.contiguous().view(torch.uint8)
+    octets = octets - ((octets >> 1) & 0x55)
+    octets = (octets & 0x33) + ((octets >> 2) & 0x33)
+    return (octets + (octets >> 4)) & 0x0F

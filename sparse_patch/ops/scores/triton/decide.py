@@ -312,8 +312,8 @@ def _decide_kernel(
             estimate = (largest.to(tl.float32).to(dtype).to(tl.float32) * product).to(dtype).to(tl.float32)
         else:
             estimate = _as_float(largest) * scale_k[None, :, :]  # a product is 127 * 127 * 256 at most
-        over = (estimate > limit[:, None, None]).to(tl.int32)
-        found = found | tl.sum(over << (c * BLOCKS % 32 + offs_j)[None, :, None], 1)
+        bit = tl.full([BLOCKS], 1, tl.int32) << (c * BLOCKS % 32 + offs_j)
+        found = found | tl.reduce(tl.where(estimate > limit[:, None, None], bit[None, :, None], 0), 1, _or)
         if ((c + 1) * BLOCKS % 32 == 0) | (c == steps - 1):
             base = c * BLOCKS // 32 * 32
             below = _lowest(local - base)
