@@ -355,7 +355,7 @@ class PagePlan:
 
 @dataclass(frozen=True)
 class SpanPlan:
-    """For each KV head a sink and a window, by the token: what StreamingLLM, DuoAttention and MoA decide before a prompt.
+    """For each KV head a sink and a window, by the token: what StreamingLLM, DuoAttention and MoA decide beforehand.
 
     The query at position `i` of its row reads the keys `j <= i` with `j < sink` or `i - j < window`. Positions count
     from the row's first real token, and the queries are the last tokens of the call, so the rule is the same whether a
@@ -448,7 +448,7 @@ def in_span(query: torch.Tensor, key: torch.Tensor, sink: int, window: int | Non
 
 
 def _pairs_below(length: torch.Tensor, span: tuple[int, int | None]) -> torch.Tensor:
-    """Pairs that the first `length` queries of a row read: the query at position i reads `min(i + 1, sink + window)`."""
+    """Pairs that the first `length` queries of a row read: at position i these are `min(i + 1, sink + window)` keys."""
     sink, window = span
     rising = length if window is None else length.clamp(max=sink + window)
     full = 0 if window is None else sink + window

@@ -1,4 +1,4 @@
-"""What several Triton kernels have in common: pieces that are compiled into the kernels, and what their launches need."""
+"""What several Triton kernels have in common: pieces that are compiled into them, and what their launches need."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -54,7 +54,7 @@ def copyable(x: torch.Tensor) -> torch.Tensor:
 def attention_outputs(
     q: torch.Tensor, v: torch.Tensor, return_lse: bool, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the output `[B, Hq, Sq, Dv]`, in memory as `[B, Sq, Hq, Dv]`, and for the LSE, empty if not asked for."""
+    """Room for an output `[B, Hq, Sq, Dv]`, in memory as `[B, Sq, Hq, Dv]`, and its LSE, empty if not asked for."""
     batch, heads, q_length, _ = q.shape
     out = q.new_empty(batch, q_length, heads, v.shape[-1], dtype=dtype or q.dtype).transpose(1, 2)
     return out, q.new_empty((batch, heads, q_length) if return_lse else (0,), dtype=torch.float32)

@@ -61,9 +61,7 @@ def attend_visible(
     return out.masked_fill_(empty[..., None], 0.0), lse
 
 
-def _read(
-    call: AttentionCall, queries: slice, sink: int, window: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _read(call: AttentionCall, queries: slice, sink: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Slots that a slice of queries reads, int64 `[B, T]`, and which of them each query sees, bool `[B, n, T]`."""
     device, starts = call.q.device, call.row_starts()[:, None]
     n = queries.stop - queries.start
