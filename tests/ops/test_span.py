@@ -50,7 +50,7 @@ def test_spans_and_lengths(backend: str, spans: tuple[tuple[int, ...], tuple[int
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (7, 1), (8, 1)], ids=str)
 def test_random_spans_by_groups(backend: str, heads: tuple[int, int]) -> None:
     call = make_call(150, heads=heads)
-    for _ in range(3):
+    for _ in range(2):
         sinks = torch.randint(0, 70, heads[1:]).tolist()
         windows = [None if window > 120 else window for window in torch.randint(1, 160, heads[1:]).tolist()]
         assert_matches(call, SpanPlan.of(call, sinks, windows), backend)
@@ -68,15 +68,14 @@ def test_head_dims_and_dtypes(backend: str, dtype: torch.dtype, head_dim: int, v
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("queries", [200, 96, 33, 1])
+@pytest.mark.parametrize("queries, softcap", [(200, None), (96, 2.0), (33, None), (1, 2.0)])
 @pytest.mark.parametrize("spans", SPANS, ids=str)
 def test_padding_chunks_and_softcap(
-    backend: str, softcap: float | None, queries: int, spans: tuple[tuple[int, ...], tuple[int | None, ...]]
+    backend: str, queries: int, softcap: float | None, spans: tuple[tuple[int, ...], tuple[int | None, ...]]
 ) -> None:
-    call = make_call(200, queries=queries, row_starts=[0, 5, 150, 200], softcap=softcap, heads=(2, 2))
+    call = make_call(200, queries=queries, row_starts=[0, 150, 200], softcap=softcap, heads=(2, 2))
     k, v = call.k.clone(), call.v.clone()
-    for row, start in enumerate([0, 5, 150, 200]):
+    for row, start in enumerate([0, 150, 200]):
         k[row, :, :start], v[row, :, :start] = torch.nan, torch.nan
     call = replace(call, k=k, v=v)
     assert_matches(call, SpanPlan.of(call, *spans), backend)
@@ -87,7 +86,7 @@ def test_padding_chunks_and_softcap(
 
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
-@pytest.mark.parametrize("split", [13, 40, 64, 101])
+@pytest.mark.parametrize("split", [13, 64, 101])
 def test_chunks_equal_one_shot(backend: str, split: int) -> None:
     call = make_call(130, row_starts=[0, 17])
     whole, lse = attend(call, SpanPlan.of(call, (9, 30), (20, 64)), backend)
