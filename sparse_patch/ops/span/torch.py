@@ -54,11 +54,11 @@ def attend_visible(
     scores = (q.float().flatten(1, 2) @ k.float().mT).mul_(call.scale)
     scores = apply_softcap(scores, call.softcap).unflatten(1, (group, n))
     scores.masked_fill_(~visible[:, None], -torch.inf)
-    lse = scores.logsumexp(-1)
-    empty = lse.isneginf()
-    weights = scores.sub_(lse.masked_fill(empty, 0.0)[..., None]).exp_()
-    out = (weights.flatten(1, 2) @ v.float()).unflatten(1, (group, n))
-    return out.masked_fill_(empty[..., None], 0.0), lse
+    largest = scores.amax(-1).clamp_(min=torch.finfo(torch.float32).min)  # finite: a query may have no key
+    weights = scores.sub_(largest[..., None]).exp_()
+    total = weights.sum(-1)
+    out = (weights.flatten(1, 2) @ v.float()).unflatten(1, (group, n)).div_(total[..., None])
+    return out.masked_fill_((total == 0)[..., None], 0.0), largest + total.log()
 
 
 def _read(call: AttentionCall, queries: slice, sink: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -126,7 +126,7 @@ def tokens_before(
         return seen - kv_start
     if isinstance(seen, int):
         return torch.full((batch,), seen, device=device)
-    return seen.expand(batch)
+    return seen.repeat(batch)
 
 
 def own_keys(call: AttentionCall, layout: RingLayout, before: torch.Tensor) -> tuple[AttentionCall, SpanPlan]:

@@ -31,6 +31,8 @@ def _add_ring(call: AttentionCall, ring: Ring, before: torch.Tensor, out: torch.
         heads = slice(head * group, (head + 1) * group)
         for queries in query_slices(q_length, batch * group * (slots.stop - slots.start)):
             past_window = window is not None and queries.start + 1 >= window
+            if past_window and not sink:
+                break
             read = slice(slots.start, slots.start + sink) if past_window else slots
             query = before[:, None] + torch.arange(queries.start, queries.stop, device=before.device)
             visible = in_span(query[..., None], held[:, None, read], sink, window)
