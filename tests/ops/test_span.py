@@ -61,7 +61,7 @@ def test_random_spans_by_groups(backend: str, heads: tuple[int, int]) -> None:
 @pytest.mark.parametrize("head_dim, value_dim", [(64, 64), (96, 64), (128, 128), (192, 128), (256, 256)])
 def test_head_dims_and_dtypes(backend: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> None:
     if backend == "triton" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter multiplies bfloat16 wrongly; tests/test_gpu.py has it")
+        pytest.skip("the interpreter multiplies bfloat16 wrongly; tests/test_gpu_span.py has it")
     call = make_call(150, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
     assert_matches(call, SpanPlan.of(call, (5, 40), (33, None)), backend)
 
