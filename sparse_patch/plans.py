@@ -399,7 +399,7 @@ class SpanPlan:
     @property
     def spans(self) -> list[tuple[int, int | None]]:
         """Sink and window of each KV head; the sink of a head that reads everything is 0."""
-        return [(0 if window is None else sink, window) for sink, window in zip(self.sinks, self.windows, strict=True)]
+        return spans_of(self.sinks, self.windows)
 
     def mask(self) -> torch.Tensor:
         """The plan as a mask of tokens, bool `[B, Hq, Sq, capacity]`: for the oracle and for pictures."""
@@ -439,6 +439,11 @@ def check_spans(sinks: Sequence[int], windows: Sequence[int | None]) -> None:
         raise ValueError(f"spans need a sink and a window per KV head, got {len(sinks)} and {len(windows)}")
     if min(sinks) < 0 or any(window is not None and window < 1 for window in windows):
         raise ValueError(f"a sink is 0 or more and a window 1 or more, got sinks {sinks} and windows {windows}")
+
+
+def spans_of(sinks: Sequence[int], windows: Sequence[int | None]) -> list[tuple[int, int | None]]:
+    """Sink and window of each KV head; the sink of a head that reads everything is 0."""
+    return [(0 if window is None else sink, window) for sink, window in zip(sinks, windows, strict=True)]
 
 
 def in_span(query: torch.Tensor, key: torch.Tensor, sink: int, window: int | None) -> torch.Tensor:

@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.plans import SpanPlan, check_spans
+from sparse_patch.plans import SpanPlan, check_spans, spans_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RingLayout:
     @property
     def spans(self) -> list[tuple[int, int | None]]:
         """Sink and window of each KV head; the sink of a head that keeps everything is 0."""
-        return [(0 if window is None else sink, window) for sink, window in zip(self.sinks, self.windows, strict=True)]
+        return spans_of(self.sinks, self.windows)
 
     @property
     def turns(self) -> list[int]:
@@ -63,7 +63,7 @@ class RingLayout:
     @property
     def starts(self) -> list[int]:
         """First slot of each head."""
-        return [0, *accumulate(self.capacities)][:-1]
+        return first_slots(self.capacities)
 
     @property
     def total(self) -> int:
@@ -89,6 +89,11 @@ class RingLayout:
             position = torch.where(slot < sink, slot, latest - (latest - slot) % turn)
             held.append(position.masked_fill(slot > latest, -1))
         return torch.cat(held, 1)
+
+
+def first_slots(capacities: Sequence[int]) -> list[int]:
+    """Where the slots of each head begin."""
+    return [0, *accumulate(capacities)][:-1]
 
 
 @dataclass(frozen=True)

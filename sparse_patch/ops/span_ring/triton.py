@@ -19,7 +19,7 @@ from sparse_patch.ops.backends import kernel_unsupported
 from sparse_patch.ops.kernels import add_split_tile, attention_outputs, gpu, merge_splits, softcap_logits
 from sparse_patch.ops.page_decode.triton import tile_of
 from sparse_patch.ops.span.triton import attend_in_float32, bounded
-from sparse_patch.ops.span_ring.ring import Ring, own_keys
+from sparse_patch.ops.span_ring.ring import Ring, first_slots, own_keys
 
 _MOST_SPLITS = 128  # of a head, which the second kernel merges at once
 _LEAST_PIECE = 256  # slots: below, a program starts for too little
@@ -188,14 +188,10 @@ def _(*_: object) -> None:
     return None
 
 
-def _starts(capacities: tuple[int, ...]) -> list[int]:
-    return [sum(capacities[:head]) for head in range(len(capacities))]
-
-
 @lru_cache(maxsize=1024)
 def _heads(sinks: tuple[int, ...], capacities: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Sink, capacity and first slot of each KV head, int32 `[Hkv, 3]`; kept as the spans of `ops.span.triton`."""
-    heads = list(zip(sinks, capacities, _starts(capacities), strict=True))
+    heads = list(zip(sinks, capacities, first_slots(capacities), strict=True))
     return torch.tensor(heads, dtype=torch.int32, device=device)
 
 
@@ -208,7 +204,7 @@ def _work(
     device: torch.device,
 ) -> torch.Tensor:
     """The pieces of all heads, those of the largest first: piece, head and the head's numbers, int32 `[pieces, 6]`."""
-    heads = zip(range(len(sinks)), sinks, windows, capacities, _starts(capacities), strict=True)
+    heads = zip(range(len(sinks)), sinks, windows, capacities, first_slots(capacities), strict=True)
     largest_first = sorted(heads, key=lambda head: -head[3])
     pieces = [(i, *head) for head in largest_first for i in range(triton.cdiv(head[3], piece))]
     return torch.tensor(pieces, dtype=torch.int32, device=device)
