@@ -22,9 +22,9 @@ from sparse_patch.errors import PatchError, UnsupportedCallError
 from sparse_patch.masks import DECODE_MAX_QUERIES, LazyMask, lazy_mask, lazy_mask_for_kernels
 from sparse_patch.memory import LayerMemory
 from sparse_patch.methods.base import DecodeMethod, Method
-from sparse_patch.ops import block_sparse, page_decode
+from sparse_patch.ops import block_sparse, page_decode, span
 from sparse_patch.ops import dense as dense_kernels
-from sparse_patch.plans import BlockPlan, Dense, PagePlan, Plan
+from sparse_patch.plans import BlockPlan, Dense, PagePlan, Plan, SpanPlan
 from sparse_patch.report import LayerCounts, Work
 
 NAME = "sparse_patch"
@@ -271,10 +271,12 @@ def _method(state: LayerState, phase: Phase) -> Method:
     return method
 
 
-def _why_unserved(call: AttentionCall, plan: BlockPlan | PagePlan, backend: str) -> Dense | None:
+def _why_unserved(call: AttentionCall, plan: BlockPlan | PagePlan | SpanPlan, backend: str) -> Dense | None:
     """Dense because the backend cannot execute the plan."""
     if isinstance(plan, PagePlan):
         reason = page_decode.unsupported(call, plan, backend)
+    elif isinstance(plan, SpanPlan):
+        reason = span.unsupported(call, plan, backend)
     else:
         reason = block_sparse.unsupported(call, plan, backend)
     return None if reason is None else Dense(reason)
@@ -289,12 +291,14 @@ def attend_pages(call: AttentionCall, plan: PagePlan, method: DecodeMethod, back
 
 
 def _attend_sparsely(
-    state: LayerState, call: AttentionCall, plan: BlockPlan | PagePlan, mask: LazyMask
+    state: LayerState, call: AttentionCall, plan: BlockPlan | PagePlan | SpanPlan, mask: LazyMask
 ) -> torch.Tensor:
     """Attend and record: the output `[B, Sq, Hq, Dv]`."""
     if isinstance(plan, PagePlan):
         assert state.decoder is not None, "only a decode method plans pages"
         output = attend_pages(call, plan, state.decoder, state.config.backend)
+    elif isinstance(plan, SpanPlan):
+        output, _ = span.attend(call, plan, state.config.backend)
     else:
         output, _ = block_sparse.attend(call, plan, state.config.backend)
     if torch.compiler.is_compiling():  # a graph would be compiled anew for every value of a Python counter

@@ -4,6 +4,7 @@ Every plan has `density()`, the share of the causal triangle it computes (paddin
 methods, tests, the report, the pictures and the benchmarks mean the same by it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -355,7 +356,111 @@ class PagePlan:
         return causal_pairs(self.lengths - self.q_length, self.lengths, torch.zeros_like(self.lengths))
 
 
-Plan = BlockPlan | PagePlan | Dense
+@dataclass(frozen=True)
+class SpanPlan:
+    """For each KV head a sink and a window, by the token: what StreamingLLM, DuoAttention and MoA decide beforehand.
+
+    The query at position `i` of its row reads the keys `j <= i` with `j < sink` or `i - j < window`. Positions count
+    from the row's first real token, and the queries are the last tokens of the call, so the rule is the same whether a
+    prompt comes at once, in chunks or token by token. Nothing here reads a length on the host.
+
+    Attributes:
+        sinks: first tokens of a row that every query reads, one number per KV head.
+        windows: keys that a query reads up to itself, 1 for itself alone, one number per KV head; None for every key.
+        heads: query heads, Hq; head `h` uses KV head `h // (Hq // Hkv)`.
+        q_length: queries of the call, Sq.
+        capacity: keys that the call's `k` has room for, valid or not (a host number).
+        lengths: real keys of each row, int64 `[B]`.
+        row_starts: where in `k` each row begins, int64 `[B]`; negative where its first keys are not in `k`.
+
+    Raises:
+        ValueError: sinks and windows are not one per KV head, a sink is negative or a window below 1.
+    """
+
+    sinks: tuple[int, ...]
+    windows: tuple[int | None, ...]
+    heads: int
+    q_length: int
+    capacity: int
+    lengths: torch.Tensor
+    row_starts: torch.Tensor
+
+    def __post_init__(self) -> None:
+        check_spans(self.sinks, self.windows)
+        if self.heads % len(self.sinks):
+            raise ValueError(f"{self.heads} query heads cannot share the spans of {len(self.sinks)} KV heads")
+
+    @classmethod
+    def of(cls, call: AttentionCall, sinks: Sequence[int], windows: Sequence[int | None]) -> "SpanPlan":
+        """The spans on a call; arguments as the attributes."""
+        if len(sinks) != call.k.shape[1]:
+            raise ValueError(f"{len(sinks)} spans for {call.k.shape[1]} KV heads")
+        _, heads, q_length, _ = call.q.shape
+        of_rows = call.lengths(), call.row_starts()
+        return cls(tuple(sinks), tuple(windows), heads, q_length, call.kv_length, *of_rows)
+
+    @property
+    def spans(self) -> list[tuple[int, int | None]]:
+        """Sink and window of each KV head; the sink of a head that reads everything is 0."""
+        return spans_of(self.sinks, self.windows)
+
+    def mask(self) -> torch.Tensor:
+        """The plan as a mask of tokens, bool `[B, Hq, Sq, capacity]`: for the oracle and for pictures."""
+        device = self.lengths.device
+        key = (torch.arange(self.capacity, device=device) - self.row_starts[:, None])[:, None]
+        query = (torch.arange(self.q_length, device=device) + (self.lengths - self.q_length)[:, None])[..., None]
+        of_kv_heads = torch.stack([in_span(query, key, *span) for span in self.spans], 1)
+        return of_kv_heads.repeat_interleave(self.heads // len(self.sinks), 1)
+
+    def computed_pairs(self) -> torch.Tensor:
+        """(Query, key) pairs of real tokens that the plan computes, int64 `[B, Hq]`."""
+        first = (self.lengths - self.q_length).clamp(min=0)
+        of_kv_heads = [_pairs_below(self.lengths, span) - _pairs_below(first, span) for span in self.spans]
+        return torch.stack(of_kv_heads, 1).repeat_interleave(self.heads // len(self.sinks), 1)
+
+    @cached_property
+    def pairs_by_head(self) -> torch.Tensor:
+        """`computed_pairs`, summed over the batch, int64 `[Hq]`."""
+        return self.computed_pairs().sum(0)
+
+    def density(self) -> torch.Tensor:
+        """Share of the causal pairs that is computed, float32 `[B, Hq]`."""
+        causal = causal_pairs(self.lengths - self.q_length, self.lengths, torch.zeros_like(self.lengths))
+        return self.computed_pairs().float() / causal[:, None].clamp(min=1).float()
+
+
+Plan = BlockPlan | PagePlan | SpanPlan | Dense
+
+
+def check_spans(sinks: Sequence[int], windows: Sequence[int | None]) -> None:
+    """Refuse what are no spans.
+
+    Raises:
+        ValueError: there are not as many sinks as windows, or none; a sink is negative or a window below 1.
+    """
+    if len(sinks) != len(windows) or not sinks:
+        raise ValueError(f"spans need a sink and a window per KV head, got {len(sinks)} and {len(windows)}")
+    if min(sinks) < 0 or any(window is not None and window < 1 for window in windows):
+        raise ValueError(f"a sink is 0 or more and a window 1 or more, got sinks {sinks} and windows {windows}")
+
+
+def spans_of(sinks: Sequence[int], windows: Sequence[int | None]) -> list[tuple[int, int | None]]:
+    """Sink and window of each KV head; the sink of a head that reads everything is 0."""
+    return [(0 if window is None else sink, window) for sink, window in zip(sinks, windows, strict=True)]
+
+
+def in_span(query: torch.Tensor, key: torch.Tensor, sink: int, window: int | None) -> torch.Tensor:
+    """Whether queries read keys, both given by their position in the row; no position is negative but of padding."""
+    causal = (key <= query) & (key >= 0)
+    return causal if window is None else causal & ((key < sink) | (query - key < window))
+
+
+def _pairs_below(length: torch.Tensor, span: tuple[int, int | None]) -> torch.Tensor:
+    """Pairs that the first `length` queries of a row read: at position i these are `min(i + 1, sink + window)` keys."""
+    sink, window = span
+    rising = length if window is None else length.clamp(max=sink + window)
+    full = 0 if window is None else sink + window
+    return rising * (rising + 1) // 2 + (length - rising) * full
 
 
 def leading(lists: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 from calls import make_call
 from ops.test_block_sparse import random_plan
 
-from sparse_patch.plans import BlockGrid, BlockPlan
+from sparse_patch.plans import BlockGrid, BlockPlan, SpanPlan
 
 
 @pytest.mark.parametrize("row_starts", [None, [0, 3, 50, 99]])
@@ -64,3 +64,35 @@ def test_a_chunk_lies_on_the_grid_of_the_whole_prompt() -> None:
     assert grid.query_block_ids.tolist() == [[2, 3]]
     assert [bound.tolist() for bound in grid.query_bounds] == [[[70, 96]], [[96, 100]]]
     assert not grid.aligned
+
+
+@pytest.mark.parametrize("row_starts", [None, [0, 3, 50, 99, 100]])
+@pytest.mark.parametrize("queries", [100, 37, 1])
+@pytest.mark.parametrize("sink, window", [(0, 1), (4, 10), (60, 90), (200, 3), (5, None)])
+def test_spans_by_their_definition(row_starts: list[int] | None, queries: int, sink: int, window: int | None) -> None:
+    call = make_call(100, queries=queries, row_starts=row_starts)
+    plan = SpanPlan.of(call, (sink, 2), (window, 7))
+    mask = plan.mask()
+    for row, start in enumerate(row_starts or [0]):
+        for i in range(queries):
+            at = 100 - queries + i - start
+            for head, (first, last) in enumerate([(sink, window), (sink, window), (2, 7), (2, 7)]):
+                near = 0 if last is None else max(at - last + 1, 0)
+                read = {*range(min(first, at + 1)), *range(near, at + 1)} if at >= 0 else set()
+                assert mask[row, head, i].nonzero().flatten().tolist() == sorted(start + key for key in read)
+    assert torch.equal(plan.computed_pairs(), mask.sum((-1, -2)))
+    assert torch.equal(plan.pairs_by_head, mask.sum((0, 2, 3)))
+    dense = SpanPlan.of(call, (0, 0), (None, None)).mask().sum((-1, -2))
+    torch.testing.assert_close(plan.density(), mask.sum((-1, -2)) / dense.clamp(min=1))
+
+
+def test_what_is_no_span_is_refused() -> None:
+    call = make_call(20)
+    for sinks, windows, message in (
+        ((1,), (1,), "1 spans for 2 KV heads"),
+        ((1, 2), (3,), "got 2 and 1"),
+        ((1, -1), (3, 3), "a sink is 0 or more"),
+        ((1, 1), (0, 3), "a window 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SpanPlan.of(call, sinks, windows)

@@ -6,6 +6,8 @@ import torch
 
 from sparse_patch.call import AttentionCall
 
+# What an op without a kernel of flash-attn-4 chooses for itself; a configuration may name flash for another op.
+OWN_CHOICE = ("auto", "flash")
 _HAS_TRITON = find_spec("triton") is not None
 
 

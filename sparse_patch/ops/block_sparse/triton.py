@@ -7,7 +7,7 @@ of the GQA group side by side. Keys and values arrive through tensor descriptors
 plain loads before. With a `pv_threshold` a tile's logits say whether its values are read at all.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -17,32 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparse_patch.call import AttentionCall
 from sparse_patch.ops.backends import kernel_unsupported
 from sparse_patch.ops.block_sparse.tiles import tile_side
-from sparse_patch.ops.kernels import softcap_logits
+from sparse_patch.ops.kernels import Tile, add_tile, attention_outputs, copyable, gpu, tile_logits, tile_of
 from sparse_patch.plans import BlockPlan
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How the kernel is cut: queries and keys of a tile, warps of a program, depth of its pipeline."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def tile_of(head_dim: int, dtype: torch.dtype, block_size: int, capability: tuple[int, int]) -> Tile:
-    """The tile for a head size, dtype and GPU generation; static, so that no prompt length waits for a search."""
-    wide = head_dim > 128
-    if dtype == torch.float32:
-        tile = Tile(64, 32, 4, 1)
-    elif capability >= (9, 0):
-        tile = Tile(128, 64, 8, 2) if wide else Tile(64, 64, 4, 3) if head_dim > 64 else Tile(64, 128, 4, 2)
-    elif capability == (8, 0):
-        tile = Tile(64, 64, 4, 2) if wide else Tile(128, 64, 8, 3)
-    else:  # about 100 KB of shared memory
-        tile = Tile(64, 32, 4, 2) if wide else Tile(64, 64, 4, 2)
-    return Tile(min(tile.block_m, block_size), min(tile.block_n, block_size), tile.num_warps, tile.num_stages)
 
 
 def tile_that_may_be_left_out(tile: Tile, block_size: int) -> Tile:
@@ -103,17 +79,16 @@ def block_sparse_attention(
     Returns:
         The output `[B, Hq, Sq, Dv]`, in memory as `[B, Sq, Hq, Dv]`, and the LSE `[B, Hq, Sq]`, empty if not asked for.
     """
-    out, lse = _outputs(q, v, return_lse)
+    out, lse = attention_outputs(q, v, return_lse)
     if kv_start is not None:  # no query block holds the padding queries
         out.zero_(), lse.fill_(-torch.inf)
     batch, heads, q_length, head_dim = q.shape
     kv_heads, value_dim = k.shape[1], v.shape[3]
     num_query_blocks = indices.shape[2]
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-    tile = tile_of(max(head_dim, value_dim), q.dtype, block_size, capability)
+    tile = tile_of(max(head_dim, value_dim), q.dtype, block_size, gpu(q.device)[1])
     if pv_threshold is not None:
         tile = tile_that_may_be_left_out(tile, block_size)
-    k, v = _copyable(k), _copyable(v)
+    k, v = copyable(k), copyable(v)
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (head_dim, value_dim))
     if columns is None or column_counts is None:
         columns, column_counts = indices, counts
@@ -169,40 +144,7 @@ def block_sparse_attention(
 def _(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *plan: torch.Tensor | float, **_: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _outputs(q, v, bool(plan[-1]))
-
-
-def _outputs(q: torch.Tensor, v: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, q_length, _ = q.shape
-    out = q.new_empty(batch, q_length, heads, v.shape[-1]).transpose(1, 2)
-    return out, q.new_empty((batch, heads, q_length) if return_lse else (0,), dtype=torch.float32)
-
-
-def _copyable(x: torch.Tensor) -> torch.Tensor:
-    """Keys or values that a tensor descriptor can describe: rows in one piece, steps of 16 bytes."""
-    step = 16 // x.element_size()
-    fits = x.stride(-1) == 1 and all(stride % step == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
-    return x if fits else x.contiguous()
-
-
-@triton.jit
-def _logits(q, k_tile, softcap, HAS_SOFTCAP: tl.constexpr, scale, PRECISION: tl.constexpr):
-    """Logits of a tile, in units that `_update` multiplies by its scale."""
-    s = tl.dot(q, k_tile, input_precision=PRECISION)
-    if HAS_SOFTCAP:
-        s = softcap_logits(s, scale, softcap)
-    return s
-
-
-@triton.jit
-def _update(s, v_tile, acc, m_i, l_i, to_log2, PRECISION: tl.constexpr):
-    """Online softmax: one more tile of logits and values. `to_log2` brings the logits to log2 units."""
-    m_new = tl.maximum(m_i, tl.max(s, 1) * to_log2)
-    p = tl.math.exp2(s * to_log2 - m_new[:, None])
-    alpha = tl.math.exp2(m_i - m_new)
-    l_i = l_i * alpha + tl.sum(p, 1)
-    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, m_new, l_i
+    return attention_outputs(q, v, bool(plan[-1]))
 
 
 @triton.jit
@@ -307,11 +249,11 @@ def _block_sparse_kernel(
         j_next = tl.load(p_list + (t + 1) // PARTS)  # below the diagonal there are fewer blocks than the list can hold
         position = start + j * BLOCK + (t % PARTS) * BLOCK_N
         b_k = k_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_D)
-        s = _logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale, PRECISION)
+        s = tile_logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale, PRECISION)
         is_last = (t == full * PARTS - 1) & (full == count)
         if not LEAVES_OUT or (is_last | _is_near(s, m_i, to_log2, mask_m, pv_threshold)):
             b_v = v_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_DV)
-            acc, m_i, l_i = _update(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
+            acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
 
     if HAS_COLUMNS:
         number = tl.load(column_counts + i_list)
@@ -323,21 +265,21 @@ def _block_sparse_kernel(
             mask_c = offs_c < number
             keys = tl.load(p_columns + offs_c, mask=mask_c, other=0).to(tl.int64) + start
             b_k = tl.load(p_k + keys[None, :] * stride_ks + offs_d[:, None], mask=(offs_d < D)[:, None], other=0.0)
-            s = _logits(b_q, b_k, softcap, HAS_SOFTCAP, scale, PRECISION)
+            s = tile_logits(b_q, b_k, softcap, HAS_SOFTCAP, scale, PRECISION)
             s = tl.where(mask_c[None, :], s, -float("inf"))
             b_v = tl.load(p_v + keys[:, None] * stride_vs + offs_dv[None, :], mask=(offs_dv < DV)[None, :], other=0.0)
-            acc, m_i, l_i = _update(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
+            acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
 
     if on_diagonal:
         # From the left: every query of the tile sees the first key, so the running maximum is finite from there on.
         for n in tl.range(0, first + BLOCK_M, BLOCK_N):
             position = start + query_block * BLOCK + n
             b_k = k_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_D)
-            s = _logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale, PRECISION)
+            s = tile_logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale, PRECISION)
             s = tl.where(offs_in[:, None] >= (n + tl.arange(0, BLOCK_N))[None, :], s, -float("inf"))
             if not LEAVES_OUT or ((n == first) | _is_near(s, m_i, to_log2, mask_m, pv_threshold)):
                 b_v = v_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_DV)
-                acc, m_i, l_i = _update(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
+                acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
 
     acc = tl.where(l_i[:, None] > 0, acc / l_i[:, None], 0.0)
     p_o = o + i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh + rows[:, None] * stride_os + offs_dv[None, :]

@@ -6,11 +6,10 @@ import torch
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import UnsupportedCallError
-from sparse_patch.ops.backends import takes_triton, triton_unsupported
+from sparse_patch.ops.backends import OWN_CHOICE, takes_triton, triton_unsupported
 from sparse_patch.plans import PagePlan
 
 BACKENDS = ("reference", "torch", "triton")
-_OWN_CHOICE = ("auto", "flash")  # flash-attn-4 has no kernel for this; a configuration may name it for its prefill
 
 
 def attend(
@@ -32,7 +31,7 @@ def attend(
     Raises:
         UnsupportedCallError: the backend cannot serve the call; `unsupported` tells before.
     """
-    if backend in _OWN_CHOICE:
+    if backend in OWN_CHOICE:
         backend = fastest(call, plan)
     elif reason := unsupported(call, plan, backend):
         raise UnsupportedCallError(reason)
@@ -47,7 +46,7 @@ def fastest(call: AttentionCall, plan: PagePlan) -> str:
 
 def unsupported(call: AttentionCall, plan: PagePlan, backend: str) -> str | None:
     """Why a backend cannot serve a call; None if it can, as "auto" and "flash" always can."""
-    if backend in (*_OWN_CHOICE, "torch", "reference"):
+    if backend in (*OWN_CHOICE, "torch", "reference"):
         return None
     if backend == "triton" and (reason := triton_unsupported(call.q)):
         return reason

@@ -8,7 +8,6 @@ captured CUDA graph serves every length of its buffers.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -16,7 +15,7 @@ import triton.language as tl
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.ops.backends import kernel_unsupported
-from sparse_patch.ops.kernels import softcap_logits
+from sparse_patch.ops.kernels import add_split_tile, gpu, merge_splits, softcap_logits
 from sparse_patch.plans import PagePlan
 
 
@@ -106,7 +105,7 @@ def page_decode_attention(
     rows = group * q_length
     block_m = 16 if q.dtype == torch.float32 else max(16, min(64, triton.next_power_of_2(rows)))
     programs = batch * groups * triton.cdiv(rows, block_m)
-    sms, capability = _gpu(q.device)
+    sms, capability = gpu(q.device)
     tile = tile_of(max(head_dim, value_dim), q.element_size(), capability)
     splits = splits or max(1, min(triton.cdiv(tokens, tile.block_n), tile.programs_per_sm * sms // programs))
     tiles = triton.cdiv(tokens, splits * tile.block_n)  # of a split; a deeper pipeline is not filled
@@ -157,22 +156,7 @@ def page_decode_attention(
         num_stages=max(2, min(tile.num_stages, tiles)),
     )
     if splits > 1:
-        block_s = max(16, triton.next_power_of_2(splits))  # few variants while a growing cache is short
-        block_dv = min(triton.next_power_of_2(value_dim), max(16, 2048 // block_s))
-        _merge_kernel[(batch * heads * q_length, triton.cdiv(value_dim, block_dv))](
-            part,
-            part_lse,
-            out,
-            lse,
-            *out.stride()[:3],
-            heads,
-            q_length,
-            splits,
-            DV=value_dim,
-            BLOCK_S=block_s,
-            BLOCK_DV=block_dv,
-            num_warps=4,
-        )
+        merge_splits(part, part_lse, out, lse)
     return out, lse, logits
 
 
@@ -201,15 +185,6 @@ def _outputs(
     out = q.new_empty(batch, q_length, heads, v.shape[-1]).transpose(1, 2)
     lse = q.new_empty(batch, heads, q_length, dtype=torch.float32)
     return out, lse, q.new_empty((batch, heads, k.shape[2]) if wants_logits else (0,), dtype=torch.float32)
-
-
-@cache
-def _gpu(device: torch.device) -> tuple[int, tuple[int, int]]:
-    """Number of SMs and compute capability; of a small GPU where the interpreter runs."""
-    if device.type != "cuda":
-        return 4, (9, 0)
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, (properties.major, properties.minor)
 
 
 @triton.jit(do_not_specialize=["q_length", "capacity", "splits"])
@@ -342,14 +317,8 @@ def _split_kernel(
             wanted = (offs_q == q_length - 1)[:, None] & readable[None, :]
             tl.store(p_logits[:, None] + position[None, :], s, mask=wanted)
         s = tl.where(position[None, :] <= limit[:, None], s * to_log2, -float("inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        base = tl.where(m_new == -float("inf"), 0.0, m_new)  # no key yet: -inf less -inf is NaN
-        p = tl.math.exp2(s - base[:, None])
-        alpha = tl.math.exp2(m_i - base)
-        l_i = l_i * alpha[:, None] + p
         b_v = tl.load(p_v[None, :] + (rows * stride_vs)[:, None], mask=mask_v, other=0.0)
-        acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision=PRECISION)
-        m_i = m_new
+        acc, m_i, l_i = add_split_tile(s, b_v, acc, m_i, l_i, PRECISION)
 
     total = tl.sum(l_i, 1)
     divisor = tl.where(total > 0, total, 1.0)  # without a key the output is 0 and the LSE, as m_i, -inf
@@ -365,39 +334,3 @@ def _split_kernel(
     tl.store(p_lse, b_lse, mask=mask_m)
     mask_o = written[:, None] & (offs_dv < DV)[None, :]
     tl.store(p_o[:, None] + offs_dv[None, :], acc.to(o.dtype.element_ty), mask=mask_o)
-
-
-@triton.jit(do_not_specialize=["q_length", "splits"])
-def _merge_kernel(
-    part,
-    part_lse,
-    o,
-    lse,
-    stride_ob,
-    stride_oh,
-    stride_os,
-    heads,
-    q_length,
-    splits,
-    DV: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """Output and LSE of one query from those of its splits; a program holds some columns of the output."""
-    row = tl.program_id(0).to(tl.int64)
-    i_d = tl.program_id(1)
-    offs_s = tl.arange(0, BLOCK_S)
-    offs_dv = i_d * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    lses = tl.load(part_lse + row * splits + offs_s, mask=offs_s < splits, other=-float("inf"))
-    mask = (lses > -float("inf"))[:, None] & (offs_dv < DV)[None, :]
-    parts = tl.load(part + (row * splits + offs_s)[:, None] * DV + offs_dv[None, :], mask=mask, other=0.0)
-    highest = tl.max(lses, 0)
-    weights = tl.exp(lses - tl.where(highest == -float("inf"), 0.0, highest))
-    total = tl.sum(weights, 0)
-    divisor = tl.where(total > 0, total, 1.0)
-    merged = tl.sum(parts * weights[:, None], 0) / divisor
-    i_b, i_h, i_q = row // q_length // heads, row // q_length % heads, row % q_length
-    p_o = o + i_b * stride_ob + i_h * stride_oh + i_q * stride_os
-    tl.store(p_o + offs_dv, merged.to(o.dtype.element_ty), mask=offs_dv < DV)
-    if i_d == 0:
-        tl.store(lse + row, highest + tl.log(divisor))

@@ -1,0 +1,87 @@
+"""Choice of the backend: a module here with `attend` and `write`, and with `unsupported` if it does not serve all."""
+
+from typing import Any
+
+import torch
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.errors import UnsupportedCallError
+from sparse_patch.ops.backends import OWN_CHOICE, takes_triton, triton_unsupported
+from sparse_patch.ops.span_ring.ring import Ring
+
+BACKENDS = ("reference", "torch", "triton")
+
+
+def attend(
+    call: AttentionCall, ring: Ring, before: torch.Tensor, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a forward's queries to all the keys that their spans have, in the ring and in the forward.
+
+    Args:
+        call: queries, keys and values of the forward alone, scale and softcap; the rest of it is not read.
+        ring: of one token, after `write`; of several, before it.
+        before: tokens that each row had before the forward, int64 `[B]`, as `tokens_before` says.
+        backend: one of `BACKENDS`, or "auto" or "flash" for the fastest one that serves the call.
+
+    Returns:
+        The output `[B, Hq, Sq, Dv]` in the dtype of `call.q`, and the LSE `[B, Hq, Sq]` in float32.
+
+    Raises:
+        UnsupportedCallError: the backend cannot serve the call; `unsupported` tells before.
+    """
+    if backend in OWN_CHOICE:
+        backend = fastest(call)
+    elif reason := unsupported(call, backend):
+        raise UnsupportedCallError(reason)
+    attended: tuple[torch.Tensor, torch.Tensor] = _module(backend).attend(call, ring, before)
+    return attended
+
+
+def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, backend: str = "auto") -> None:
+    """Put the keys and values of a forward into the ring: those that the spans of later queries have.
+
+    Args:
+        ring: is changed.
+        k: `[B, Hkv, S, D]`.
+        v: `[B, Hkv, S, Dv]`.
+        before: tokens that each row had before the forward, int64 `[B]`; padding is not written.
+        backend: one of `BACKENDS`, or "auto" or "flash" for the fastest one.
+
+    Raises:
+        UnsupportedCallError: backend triton does not run on the device.
+    """
+    if backend in OWN_CHOICE:
+        backend = "triton" if takes_triton(k) else "torch"
+    elif backend == "triton" and (reason := triton_unsupported(k)):
+        raise UnsupportedCallError(reason)
+    _module(backend).write(ring, k, v, before)
+
+
+def fastest(call: AttentionCall) -> str:
+    """The backend that "auto" stands for."""
+    return "triton" if takes_triton(call.q) and unsupported(call, "triton") is None else "torch"
+
+
+def unsupported(call: AttentionCall, backend: str) -> str | None:
+    """Why a backend cannot serve a call; None if it can, as "auto" and "flash" always can."""
+    if backend in (*OWN_CHOICE, "torch", "reference"):
+        return None
+    if backend == "triton" and (reason := triton_unsupported(call.q)):
+        return reason
+    served: str | None = _module(backend).unsupported(call)
+    return served
+
+
+def _module(backend: str) -> Any:
+    """The backend's module, by statements that torch.compile can trace."""
+    if backend == "triton":
+        from sparse_patch.ops.span_ring import triton
+
+        return triton
+    if backend == "torch":
+        from sparse_patch.ops.span_ring import torch
+
+        return torch
+    from sparse_patch.ops.span_ring import reference
+
+    return reference

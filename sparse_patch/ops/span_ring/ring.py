@@ -1,0 +1,140 @@
+"""The ring: which slot keeps which token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.plans import SpanPlan, check_spans, spans_of
+
+
+@dataclass(frozen=True)
+class RingLayout:
+    """Where one layer keeps the keys of its KV heads, one head after the other; all numbers are the host's.
+
+    A head has `capacity` slots. The token at position `p`, counted from its row's first real token, lies in the head's
+    slot `p` if `p < sink`, else in `sink + (p - sink) mod turn`, where the `turn` is what the sink leaves of the
+    capacity: the window. So once a row has seen `t` tokens, a head holds those below `min(sink, t)` and the last ones
+    from `max(sink, t - window)` on. It fills from its first slot to its last.
+
+    Attributes:
+        sinks: as in `SpanPlan`, one per KV head.
+        windows: as in `SpanPlan`; None for a head that keeps everything.
+        capacities: slots of each head: sink and window, or of a head that keeps everything, the most tokens that a row
+            can have; beyond them it forgets the oldest.
+
+    Raises:
+        ValueError: these are no spans, or a capacity is not what its span needs.
+    """
+
+    sinks: tuple[int, ...]
+    windows: tuple[int | None, ...]
+    capacities: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_spans(self.sinks, self.windows)
+        needs = [None if window is None else sink + window for sink, window in self.spans]
+        fits = [
+            slots >= 1 if need is None else slots == need for slots, need in zip(self.capacities, needs, strict=True)
+        ]
+        if not all(fits):
+            raise ValueError(f"capacities {self.capacities} are not sink and window, {needs}")
+
+    @classmethod
+    def of(cls, sinks: Sequence[int], windows: Sequence[int | None], room: int) -> "RingLayout":
+        """The layout for rows of at most `room` tokens; a head whose span is that long keeps everything."""
+        spans = zip(sinks, windows, strict=True)
+        kept = tuple(None if window is None or sink + window >= room else window for sink, window in spans)
+        sizes = tuple(room if window is None else sink + window for sink, window in zip(sinks, kept, strict=True))
+        return cls(tuple(sinks), kept, sizes)
+
+    @property
+    def spans(self) -> list[tuple[int, int | None]]:
+        """Sink and window of each KV head; the sink of a head that keeps everything is 0."""
+        return spans_of(self.sinks, self.windows)
+
+    @property
+    def turns(self) -> list[int]:
+        """Slots of each head that are written in turn."""
+        return [slots - sink for slots, (sink, _) in zip(self.capacities, self.spans, strict=True)]
+
+    @property
+    def starts(self) -> list[int]:
+        """First slot of each head."""
+        return first_slots(self.capacities)
+
+    @property
+    def total(self) -> int:
+        """Slots of all heads."""
+        return sum(self.capacities)
+
+    @property
+    def slices(self) -> list[slice]:
+        """The slots of each head."""
+        return [slice(start, start + slots) for start, slots in zip(self.starts, self.capacities, strict=True)]
+
+    def slots(self, head: int, positions: torch.Tensor) -> torch.Tensor:
+        """Slots of a head's tokens at positions `[...]`, int64 `[...]`; for padding, one of those in turn."""
+        start, (sink, _), turn = self.starts[head], self.spans[head], self.turns[head]
+        in_sink = (positions >= 0) & (positions < sink)
+        return start + torch.where(in_sink, positions, sink + (positions - sink) % turn)
+
+    def positions(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Positions of what the slots hold once rows have seen `tokens` `[B]`: int64 `[B, total]`, -1 for nothing."""
+        latest, held = tokens[:, None] - 1, []
+        for slots, (sink, _), turn in zip(self.capacities, self.spans, self.turns, strict=True):
+            slot = torch.arange(slots, device=tokens.device)
+            position = torch.where(slot < sink, slot, latest - (latest - slot) % turn)
+            held.append(position.masked_fill(slot > latest, -1))
+        return torch.cat(held, 1)
+
+
+def first_slots(capacities: Sequence[int]) -> list[int]:
+    """Where the slots of each head begin."""
+    return [0, *accumulate(capacities)][:-1]
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The keys and values that one layer keeps.
+
+    Attributes:
+        layout: which slot keeps what.
+        k: `[B, total, D]`; rows in one piece.
+        v: `[B, total, Dv]`; rows in one piece. Slots that hold no token must be finite.
+    """
+
+    layout: RingLayout
+    k: torch.Tensor
+    v: torch.Tensor
+
+    @classmethod
+    def empty(cls, layout: RingLayout, k: torch.Tensor, v: torch.Tensor) -> "Ring":
+        """A ring of zeros for keys and values like these, `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]`."""
+        return cls(layout, *(x.new_zeros(len(x), layout.total, x.shape[-1]) for x in (k, v)))
+
+
+def tokens_before(
+    seen: int | torch.Tensor, kv_start: torch.Tensor | None, batch: int, device: torch.device
+) -> torch.Tensor:
+    """Tokens that each row had before a forward, int64 `[B]`; -n where the forward begins with n tokens of padding.
+
+    Args:
+        seen: tokens of the cache, padding included; of a static cache, int64 `[]` on the device.
+        kv_start: first real token of each row, int64 `[B]`; None where no row is padded.
+        batch: rows.
+        device: where the answer is wanted.
+    """
+    if kv_start is not None:
+        return seen - kv_start
+    if isinstance(seen, int):
+        return torch.full((batch,), seen, device=device)
+    return seen.repeat(batch)
+
+
+def own_keys(call: AttentionCall, layout: RingLayout, before: torch.Tensor) -> tuple[AttentionCall, SpanPlan]:
+    """A forward's attention to its own keys alone: the rows began `before` tokens before them."""
+    alone = replace(call, q_start=0, kv_start=-before, kv_end=None)
+    return alone, SpanPlan.of(alone, layout.sinks, layout.windows)
