@@ -193,7 +193,9 @@ class BlockPlan:
         return cls.from_blocks(grid.causal[:, None].expand(-1, call.q.shape[1], -1, -1), grid)
 
     @classmethod
-    def from_blocks(cls, blocks: torch.Tensor, grid: BlockGrid, columns: torch.Tensor | None = None) -> "BlockPlan":
+    def from_blocks(
+        cls, blocks: torch.Tensor, grid: BlockGrid, columns: torch.Tensor | None = None, *, is_causal: bool = False
+    ) -> "BlockPlan":
         """From a map of blocks and from columns; what lies outside the causal triangle is dropped.
 
         Args:
@@ -201,8 +203,10 @@ class BlockPlan:
             grid: their grid.
             columns: int64 `[B, Hq, C]`, keys as positions within the row, each at most once; a negative entry is none.
                 A query block reads those that come before it and lie in none of its blocks.
+            is_causal: whether the map has nothing outside of the triangle, which saves a copy of it.
         """
-        blocks = blocks & grid.causal[:, None]
+        if not is_causal:
+            blocks = blocks & grid.causal[:, None]
         key_block = torch.arange(blocks.shape[-1], dtype=torch.int32, device=blocks.device)
         indices, counts = compact(blocks, key_block.expand(blocks.shape))
         if columns is None:

@@ -134,7 +134,7 @@ class Sale(PrefillMethod):
         grid = BlockGrid.of(call, self.block_size)
         blocks, decided = self._decided(call, tau, grid)
         if not grid.padded:  # then the rows are as long as the call, which is not short
-            return replace(BlockPlan.from_blocks(blocks, grid), decided_pairs=decided)
+            return replace(BlockPlan.from_blocks(blocks, grid, is_causal=True), decided_pairs=decided)
         short_rows = (grid.lengths < self.min_length)[:, None]
         causal = causal_pairs(grid.q_start, grid.kv_length, grid.row_starts)[:, None]
         plan = BlockPlan.from_blocks(blocks.logical_or_(short_rows[..., None, None]), grid)
