@@ -23,7 +23,7 @@ Distances are counted in tokens, i - j, not from block to block as in the public
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -35,6 +35,11 @@ from sparse_patch.call import AttentionCall
 
 BLOCK = 64  # tokens of a bin, of the sink, and what windows are multiples of
 _SMALLEST_REST = 1e-6  # below it the rest of a row is noise
+
+# What an answer loses: the cross-entropy of its tokens, or minus the logarithm of their odds against all other tokens.
+# They differ where a model is sure: the gradient of the cross-entropy vanishes there, so that the prompts that it finds
+# hard outweigh all others; that of the log-odds does not.
+Objective = Literal["log-odds", "cross-entropy"]
 
 
 @dataclass(frozen=True)
@@ -123,9 +128,9 @@ def _beyond(x: torch.Tensor) -> torch.Tensor:
 
 
 def influence_of_prompt(
-    model: PreTrainedModel, tokens: Sequence[int], answer: Sequence[int]
+    model: PreTrainedModel, tokens: Sequence[int], answer: Sequence[int], objective: Objective = "cross-entropy"
 ) -> tuple[dict[int, Influence], float]:
-    """The influence on the mean cross-entropy of an answer, by layer, and that cross-entropy.
+    """The influence on what an answer loses, by layer, and the loss itself.
 
     The weights are frozen meanwhile and each layer is computed again in the backward pass, so that the activations of
     one layer are held at a time.
@@ -134,6 +139,7 @@ def influence_of_prompt(
         model: not patched, in evaluation mode; it is left so.
         tokens: of the prompt.
         answer: tokens after it.
+        objective: see `Objective`.
 
     Raises:
         PatchError: the model is patched already, or cannot be.
@@ -149,16 +155,20 @@ def influence_of_prompt(
         return _Tap.apply(out, call.q, call.k, call.v, call, see)
 
     with attention_by(model, attend) as attention, _frozen(model), _checkpointed(model, attention), torch.enable_grad():
-        loss = answer_loss(model, tokens, answer)
+        loss = answer_loss(model, tokens, answer, objective)
         loss.backward()
     return found, float(loss.detach())
 
 
-def answer_loss(model: PreTrainedModel, tokens: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
-    """Mean cross-entropy of the tokens of an answer after a prompt, float32 `[]`, from one forward without a cache."""
+def answer_loss(
+    model: PreTrainedModel, tokens: Sequence[int], answer: Sequence[int], objective: Objective = "cross-entropy"
+) -> torch.Tensor:
+    """What the tokens of an answer lose after a prompt, mean, float32 `[]`, from one forward without a cache."""
     ids = torch.tensor([[*tokens, *answer[:-1]]], device=model.device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer)).logits[0]
-    return nn.functional.cross_entropy(logits.float(), torch.tensor(answer, device=logits.device))
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer)).logits[0].float()
+    right = torch.tensor(answer, device=logits.device)[:, None]
+    others = logits if objective == "cross-entropy" else logits.scatter(1, right, -torch.inf)
+    return (others.logsumexp(-1) - logits.gather(1, right)[:, 0]).mean()
 
 
 def dense_attention(call: AttentionCall) -> torch.Tensor:
