@@ -157,6 +157,7 @@ def plot_spans(result: dict[str, Any], path: str | Path) -> None:
     for length, axes in zip(lengths, maps, strict=True):
         shares = torch.tensor(result["spans"][length]) / int(length)
         image = axes.imshow(shares.numpy(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.set_xticks(range(0, shares.shape[1], -(-shares.shape[1] // 8)))
         axes.set_yticks(range(len(result["layers"])), result["layers"])
         axes.set(title=f"{length} tokens", xlabel="KV head")
     maps[0].set_ylabel("layer")

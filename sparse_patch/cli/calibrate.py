@@ -219,7 +219,7 @@ def calibrate_moa(
     if plot is not None:
         require_matplotlib()
     settings = Settings(
-        lengths=tuple(lengths_of(lengths)),
+        lengths=tuple(sorted(lengths_of(lengths))),
         density=density,
         validate_length=validate_length,
         samples=samples,

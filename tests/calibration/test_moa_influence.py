@@ -8,7 +8,15 @@ import torch
 from families import FAMILIES, llama
 
 from sparse_patch.calibration.moa.hook import attention_by
-from sparse_patch.calibration.moa.influence import BLOCK, Influence, answer_loss, influence, influence_of_prompt
+from sparse_patch.calibration.moa.influence import (
+    BLOCK,
+    Influence,
+    answer_loss,
+    influence,
+    influence_in_torch,
+    influence_of_prompt,
+)
+from sparse_patch.calibration.moa.influence_triton import partial_influence
 from sparse_patch.errors import TaskError
 from sparse_patch.patching import is_patched
 
@@ -79,6 +87,22 @@ def test_suffixes_are_what_the_mask_of_a_window_drops(length: int, heads: tuple[
         torch.testing.assert_close(found.set[:, blocks], of_group(change.sum(1), heads[1]), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found.sink, of_group(each[..., :BLOCK].sum((1, 2)), heads[1]), rtol=1e-9, atol=1e-9)
     assert (found.moa[:, -1] == 0).all() and (found.set[:, -1] == 0).all(), "a window of all but the sink drops nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "length, heads, dims", [(64, (2, 1), (16, 16)), (150, (4, 2), (24, 40)), (321, (3, 1), (64, 64))]
+)
+def test_the_kernel_is_what_torch_computes(
+    length: int, heads: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype
+) -> None:
+    q, k, v, grad = (x.to(dtype) for x in tensors(length, heads, dims))
+    q = (q / 4).transpose(0, 1).contiguous().transpose(0, 1)  # strides as Transformers hands them over
+    out = masked(*(x.double() for x in (q, k, v))).to(dtype)
+    expected = influence_in_torch(*(x.double() for x in (q, k, v, out, grad)), SCALE)
+    sums = partial_influence(q, k, v, out, grad, SCALE, BLOCK, 1e-6)
+    for found, name in zip(sums, ("sink", "moa", "set"), strict=True):
+        torch.testing.assert_close(of_group(found, heads[1]), getattr(expected, name), rtol=1e-4, atol=1e-3)
 
 
 def test_half_precision_is_computed_in_float32() -> None:

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from sparse_patch.calibration.moa.hook import attention_by
 from sparse_patch.call import AttentionCall
+from sparse_patch.ops.backends import takes_triton
 
 BLOCK = 64  # tokens of a bin, of the sink, and what windows are multiples of
 _SMALLEST_REST = 1e-6  # below it the rest of a row is noise
@@ -71,8 +72,20 @@ def influence(
         scale: factor on the logits.
 
     Returns:
-        float64, computed in float32 or more.
+        float64, computed in float32 or more; on a GPU by a Triton kernel.
     """
+    if takes_triton(q):
+        from sparse_patch.calibration.moa.influence_triton import partial_influence
+
+        sums = partial_influence(q, k, v, out, grad, scale, BLOCK, _SMALLEST_REST)
+        return Influence(*(x.unflatten(0, (len(k), -1)).sum(1) for x in sums))
+    return influence_in_torch(q, k, v, out, grad, scale)
+
+
+def influence_in_torch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, grad: torch.Tensor, scale: float
+) -> Influence:
+    """See `influence`."""
     kind = torch.promote_types(q.dtype, torch.float32)
     kv_heads, length, _ = k.shape
     blocks = -(-length // BLOCK)

@@ -29,6 +29,7 @@ class Rule(NamedTuple):
 
 
 FULL = Rule(0.0, 1.0)
+STREAMING = Rule(320.0, 0.0)  # of DuoAttention's streaming heads: 64 first and 256 last tokens
 
 
 def rules_for(profiled: Sequence[int], bounded: Sequence[int]) -> list[Rule]:
