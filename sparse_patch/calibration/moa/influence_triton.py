@@ -58,7 +58,8 @@ def partial_influence(
         num_warps=4 if wide <= 64 else 8,
         num_stages=2 if wide <= 128 and q.element_size() == 2 else 1,
     )
-    return sink.sum(1, dtype=torch.float64), *(x.sum(1, dtype=torch.float64) for x in (alone, together))
+    sinks, alones, togethers = (x.sum(1, dtype=torch.float64) for x in (sink, alone, together))
+    return sinks, alones, togethers
 
 
 @triton.jit
@@ -86,12 +87,10 @@ def _influence_kernel(
     i = i_b * R + offs_r
     rows = i.to(tl.int64)[:, None]
     real = (i < length)[:, None]
-    b_q = tl.load(
-        q + i_h * stride_qh + rows * stride_qs + offs_d[None, :], mask=real & (offs_d < D)[None, :], other=0.0
-    )
-    b_g = tl.load(
-        grad + i_h * stride_gh + rows * stride_gs + offs_v[None, :], mask=real & (offs_v < DV)[None, :], other=0.0
-    )
+    p_q = q + i_h * stride_qh + rows * stride_qs + offs_d[None, :]
+    p_g = grad + i_h * stride_gh + rows * stride_gs + offs_v[None, :]
+    b_q = tl.load(p_q, mask=real & (offs_d < D)[None, :], other=0.0)
+    b_g = tl.load(p_g, mask=real & (offs_v < DV)[None, :], other=0.0)
     b_mean = tl.load(mean + i_h * length + i, mask=i < length, other=0.0)
     p_k = k + (i_h // group) * stride_kh
     p_v = v + (i_h // group) * stride_vh
