@@ -1,5 +1,6 @@
 """Rules and their choice: against brute force where there are few, and what must hold where there are many."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -97,6 +98,17 @@ def test_a_sweep_gives_plans_of_which_none_is_worse() -> None:
     assert len(sweep(single)) == 1
 
 
+def test_a_floor_is_kept() -> None:
+    """Where the rules that lose least at the lengths with losses keep little at another one."""
+    problem = problem_of(4, 2, 12, lengths=3, seed=5)
+    problem = Problem(problem.losses[:2], problem.densities, problem.bounds)
+    reversed_ = np.concatenate([problem.densities[:2], problem.densities[2:, ::-1]])
+    free = solve(replace(problem, densities=reversed_), 0)
+    held = solve(replace(problem, densities=reversed_, floors=np.array([0.0, 0.0, 0.44])), 0)
+    assert free is not None and held is not None and free.densities[2] < 0.44 <= held.densities[2] + 1e-8
+    assert held.losses[0] >= free.losses[0] and held.bound <= held.losses[0]
+
+
 def test_a_frontier_falls() -> None:
     found = frontier(problem_of(3, 2, 8), 0, [0.01, 0.4, 0.6, 0.8])
     assert found[0] is None
@@ -105,7 +117,7 @@ def test_a_frontier_falls() -> None:
 
 
 def test_what_cannot_be_asked() -> None:
-    with pytest.raises(TaskError, match=r"--density: no plan keeps so little; the least is 0\.\d+"):
+    with pytest.raises(TaskError, match=r"--density: no plan keeps as little at every length; the least is 0\.\d+"):
         sweep(problem_of(2, 2, 4, bound=0.01))
     with pytest.raises(TaskError, match="--max-rules: expected 1 to 3, or 0 for no limit, got 4"):
         problem_of(2, 8, 4, max_rules=4)

@@ -14,6 +14,7 @@ from sparse_patch.methods.span_plans import SpanRules, duo_rules
 from sparse_patch.model_shape import ModelShape
 
 STREAMING = 320  # tokens that a streaming head of DuoAttention keeps: 64 first and 256 last ones
+LEAST = 0.9  # of the density that is allowed, a plan keeps at every length, as in the public code
 BOUNDS = tuple(tenth / 10 for tenth in range(1, 10))  # densities of the frontier
 
 
@@ -137,7 +138,7 @@ class Profile:
         rules = rules_for(lengths, self.bounded)
         of_rules = np.stack([losses(self.curves[length], rules, length) for length in lengths])
         bounds = np.full(len(self.bounded), self.settings.density)
-        return rules, Problem(of_rules, densities(rules, self.bounded), bounds, self.settings.max_rules)
+        return rules, Problem(of_rules, densities(rules, self.bounded), bounds, self.settings.max_rules, LEAST * bounds)
 
     def _plan(self, rules: Sequence[Rule], solution: Solution) -> SpanRules:
         return self._with([rules[number] for number in solution.choice.flatten().tolist()])

@@ -39,12 +39,15 @@ class Problem:
         densities: share of the keys that a rule keeps, `[bounded lengths, rules]`.
         bounds: largest mean density of all heads, `[bounded lengths]`.
         max_rules: different rules in a layer, at most; None for any number.
+        floors: smallest mean density of all heads, `[bounded lengths]`: without one, a plan may spend what it has at
+            the lengths with losses and keep little at the others. None for none.
     """
 
     losses: np.ndarray
     densities: np.ndarray
     bounds: np.ndarray
     max_rules: int | None = None
+    floors: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.max_rules is not None and not 1 <= self.max_rules <= MOST_RULES and self.max_rules < self.heads:
@@ -153,7 +156,7 @@ def sweep(problem: Problem) -> list[Solution]:
     alone = [solve(problem, primary) for primary in lengths]
     found = [plan for plan in alone if plan is not None]
     if len(found) < len(alone):
-        raise TaskError(f"--density: no plan keeps so little; the least is {_least(problem):.3f}")
+        raise TaskError(f"--density: no plan keeps as little at every length; the least is {_least(problem):.3f}")
     best, worst = (pick([plan.losses for plan in found], axis=0) for pick in (np.min, np.max))
     for primary in lengths:
         others = [length for length in lengths if length != primary and worst[length] > best[length]]
@@ -167,8 +170,9 @@ def sweep(problem: Problem) -> list[Solution]:
 
 
 def frontier(problem: Problem, primary: int, bounds: Sequence[float]) -> list[Solution | None]:
-    """The plans of the smallest loss at one length under each of several bounds on the density at every length."""
-    return [solve(replace(problem, bounds=np.full_like(problem.bounds, bound)), primary) for bound in bounds]
+    """The plans of the smallest loss at one length under each of several bounds on the density, without floors."""
+    same = [replace(problem, bounds=np.full_like(problem.bounds, bound), floors=None) for bound in bounds]
+    return [solve(one, primary) for one in same]
 
 
 def require_scipy() -> Any:
@@ -226,6 +230,9 @@ class _Search:
         shape = (len(problem.bounds), problem.layers, problem.heads, problem.rules)
         share = problem.densities[:, None, None, :] / (problem.layers * problem.heads)
         use, room = [np.broadcast_to(share, shape)], [problem.bounds]
+        if problem.floors is not None:
+            use.append(-use[0])
+            room.append(-problem.floors)
         if limits is not None:
             held = [length for length, limit in enumerate(limits) if np.isfinite(limit)]
             use.append(scaled[held])
