@@ -182,7 +182,7 @@ def calibrate_moa(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 4,
-    validate_samples: Annotated[int, typer.Option(min=1, help="Prompts that choose among plans.")] = 2,
+    validate_samples: Annotated[int, typer.Option(min=1, help="Prompts that choose among plans.")] = 3,
     tasks: Annotated[
         str, typer.Option(help="Offline tasks that the prompts are of, in turn.")
     ] = "recite,niah_multikey_2,kv_retrieval,vt",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparse_patch.calibration.moa.optimise import Problem, evaluate, frontier, solve, sweep
-from sparse_patch.calibration.moa.rules import FULL, Rule, densities, losses, rules_for
+from sparse_patch.calibration.moa.rules import FULL, STREAMING, Rule, densities, losses, rules_for
 from sparse_patch.errors import TaskError
 from sparse_patch.methods.span_plans import SpanRules
 from sparse_patch.model_shape import ModelShape
@@ -94,6 +94,7 @@ def test_a_sweep_gives_plans_of_which_none_is_worse() -> None:
         alone = solve(problem, primary)
         assert alone is not None
         assert min(plan.losses[primary] for plan in plans) == pytest.approx(alone.losses[primary])
+    assert len(sweep(problem_of(3, 2, 6, lengths=4))) > 3
     single = Problem(problem.losses[:1], problem.densities, problem.bounds, 2)
     assert len(sweep(single)) == 1
 
@@ -123,7 +124,7 @@ def test_what_cannot_be_asked() -> None:
 
 
 def test_the_rules_of_the_public_code() -> None:
-    """99 pairs, of which 48 are valid, for lengths of 2k, 4k and 8k and a density that holds at 16k too."""
+    """99 pairs, of which 48 are valid, for lengths of 2k, 4k and 8k and a density at 16k too; and one more."""
     valid = [
         Rule(alpha, eighths / 8)
         for alpha in range(-2048, 8193, 1024)
@@ -132,11 +133,17 @@ def test_the_rules_of_the_public_code() -> None:
     ]
     assert len(valid) == 48
     found = rules_for([2048, 4096, 8192], [2048, 4096, 8192, 16384])
+    assert found[0] == STREAMING
+    found.remove(STREAMING)
     spans = {tuple(rule.kept(length) for length in (2048, 4096, 8192, 16384)) for rule in valid}
     assert set(found) <= set(valid) and {tuple(r.kept(n) for n in (2048, 4096, 8192, 16384)) for r in found} == spans
     assert len(found) == len(spans) and FULL in found
     small = rules_for([256, 512], [256, 512])
-    assert FULL in small and {rule.alpha for rule in small} <= {128.0 * n for n in range(-2, 5)} and len(small) > 8
+    assert (
+        FULL in small
+        and {rule.alpha for rule in small} <= {320.0, *(128.0 * n for n in range(-2, 5))}
+        and len(small) > 8
+    )
 
 
 def test_a_rule_loses_what_its_window_drops() -> None:

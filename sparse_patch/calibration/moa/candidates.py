@@ -9,11 +9,10 @@ import numpy as np
 from sparse_patch.calibration.moa.influence import BLOCK
 from sparse_patch.calibration.moa.optimise import Problem, Solution, frontier, solve, sweep
 from sparse_patch.calibration.moa.records import Profiled, Settings
-from sparse_patch.calibration.moa.rules import FULL, Rule, densities, losses, rules_for
+from sparse_patch.calibration.moa.rules import FULL, STREAMING, Rule, densities, losses, rules_for
 from sparse_patch.methods.span_plans import SpanRules, duo_rules
 from sparse_patch.model_shape import ModelShape
 
-STREAMING = 320  # tokens that a streaming head of DuoAttention keeps: 64 first and 256 last ones
 LEAST = 0.9  # of the density that is allowed, a plan keeps at every length, as in the public code
 BOUNDS = tuple(tenth / 10 for tenth in range(1, 10))  # densities of the frontier
 
@@ -25,7 +24,7 @@ class Candidate:
     Attributes:
         name: of it.
         rules: what it is.
-        predicted: what it loses by the influence at each profiled length.
+        predicted: what it loses by the influence at each profiled length and the unseen.
         densities: share of the KV entries that it keeps in the searched layers, at each profiled length and the unseen.
         gap: what a plan may be worse than the best one at the length it was made for, relative; None for a baseline.
         loss: mean cross-entropy at the unseen length; None if it was not validated.
@@ -47,7 +46,8 @@ class Profile:
         settings: of the search.
         shape: of the model.
         layers: with full attention; the others keep everything and do not count.
-        curves: mean influence at each profiled length, `[layers, KV heads, blocks]`.
+        curves: mean influence at each profiled length, `[layers, KV heads, blocks]`, and at the unseen one, where it is
+            not measured; see `stretched`.
     """
 
     settings: Settings
@@ -61,6 +61,8 @@ class Profile:
             length: np.mean([getattr(one, settings.influence) for one in measured if one.length == length], axis=0)
             for length in settings.lengths
         }
+        longest = max(settings.lengths)
+        curves[settings.unseen] = stretched(curves[longest], settings.unseen / longest)
         return cls(settings, shape, measured[0].layers, curves)
 
     @property
@@ -75,7 +77,7 @@ class Profile:
 
     def candidate(self, name: str, plan: SpanRules, gap: float | None = None) -> Candidate:
         """A plan with what it loses and keeps."""
-        lost = [self.lost(plan, length) for length in self.settings.lengths]
+        lost = [self.lost(plan, length) for length in self.bounded]
         return Candidate(name, plan, lost, [plan.density(length, self.layers) for length in self.bounded], gap)
 
     def lost(self, plan: SpanRules, length: int) -> float:
@@ -134,9 +136,8 @@ class Profile:
         }
 
     def _problem(self) -> tuple[list[Rule], Problem]:
-        lengths = self.settings.lengths
-        rules = rules_for(lengths, self.bounded)
-        of_rules = np.stack([losses(self.curves[length], rules, length) for length in lengths])
+        rules = rules_for(self.settings.lengths, self.bounded)
+        of_rules = np.stack([losses(self.curves[length], rules, length) for length in self.bounded])
         bounds = np.full(len(self.bounded), self.settings.density)
         return rules, Problem(of_rules, densities(rules, self.bounded), bounds, self.settings.max_rules, LEAST * bounds)
 
@@ -158,12 +159,21 @@ class Profile:
     def _duo(self, share: float, length: int) -> SpanRules:
         """DuoAttention's two rules, with as many full heads as come nearest to a density at a length."""
         curves, heads = self.curves[self.longest], self.shape.num_kv_heads
-        influence = curves[:, :, min((STREAMING - BLOCK) // BLOCK, curves.shape[2] - 1)]
-        least = STREAMING / length
+        recent = STREAMING.kept(length) - BLOCK
+        influence = curves[:, :, min(recent // BLOCK, curves.shape[2] - 1)]
+        least = STREAMING.kept(length) / length
         number = round(max(0.0, (share - least) / (1 - least)) * influence.size)
         ranked = np.argsort(-influence, axis=None, kind="stable")[:number].tolist()
         full = {(self.layers[at // heads], at % heads) for at in ranked}
         others = set(range(self.shape.num_layers)) - set(self.layers)
-        return duo_rules(
-            self.shape, full | {(layer, head) for layer in others for head in range(heads)}, BLOCK, STREAMING - BLOCK
-        )
+        return duo_rules(self.shape, full | {(layer, head) for layer in others for head in range(heads)}, BLOCK, recent)
+
+
+def stretched(curves: np.ndarray, factor: float) -> np.ndarray:
+    """Curves as they would be at another length if what a head needs lay as far away in proportion.
+
+    A rule such as `1024 + 0.75 N` keeps everything at a length of 4096 and less at any longer one, which no measured
+    length shows.
+    """
+    blocks = np.arange(round(curves.shape[2] * factor))
+    return curves[:, :, np.minimum((blocks / factor).astype(int), curves.shape[2] - 1)]

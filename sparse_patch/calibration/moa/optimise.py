@@ -27,7 +27,9 @@ _MOST_COLUMNS = 20_000
 _SECONDS = 60.0
 _AROUND = (0.7, 0.85, 1.0, 1.15, 1.4)  # factors on prices
 _EACH = 40  # columns of a layer for each of them
-LEVELS = (0.25, 0.5, 0.75)  # of the range of a loss, that it is held below in the sweep
+# Of the range of a loss, what it is held below in the sweep: by the number of lengths, all combinations are tried.
+_LEVELS = {1: (), 2: (0.25, 0.5, 0.75), 3: (0.25, 0.5, 0.75)}
+_FEW_LEVELS = (1 / 3, 2 / 3)
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def evaluate(problem: Problem, choice: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def sweep(problem: Problem) -> list[Solution]:
     """Plans for several lengths, none of which is worse than another at every length; the epsilon-constraint method.
 
-    Each length is minimised alone, and then with the losses at the others held below each of `LEVELS` of the ranges
+    Each length is minimised alone, and then with the losses at the others held below several levels of the ranges
     that this gave. (The public code holds them from below as well, which only leaves plans out.) They come by their
     loss at the first length.
 
@@ -158,11 +160,12 @@ def sweep(problem: Problem) -> list[Solution]:
     if len(found) < len(alone):
         raise TaskError(f"--density: no plan keeps as little at every length; the least is {_least(problem):.3f}")
     best, worst = (pick([plan.losses for plan in found], axis=0) for pick in (np.min, np.max))
+    levels = _LEVELS.get(len(lengths), _FEW_LEVELS)
     for primary in lengths:
         others = [length for length in lengths if length != primary and worst[length] > best[length]]
-        for levels in product(LEVELS, repeat=len(others)) if others else ():
+        for held in product(levels, repeat=len(others)) if others else ():
             limits = np.full(len(lengths), np.inf)
-            limits[others] = best[others] + np.array(levels) * (worst[others] - best[others])
+            limits[others] = best[others] + np.array(held) * (worst[others] - best[others])
             plan = solve(problem, primary, limits.tolist())
             if plan is not None:
                 found.append(plan)

@@ -29,7 +29,7 @@ class Settings:
         objective: what an answer loses; see `Objective`.
         influence: "moa" or "set"; see `Influence`.
         max_rules: different rules in a layer; None for any number.
-        plans: most plans that are validated.
+        plans: most plans that are validated: those nearest to the best at all lengths.
         seed: chooses everything that is random.
     """
 
@@ -37,7 +37,7 @@ class Settings:
     density: float = 0.5
     validate_length: int | None = None
     samples: int = 4
-    validate_samples: int = 2
+    validate_samples: int = 3
     tasks: tuple[str, ...] = TASKS
     text: str | None = None
     answers: Answers = "task"

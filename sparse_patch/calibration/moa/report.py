@@ -32,14 +32,19 @@ class Found:
 def table(found: Found) -> Table:
     """A line a plan and baseline: what it keeps, what it loses by the influence, and its loss at the unseen length."""
     settings = found.profile.settings
-    lengths, unseen = settings.lengths, settings.unseen
     drawn = Table(
-        title=f"plans within a density of {settings.density:g}; cross-entropy of answers at {unseen} tokens, "
+        title=f"plans within a density of {settings.density:g}; cross-entropy of answers at {settings.unseen} tokens, "
         f"dense {found.dense:.4f}",
         title_justify="left",
         box=box.SIMPLE,
     )
-    for column in ("", *(f"density {n}" for n in (*lengths, unseen)), *(f"influence {n}" for n in lengths), "loss", ""):
+    for column in (
+        "",
+        *(f"density {n}" for n in (*lengths, unseen)),
+        *(f"influence {n}" for n in (*lengths, unseen)),
+        "loss",
+        "",
+    ):
         drawn.add_column(column, justify="right")
     for one in (*found.plans, *found.baselines):
         numbers = [*(f"{x:.3f}" for x in one.densities), *(f"{x:.4g}" for x in one.predicted)]

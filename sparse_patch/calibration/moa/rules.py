@@ -33,12 +33,12 @@ STREAMING = Rule(320.0, 0.0)  # of DuoAttention's streaming heads: 64 first and 
 
 
 def rules_for(profiled: Sequence[int], bounded: Sequence[int]) -> list[Rule]:
-    """The rules of MoA's public code, the shortest spans first.
+    """The rules of MoA's public code and the one of DuoAttention's streaming heads, the shortest spans first.
 
     alpha goes from minus the shortest length to the longest profiled one in steps of 1024 tokens, or of half the
     shortest length where that is less; beta in eighths. A rule must give a span of more than nothing at the shortest
     length and of no more than everything at the longest profiled and the longest bounded one. Rules that keep the same
-    at all lengths count once.
+    at all lengths count once. With the streaming rule, DuoAttention's plans are among those that a search can find.
 
     Args:
         profiled: lengths with an influence.
@@ -54,6 +54,7 @@ def rules_for(profiled: Sequence[int], bounded: Sequence[int]) -> list[Rule]:
             within = all(alpha + rule.beta * length <= length for length in (longest, furthest))
             if within and alpha + rule.beta * shortest > 0:
                 rules.setdefault(tuple(rule.kept(length) for length in (*profiled, *bounded)), rule)
+    rules.setdefault(tuple(STREAMING.kept(length) for length in (*profiled, *bounded)), STREAMING)
     return [rules[kept] for kept in sorted(rules, key=lambda kept: (sum(kept), kept))]
 
 

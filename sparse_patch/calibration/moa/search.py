@@ -60,7 +60,7 @@ def search(
     profile = Profile.of(settings, shape, measured)
     score = partial(_score, model, settings, journal, answered, progress)
     dense, plans = score("dense", None), profile.plans()
-    for number in _spread(len(plans), settings.plans):
+    for number in _even(plans, settings.plans):
         plans[number] = replace(plans[number], loss=score(plans[number].name, plans[number].rules))
     scored = [(one.loss, one) for one in plans if one.loss is not None]
     chosen = min(scored, key=lambda pair: pair[0])[1]
@@ -144,9 +144,12 @@ def _score(
     return fmean(journal.records[key].loss for key in keys)
 
 
-def _spread(number: int, most: int) -> list[int]:
-    """At most so many of a row of plans, evenly spread, both ends among them."""
-    return sorted(set(np.linspace(0, number - 1, min(number, most)).round().astype(int).tolist()))
+def _even(plans: Sequence[Candidate], most: int) -> list[int]:
+    """The plans that come nearest to the best at all lengths, in shares of the range of losses at each."""
+    losses = np.array([plan.predicted for plan in plans])
+    best, worst = losses.min(0), losses.max(0)
+    distance = ((losses - best) / np.where(worst > best, worst - best, 1.0)).sum(1)
+    return sorted(np.argsort(distance, kind="stable")[:most].tolist())
 
 
 def _digest(rules: SpanRules) -> str:
@@ -162,7 +165,7 @@ def _provenance(settings: Settings, dense: float, chosen: Candidate, baselines: 
         "influence": settings.influence,
         "max_rules": settings.max_rules,
         "validate_length": settings.unseen,
-        "predicted": dict(zip(map(str, settings.lengths), chosen.predicted, strict=True)),
+        "predicted": dict(zip(map(str, (*settings.lengths, settings.unseen)), chosen.predicted, strict=True)),
         "validated": {"dense": dense, "plan": chosen.loss, **{one.name: one.loss for one in baselines}},
         "sparse_patch": __version__,
     }
