@@ -38,13 +38,8 @@ def table(found: Found) -> Table:
         title_justify="left",
         box=box.SIMPLE,
     )
-    for column in (
-        "",
-        *(f"density {n}" for n in (*lengths, unseen)),
-        *(f"influence {n}" for n in (*lengths, unseen)),
-        "loss",
-        "",
-    ):
+    bounded = found.profile.bounded
+    for column in ("", *(f"density {n}" for n in bounded), *(f"influence {n}" for n in bounded), "loss", ""):
         drawn.add_column(column, justify="right")
     for one in (*found.plans, *found.baselines):
         numbers = [*(f"{x:.3f}" for x in one.densities), *(f"{x:.4g}" for x in one.predicted)]
