@@ -196,7 +196,7 @@ def calibrate_moa(
     influence: Annotated[
         Literal["set", "moa"], typer.Option(help="Of all far keys together, or the sum of each alone as in MoA's code.")
     ] = "set",
-    max_rules: Annotated[int, typer.Option(min=0, help="Different rules in a layer, 1 to 3; 0 for any number.")] = 0,
+    max_rules: Annotated[int, typer.Option(min=0, max=3, help="Different rules in a layer; 0 for any number.")] = 0,
     plans: Annotated[int, typer.Option(min=1, help="Most plans that are validated.")] = 4,
     seed: SeedOption = 0,
     json_file: JsonOption = None,

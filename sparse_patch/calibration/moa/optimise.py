@@ -158,7 +158,7 @@ def sweep(problem: Problem) -> list[Solution]:
     alone = [solve(problem, primary) for primary in lengths]
     found = [plan for plan in alone if plan is not None]
     if len(found) < len(alone):
-        raise TaskError(f"--density: no plan keeps as little at every length; the least is {_least(problem):.3f}")
+        raise TaskError("--density: no plan keeps what it may at every length and no less than it must; ask for more")
     best, worst = (pick([plan.losses for plan in found], axis=0) for pick in (np.min, np.max))
     levels = _LEVELS.get(len(lengths), _FEW_LEVELS)
     for primary in lengths:
@@ -185,11 +185,6 @@ def require_scipy() -> Any:
     except ImportError as error:
         raise SparsePatchError('calibrate: scipy is missing; pip install "sparse_patch[calibrate]"') from error
     return optimize
-
-
-def _least(problem: Problem) -> float:
-    """The smallest bound that some rule keeps at all lengths."""
-    return float(problem.densities.max(0).min())
 
 
 def _solution(problem: Problem, primary: int, choice: np.ndarray, bound: float) -> Solution:

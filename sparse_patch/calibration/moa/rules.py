@@ -75,3 +75,8 @@ def losses(curves: np.ndarray, rules: Sequence[Rule], length: int) -> np.ndarray
     windows = [min((rule.kept(length) - BLOCK) // BLOCK, last) for rule in rules]
     windows = [last if rule.kept(length) == length else window for rule, window in zip(rules, windows, strict=True)]
     return np.pad(curves, ((0, 0), (0, 0), (0, 1)))[:, :, windows]
+
+
+def least_density(profiled: Sequence[int], bounded: Sequence[int]) -> float:
+    """The smallest bound that some rule keeps at all lengths."""
+    return float(densities(rules_for(profiled, bounded), bounded).max(0).min())

@@ -18,6 +18,7 @@ from sparse_patch.calibration.moa.optimise import require_scipy
 from sparse_patch.calibration.moa.prompts import Prompt, answer_of, check_lengths, pieces, task_prompts
 from sparse_patch.calibration.moa.records import Answered, Profiled, Scored, Settings, profiled
 from sparse_patch.calibration.moa.report import Found
+from sparse_patch.calibration.moa.rules import least_density
 from sparse_patch.calibration.moa.validate import loss_under_masks
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.journal import Journal
@@ -74,8 +75,12 @@ def _check(model: PreTrainedModel, settings: Settings) -> None:
     check_lengths(model, [settings.unseen], "--validate-length")
     if settings.unseen in settings.lengths:
         raise TaskError(f"--validate-length: {settings.unseen} is among --lengths; plans are chosen at an unseen one")
-    if not 0 < settings.density <= 1:
-        raise TaskError(f"--density: expected a share above 0 and up to 1, got {settings.density}")
+    least = least_density(settings.lengths, (*settings.lengths, settings.unseen))
+    if not least <= settings.density <= 1:
+        raise TaskError(
+            f"--density: expected a share from {least:.3f} (the shortest spans, at the shortest length) to 1, got "
+            f"{settings.density}"
+        )
 
 
 def _prompts(model: PreTrainedModel, tokenizer: Any, settings: Settings) -> dict[int, list[Prompt]]:
