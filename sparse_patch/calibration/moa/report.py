@@ -40,7 +40,7 @@ def table(found: Found) -> Table:
     )
     bounded = found.profile.bounded
     for column in ("", *(f"density {n}" for n in bounded), *(f"influence {n}" for n in bounded), "loss", ""):
-        drawn.add_column(column, justify="right")
+        drawn.add_column(column, justify="right", no_wrap=not column)
     for one in (*found.plans, *found.baselines):
         numbers = [*(f"{x:.3f}" for x in one.densities), *(f"{x:.4g}" for x in one.predicted)]
         loss = "" if one.loss is None else f"{one.loss:.4f}"
