@@ -268,6 +268,12 @@ BAD = [
     ),
     (["calibrate", "sale", "--out", "t", "--tasks", "foo"], "error: --tasks: there is no task 'foo'"),
     (["calibrate", "sale", "--out", "t", "--text", "none.txt"], "error: --text: none.txt: cannot be read"),
+    (["calibrate", "moa", "--out", "no/such/p.json"], "error: no/such/p.json: cannot be written"),
+    (
+        ["calibrate", "moa", "--out", "p.json", "--lengths", "1000"],
+        "error: --lengths: expected multiples of 64 from 512",
+    ),
+    (["calibrate", "moa", "--out", "p.json", "--density", "0.1"], "error: --density: expected a share from 0.1"),
     (["calibrate", "layers", "--out", "no/such/l.yaml"], "error: no/such/l.yaml: cannot be written"),
     (["calibrate", "layers", "--out", "l.yaml", "--json", "."], "error: .: cannot be written: it is a folder"),
     (["calibrate", "layers", "--out", "l.yaml", "--model", "no-such"], "error: --model: no-such: cannot be loaded"),
