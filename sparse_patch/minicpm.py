@@ -296,6 +296,8 @@ def _fields_of(path: str | Path) -> _MiniCPM:
         data, _ = PreTrainedConfig.get_config_dict(path)
     except (OSError, ValueError) as error:
         raise SparsePatchError(f"{path}: config.json cannot be read: {_first_line(error)}") from None
+    if not data:
+        raise SparsePatchError(f"{path}: has no config.json; name the folder of a checkpoint")
     file = f"{path}/config.json"
     if data.get("model_type") != MODEL_TYPE:
         raise SparsePatchError(

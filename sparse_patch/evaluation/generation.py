@@ -19,7 +19,7 @@ from sparse_patch.minicpm import is_minicpm, load_minicpm
 def load_model(path: str | Path) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer from a local folder or a hub id: float32 on a CPU, bfloat16 on a GPU, evaluation mode.
 
-    MiniCPM is loaded as a native model. A checkpoint's own code never runs.
+    MiniCPM is loaded as a native model, without the code beside its weights.
 
     Raises:
         SparsePatchError: they cannot be loaded.

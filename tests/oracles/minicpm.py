@@ -17,13 +17,17 @@ Weights = dict[str, torch.Tensor]
 Cache = list[tuple[torch.Tensor, torch.Tensor]]  # rotated keys and values [kv heads, length, head_dim] of each layer
 
 
-def logits_of(config: Config, weights: Weights, ids: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+def logits_of(
+    config: Config, weights: Weights, ids: torch.Tensor, cache: Cache | None = None, batch_length: int = 0
+) -> torch.Tensor:
     """Logits `[length, vocabulary]` of one row of token ids `[length]` that stands after what the cache holds.
 
-    The cache is an empty list at first; it is filled and grows from call to call.
+    The cache is an empty list at first; it is filled and grows from call to call. `batch_length` is that of the
+    longest row beside this one, with which it shares the choice of RoPE factors.
     """
     start = cache[0][0].shape[1] if cache else 0
-    cos, sin = rotation(config, torch.arange(start, start + len(ids)))
+    end = start + len(ids)
+    cos, sin = rotation(config, torch.arange(start, end), max(end, batch_length))
     depth = config["scale_depth"] / math.sqrt(config["num_hidden_layers"])
     hidden = weights["model.embed_tokens.weight"][ids] * config["scale_emb"]
     for layer in range(config["num_hidden_layers"]):
@@ -71,10 +75,10 @@ def attention(
     return out, (k, v)
 
 
-def rotation(config: Config, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines `[length, head_dim]`; the length of the call is its highest position and one."""
+def rotation(config: Config, positions: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines `[positions, head_dim]` for a text of this length."""
     dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    length, longest = int(positions[-1]) + 1, config["max_position_embeddings"]
+    longest = config["max_position_embeddings"]
     scaling, base = config.get("rope_scaling") or {}, config.get("rope_theta", 10000.0)
     kind = scaling.get("rope_type", scaling.get("type"))
     divisor, magnitude = torch.ones(dim // 2), 1.0
