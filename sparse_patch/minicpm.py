@@ -98,7 +98,7 @@ class _LongRope(_Rope):
 
 
 class _Carried(BaseModel):
-    """Fields that MiniCPM and Granite have under the same name, with MiniCPM's defaults."""
+    """Fields that MiniCPM and Granite have under the same name."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
@@ -112,7 +112,7 @@ class _Carried(BaseModel):
     hidden_act: str = "silu"
     attention_bias: bool = False
     attention_dropout: float = 0.0
-    initializer_range: float = 0.1
+    initializer_range: float = 0.02
     use_cache: bool = True
     pad_token_id: NonNegativeInt | None = None
     bos_token_id: int | None = None
@@ -125,6 +125,7 @@ class _Carried(BaseModel):
 class _MiniCPM(_Carried):
     """A checkpoint's config.json, as far as it decides what the model computes."""
 
+    architectures: list[str] | None = None
     num_key_value_heads: PositiveInt | None = None
     head_dim: PositiveInt | None = None
     scale_emb: PositiveFloat
@@ -150,6 +151,8 @@ class _MiniCPM(_Carried):
     @model_validator(mode="after")
     def _fits(self) -> "_MiniCPM":
         """What one field asks of another, and what Granite has no place for."""
+        if self.architectures and _ARCHITECTURE not in self.architectures:
+            raise ValueError(f"architectures: expected {_ARCHITECTURE}, got {', '.join(self.architectures)}")
         if self.num_experts:
             raise ValueError(f"num_experts: {self.num_experts}: a mixture of experts; only dense MiniCPM can be loaded")
         if self.quantization_config is not None:
@@ -256,8 +259,8 @@ def load_minicpm(
 def is_minicpm(path: str | Path) -> bool:
     """Whether a folder or hub id has a config.json of MiniCPM's own, so that `load_minicpm` is the way to load it."""
     try:
-        return PreTrainedConfig.get_config_dict(path)[0].get("model_type") == MODEL_TYPE
-    except (OSError, ValueError):
+        return _config_json(path).get("model_type") == MODEL_TYPE
+    except SparsePatchError:
         return False
 
 
@@ -291,23 +294,22 @@ def _folder(path: str | Path, revision: str | None) -> Path:
     return folder
 
 
-def _fields_of(path: str | Path) -> _MiniCPM:
+def _config_json(path: str | Path) -> dict[str, Any]:
     try:
         data, _ = PreTrainedConfig.get_config_dict(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: it is no JSON object
         raise SparsePatchError(f"{path}: config.json cannot be read: {_first_line(error)}") from None
     if not data:
-        raise SparsePatchError(f"{path}: has no config.json; name the folder of a checkpoint")
-    file = f"{path}/config.json"
+        raise SparsePatchError(f"{path}: has no config.json, or an empty one; name the folder of a checkpoint")
+    return data
+
+
+def _fields_of(path: str | Path) -> _MiniCPM:
+    data, file = _config_json(path), f"{path}/config.json"
     if data.get("model_type") != MODEL_TYPE:
         raise SparsePatchError(
             f"{file}: model_type: expected {MODEL_TYPE!r}, got {data.get('model_type')!r}; load other architectures, "
             "MiniCPM3 among them, with Transformers' AutoModelForCausalLM"
-        )
-    if _ARCHITECTURE not in (data.get("architectures") or [_ARCHITECTURE]):
-        raise SparsePatchError(
-            f"{file}: architectures: expected {_ARCHITECTURE}, got {data['architectures']}; only the language model "
-            "itself can be loaded"
         )
     try:
         return _MiniCPM.model_validate(data)
