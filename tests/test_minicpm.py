@@ -476,6 +476,11 @@ def test_the_model_option_loads_minicpm(with_code: Path, monkeypatch: pytest.Mon
     model, tokenizer = load_model(with_code)
     assert type(model) is GraniteForCausalLM and model.config.minicpm["scale_emb"] == 12
     assert tokenizer("hello you")["input_ids"] == byte_fallback_bpe()("hello you")["input_ids"]
+    model.save_pretrained(with_code / "native")
+    tokenizer.save_pretrained(with_code / "native")
+    again, same_tokenizer = load_model(with_code / "native")
+    assert torch.equal(logits(again, tokens(40)), logits(model, tokens(40)))
+    assert same_tokenizer("hello you")["input_ids"] == tokenizer("hello you")["input_ids"]
     layers = layers_of(with_code, load_config("flexprefill.yaml"))
     assert [layer["kv_heads"] for layer in layers] == [2, 2, 2] and layers[0]["prefill"] == "flexprefill"
 
