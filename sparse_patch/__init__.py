@@ -8,6 +8,7 @@ unpatch_model(model)  # bit for bit what it was
 from sparse_patch.caches import growing_cache
 from sparse_patch.config import PatchConfig, load_config, packaged_configs
 from sparse_patch.errors import ConfigError, PatchError, SparsePatchError, TaskError, UnsupportedCallError
+from sparse_patch.minicpm import load_minicpm
 from sparse_patch.patching import (
     capture_plans,
     patch_model,
@@ -29,6 +30,7 @@ __all__ = [
     "capture_plans",
     "growing_cache",
     "load_config",
+    "load_minicpm",
     "packaged_configs",
     "patch_model",
     "patched",

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from sparse_patch.call import PHASES
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import SparsePatchError
+from sparse_patch.minicpm import is_minicpm, minicpm_config
 from sparse_patch.model_shape import ModelShape, attention_kind
 from sparse_patch.patching import patched, sparsity_report
 from sparse_patch.report import LayerReport
@@ -25,7 +26,7 @@ def layers_of(model: str | Path, settings: PatchConfig) -> list[dict[str, Any]]:
         SparsePatchError: the model is not there, or cannot be patched.
     """
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = minicpm_config(model) if is_minicpm(model) else AutoConfig.from_pretrained(model)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:

@@ -25,6 +25,7 @@ from sparse_patch.config import ConfigSource, PatchConfig, load_config
 from sparse_patch.correction import Correction
 from sparse_patch.errors import PatchError
 from sparse_patch.methods.base import DecodeMethod
+from sparse_patch.minicpm import MODEL_TYPE as MINICPM
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.ops.backends import takes_triton
 from sparse_patch.plans import Plan
@@ -292,8 +293,7 @@ def _attention_modules(root: PreTrainedModel) -> dict[str, nn.Module]:
     if unreachable:
         raise PatchError(
             f"{type(root).__name__}: {len(unreachable)} of {len(found)} attention modules do not ask Transformers' "
-            f"attention interface, first {unreachable[0]}; load the model without trust_remote_code, or undo the other "
-            "patch of its forward"
+            f"attention interface, first {unreachable[0]}; {_way_in(root)}, or undo the other patch of its forward"
         )
     if not found:
         raise PatchError(
@@ -301,6 +301,13 @@ def _attention_modules(root: PreTrainedModel) -> dict[str, nn.Module]:
             "of Transformers 5.5 or later"
         )
     return found
+
+
+def _way_in(root: PreTrainedModel) -> str:
+    """How to load a model so that its attention can be reached."""
+    if root.config.model_type == MINICPM:
+        return "load it with sparse_patch.load_minicpm, which needs no remote code"
+    return "load the model without trust_remote_code"
 
 
 def _is_self_attention(module: nn.Module, decoder_config: PreTrainedConfig) -> bool:

@@ -9,22 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from sparse_patch.caches import growing_cache
 from sparse_patch.errors import SparsePatchError, TaskError
+from sparse_patch.minicpm import is_minicpm, load_minicpm
 
 
 def load_model(path: str | Path) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer from a local folder or a hub id: float32 on a CPU, bfloat16 on a GPU, evaluation mode.
+
+    MiniCPM is loaded as a native model, without the code beside its weights.
 
     Raises:
         SparsePatchError: they cannot be loaded.
     """
     on_gpu = torch.cuda.is_available()
     tokenizer = load_tokenizer(path)
+    load = load_minicpm if is_minicpm(path) else AutoModelForCausalLM.from_pretrained
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if on_gpu else torch.float32)
+        model = load(path, dtype=torch.bfloat16 if on_gpu else torch.float32)
     except (OSError, ValueError) as error:
         raise _cannot_be_loaded("--model", path, error) from None
     model = model.cuda() if on_gpu else model  # type: ignore[call-arg]
@@ -37,8 +41,10 @@ def load_tokenizer(path: str | Path, option: str = "--model") -> Any:
     Raises:
         SparsePatchError: it cannot be loaded; the message begins with the option that named it.
     """
+    # without a config Transformers would look for the class of MiniCPM's own, and ask whether to run the code beside it
+    config = PreTrainedConfig() if is_minicpm(path) else None
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, config=config)
     except (OSError, ValueError) as error:
         raise _cannot_be_loaded(option, path, error) from None
 
