@@ -20,12 +20,14 @@ from sparse_patch.calibration.moa.prompts import ANSWER, Prompt, answer_of, piec
 from sparse_patch.calibration.moa.records import Settings, journal_of
 from sparse_patch.calibration.moa.report import Found, as_json, spans_table, table
 from sparse_patch.calibration.moa.search import search
-from sparse_patch.calibration.moa.validate import loss_under_masks, span_attention
+from sparse_patch.calibration.moa.validate import plan_loss
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.generation import load_tokenizer
 from sparse_patch.evaluation.journal import Journal
 from sparse_patch.methods.span_plans import SpanRules, check_shape, read_span_rules, write_span_rules
 from sparse_patch.model_shape import ModelShape
+from sparse_patch.ops import span
+from sparse_patch.plans import SpanPlan
 from sparse_patch.plots import plot_spans
 
 SMALL = Settings(lengths=(512, 704), validate_length=832, samples=2, validate_samples=1, plans=2, tasks=("vt",))
@@ -49,22 +51,6 @@ def found(tokenizer: Any) -> Found:
     return search(tiny(), tokenizer, SMALL, Journal(None, {}))
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 200, 700])
-@pytest.mark.parametrize("heads", [(4, 2), (6, 1), (2, 2)])
-def test_attention_under_a_plan_is_softmax_under_its_mask(length: int, heads: tuple[int, int]) -> None:
-    call = make_call(length, heads=heads, head_dim=16)
-    sinks, windows = [64, 0][: heads[1]], [64, 130][: heads[1]]
-    found = span_attention(call, sinks, windows)
-    i, j = torch.arange(length)[:, None], torch.arange(length)
-    for row in range(call.q.shape[0]):
-        for head in range(heads[0]):
-            kv = head // (heads[0] // heads[1])
-            seen = (j <= i) & ((j < sinks[kv]) | (i - j < windows[kv]))
-            logits = call.q[row, head].double() @ call.k[row, kv].double().T * call.scale
-            expected = logits.masked_fill(~seen, -torch.inf).softmax(-1) @ call.v[row, kv].double()
-            torch.testing.assert_close(found[row, head].double(), expected, atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 def test_a_plan_that_keeps_everything_loses_what_the_model_does(family: str) -> None:
     model = FAMILIES[family]()
@@ -74,11 +60,11 @@ def test_a_plan_that_keeps_everything_loses_what_the_model_does(family: str) -> 
         expected = float(answer_loss(model, prompt.tokens, prompt.answer))
     rules = [[0.0] * shape.num_kv_heads] * shape.num_layers
     full = SpanRules.of(shape, rules, [[1.0] * shape.num_kv_heads] * shape.num_layers)
-    before, loss_of = fingerprint(model), loss_under_masks(model)
-    assert loss_of(None, 193, prompt) == pytest.approx(expected, rel=1e-4)
-    assert loss_of(full, 193, prompt) == pytest.approx(expected, rel=1e-4)
+    before = fingerprint(model)
+    assert plan_loss(model, None, 193, prompt) == pytest.approx(expected, rel=1e-4)
+    assert plan_loss(model, full, 193, prompt) == pytest.approx(expected, rel=1e-4)
     short = full.model_copy(update={"betas": rules})
-    assert loss_of(short, 193, prompt) != pytest.approx(expected, rel=1e-4)
+    assert plan_loss(model, short, 193, prompt) != pytest.approx(expected, rel=1e-4)
     assert fingerprint(model) == before
 
 
@@ -99,12 +85,14 @@ def test_the_loss_of_a_plan_is_that_of_the_model_under_its_mask() -> None:
 
     with attention_by(model, attend), torch.no_grad():
         expected = float(answer_loss(model, prompt.tokens, prompt.answer))
-    assert loss_under_masks(model)(rules, 243, prompt) == pytest.approx(expected, rel=1e-4)
+    assert plan_loss(model, rules, 243, prompt) == pytest.approx(expected, rel=1e-4)
 
 
 def test_dense_attention_needs_no_mask() -> None:
     call = make_call(150, heads=(4, 2), head_dim=16)
-    torch.testing.assert_close(dense_attention(call), span_attention(call, [0, 0], [150, 150]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        dense_attention(call), span.attend(call, SpanPlan.of(call, [0, 0], [None, None]))[0], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_prompts_and_answers(tokenizer: Any, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from sparse_patch.calibration.moa.prompts import Prompt, answer_of, check_length
 from sparse_patch.calibration.moa.records import Answered, Profiled, Scored, Settings, profiled
 from sparse_patch.calibration.moa.report import Found
 from sparse_patch.calibration.moa.rules import least_density
-from sparse_patch.calibration.moa.validate import loss_under_masks
+from sparse_patch.calibration.moa.validate import plan_loss
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.journal import Journal
 from sparse_patch.methods.span_plans import SpanRules
@@ -144,7 +144,7 @@ def _score(
     for number, key in enumerate(keys):
         if key not in journal.records:
             progress(f"{name} at {settings.unseen} tokens, prompt {number + 1}")
-            loss = loss_under_masks(model)(rules, settings.unseen, answered(settings.unseen, number))
+            loss = plan_loss(model, rules, settings.unseen, answered(settings.unseen, number))
             journal.add(Scored(digest, settings.unseen, number, loss))
     return fmean(journal.records[key].loss for key in keys)
 
