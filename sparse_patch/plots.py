@@ -151,6 +151,47 @@ def plot_layers(result: dict[str, Any], path: str | Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def plot_spans(result: dict[str, Any], path: str | Path) -> None:
+    """What each KV head keeps at every length, and what plans lose against what they keep.
+
+    Args:
+        result: the JSON of `sparse-patch calibrate moa`.
+        path: picture to write.
+
+    Raises:
+        SparsePatchError: matplotlib is not installed.
+    """
+    figure_class, _ = require_matplotlib()
+    lengths = list(result["spans"])
+    figure = figure_class(figsize=(2.2 * len(lengths) + 8.5, 4.2), layout="constrained")
+    widths = [*[1.0] * len(lengths), 1.8, 1.8]
+    *maps, predicted, validated = figure.subplots(1, len(widths), width_ratios=widths)
+    for length, axes in zip(lengths, maps, strict=True):
+        shares = torch.tensor(result["spans"][length]) / int(length)
+        image = axes.imshow(shares.numpy(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.set_xticks(range(0, shares.shape[1], -(-shares.shape[1] // 8)))
+        axes.set_yticks(range(len(result["layers"])), result["layers"])
+        axes.set(title=f"{length} tokens", xlabel="KV head")
+    maps[0].set_ylabel("layer")
+    figure.colorbar(image, ax=maps, label="share of the keys that is kept")
+    lines = dict(result["frontier"])
+    densities = lines.pop("density")
+    for name, values in lines.items():
+        predicted.plot(
+            densities, [float("nan") if value is None else value for value in values], marker="o", label=name
+        )
+    predicted.set(xlabel="density", ylabel=f"influence of what is lost, {lengths[-2]} tokens", yscale="log")
+    for one in (*result["plans"], *result["baselines"]):
+        if one["loss"] is not None:
+            validated.plot(one["densities"][-1], one["loss"], marker="o", linestyle="", label=one["name"])
+    validated.axhline(result["dense"], color="black", linewidth=0.8, label="dense")
+    validated.set(xlabel="density", ylabel=f"cross-entropy of answers, {lengths[-1]} tokens", xlim=(0, 1))
+    for axes in (predicted, validated):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def _lines(result: dict[str, Any], length: int) -> dict[str, list[tuple[float, float, str]]]:
     """(Share, mean score, configuration) of each configuration, by method."""
     rows = [row for row in result["rows"] if row["length"] == length]

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -170,4 +170,92 @@ def calibrate_layers(
     if plot is not None:
         plot_layers(data, plot)
         console.print(f"picture: {plot}")
+    journal.remove()
+
+
+@app.command("moa")
+def calibrate_moa(
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="JSON to write. A run that was killed goes on from beside it.")
+    ],
+    model: ModelOption = None,
+    density: Annotated[float, typer.Option(help="Share of the KV entries that a plan keeps, at most.")] = 0.5,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of prompt and answer to measure at, with commas between.")
+    ] = "2048,4096,8192",
+    validate_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the prompts that choose among plans.", show_default="half as many again as the longest"
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 4,
+    validate_samples: Annotated[int, typer.Option(min=1, help="Prompts that choose among plans.")] = 2,
+    tasks: Annotated[
+        str, typer.Option(help="Offline tasks that the prompts are of, in turn.")
+    ] = "recite,niah_multikey_2,kv_retrieval,vt",
+    text: Annotated[Path | None, typer.Option(help="Take pieces of this text file in place of tasks.")] = None,
+    answers: Annotated[
+        Literal["task", "model"], typer.Option(help="Who answers the tasks; the model always goes on with texts.")
+    ] = "task",
+    objective: Annotated[
+        Literal["log-odds", "cross-entropy"], typer.Option(help="What an answer loses, where influence is measured.")
+    ] = "log-odds",
+    influence: Annotated[
+        Literal["set", "moa"], typer.Option(help="Of all far keys together, or the sum of each alone as in MoA's code.")
+    ] = "set",
+    max_rules: Annotated[int, typer.Option(min=0, help="Different rules in a layer, 1 to 3; 0 for any number.")] = 0,
+    plans: Annotated[int, typer.Option(min=1, help="Most plans that are validated.")] = 4,
+    seed: SeedOption = 0,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Find the span of each KV head for MoA, from the influence of far keys on the answers to long prompts."""
+    from transformers.utils import logging as transformers_logging
+
+    from sparse_patch.calibration.moa.optimise import require_scipy
+    from sparse_patch.calibration.moa.records import Settings, journal_of
+    from sparse_patch.calibration.moa.report import as_json, spans_table, table
+    from sparse_patch.calibration.moa.search import search
+    from sparse_patch.evaluation.generation import load_model
+    from sparse_patch.methods.span_plans import write_span_rules
+    from sparse_patch.plots import plot_spans, require_matplotlib
+    from sparse_patch.progress import progress_steps
+
+    check_writable(out, json_file, plot)
+    require_scipy()
+    if plot is not None:
+        require_matplotlib()
+    settings = Settings(
+        lengths=tuple(sorted(lengths_of(lengths))),
+        density=density,
+        validate_length=validate_length,
+        samples=samples,
+        validate_samples=validate_samples,
+        tasks=tuple(names_of(tasks)),
+        text=None if text is None else str(text),
+        answers=answers,
+        objective=objective,
+        influence=influence,
+        max_rules=max_rules or None,
+        plans=plans,
+        seed=seed,
+    )
+    name = str(model or shipped_model())
+    journal = journal_of(out, {"model": name, **settings.measured})
+    transformers_logging.disable_progress_bar()
+    loaded, tokenizer = load_model(name)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    with progress_steps(console, settings.steps - len(journal.records)) as step:
+        found = search(loaded, tokenizer, settings, journal, step)
+    write_span_rules(out, found.chosen.rules)
+    console.print(table(found))
+    console.print(spans_table(found))
+    console.print(f"plan: {out}", soft_wrap=True)
+    if json_file is not None or plot is not None:
+        data = as_json(found)
+        write_json(json_file, data)
+        if plot is not None:
+            plot_spans(data, plot)
+            console.print(f"picture: {plot}")
     journal.remove()

@@ -1,0 +1,57 @@
+"""Another attention in place of a model's own while a `with` block runs: for gradients, and for masks per head."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sparse_patch.attention import AttentionFunction, LayerState
+from sparse_patch.call import AttentionCall
+from sparse_patch.config import load_config
+from sparse_patch.errors import TaskError
+from sparse_patch.patching import Patch, patched, state_of, transformers_model
+
+# A call, and what computes it as the model does, `[B, Sq, Hq, Dv]`; the answer has that shape too.
+Attend = Callable[[AttentionCall, Callable[[], torch.Tensor]], torch.Tensor]
+
+_DENSE = {"prefill": {"method": "dense"}, "decode": {"method": "dense"}}
+
+
+@contextmanager
+def attention_by(model: PreTrainedModel, attend: Attend) -> Iterator[list[torch.nn.Module]]:
+    """Have `attend` compute the layers with full attention; gives the attention modules of all layers, in order.
+
+    Unlike `observed` it sees calls that need gradients. The model is as before afterwards. Layers with another
+    attention (sliding windows, sinks in the softmax) run as they are.
+
+    Raises:
+        PatchError: the model is patched already, or cannot be.
+        TaskError: from the block, if the model caps its logits.
+    """
+    with patched(model, load_config(_DENSE)):
+        patch = transformers_model(model).sparse_patch
+        assert isinstance(patch, Patch)
+        for module in patch.attention:
+            state = state_of(module)
+            state.dense = _by(attend, state, state.dense)
+        yield patch.attention
+
+
+def _by(attend: Attend, state: LayerState, own: AttentionFunction) -> AttentionFunction:
+    def attention(
+        module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def dense() -> torch.Tensor:
+            return own(module, q, k, v, mask, **kwargs)[0]
+
+        if kwargs.get("sliding_window") or getattr(module, "sinks", None) is not None:
+            return dense(), None
+        if kwargs.get("softcap") is not None:
+            raise TaskError("--model: its logits are capped, which the search does not differentiate; no plan is made")
+        scaling = kwargs.get("scaling")
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend(AttentionCall(q, k, v, scale, state.layer, "prefill"), dense), None
+
+    return attention

@@ -1,0 +1,127 @@
+"""The influence as a Triton kernel: no attention is ever written to memory.
+
+A program has a block of queries of one head. Its first pass over the keys makes the LSE of each query. The second goes
+from the farthest keys to the nearest, so that what lies beyond every distance is a running sum: entries of a row of its
+own for each distance, summed up afterwards in float64, in the same order every time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum
+
+
+def partial_influence(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    grad: torch.Tensor,
+    scale: float,
+    block: int,
+    smallest_rest: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums of `influence` for each query head: sink `[Hq]`, alone and together `[Hq, blocks]`, float64.
+
+    Arguments as those of `influence`; float32, bfloat16 or float16, any strides.
+    """
+    heads, length, head_dim = q.shape
+    value_dim = v.shape[-1]
+    blocks = triton.cdiv(length, block)
+    mean = (grad.float() * out.float()).sum(-1)
+    sink = q.new_zeros(heads, blocks, dtype=torch.float32)
+    alone, together = (q.new_zeros(heads, blocks, blocks, dtype=torch.float32) for _ in range(2))
+    q, k, v, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, grad))
+    wide = max(head_dim, value_dim)
+    _influence_kernel[(blocks, heads)](
+        q,
+        k,
+        v,
+        grad,
+        mean,
+        sink,
+        alone,
+        together,
+        *(stride for x in (q, k, v, grad) for stride in x.stride()[:2]),
+        heads // k.shape[0],
+        length,
+        blocks,
+        LOG2_E * scale,
+        smallest_rest,
+        D=head_dim,
+        DV=value_dim,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
+        R=block,
+        PRECISION="ieee",
+        num_warps=4 if wide <= 64 else 8,
+        num_stages=2 if wide <= 128 and q.element_size() == 2 else 1,
+    )
+    sinks, alones, togethers = (x.sum(1, dtype=torch.float64) for x in (sink, alone, together))
+    return sinks, alones, togethers
+
+
+@triton.jit
+def _tile(b_q, p_k, stride_ks, j, i, length, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr,
+          PRECISION: tl.constexpr):  # fmt: skip
+    """Logits in log2 units of the queries at `i` and the R keys from `j`; `-inf` for the future."""
+    offs_j = j + tl.arange(0, R)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (offs_j < length)[None, :] & (offs_d < D)[:, None]
+    b_k = tl.load(p_k + offs_j.to(tl.int64)[None, :] * stride_ks + offs_d[:, None], mask=mask, other=0.0)
+    s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+    return tl.where(offs_j[None, :] <= i[:, None], s, -float("inf"))
+
+
+@triton.jit(do_not_specialize=["length", "blocks"])
+def _influence_kernel(
+    q, k, v, grad, mean, sink, alone, together,
+    stride_qh, stride_qs, stride_kh, stride_ks, stride_vh, stride_vs, stride_gh, stride_gs,
+    group, length, blocks, scale, smallest_rest,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_b, i_h = blocks - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)  # the longest rows first
+    offs_r, offs_d, offs_v = tl.arange(0, R), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    i = i_b * R + offs_r
+    rows = i.to(tl.int64)[:, None]
+    real = (i < length)[:, None]
+    p_q = q + i_h * stride_qh + rows * stride_qs + offs_d[None, :]
+    p_g = grad + i_h * stride_gh + rows * stride_gs + offs_v[None, :]
+    b_q = tl.load(p_q, mask=real & (offs_d < D)[None, :], other=0.0)
+    b_g = tl.load(p_g, mask=real & (offs_v < DV)[None, :], other=0.0)
+    b_mean = tl.load(mean + i_h * length + i, mask=i < length, other=0.0)
+    p_k = k + (i_h // group) * stride_kh
+    p_v = v + (i_h // group) * stride_vh
+    m_i = tl.full([R], -float("inf"), dtype=tl.float32)
+    l_i = tl.zeros([R], dtype=tl.float32)
+    for t in tl.range(0, i_b + 1):
+        s = _tile(b_q, p_k, stride_ks, t * R, i, length, scale, D, BLOCK_D, R, PRECISION)
+        m_i, l_i = add_to_exp_sum(m_i, l_i, s)
+    lse = m_i + tl.math.log2(l_i)
+    no_later = offs_r[None, :] <= offs_r[:, None]
+    each = 0.0  # sum of |E| beyond the distance at hand
+    mass = tl.zeros([R], dtype=tl.float32)  # likewise of A, for each query
+    sums = tl.zeros([R], dtype=tl.float32)  # and of A G
+    row = (i_h * blocks + i_b) * blocks + i_b
+    for t in tl.range(0, i_b + 1):
+        s = _tile(b_q, p_k, stride_ks, t * R, i, length, scale, D, BLOCK_D, R, PRECISION)
+        a = tl.math.exp2(s - lse[:, None])
+        offs_j = t * R + offs_r
+        mask = (offs_j < length)[None, :] & (offs_v < DV)[:, None]
+        b_v = tl.load(p_v + offs_j.to(tl.int64)[None, :] * stride_vs + offs_v[:, None], mask=mask, other=0.0)
+        weighted = a * tl.dot(b_g, b_v, input_precision=PRECISION)
+        e = tl.abs(a * b_mean[:, None] - weighted) / tl.maximum(1.0 - a, smallest_rest)
+        e = tl.where((i > 0)[:, None], e, 0.0)
+        if t == 0:
+            tl.store(sink + i_h * blocks + i_b, tl.sum(e))
+        else:
+            tl.store(alone + row - t, each + tl.sum(tl.where(no_later, e, 0.0)))
+            s_mass = mass + tl.sum(tl.where(no_later, a, 0.0), 1)
+            s_sums = sums + tl.sum(tl.where(no_later, weighted, 0.0), 1)
+            change = tl.abs(s_mass * b_mean - s_sums) / tl.maximum(1.0 - s_mass, smallest_rest)
+            tl.store(together + row - t, tl.sum(change))
+            each += tl.sum(e)
+            mass += tl.sum(a, 1)
+            sums += tl.sum(weighted, 1)

@@ -1,0 +1,357 @@
+"""The rule of each head: the least loss within a density, at several lengths at once, with open solvers.
+
+MoA's public code gives the whole problem, a binary variable for each head and rule, to a commercial solver. Here a
+column is a whole layer, the rules of all its heads (Dantzig-Wolfe): the linear program over the columns known so far
+gives prices of density and loss, the best column of each layer at these prices is found exactly, and when no new one
+pays, the linear program bounds every plan from below. A program in whole numbers over the columns chooses the plan.
+Columns that could make it better by the gap are added then: all of them where they are few, and the plan is the best
+there is, else the best of each set of rules at prices around the last ones. Where a layer may have any number of
+rules every head is a layer of its own, so that its columns are all there from the start.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+
+from sparse_patch.errors import SparsePatchError, TaskError
+
+MOST_RULES = 3  # of a layer, where their number is limited: all sets of so many are tried
+_PENALTY = 1e4  # of a unit of what a linear program may not exceed; losses are scaled to 1
+_TOLERANCE = 1e-9
+_MOST_ASSIGNMENTS = 200_000  # of a layer's heads to rules, that are looked through
+_MOST_COLUMNS = 20_000
+_SECONDS = 60.0
+_AROUND = (0.7, 0.85, 1.0, 1.15, 1.4)  # factors on prices
+_EACH = 40  # columns of a layer for each of them
+LEVELS = (0.25, 0.5, 0.75)  # of the range of a loss, that it is held below in the sweep
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a plan may cost, and what it loses.
+
+    Attributes:
+        losses: `[lengths, layers, heads, rules]`.
+        densities: share of the keys that a rule keeps, `[bounded lengths, rules]`.
+        bounds: largest mean density of all heads, `[bounded lengths]`.
+        max_rules: different rules in a layer, at most; None for any number.
+    """
+
+    losses: np.ndarray
+    densities: np.ndarray
+    bounds: np.ndarray
+    max_rules: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_rules is not None and not 1 <= self.max_rules <= MOST_RULES and self.max_rules < self.heads:
+            raise TaskError(f"--max-rules: expected 1 to {MOST_RULES}, or 0 for no limit, got {self.max_rules}")
+
+    @property
+    def layers(self) -> int:
+        return int(self.losses.shape[1])
+
+    @property
+    def heads(self) -> int:
+        return int(self.losses.shape[2])
+
+    @property
+    def rules(self) -> int:
+        return int(self.losses.shape[3])
+
+    @cached_property
+    def sets(self) -> np.ndarray | None:
+        """The sets of rules that a layer may have, `[sets, max_rules]`; None where every set is allowed."""
+        if self.max_rules is None or self.max_rules >= min(self.heads, self.rules):
+            return None
+        return np.array(list(combinations(range(self.rules), self.max_rules)))
+
+    @cached_property
+    def scales(self) -> np.ndarray:
+        """What losses are divided by in the programs, `[lengths]`: that of the best single rule for all heads."""
+        uniform = self.losses.sum((1, 2))
+        within = (self.densities <= self.bounds[:, None]).all(0)
+        best = np.where(within, uniform, np.inf).min(1)
+        return np.where(np.isfinite(best) & (best > 0), best, np.maximum(uniform.max(1), 1e-30))
+
+    def per_head(self) -> "Problem":
+        """The same with every head as a layer of its own."""
+        return replace(self, losses=self.losses.reshape(len(self.losses), -1, 1, self.rules))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A plan.
+
+    Attributes:
+        choice: the rule of each head, `[layers, heads]`.
+        losses: at each length.
+        densities: at each bounded length.
+        bound: no plan within the same limits has a smaller loss at the length that was minimised.
+        gap: what the plan may lose more than the best one, relative to its own loss.
+    """
+
+    choice: np.ndarray
+    losses: np.ndarray
+    densities: np.ndarray
+    bound: float
+    gap: float
+
+
+def solve(problem: Problem, primary: int, limits: Sequence[float] | None = None) -> Solution | None:
+    """The plan of the smallest loss at one length, or None where nothing is within the limits.
+
+    Args:
+        problem: what is to be chosen.
+        primary: number of the length.
+        limits: largest loss at each length; infinity for none.
+
+    Raises:
+        SparsePatchError: scipy is not installed.
+    """
+    search = _Search.of(problem.per_head() if problem.sets is None else problem, primary, limits)
+    search.add_uniform()
+    bound, prices = search.generate()
+    plan, least = search.choose()
+    gap = np.inf if plan is None else search.value(plan) - bound
+    if problem.sets is None or problem.max_rules == 1:  # the columns are all there
+        bound = max(bound, least)
+    elif gap > _TOLERANCE:
+        complete = search.add_all_within(prices, gap)
+        if not complete:
+            search.add_around(prices)
+        plan, least = search.choose()
+        bound = least if complete else bound
+    if plan is None:
+        return None
+    return _solution(
+        problem, primary, plan.reshape(problem.layers, problem.heads), bound * float(problem.scales[primary])
+    )
+
+
+def evaluate(problem: Problem, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Losses at each length and densities at each bounded length of a choice of rules `[layers, heads]`."""
+    layers, heads = np.indices(choice.shape)
+    return problem.losses[:, layers, heads, choice].sum((1, 2)), problem.densities[:, choice].mean((1, 2))
+
+
+def sweep(problem: Problem) -> list[Solution]:
+    """Plans for several lengths, none of which is worse than another at every length; the epsilon-constraint method.
+
+    Each length is minimised alone, and then with the losses at the others held below each of `LEVELS` of the ranges
+    that this gave. (The public code holds them from below as well, which only leaves plans out.) They come by their
+    loss at the first length.
+
+    Raises:
+        TaskError: no plan is within the bounds.
+        SparsePatchError: scipy is not installed.
+    """
+    lengths = range(len(problem.losses))
+    alone = [solve(problem, primary) for primary in lengths]
+    found = [plan for plan in alone if plan is not None]
+    if len(found) < len(alone):
+        raise TaskError(f"--density: no plan keeps so little; the least is {_least(problem):.3f}")
+    best, worst = (pick([plan.losses for plan in found], axis=0) for pick in (np.min, np.max))
+    for primary in lengths:
+        others = [length for length in lengths if length != primary and worst[length] > best[length]]
+        for levels in product(LEVELS, repeat=len(others)) if others else ():
+            limits = np.full(len(lengths), np.inf)
+            limits[others] = best[others] + np.array(levels) * (worst[others] - best[others])
+            plan = solve(problem, primary, limits.tolist())
+            if plan is not None:
+                found.append(plan)
+    return _pareto(found)
+
+
+def frontier(problem: Problem, primary: int, bounds: Sequence[float]) -> list[Solution | None]:
+    """The plans of the smallest loss at one length under each of several bounds on the density at every length."""
+    return [solve(replace(problem, bounds=np.full_like(problem.bounds, bound)), primary) for bound in bounds]
+
+
+def require_scipy() -> Any:
+    """scipy's module of solvers; SparsePatchError if it is not installed."""
+    try:
+        from scipy import optimize
+    except ImportError as error:
+        raise SparsePatchError('calibrate: scipy is missing; pip install "sparse_patch[calibrate]"') from error
+    return optimize
+
+
+def _least(problem: Problem) -> float:
+    """The smallest bound that some rule keeps at all lengths."""
+    return float(problem.densities.max(0).min())
+
+
+def _solution(problem: Problem, primary: int, choice: np.ndarray, bound: float) -> Solution:
+    losses, densities = evaluate(problem, choice)
+    loss = float(losses[primary])
+    bound = min(max(bound, 0.0), loss)
+    return Solution(choice, losses, densities, bound, (loss - bound) / loss if loss > 0 else 0.0)
+
+
+def _pareto(plans: Sequence[Solution]) -> list[Solution]:
+    """Without plans that are twice there or worse than another, by loss at the first length."""
+    single = list({plan.choice.tobytes(): plan for plan in reversed(plans)}.values())
+
+    def worse(plan: Solution) -> bool:
+        return any((other.losses <= plan.losses).all() and (other.losses < plan.losses).any() for other in single)
+
+    return sorted((plan for plan in single if not worse(plan)), key=lambda plan: float(plan.losses[0]))
+
+
+@dataclass
+class _Search:
+    """The columns known so far. Rows are what is limited, densities first and then losses; all scaled.
+
+    Attributes:
+        problem: see there.
+        cost: of a head's rule, `[layers, heads, rules]`.
+        use: of each row by a head's rule, `[rows, layers, heads, rules]`.
+        room: of each row.
+        columns: of each layer, rules of its heads; in the order they came.
+    """
+
+    problem: Problem
+    cost: np.ndarray
+    use: np.ndarray
+    room: np.ndarray
+    columns: list[dict[tuple[int, ...], None]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, problem: Problem, primary: int, limits: Sequence[float] | None) -> "_Search":
+        scaled = problem.losses / problem.scales[:, None, None, None]
+        shape = (len(problem.bounds), problem.layers, problem.heads, problem.rules)
+        share = problem.densities[:, None, None, :] / (problem.layers * problem.heads)
+        use, room = [np.broadcast_to(share, shape)], [problem.bounds]
+        if limits is not None:
+            held = [length for length, limit in enumerate(limits) if np.isfinite(limit)]
+            use.append(scaled[held])
+            room.append(np.asarray(limits, dtype=float)[held] / problem.scales[held])
+        columns: list[dict[tuple[int, ...], None]] = [{} for _ in range(problem.layers)]
+        return cls(problem, scaled[primary], np.concatenate(use), np.concatenate(room), columns)
+
+    def add_uniform(self) -> None:
+        """One rule for all heads of a layer: something is feasible from the start if anything is."""
+        for layer in self.columns:
+            layer.update({(rule,) * self.problem.heads: None for rule in range(self.problem.rules)})
+
+    def generate(self) -> tuple[float, np.ndarray]:
+        """Add columns until none pays: a bound from below, and the prices of the rows that give it."""
+        best, prices = -np.inf, np.zeros(len(self.room))
+        while True:
+            value, row_prices, layer_prices = self._linear()
+            layers, reduced = self._cheapest(self.cost - np.tensordot(row_prices, self.use, 1))
+            gains = reduced - layer_prices
+            bound = value + float(gains.sum())
+            if bound > best:
+                best, prices = bound, row_prices
+            new = [layer for layer, gain in enumerate(gains) if gain < -_TOLERANCE]
+            fresh = [layer for layer in new if layers[layer] not in self.columns[layer]]
+            for layer in fresh:
+                self.columns[layer][layers[layer]] = None
+            if not fresh:
+                return best, prices
+
+    def choose(self) -> tuple[np.ndarray | None, float]:
+        """The best plan of the columns, `[layers, heads]`, and a bound on those of these columns from below.
+
+        None where no plan of them is within the limits.
+        """
+        optimize = require_scipy()
+        cost, use, layer = self._arrays()
+        of_layer = np.arange(self.problem.layers)[:, None] == layer
+        limits = [
+            optimize.LinearConstraint(use, ub=self.room + _TOLERANCE),
+            optimize.LinearConstraint(of_layer.astype(float), 1, 1),
+        ]
+        options = {"time_limit": _SECONDS, "mip_rel_gap": 1e-6}
+        found = optimize.milp(cost, constraints=limits, integrality=np.ones(len(cost)), bounds=(0, 1), options=options)
+        if found.x is None:
+            return None, np.inf
+        rows = [list(columns)[int(found.x[layer == number].argmax())] for number, columns in enumerate(self.columns)]
+        return np.array(rows), float(found.mip_dual_bound)
+
+    def add_all_within(self, prices: np.ndarray, gap: float) -> bool:
+        """Add every column that a plan better by `gap` than the bound may have; False where they are too many."""
+        if self.problem.rules**self.problem.heads > _MOST_ASSIGNMENTS:
+            return False
+        reduced = self.cost - np.tensordot(prices, self.use, 1)
+        added: list[np.ndarray] = []
+        for layer in reduced:
+            values = layer[0]
+            for head in layer[1:]:
+                values = values[..., None] + head
+            values = np.where(self._allowed, values, np.inf)
+            added.append(np.argwhere(np.isfinite(values) & (values - values.min() <= gap + _TOLERANCE)))
+        if sum(map(len, added)) > _MOST_COLUMNS:
+            return False
+        for columns, rows in zip(self.columns, added, strict=True):
+            columns.update({tuple(row): None for row in rows.tolist()})
+        return True
+
+    def add_around(self, prices: np.ndarray) -> None:
+        """Add the best columns of many sets of rules, at prices somewhat higher and lower."""
+        sets = self.problem.sets
+        assert sets is not None, "without sets all columns are there"
+        for factor in _AROUND:
+            price = self.cost - np.tensordot(factor * prices, self.use, 1)
+            for columns, layer in zip(self.columns, price, strict=True):
+                of_sets = layer[:, sets]
+                for best in of_sets.min(-1).sum(0).argsort()[:_EACH]:
+                    columns[tuple(sets[best][of_sets[:, best].argmin(-1)].tolist())] = None
+
+    def value(self, choice: np.ndarray) -> float:
+        """The scaled loss that is minimised."""
+        return float(np.take_along_axis(self.cost, choice[..., None], 2).sum())
+
+    @cached_property
+    def _allowed(self) -> np.ndarray:
+        """Which assignments of a layer have no more than `max_rules` rules, `[rules] * heads`."""
+        chosen = np.sort(np.indices((self.problem.rules,) * self.problem.heads), 0)
+        return 1 + (np.diff(chosen, axis=0) > 0).sum(0) <= (self.problem.max_rules or self.problem.heads)
+
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each column its cost `[n]`, its use of each row `[rows, n]` and its layer `[n]`."""
+        heads = np.arange(self.problem.heads)
+        costs, uses = [], []
+        for layer, columns in enumerate(self.columns):
+            rules = np.array(list(columns))
+            costs.append(self.cost[layer, heads, rules].sum(-1))
+            uses.append(self.use[:, layer][:, heads, rules].sum(-1))
+        number = [len(columns) for columns in self.columns]
+        return np.concatenate(costs), np.concatenate(uses, 1), np.repeat(np.arange(len(number)), number)
+
+    def _linear(self) -> tuple[float, np.ndarray, np.ndarray]:
+        """The linear program over the columns: its value, and the prices of rows (0 or less) and layers.
+
+        What exceeds a row is allowed at a penalty, so that there is always a solution.
+        """
+        cost, use, layer = self._arrays()
+        rows = len(self.room)
+        found = require_scipy().linprog(
+            np.concatenate([cost, np.full(rows, _PENALTY)]),
+            A_ub=np.concatenate([use, -np.eye(rows)], 1),
+            b_ub=self.room,
+            A_eq=np.concatenate(
+                [np.arange(self.problem.layers)[:, None] == layer, np.zeros((self.problem.layers, rows))], 1
+            ),
+            b_eq=np.ones(self.problem.layers),
+            method="highs",
+        )
+        return float(found.fun), found.ineqlin.marginals, found.eqlin.marginals
+
+    def _cheapest(self, price: np.ndarray) -> tuple[list[tuple[int, ...]], np.ndarray]:
+        """The best column of each layer at the prices `[layers, heads, rules]`, and what it costs."""
+        sets = self.problem.sets
+        if sets is None:
+            return [tuple(rules) for rules in price.argmin(-1).tolist()], price.min(-1).sum(-1)
+        columns, costs = [], []
+        for layer in price:
+            of_sets = layer[:, sets]  # [heads, sets, max_rules]
+            best = int(of_sets.min(-1).sum(0).argmin())
+            columns.append(tuple(sets[best][of_sets[:, best].argmin(-1)].tolist()))
+            costs.append(of_sets[:, best].min(-1).sum())
+        return columns, np.array(costs)

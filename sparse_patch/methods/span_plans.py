@@ -1,0 +1,332 @@
+"""A plan of spans as a file: how far each KV head looks back, as a rule of the length.
+
+The rule is MoA's (Fu et al. 2024, arXiv 2406.14909): a head keeps `alpha + beta * length` tokens, its sink among them.
+Of a length M that is
+
+    c = trunc(alpha + beta * M), at most M;    C = block * ceil(max(c, min_span) / block)
+
+tokens: the first `sink` ones and a window of the last `C - sink`, the query itself among them. Query i reads key j iff
+
+    j <= i  and  (j < sink  or  i - j < C - sink)
+
+in prefill and in decode alike. (The public code's prefill counts whole blocks, its decode tokens, so that the two
+differ.) Rules are for KV heads, all query heads of a group read the same keys: the public code knows plain multi-head
+attention alone and expands the cache of other models, which then takes more memory than dense attention does.
+
+A retrieval head of DuoAttention (Xiao et al. 2024, arXiv 2410.10819) is the rule (0, 1), a streaming head
+(sink + recent, 0). `rules_of_moa` and `rules_of_duo` read what the two have published.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from sparse_patch.evaluation.journal import write_atomically
+from sparse_patch.model_shape import ModelShape
+
+MAKE_ONE = 'run "sparse-patch calibrate moa --model M --out FILE"'
+PUBLISHED_LENGTHS = (2048, 16384)  # shortest and longest that MoA's published plans were searched for
+_OF_MODEL = {"model_type": "model_type", "num_layers": "num_layers", "num_query_heads": "num_heads"}
+_OF_MODEL |= {"num_kv_heads": "num_kv_heads"}  # field of the file: field of `ModelShape`
+
+Size = Annotated[int, Field(ge=1)]
+Tokens = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class SpanRules(BaseModel):
+    """What a plan file holds.
+
+    Attributes:
+        format: its name and version.
+        model_type: Transformers' name of the architecture that it was made for.
+        num_layers: of that model.
+        num_query_heads: of a layer.
+        num_kv_heads: of a layer.
+        granularity: what has a rule.
+        sink: first tokens that every head keeps.
+        block: tokens that spans are multiples of.
+        min_span: tokens that a head keeps at least, sink included.
+        span_includes_sink: always; the field is there for other readers.
+        length_policy: which length M is. "total": that of prompt and answer together, known at the first forward, so
+            that a head's window is fixed. "current": that of the query's own prefix; spans are not rounded up to blocks
+            then, so that a window never moves back to a key that it has left.
+        alphas: tokens, `[num_layers][num_kv_heads]`.
+        betas: share of the length, likewise.
+        prefill: whether the prompt is read by the plan or densely.
+        provenance: how the plan was made: lengths, densities, losses.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    format: Literal["per-head-span/1"] = "per-head-span/1"
+    model_type: str
+    num_layers: Size
+    num_query_heads: Size
+    num_kv_heads: Size
+    granularity: Literal["kv_head"] = "kv_head"
+    sink: Annotated[int, Field(ge=0)] = 64
+    block: Size = 64
+    min_span: Size = 128
+    span_includes_sink: Literal[True] = True
+    length_policy: Literal["total", "current"] = "total"
+    alphas: list[list[Tokens]]
+    betas: list[list[Share]]
+    prefill: Literal["sparse", "dense"] = "sparse"
+    provenance: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        if self.min_span <= self.sink:
+            raise ValueError(f"min_span: expected more than the {self.sink} tokens of sink, got {self.min_span}")
+        if self.num_query_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: {self.num_kv_heads} do not divide {self.num_query_heads} query heads")
+        for field in ("alphas", "betas"):
+            if problem := _wrong_size(getattr(self, field), self.num_layers, self.num_kv_heads):
+                raise ValueError(f"{field}: {problem}")
+        return self
+
+    @classmethod
+    def of(
+        cls, shape: ModelShape, alphas: Sequence[Sequence[float]], betas: Sequence[Sequence[float]], **more: Any
+    ) -> "SpanRules":
+        """Rules for a model, `[num_layers][num_kv_heads]`; `more` are other fields."""
+        sizes: dict[str, Any] = {field: getattr(shape, theirs) for field, theirs in _OF_MODEL.items()}
+        rules: dict[str, Any] = {
+            name: [[float(number) for number in row] for row in rows]
+            for name, rows in (("alphas", alphas), ("betas", betas))
+        }
+        return cls(**sizes, **rules, **more)
+
+    def kept(self, layer: int, length: int) -> list[int]:
+        """C: the tokens that each KV head of a layer has room for, sink included; may be more than `length`."""
+        rules = zip(self.alphas[layer], self.betas[layer], strict=True)
+        return [self.room(alpha, beta, length) for alpha, beta in rules]
+
+    def room(self, alpha: float, beta: float, length: int) -> int:
+        """C of a rule, with the sizes of this plan."""
+        tokens = max(min(math.trunc(alpha + beta * length), length), self.min_span)
+        return tokens if self.length_policy == "current" else self.block * -(-tokens // self.block)
+
+    def spans(self, layer: int, length: int) -> tuple[list[int], list[int]]:
+        """Sink and window of each KV head of a layer, in tokens, at a length M: see `length_policy`."""
+        return [self.sink] * self.num_kv_heads, [kept - self.sink for kept in self.kept(layer, length)]
+
+    def density(self, length: int, layers: Sequence[int] | None = None) -> float:
+        """Share of the KV entries that is kept at a length, mean over the heads of some layers; of all by default."""
+        chosen = range(self.num_layers) if layers is None else layers
+        return fmean(min(kept, length) / length for layer in chosen for kept in self.kept(layer, length))
+
+    def kv_bytes(self, length: int, head_dim: int, bytes_each: int = 2, batch: int = 1) -> tuple[int, int]:
+        """Bytes of the keys and values that the plan has room for at a length, and of a dense cache."""
+        token = 2 * head_dim * bytes_each * batch
+        planned = sum(sum(self.kept(layer, length)) for layer in range(self.num_layers))
+        return token * planned, token * self.num_layers * self.num_kv_heads * length
+
+
+def write_span_rules(path: str | Path, rules: SpanRules) -> None:
+    """Write a plan, in place of an older one at once; the rules of a layer in one line."""
+    data = rules.model_dump()
+    lines = [f" {json.dumps(key)}: {_layers(value)}" for key, value in data.items()]
+    write_atomically(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _layers(value: Any) -> str:
+    """JSON of a field, a layer in a line."""
+    if not (isinstance(value, list) and value):
+        return json.dumps(value)
+    return "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
+
+
+def read_span_rules(path: str | Path) -> SpanRules:
+    """What a plan file holds.
+
+    Raises:
+        ValueError: the file cannot be read or is none of this format; the message names field, file and place.
+    """
+    place = f"calibration: {path}"
+    data = _read_json(path, place)
+    if "format" not in data:
+        raise ValueError(f"{place}: format: missing, expected per-head-span/1; {MAKE_ONE}")
+    try:
+        return SpanRules.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(f"{place}: {_first_problem(error)}; {MAKE_ONE}") from None
+
+
+def check_shape(rules: SpanRules, shape: ModelShape, place: str) -> None:
+    """Raise ValueError if a plan was made for another model; the message begins with `place`."""
+    for field, theirs in _OF_MODEL.items():
+        made, here = getattr(rules, field), getattr(shape, theirs)
+        if made != here:
+            raise ValueError(f"{place}: was made for another model: {field} {made}, this one has {here}; {MAKE_ONE}")
+
+
+def rules_of_moa(path: str | Path, shape: ModelShape) -> tuple[SpanRules, str]:
+    """A plan as MoA publishes it: `{"alphas": [[...]], "betas": [[...]]}`, a number for each layer and query head.
+
+    Where a model has fewer KV heads, a KV head gets a rule that keeps what any of its query heads keeps at every length
+    from the shortest to the longest of `PUBLISHED_LENGTHS`: theirs if one query head has the longest span at both ends,
+    else the line through the longest spans at the two ends (the longest of several lines is convex: it lies below).
+
+    Args:
+        path: the file.
+        shape: the model it is for; the file does not say.
+
+    Returns:
+        The plan, and what the reduction made of its density, in one line.
+
+    Raises:
+        ValueError: the file cannot be read, is none of this format or of another model.
+    """
+    place = f"calibration: {path}"
+    data = _read_json(path, place)
+    if set(data) != {"alphas", "betas"}:
+        raise ValueError(f"{place}: expected alphas and betas alone, as MoA's plans have, got {', '.join(data)[:60]}")
+    heads = len(data["alphas"][0]) if _is_table(data["alphas"]) and data["alphas"] else 0
+    heads = heads if heads in (shape.num_heads, shape.num_kv_heads) else shape.num_heads
+    for field, rows in data.items():
+        if problem := _wrong_size(rows, shape.num_layers, heads):
+            raise ValueError(f"{place}: {field}: {problem}; the plan is of another model")
+    of_heads = [list(zip(*rows, strict=True)) for rows in zip(data["alphas"], data["betas"], strict=True)]
+    group = heads // shape.num_kv_heads
+    rules = [[_longest(row[head : head + group]) for head in range(0, heads, group)] for row in of_heads]
+    plan = _checked(place, shape, rules)
+    length = PUBLISHED_LENGTHS[1]
+    before = fmean(min(plan.room(*rule, length), length) / length for row in of_heads for rule in row)
+    return plan, (
+        f"{path}: rules of {heads} heads as rules of {shape.num_kv_heads} KV heads: density "
+        f"{plan.density(length):.2f} at {length} tokens, {before:.2f} before"
+    )
+
+
+def _longest(rules: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """A rule that keeps what each of these does, at `PUBLISHED_LENGTHS` and between."""
+    short, long = PUBLISHED_LENGTHS
+    ends = {rule: (rule[0] + rule[1] * short, rule[0] + rule[1] * long) for rule in rules}
+    low, high = (max(end[at] for end in ends.values()) for at in (0, 1))
+    for rule, end in ends.items():
+        if end == (low, high):
+            return rule
+    beta = (high - low) / (long - short)
+    return low - beta * short, beta
+
+
+def rules_of_duo(
+    path: str | Path, shape: ModelShape, sparsity: float, sink: int = 64, recent: int = 256
+) -> tuple[SpanRules, str]:
+    """A head pattern as DuoAttention publishes it: a TSV of gates, a line a layer, a column a KV head.
+
+    Gates below 0 count as 0. Full heads are those at or above the quantile `sparsity` of all gates; of equal gates the
+    first layers and heads come first (the public code adds unseeded noise). With `sparsity` 0 every head is full, with
+    1 none is.
+
+    Args:
+        path: the file.
+        shape: the model it is for.
+        sparsity: share of the heads that keep `sink` and `recent` tokens alone.
+        sink: first tokens.
+        recent: last tokens.
+
+    Returns:
+        The plan, and how many heads are full, in one line.
+
+    Raises:
+        ValueError: the file cannot be read, is none of this format or of another model, or `sparsity` is no share.
+    """
+    place = f"calibration: {path}"
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity: expected a share from 0 to 1, got {sparsity}")
+    try:
+        lines = _read_text(path, place).split("\n")
+        gates = [[_gate(number) for number in line.split()] for line in lines if line.strip()]
+    except ValueError as error:
+        if str(error).startswith(place):
+            raise
+        raise ValueError(f"{place}: expected a line of numbers for each layer with tabs between: {error}") from None
+    if problem := _wrong_size(gates, shape.num_layers, shape.num_kv_heads):
+        raise ValueError(f"{place}: {problem}; the pattern is of another model")
+    heads = [(layer, head) for layer in range(shape.num_layers) for head in range(shape.num_kv_heads)]
+    ranked = sorted(heads, key=lambda at: -gates[at[0]][at[1]])  # stable: of equal gates the first
+    number = 0 if sparsity == 1 else len(heads) - math.ceil(sparsity * (len(heads) - 1))
+    plan = duo_rules(shape, set(ranked[:number]), sink, recent)
+    return plan, f"{path}: {number} of {len(heads)} KV heads are full, the others keep {sink} + {recent} tokens"
+
+
+def _gate(text: str) -> float:
+    if not math.isfinite(gate := float(text)):
+        raise ValueError(f"{text} is not finite")
+    return max(gate, 0.0)
+
+
+def duo_rules(shape: ModelShape, full: set[tuple[int, int]], sink: int = 64, recent: int = 256) -> SpanRules:
+    """The plan whose (layer, KV head) pairs in `full` keep everything, and the others sink and recent tokens."""
+    streaming = float(sink + recent), 0.0
+    rules = [
+        [(0.0, 1.0) if (layer, head) in full else streaming for head in range(shape.num_kv_heads)]
+        for layer in range(shape.num_layers)
+    ]
+    return _checked("rules", shape, rules, sink=sink, min_span=max(128, sink + 64))
+
+
+def _checked(place: str, shape: ModelShape, rules: Sequence[Sequence[tuple[float, float]]], **more: Any) -> SpanRules:
+    alphas, betas = ([[rule[part] for rule in row] for row in rules] for part in (0, 1))
+    try:
+        return SpanRules.of(shape, alphas, betas, **more)
+    except ValidationError as error:
+        raise ValueError(f"{place}: {_first_problem(error)}") from None
+
+
+def _read_text(path: str | Path, place: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{place}: cannot be read: {error.strerror}; {MAKE_ONE}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{place}: is no text; {MAKE_ONE}") from None
+
+
+def _read_json(path: str | Path, place: str) -> dict[str, Any]:
+    try:
+        data = json.loads(_read_text(path, place))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: is no JSON: {error}; {MAKE_ONE}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{place}: expected a JSON object, got {type(data).__name__}; {MAKE_ONE}")
+    return data
+
+
+def _is_table(rows: Any) -> bool:
+    return isinstance(rows, list) and all(
+        isinstance(row, list) and all(type(x) in (int, float) for x in row) for row in rows
+    )
+
+
+def _wrong_size(rows: Any, layers: int, heads: int) -> str | None:
+    """What is wrong with a table that should have a number for each layer and head."""
+    if not _is_table(rows):
+        return f"expected {layers} lists of {heads} numbers, got {str(rows)[:60]!r}"
+    if len(rows) != layers:
+        return f"expected {layers} layers, got {len(rows)}"
+    for layer, row in enumerate(rows):
+        if len(row) != heads:
+            return f"layer {layer}: expected {heads} heads, got {len(row)}"
+    return None
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = ".".join(map(str, first["loc"]))
+    if first["type"] == "value_error":  # raised by our own validator, which names the field first
+        return str(first["ctx"]["error"])
+    if first["type"] == "extra_forbidden":
+        return f"{path}: unknown key; known keys: {', '.join(SpanRules.model_fields)}"
+    if first["type"] == "missing":
+        return f"{path}: missing"
+    return f"{path}: expected {first['msg'].removeprefix('Input should be ')}, got {str(first['input'])[:60]!r}"

@@ -1,0 +1,243 @@
+"""The search for MoA's plans from end to end: what it measures, chooses and writes, and runs that are killed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calls import make_call
+from families import FAMILIES, llama
+from test_moa_influence import fingerprint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparse_patch.calibration.moa import search as module
+from sparse_patch.calibration.moa.hook import attention_by
+from sparse_patch.calibration.moa.influence import answer_loss, dense_attention
+from sparse_patch.calibration.moa.prompts import ANSWER, Prompt, answer_of, pieces, task_prompts
+from sparse_patch.calibration.moa.records import Settings, journal_of
+from sparse_patch.calibration.moa.report import Found, as_json, spans_table, table
+from sparse_patch.calibration.moa.search import search
+from sparse_patch.calibration.moa.validate import loss_under_masks, span_attention
+from sparse_patch.errors import TaskError
+from sparse_patch.evaluation.generation import load_tokenizer
+from sparse_patch.evaluation.journal import Journal
+from sparse_patch.methods.span_plans import SpanRules, check_shape, read_span_rules, write_span_rules
+from sparse_patch.model_shape import ModelShape
+from sparse_patch.plots import plot_spans
+
+SMALL = Settings(lengths=(512, 704), validate_length=832, samples=2, validate_samples=1, plans=2, tasks=("vt",))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer("examples/needle-llama")
+
+
+def tiny(**changes: Any) -> Any:
+    """A random Llama with the vocabulary of needle-llama."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 4096, "initializer_range": 0.3, "max_position_embeddings": 1024}
+    return LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval()
+
+
+@pytest.fixture(scope="module")
+def found(tokenizer: Any) -> Found:
+    return search(tiny(), tokenizer, SMALL, Journal(None, {}))
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 200, 700])
+@pytest.mark.parametrize("heads", [(4, 2), (6, 1), (2, 2)])
+def test_attention_under_a_plan_is_softmax_under_its_mask(length: int, heads: tuple[int, int]) -> None:
+    call = make_call(length, heads=heads, head_dim=16)
+    sinks, windows = [64, 0][: heads[1]], [64, 130][: heads[1]]
+    found = span_attention(call, sinks, windows)
+    i, j = torch.arange(length)[:, None], torch.arange(length)
+    for row in range(call.q.shape[0]):
+        for head in range(heads[0]):
+            kv = head // (heads[0] // heads[1])
+            seen = (j <= i) & ((j < sinks[kv]) | (i - j < windows[kv]))
+            logits = call.q[row, head].double() @ call.k[row, kv].double().T * call.scale
+            expected = logits.masked_fill(~seen, -torch.inf).softmax(-1) @ call.v[row, kv].double()
+            torch.testing.assert_close(found[row, head].double(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_a_plan_that_keeps_everything_loses_what_the_model_does(family: str) -> None:
+    model = FAMILIES[family]()
+    shape = ModelShape.of(model.config, model.config.num_hidden_layers)
+    prompt = Prompt("x", torch.randint(3, 90, (190,)).tolist(), [5, 6, 7])
+    with torch.no_grad():
+        expected = float(answer_loss(model, prompt.tokens, prompt.answer))
+    rules = [[0.0] * shape.num_kv_heads] * shape.num_layers
+    full = SpanRules.of(shape, rules, [[1.0] * shape.num_kv_heads] * shape.num_layers)
+    before, loss_of = fingerprint(model), loss_under_masks(model)
+    assert loss_of(None, 193, prompt) == pytest.approx(expected, rel=1e-4)
+    assert loss_of(full, 193, prompt) == pytest.approx(expected, rel=1e-4)
+    short = full.model_copy(update={"betas": rules})
+    assert loss_of(short, 193, prompt) != pytest.approx(expected, rel=1e-4)
+    assert fingerprint(model) == before
+
+
+def test_the_loss_of_a_plan_is_that_of_the_model_under_its_mask() -> None:
+    """Through a whole model, with a 4-D mask for each query head written out."""
+    model = llama()
+    shape = ModelShape.of(model.config, 3)
+    rules = SpanRules.of(shape, [[0, 0], [0, 192], [128, 0]], [[0, 1], [0.5, 0], [0, 0.8]])
+    prompt = Prompt("x", torch.randint(3, 90, (240,)).tolist(), [5, 6, 7])
+    i, j = torch.arange(242)[:, None], torch.arange(242)
+
+    def attend(call: Any, dense: Any) -> torch.Tensor:
+        sinks, windows = rules.spans(call.layer, 243)
+        seen = torch.stack([(j <= i) & ((j < s) | (i - j < w)) for s, w in zip(sinks, windows, strict=True)])
+        k, v = (x.repeat_interleave(2, 1) for x in (call.k, call.v))
+        logits = (call.q @ k.transpose(-1, -2) * call.scale).masked_fill(~seen.repeat_interleave(2, 0), -torch.inf)
+        return (logits.softmax(-1) @ v).transpose(1, 2)
+
+    with attention_by(model, attend), torch.no_grad():
+        expected = float(answer_loss(model, prompt.tokens, prompt.answer))
+    assert loss_under_masks(model)(rules, 243, prompt) == pytest.approx(expected, rel=1e-4)
+
+
+def test_dense_attention_needs_no_mask() -> None:
+    call = make_call(150, heads=(4, 2), head_dim=16)
+    torch.testing.assert_close(dense_attention(call), span_attention(call, [0, 0], [150, 150]), atol=1e-5, rtol=1e-4)
+
+
+def test_prompts_and_answers(tokenizer: Any, tmp_path: Path) -> None:
+    made = task_prompts(tokenizer, ["vt", "recite"], 768, 4, seed=0, answers="task")
+    assert [one.task for one in made] == ["vt", "recite"] * 2 or [one.task for one in made] == ["recite", "vt"] * 2
+    assert all(len(one.tokens) == 768 - ANSWER and 0 < len(one.answer) <= ANSWER for one in made)
+    assert made[0].tokens != made[2].tokens and task_prompts(tokenizer, ["vt"], 768, 1, 0, "model")[0].answer == []
+    (tmp_path / "mine.txt").write_text("A text of my own, about this and that. " * 400)
+    model = tiny()
+    cut = pieces(model, tokenizer, tmp_path / "mine.txt", [512, 512, 768])
+    assert [len(one.tokens) for one in cut] == [384, 384, 640] and cut[0].tokens != cut[1].tokens
+    answer = answer_of(model, tokenizer, cut[0].tokens)
+    with torch.no_grad():
+        ids = torch.tensor([[*cut[0].tokens, *answer]])
+        greedy = model(ids).logits[0, 383:-1].argmax(-1).tolist()
+    assert answer == greedy[: len(answer)] and (len(answer) == ANSWER or answer[-1] in (0, 1, 2))
+
+
+def test_a_plan_is_found(found: Found, tmp_path: Path) -> None:
+    profile = found.profile
+    assert profile.layers == [0, 1] and {n: c.shape for n, c in profile.curves.items()} == {
+        512: (2, 2, 8),
+        704: (2, 2, 11),
+    }
+    for plan in found.plans:
+        assert max(plan.densities) <= 0.5 + 1e-9 and len(plan.densities) == 3 and len(plan.predicted) == 2
+    scored = [plan for plan in found.plans if plan.loss is not None]
+    assert 1 <= len(scored) <= 2 and found.chosen.loss == min(plan.loss for plan in scored if plan.loss is not None)
+    assert [one.name for one in found.baselines] == [
+        "one span",
+        "dealt at random",
+        "full or streaming",
+        "a rule a layer",
+    ]
+    one_span, dealt, streaming, by_layer = found.baselines
+    share = found.chosen.densities[-1]
+    assert dealt.densities[-1] == pytest.approx(share) and abs(one_span.densities[-1] - share) <= 64 / 832
+    assert abs(streaming.densities[-1] - share) <= 0.25 and max(by_layer.densities) <= 0.5 + 1e-9
+    assert all(
+        len(set(zip(*row, strict=True))) == 1 for row in zip(by_layer.rules.alphas, by_layer.rules.betas, strict=True)
+    )
+    best = min(found.plans, key=lambda plan: plan.predicted[1])
+    for one in (one_span, by_layer):
+        if max(one.densities) <= 0.5:
+            assert best.predicted[1] <= one.predicted[1] + 1e-9, "nothing within the density loses less"
+    path = tmp_path / "plan.json"
+    write_span_rules(path, found.chosen.rules)
+    read = read_span_rules(path)
+    check_shape(read, profile.shape, "plan")
+    assert read.alphas == found.chosen.rules.alphas and read.provenance["validated"]["plan"] == found.chosen.loss
+    assert read.provenance["lengths"] == [512, 704] and read.provenance["validate_length"] == 832
+
+
+def test_tables_json_and_picture(found: Found, tmp_path: Path) -> None:
+    data = json.loads(json.dumps(as_json(found)))
+    assert data["spans"]["512"] == [[min(k, 512) for k in found.chosen.rules.kept(n, 512)] for n in (0, 1)]
+    plans = [loss for loss in data["frontier"]["plan"] if loss is not None]
+    assert len(plans) > 5 and plans == sorted(plans, reverse=True), "more is never worse"
+    assert table(found).row_count == len(found.plans) + 4 and spans_table(found).row_count == 2
+    plot_spans(data, tmp_path / "s.png")
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_killed_search_goes_on_and_ends_with_the_same(tokenizer: Any, tmp_path: Path, found: Found) -> None:
+    path, model, steps = tmp_path / "plan.json", tiny(), list[str]()
+
+    def die(description: str) -> None:
+        steps.append(description)
+        if description.startswith("plan"):
+            raise KeyboardInterrupt
+
+    before = fingerprint(model)
+    with pytest.raises(KeyboardInterrupt):
+        search(model, tokenizer, SMALL, journal_of(path, SMALL.measured), die)
+    assert fingerprint(model) == before and len(steps) == 4 + 1 + 1
+    steps.clear()
+    again = search(model, tokenizer, SMALL, journal_of(path, SMALL.measured), steps.append)
+    assert fingerprint(model) == before
+    assert again.chosen.rules.alphas == found.chosen.rules.alphas and again.chosen.loss == found.chosen.loss
+    assert steps[0].startswith("plan") and len(steps) <= 2 + 4 and len(steps) <= SMALL.steps
+    with pytest.raises(TaskError, match="unfinished run with seed 0, this one has 1; delete it or write --out"):
+        journal_of(path, {**SMALL.measured, "seed": 1})
+
+
+def test_the_model_answers_and_texts_are_read(tokenizer: Any, tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text(Path(module.__file__).read_text() * 3)
+    settings = Settings(
+        lengths=(512,), validate_length=576, samples=1, validate_samples=1, plans=1, text=str(text), influence="moa"
+    )
+    journal: Journal[Any] = Journal(None, {})
+    result = search(tiny(), tokenizer, settings, journal)
+    assert {key[0] for key in journal.records} == {"answer", "profile", "score"} and result.chosen.loss is not None
+    assert result.chosen.rules.provenance["text"] == str(text)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lengths": (500,)}, "--lengths: expected multiples of 64 from 512 on, got 500"),
+        ({"lengths": (2048,)}, "--lengths: a prompt of 1920 tokens and 128 for the answer do not fit"),
+        ({"validate_length": 512}, "--validate-length: 512 is among --lengths"),
+        ({"density": 0.0}, "--density: expected a share above 0 and up to 1, got 0.0"),
+        ({"density": 0.01}, "--density: no plan keeps so little; the least is 0."),
+        ({"max_rules": 4}, None),
+        ({"tasks": ("foo",)}, "--tasks: there is no task 'foo'"),
+    ],
+)
+def test_what_cannot_be_searched(changes: dict[str, Any], message: str | None, tokenizer: Any) -> None:
+    settings = Settings(**{**vars(SMALL), **changes})
+    if message is None:
+        assert search(tiny(), tokenizer, settings, Journal(None, {})).chosen, "more rules than heads are no limit"
+        return
+    with pytest.raises(TaskError, match="^" + message.replace(".", r"\.")):
+        search(tiny(), tokenizer, settings, Journal(None, {}))
+
+
+def test_the_command(tmp_path: Path, tokenizer: Any) -> None:
+    tiny().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "sparse_patch.cli", "calibrate", "moa", "--model", str(tmp_path / "model")]
+    command += ["--lengths", "512,640", "--validate-length", "768", "--samples", "1", "--validate-samples", "1"]
+    command += [
+        "--out",
+        str(tmp_path / "p.json"),
+        "--json",
+        str(tmp_path / "r.json"),
+        "--plot",
+        str(tmp_path / "s.png"),
+    ]
+    result = subprocess.run([*command, "--tasks", "vt"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "<- chosen" in result.stdout and "\r" not in result.stdout, "no progress bar in a pipe"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "p.json", "r.json", "s.png"]
+    assert read_span_rules(tmp_path / "p.json").num_layers == 2
+    assert json.loads((tmp_path / "r.json").read_text())["chosen"].startswith("plan")

@@ -1,0 +1,191 @@
+"""Plans of spans: the rule, the file, and what others have published."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparse_patch.methods.span_plans import (
+    PUBLISHED_LENGTHS,
+    SpanRules,
+    check_shape,
+    duo_rules,
+    read_span_rules,
+    rules_of_duo,
+    rules_of_moa,
+    write_span_rules,
+)
+from sparse_patch.model_shape import ModelShape
+
+SHAPE = ModelShape("llama", num_layers=2, num_heads=4, num_kv_heads=2, hidden_size=64)
+RULES = SpanRules.of(SHAPE, [[0, 1024], [-1024, 320]], [[0.5, 0], [1, 0]], provenance={"lengths": [2048]})
+
+
+def visible(rules: SpanRules, layer: int, head: int, length: int) -> int:
+    """Keys that the last query of `length` tokens reads, counted one by one."""
+    sinks, windows = rules.spans(layer, length)
+    last = length - 1
+    return sum(j < sinks[head] or last - j < windows[head] for j in range(length))
+
+
+def test_the_rule_as_the_public_code_computes_it() -> None:
+    """Section 1.1: c = trunc(alpha + beta M), c = min(c, M), C = 64 ceil(max(c, 128) / 64), window = C - 64."""
+    for length in (1, 64, 100, 129, 2048, 2049, 5000):
+        for layer, (alphas, betas) in enumerate(zip(RULES.alphas, RULES.betas, strict=True)):
+            sinks, windows = RULES.spans(layer, length)
+            assert sinks == [64, 64]
+            for alpha, beta, window in zip(alphas, betas, windows, strict=True):
+                c = min(int(alpha + beta * length), length)
+                assert window == 64 * math.ceil(max(c, 128) / 64) - 64
+    assert RULES.spans(0, 2048) == ([64, 64], [960, 960]) and RULES.spans(1, 2048) == ([64, 64], [960, 256])
+    assert RULES.spans(1, 1025)[1] == [64, 256], "a span of one token is the shortest span"
+
+
+def test_density_and_bytes_are_those_of_the_mask() -> None:
+    for length in (100, 300, 2048, 4096):
+        counted = [visible(RULES, layer, head, length) / length for layer in range(2) for head in range(2)]
+        assert RULES.density(length) == pytest.approx(sum(counted) / 4)
+    assert RULES.density(2048, [1]) == pytest.approx((1024 + 320) / 4096)
+    planned, dense = RULES.kv_bytes(2048, head_dim=16, bytes_each=2, batch=3)
+    assert (planned, dense) == (3 * 2 * 16 * 2 * (1024 + 1024 + 1024 + 320), 3 * 2 * 16 * 2 * 4 * 2048)
+
+
+def test_a_full_head_reads_everything() -> None:
+    full = SpanRules.of(SHAPE, [[0, 0]] * 2, [[1, 1]] * 2)
+    for length in (1, 63, 64, 65, 127, 1000):
+        assert visible(full, 0, 0, length) == length and full.density(length) == 1
+
+
+def test_a_current_window_never_moves_back() -> None:
+    rules = RULES.model_copy(update={"length_policy": "current"})
+    for layer in range(2):
+        for head in range(2):
+            first = [length - rules.spans(layer, length)[1][head] for length in range(1, 3000)]
+            assert all(after >= before for before, after in pairwise(first))
+    assert rules.spans(0, 2001) == ([64, 64], [1000 - 64, 1024 - 64])
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    write_span_rules(path, RULES)
+    assert read_span_rules(path) == RULES and [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+    assert json.loads(path.read_text())["format"] == "per-head-span/1"
+    assert len(path.read_text().splitlines()) == 2 + len(SpanRules.model_fields) + 2 * (2 + 1), "a layer in a line"
+    check_shape(RULES, SHAPE, "here")
+
+
+GOOD = RULES.model_dump()
+BAD: list[tuple[Any, str]] = [
+    ("{", "is no JSON"),
+    ([], "expected a JSON object, got list"),
+    ({**GOOD, "format": "per-head-span/2"}, "format: expected 'per-head-span/1', got 'per-head-span/2'"),
+    ({key: value for key, value in GOOD.items() if key != "format"}, "format: missing, expected per-head-span/1"),
+    ({key: value for key, value in GOOD.items() if key != "betas"}, "betas: missing"),
+    ({**GOOD, "alpha": 1}, "alpha: unknown key; known keys: format, model_type"),
+    ({**GOOD, "granularity": "query_head"}, "granularity: expected 'kv_head', got 'query_head'"),
+    ({**GOOD, "sink": 128}, "min_span: expected more than the 128 tokens of sink, got 128"),
+    ({**GOOD, "num_kv_heads": 3}, "num_kv_heads: 3 do not divide 4 query heads"),
+    ({**GOOD, "alphas": [[0, 1]]}, "alphas: expected 2 layers, got 1"),
+    ({**GOOD, "alphas": [[0, 1], [0]]}, "alphas: layer 1: expected 2 heads, got 1"),
+    ({**GOOD, "alphas": [[0, "x"], [0, 1]]}, "alphas.0.1: expected a valid number, got 'x'"),
+    ({**GOOD, "betas": [[0, 1], [1.5, 0]]}, "betas.1.0: expected less than or equal to 1, got '1.5'"),
+    ({**GOOD, "block": 0}, "block: expected greater than or equal to 1, got '0'"),
+]
+
+
+@pytest.mark.parametrize("data, message", BAD, ids=[message for _, message in BAD])
+def test_a_wrong_file_is_one_line(data: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(data if isinstance(data, str) else json.dumps(data))
+    with pytest.raises(ValueError) as error:
+        read_span_rules(path)
+    text = str(error.value)
+    assert text.startswith(f"calibration: {path}: {message}") and "\n" not in text
+    assert "sparse-patch calibrate moa" in text
+
+
+def test_a_file_that_is_not_there_and_another_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"calibration: .*no\.json: cannot be read: No such file"):
+        read_span_rules(tmp_path / "no.json")
+    other = ModelShape("llama", num_layers=3, num_heads=4, num_kv_heads=2, hidden_size=64)
+    with pytest.raises(ValueError, match="calibration: p: was made for another model: num_layers 2, this one has 3"):
+        check_shape(RULES, other, "calibration: p")
+
+
+def test_a_published_plan_of_moa(tmp_path: Path) -> None:
+    """Every KV head keeps what each query head of its group would: heads q // group, as Transformers repeats them."""
+    alphas = [[0, 2048, 0, 0], [-1024, 1024, 512, 512]]
+    betas = [[0.5, 0.25, 1, 0], [1, 0.5, 0.125, 0.125]]
+    path = tmp_path / "moa.json"
+    path.write_text(json.dumps({"alphas": alphas, "betas": betas}))
+    plan, remark = rules_of_moa(path, SHAPE)
+    for length in range(PUBLISHED_LENGTHS[0], PUBLISHED_LENGTHS[1] + 1, 64):
+        for layer in range(2):
+            kept = plan.kept(layer, length)
+            for head in range(4):
+                assert kept[head // 2] >= plan.room(alphas[layer][head], betas[layer][head], length)
+    assert (plan.alphas[0][1], plan.betas[0][1]) == (0, 1) and (plan.alphas[1][1], plan.betas[1][1]) == (512, 0.125)
+    assert f"density {plan.density(16384):.2f} at 16384 tokens" in remark and "4 heads as rules of 2 KV heads" in remark
+    write_span_rules(tmp_path / "plan.json", plan)
+    assert read_span_rules(tmp_path / "plan.json") == plan
+    heads = ModelShape("llama", num_layers=2, num_heads=4, num_kv_heads=4, hidden_size=64)
+    same, _ = rules_of_moa(path, heads)
+    assert same.alphas == alphas and same.betas == betas
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ({"alphas": [[0] * 4] * 2}, "expected alphas and betas alone, as MoA's plans have, got alphas"),
+        ({"alphas": [[0] * 3] * 2, "betas": [[1] * 3] * 2}, "alphas: layer 0: expected 4 heads, got 3"),
+        (
+            {"alphas": [[0] * 4] * 2, "betas": [[1] * 4]},
+            "betas: expected 2 layers, got 1; the plan is of another model",
+        ),
+        ({"alphas": [[0] * 4] * 2, "betas": 1}, "betas: expected 2 lists of 4 numbers, got '1'"),
+        ({"alphas": [[0] * 4] * 2, "betas": [[2] * 4] * 2}, "betas.0.0: expected less than or equal to 1, got '2.0'"),
+    ],
+)
+def test_a_wrong_plan_of_moa(data: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "moa.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError) as error:
+        rules_of_moa(path, SHAPE)
+    assert str(error.value).startswith(f"calibration: {path}: {message}") and "\n" not in str(error.value)
+
+
+def test_a_published_pattern_of_duoattention(tmp_path: Path) -> None:
+    path = tmp_path / "full_attention_heads.tsv"
+    path.write_text("0.9\t-0.001\n0.5\t0.5\n")
+
+    def full(sparsity: float) -> list[list[float]]:
+        return rules_of_duo(path, SHAPE, sparsity)[0].betas
+
+    assert full(0) == [[1, 1], [1, 1]] and full(1) == [[0, 0], [0, 0]]
+    assert full(0.3) == [[1, 0], [1, 1]] and full(0.6) == [[1, 0], [1, 0]], "of equal gates the first"
+    plan, remark = rules_of_duo(path, SHAPE, 0.6, sink=128, recent=256)
+    assert plan.spans(0, 4096) == ([128, 128], [4096 - 128, 256]) and "2 of 4 KV heads are full" in remark
+    path.write_text("0\t-3\n-1\t0\n")
+    assert full(0.5) == [[1, 1], [0, 0]], "negative gates are as good as 0"
+    assert duo_rules(SHAPE, {(0, 1)}).spans(0, 1024) == ([64, 64], [256, 960])
+
+
+@pytest.mark.parametrize(
+    "text, sparsity, message",
+    [
+        ("0.1\tx\n0.2\t0.3", 0.5, "expected a line of numbers for each layer with tabs between: could not convert"),
+        ("0.1\tnan\n0\t0", 0.5, "with tabs between: nan is not finite"),
+        ("0.1\t0.2", 0.5, "expected 2 layers, got 1; the pattern is of another model"),
+        ("0.1\t0.2\n0.1", 0.5, "layer 1: expected 2 heads, got 1"),
+        ("0.1\t0.2\n0.1\t0.2", 1.5, "sparsity: expected a share from 0 to 1, got 1.5"),
+    ],
+)
+def test_a_wrong_pattern_of_duoattention(text: str, sparsity: float, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "heads.tsv"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        rules_of_duo(path, SHAPE, sparsity)
+    assert message in str(error.value) and "\n" not in str(error.value)
