@@ -66,7 +66,7 @@ class PatchConfig(BaseModel):
             theirs, ours = getattr(self.prefill, field), getattr(self.decode, field)
             if theirs != ours:
                 raise ValueError(
-                    f"decode.{field}: {ours} is not that of prefill, {theirs}; name one file, under `{BOTH}` for instance"
+                    f"decode.{field}: {ours} is not that of prefill, {theirs}; name one, under `{BOTH}` for instance"
                 )
         return self
 

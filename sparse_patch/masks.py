@@ -9,6 +9,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from sparse_patch.call import causal_pairs
+from sparse_patch.ops.span_ring import tokens_before
 from sparse_patch.report import Work
 
 DECODE_MAX_QUERIES = 16  # speculative decoding verifies a few tokens at once: still decode
@@ -169,6 +170,11 @@ class LazyMask:
     def real_row_starts(self) -> torch.Tensor | None:
         """`row_starts`, or None when no row turns out to be padded."""
         return self.row_starts if self._padding_facts[1] else None
+
+    @cached_property
+    def tokens_before(self) -> torch.Tensor:
+        """Tokens that each row had before the forward, int64 `[B]`; see `span_ring.tokens_before`."""
+        return tokens_before(self.q_start, self.real_row_starts, self.shape[0], self.device)
 
     @cached_property
     def work(self) -> Work:

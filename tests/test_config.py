@@ -142,7 +142,10 @@ def test_bad_config_is_one_line(source: Any, overrides: dict[str, Any], message:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("- a\n- b\n", "expected a mapping with the keys prefill, decode, both, backend, dense, on_unsupported, got a list"),
+        (
+            "- a\n- b\n",
+            "mapping with the keys prefill, decode, both, backend, dense, on_unsupported, got a list",
+        ),
         ("", "got an empty file"),
         ("just text", "got a str"),
         ("a: [b\nc: :", "not valid YAML: "),

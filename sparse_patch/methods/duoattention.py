@@ -1,13 +1,13 @@
 """DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads (ICLR 2025, arXiv 2410.10819).
 
 Some KV heads keep everything, the others the first tokens and the last ones. Which ones is learned: a gate for each KV
-head, published as a TSV; those below the quantile `sparsity` stream. Code: mit-han-lab/duo-attention. Where this differs:
+head, published as a TSV; those below the quantile `sparsity` stream. Code: mit-han-lab/duo-attention. Differences:
 
 - Of equal gates the first layers and heads are full, where the code breaks ties by noise without a seed.
-- The code's window is counted in its ring after a prompt of blocks of 128; here a query reads just `recent` tokens up to
-  itself, in prompts and answers alike, whatever a prompt is cut into.
-- Prompts are read by the same rule as answers. For dense prompts, as the paper's accuracy results have them, set `decode`
-  alone.
+- The code reads the first forward of a prompt densely, whatever its length, and of a later one all keys of that forward
+  beside what it kept, so that a streaming head's window depends on the chunks. Here a query reads the first `sink`
+  tokens and the last `recent` up to itself (one less than in the code's decode), in prompts and answers alike. For a
+  prompt that is read densely, as the published accuracy has it, set `decode` alone and do not cut prompts into chunks.
 """
 
 from typing import Annotated, Literal

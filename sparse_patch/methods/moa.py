@@ -1,11 +1,11 @@
 """MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression (Fu et al. 2024, arXiv 2406.14909).
 
-Every head keeps the first tokens and a window whose length is a line over the length of the text; the lines are searched
-for offline, so that the loss on answers that need distant text grows least. `methods.span_plans` has the rule, the file
-and where the public code (thu-nics/MoA) differs. Beside what is said there:
+Every head keeps the first tokens and a window whose length is a line over the length of the text; the lines are
+searched for offline, so that the loss on answers that need distant text grows least. `methods.span_plans` has the rule,
+the file and where the public code (thu-nics/MoA) differs. Beside what is said there:
 
-- The length M of the rule is that of prompt and answer together, at most: `max_new_tokens` of the call, where the public
-  code has a setting of its own, 1024 by default.
+- The length M of the rule is that of prompt and answer together, by the `max_new_tokens` of the call; the public code
+  has a setting of its own for the answer, 1024 by default.
 - Rules are for KV heads; published plans, which are for query heads, are reduced when they are read.
 - Batches with left padding, prompts in chunks, later turns of a chat and beam search; the public code has none.
 """

@@ -3,9 +3,8 @@
 Every head of every layer keeps the first `sink` tokens and a window of the last ones. Code: mit-han-lab/streaming-llm.
 
 Positions are the true ones. The public code numbers the tokens in its cache anew at every step, so that a text may
-become longer than the positions that a model was trained on; that is not done here, and such texts are no better for it.
-The public code reads prompts densely and forgets afterwards (`decode` alone does that); here prompts are read by the same
-rule, which is what others measure under its name (MoA's and DuoAttention's papers).
+become longer than the positions that a model was trained on; that is not done here. It reads prompts densely and
+forgets afterwards, as `decode` alone does; here prompts are read by the same rule, as where others measure it.
 """
 
 from typing import Literal
