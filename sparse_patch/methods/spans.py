@@ -54,9 +54,9 @@ class SpanMethod(Method):
 
     def plan(self, call: AttentionCall) -> Plan:
         """The spans on a call; see `Method.plan`."""
-        if call.phase == "prefill" and not self.reads_prompts():
-            return Dense("the plan has prompts read densely")
         try:
+            if call.phase == "prefill" and not self.reads_prompts():
+                return Dense("the plan has prompts read densely")
             spans = self.spans(call.layer, self.total_length(call), call.k.shape[1])
         except ValueError as error:
             return Dense(str(error))
@@ -98,8 +98,13 @@ class RuledMethod(SpanMethod):
 
     @property
     def rules(self) -> SpanRules:
-        """The plan of a method that was resolved for a model."""
-        assert self._rules is not None, "for_model reads the plan"
+        """The plan.
+
+        Raises:
+            ValueError: it was not read, because `for_model` was not asked.
+        """
+        if self._rules is None:
+            raise ValueError("the plan is one of a model, and there is none here")
         return self._rules
 
     def spans(self, layer: int, length: int, kv_heads: int) -> Spans:
