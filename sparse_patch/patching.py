@@ -190,8 +190,8 @@ def _rings(root: PreTrainedModel, max_length: int) -> dict[int, RingLayer]:
     if not is_patched(root):
         return {}
     config = root.config.get_text_config(decoder=True)
-    if getattr(config, "num_kv_shared_layers", 0):
-        return {}  # other layers read the same keys, and need them all
+    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_lora_rank", None):
+        return {}  # layers read the keys of others and need them all, or what is cached has no heads (latent attention)
     rings: dict[int, RingLayer] = {}
     for module in _patch_of(root).attention:
         state = state_of(module)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from calls import make_call, row_alone
-from families import gemma3, llama, qwen3
+from families import FAMILIES, gemma3, llama, qwen3
 from method_table import SMALL_MODEL, SPAN_METHODS, MethodCase
 from span_oracle import Spans, moa_window, spans_by_mask
 from transformers import DynamicCache, PreTrainedModel
@@ -41,10 +41,9 @@ from sparse_patch.plans import Dense, SpanPlan
 LENGTH, NEW = 70, 30  # with windows of 5 to 35 tokens, rings turn in the prompt and in the answer
 SIZES = {"sink": 3, "block": 4, "min_span": 8}
 RULES = [[(0, 1), (12, 0)], [(8, 0.25), (0, 0.1)], [(30, 0), (8, 0)]]  # alpha and beta of layers and KV heads
-FAMILIES: list[Callable[[], PreTrainedModel]] = [llama, qwen3, gemma3]
 
 
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.__name__)
+@pytest.fixture(params=[llama, qwen3, gemma3], ids=lambda family: family.__name__)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     built: PreTrainedModel = request.param()
     return built
@@ -261,6 +260,18 @@ def test_beams_and_samples(model: PreTrainedModel, options: dict[str, Any], tmp_
     with spans_by_mask(model, moa_spans(model, LENGTH + NEW - 1)):
         expected = generated(model, batch, **options)
     assert torch.equal(found.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"llama", "qwen3", "gemma3"}))
+def test_other_families(family: str) -> None:
+    """With the cache that `generate` makes as with one that keeps everything; only where heads keep their own keys."""
+    model, batch = FAMILIES[family](), batch_of()
+    with patched(model, {"both": {"method": "streamingllm", "sink": 4, "window": 17}, "on_unsupported": "error"}):
+        found = generated(model, batch, 8)
+        expected = generated(model, batch, 8, past_key_values=DynamicCache(config=model.config))
+    close(torch.stack(found.logits), torch.stack(expected.logits))
+    rings = sum(isinstance(layer, RingLayer) for layer in found.past_key_values.layers)
+    assert rings == (0 if family in ("gemma4", "minicpm3") else len(full_layers(model)))
 
 
 def longer(batch: dict[str, torch.Tensor], sequences: torch.Tensor, more: int) -> dict[str, torch.Tensor]:
