@@ -157,9 +157,11 @@ def sparse_attention(
     ring, state.ring = state.ring, None
     if ring is None:
         return _attend(state, module, tensors, attention_mask, scaling, kwargs)
-    if ring.seen:
+    if not ring.is_empty:
         return _attend_to_ring(state, ring, module, tensors, attention_mask, scaling, kwargs), None
     state.max_length = ring.max_length  # it may have grown since
+    if isinstance(attention_mask, LazyMask):
+        attention_mask = attention_mask.alone
     attended = _attend(state, module, tensors, attention_mask, scaling, kwargs)
     if isinstance(attention_mask, LazyMask) and attention_mask.has_left_padding_only:  # else nobody knows what is real
         ring.write(key, value, attention_mask.tokens_before, state.config.backend)
@@ -214,7 +216,7 @@ def _attend_to_ring(
     The ring says what is read, whatever the method of the phase: there is nothing else.
     """
     phase, backend = _phase(mask, tensors[0].shape[2]), state.config.backend
-    unserved, call = _unsupported(module, tensors, mask, kwargs, kept=ring.seen), None
+    unserved, call = _unsupported(module, tensors, mask, kwargs, ring), None
     if unserved is None:
         call = _attention_call(state, phase, tensors, mask, scaling, kwargs, memory=None)
         reason = span_ring.unsupported(call, backend)
@@ -225,9 +227,11 @@ def _attend_to_ring(
             f"{state.name}: {phase}: {unserved and unserved.reason}: not served by a span cache, which has forgotten "
             "keys that dense attention needs; pass past_key_values=growing_cache(model.config)"
         )
-    plan = _ring_plan(ring, call, mask)
     output = ring.attend(call, mask.tokens_before, backend)
-    _count_sparse(state, call, plan, mask)
+    if torch.compiler.is_compiling():
+        state.compiled = True
+    else:
+        _count_sparse(state, call, _ring_plan(ring, call, mask), mask)
     return output.transpose(1, 2).contiguous()
 
 
@@ -238,9 +242,8 @@ def _ring_plan(ring: RingLayer, call: AttentionCall, mask: LazyMask) -> SpanPlan
     key = f"spans of {call.q.shape[1]} heads: {sinks} {windows} on {call.q.device}"
     if key not in mask.carried:
         _, heads, q_length, _ = call.q.shape
-        lengths = mask.tokens_before + q_length
-        starts = mask.kv_length - lengths
-        mask.carried[key] = SpanPlan(sinks, windows, heads, q_length, mask.kv_length, lengths, starts)
+        of_rows = mask.tokens_before + q_length, call.row_starts()
+        mask.carried[key] = SpanPlan(sinks, windows, heads, q_length, mask.kv_length, *of_rows)
     plan: SpanPlan = mask.carried[key]
     return plan
 
@@ -269,9 +272,13 @@ def _window(mask: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _unsupported(
-    module: nn.Module, tensors: tuple[torch.Tensor, ...], mask: Any, kwargs: dict[str, Any], kept: int = 0
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, ...],
+    mask: Any,
+    kwargs: dict[str, Any],
+    ring: RingLayer | None = None,
 ) -> Dense | None:
-    """Dense because no sparse path can serve the call; `kept` tokens came before its keys."""
+    """Dense because no sparse path can serve the call; with a ring its keys are those of the forward alone."""
     if not isinstance(mask, LazyMask):
         return Dense("no mask was built" if mask is None else "mask tensor passed by the caller")
     if not mask.is_plain_causal:
@@ -293,7 +300,9 @@ def _unsupported(
         return Dense(f"dtype {tensors[0].dtype}")
     if torch.compiler.is_compiling() and not mask.is_decode:
         return Dense("prefill inside torch.compile")
-    if kept + tensors[1].shape[2] != mask.kv_length or not mask.fits:
+    keys = mask.kv_length if ring is None else mask.q_length
+    described = mask.kv_length if ring is None else ring.get_mask_sizes(mask.q_length)[0]
+    if (tensors[1].shape[2], mask.kv_length) != (keys, described) or not mask.fits:
         return Dense("the cache returns other keys than the mask describes")
     if not mask.has_left_padding_only:
         return Dense("padding that is not on the left")

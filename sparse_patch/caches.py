@@ -130,7 +130,8 @@ class RingLayer(CacheLayerMixin):
         keys: `[B, slots, D]`, of all heads one after the other; see `RingLayout`.
         values: `[B, slots, Dv]`.
         max_length: the length, tokens of prompt and answer together.
-        seen: tokens until now, padding included.
+        seen: tokens until now, padding included; see `get_seq_length`.
+        is_empty: whether there are none, for the host to know.
         layout: which slot keeps what; None before the first forward.
     """
 
@@ -142,7 +143,8 @@ class RingLayer(CacheLayerMixin):
     def __init__(self, spans: SpansOf, max_length: int) -> None:
         super().__init__()
         self.spans, self.max_length = spans, max_length
-        self.seen = 0
+        self.seen: Any = 0
+        self.is_empty = True
         self.layout: RingLayout | None = None
         self._awaits_write = False
 
@@ -166,9 +168,7 @@ class RingLayer(CacheLayerMixin):
                 "the span cache has not kept the keys of the forward before: that one ran on a model without the "
                 "patch, or with a mask that is more than left padding; start again with a new cache"
             )
-        end = self.seen + key_states.shape[-2]
-        if end > self.max_length and (self.layout is None or None in self.layout.windows):
-            self.make_room(end + _SPARE + end // 8)
+        self._outgrow(key_states.shape[-2])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._awaits_write = True
@@ -193,8 +193,8 @@ class RingLayer(CacheLayerMixin):
     def write(self, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, backend: str) -> None:
         """Keep what the spans of later tokens have of a forward's keys and values; see `span_ring.write`."""
         span_ring.write(self._ring, k, v, before, backend)
-        self.seen += k.shape[2]
-        self._awaits_write = False
+        self.seen += k.shape[2]  # of a static cache in place
+        self.is_empty = self._awaits_write = False
 
     def take_back(self) -> None:
         """Undo an `update` that nothing was written after."""
@@ -211,7 +211,7 @@ class RingLayer(CacheLayerMixin):
         old, self.layout = self.layout, self._layout(len(self.layout.sinks), self.layout)
         self.keys, self.values = (_moved(kept, old, self.layout) for kept in (self.keys, self.values))
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> Any:
         """Tokens seen, not those kept: positions follow from it."""
         return self.seen
 
@@ -239,7 +239,7 @@ class RingLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.keys = self.values = self.layout = None
         self.is_initialized = self._awaits_write = False
-        self.seen = 0
+        self.is_empty, self.seen = True, 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
@@ -252,6 +252,12 @@ class RingLayer(CacheLayerMixin):
     def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.keys is not None and self.values is not None:
             self.keys, self.values = change(self.keys), change(self.values)
+
+    def _outgrow(self, tokens: int) -> None:
+        """Make room for so many more tokens, and some, where a head has to keep them all."""
+        end = self.seen + tokens
+        if end > self.max_length and (self.layout is None or None in self.layout.windows):
+            self.make_room(end + _SPARE + end // 8)
 
     @property
     def _ring(self) -> Ring:
@@ -271,6 +277,43 @@ class RingLayer(CacheLayerMixin):
         return RingLayout.of(sinks, windows, self.max_length)
 
 
+class FixedRingLayer(RingLayer):
+    """The ring of a static cache: its tensors stay where they are, its length is fixed, and its steps compile.
+
+    Tokens are counted on the device, int64 `[]`. Beyond `max_length` heads that keep everything forget the oldest.
+    """
+
+    is_compileable = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
+        for tensor in (self.keys, self.values, self.seen):
+            torch._dynamo.mark_static_address(tensor)
+
+    def make_room(self, length: int) -> None:
+        """Nothing: a graph knows where the tensors are."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys of the mask and its offset: of a static cache its whole length."""
+        return self.max_length, 0
+
+    def reset(self) -> None:
+        CacheLayerMixin.reset(self)
+        if self.is_initialized:
+            self.seen.zero_()
+        self.is_empty, self._awaits_write = True, False
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._change_rows(_selected(beam_idx))
+
+    def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super()._change_rows(lambda tensor: _in_place(tensor, change))
+
+    def _outgrow(self, tokens: int) -> None:
+        """Nothing, see `make_room`."""
+
+
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:
     """The cache that `generate` makes for a model, with growing layers in place of those that copy."""
     cache = DynamicCache(config=config)
@@ -278,15 +321,16 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
     return cache
 
 
-def adopt(cache: Cache, rings: Mapping[int, RingLayer] | None = None) -> None:
+def adopt(cache: Cache, spans: Mapping[int, SpansOf] | None = None, max_length: int = 0) -> None:
     """Give a new cache of Transformers our layers; layers of other kinds, such as sliding windows, stay as they are.
 
     Args:
         cache: is changed.
-        rings: what takes the place of growing layers, by number.
+        spans: those of layers that become rings, by number.
+        max_length: tokens that a ring is made for; a static cache knows that itself.
     """
     if not getattr(cache, "offloading", False):
-        cache.layers = [_ours(layer, (rings or {}).get(number)) for number, layer in enumerate(cache.layers)]
+        cache.layers = [_ours(layer, (spans or {}).get(i), max_length) for i, layer in enumerate(cache.layers)]
 
 
 @dataclass(frozen=True)
@@ -352,12 +396,15 @@ def _layer(cache: Any, layer: int) -> Any:
     return layers[layer] if layer < len(layers) else None
 
 
-def _ours(layer: Any, ring: RingLayer | None) -> Any:
+def _ours(layer: Any, spans: SpansOf | None, max_length: int) -> Any:
     if layer.is_initialized:
         return layer
     if type(layer) is DynamicLayer:
-        return ring or GrowingLayer()
-    return FixedLayer(layer.max_cache_len) if type(layer) is StaticLayer else layer
+        return GrowingLayer() if spans is None else RingLayer(spans, max_length)
+    if type(layer) is StaticLayer:
+        length = layer.max_cache_len
+        return FixedLayer(length) if spans is None else FixedRingLayer(spans, length)
+    return layer
 
 
 def _moved(kept: torch.Tensor, old: RingLayout, new: RingLayout) -> torch.Tensor:

@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig,
 from transformers.generation.configuration_utils import GenerationMode
 
 from sparse_patch.attention import NAME, ON_KERNELS, LayerState, dispatch_scope, note_cache, register
-from sparse_patch.caches import RingLayer, adopt
+from sparse_patch.caches import RingLayer, SpansOf, adopt
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.config import ConfigSource, PatchConfig, load_config
 from sparse_patch.correction import Correction
@@ -181,25 +181,25 @@ def span_cache(model: nn.Module, max_length: int) -> DynamicCache:
     """
     root = transformers_model(model)
     cache = DynamicCache(config=root.config)
-    adopt(cache, _rings(root, max_length))
+    adopt(cache, _spans_of(root), max_length)
     return cache
 
 
-def _rings(root: PreTrainedModel, max_length: int) -> dict[int, RingLayer]:
-    """Rings for the layers that decode by spans, by layer."""
+def _spans_of(root: PreTrainedModel) -> dict[int, SpansOf]:
+    """The spans of the layers that decode by spans and can have a ring, by layer."""
     if not is_patched(root):
         return {}
     config = root.config.get_text_config(decoder=True)
     if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_lora_rank", None):
         return {}  # layers read the keys of others and need them all, or what is cached has no heads (latent attention)
-    rings: dict[int, RingLayer] = {}
+    spans: dict[int, SpansOf] = {}
     for module in _patch_of(root).attention:
         state = state_of(module)
         method = state.config.decode if "decode" in state.phases else None
         served = attention_kind(config, state.layer) == "full" and getattr(module, "sinks", None) is None
         if isinstance(method, SpanMethod) and served:
-            rings[state.layer] = RingLayer(partial(method.spans, state.layer), max_length)
-    return rings
+            spans[state.layer] = partial(method.spans, state.layer)
+    return spans
 
 
 def versions() -> dict[str, str]:
@@ -289,7 +289,7 @@ def _prepare_cache(
         return
     if given is None:
         takes_back = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
-        adopt(cache, None if takes_back else _rings(self, max_cache_length))
+        adopt(cache, None if takes_back else _spans_of(self), max_cache_length)
     for layer in cache.layers:
         if isinstance(layer, RingLayer):
             layer.make_room(max_cache_length)
