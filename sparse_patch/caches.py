@@ -290,6 +290,7 @@ class FixedRingLayer(RingLayer):
         self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
         for tensor in (self.keys, self.values, self.seen):
             torch._dynamo.mark_static_address(tensor)
+        span_ring.prepare(self._ring)
 
     def make_room(self, length: int) -> None:
         """Nothing: a graph knows where the tensors are."""
