@@ -213,26 +213,30 @@ def _attend_to_ring(
 ) -> torch.Tensor:
     """A forward after others on a ring, the next chunk of a prompt or a token: the output `[B, Sq, Hq, Dv]`.
 
-    The ring says what is read, whatever the method of the phase: there is nothing else.
+    The ring says what is read, whatever the method of the phase: nothing else is there.
     """
     phase, backend = _phase(mask, tensors[0].shape[2]), state.config.backend
-    unserved, call = _unsupported(module, tensors, mask, kwargs, ring), None
-    if unserved is None:
-        call = _attention_call(state, phase, tensors, mask, scaling, kwargs, memory=None)
-        reason = span_ring.unsupported(call, backend)
-        unserved = None if reason is None else Dense(reason)
-    if unserved is not None or call is None:
-        ring.take_back()
-        raise UnsupportedCallError(
-            f"{state.name}: {phase}: {unserved and unserved.reason}: not served by a span cache, which has forgotten "
-            "keys that dense attention needs; pass past_key_values=growing_cache(model.config)"
-        )
+    unserved = _unsupported(module, tensors, mask, kwargs, ring)
+    if unserved is not None:
+        raise _refusal(state, ring, phase, unserved.reason)
+    call = _attention_call(state, phase, tensors, mask, scaling, kwargs, memory=None)
+    if reason := span_ring.unsupported(call, backend):
+        raise _refusal(state, ring, phase, reason)
     output = ring.attend(call, mask.tokens_before, backend)
     if torch.compiler.is_compiling():
         state.compiled = True
     else:
         _count_sparse(state, call, _ring_plan(ring, call, mask), mask)
     return output.transpose(1, 2).contiguous()
+
+
+def _refusal(state: LayerState, ring: RingLayer, phase: Phase, reason: str) -> UnsupportedCallError:
+    """What is raised in place of dense attention; the ring is as it was before the forward."""
+    ring.take_back()
+    return UnsupportedCallError(
+        f"{state.name}: {phase}: {reason}: not served by a span cache, which has forgotten keys that dense attention "
+        "needs; pass past_key_values=growing_cache(model.config)"
+    )
 
 
 def _ring_plan(ring: RingLayer, call: AttentionCall, mask: LazyMask) -> SpanPlan:
