@@ -123,8 +123,8 @@ class RingLayer(CacheLayerMixin):
     them (`attend`; after a forward with nothing before it, `write`), so a ring serves patched models only. Nothing else
     keeps keys or values: what no span has any more is gone, and what needs it is refused.
 
-    The spans are those of a length. A text that becomes longer than that while some head still has all its tokens makes
-    the ring larger: such heads then have their spans at the new length, the others the ones that they had.
+    The spans are those of a length. A text that becomes longer makes the ring larger where a head's span is the whole
+    length: such heads then have their spans at the new length, the others the ones that they had.
 
     Attributes:
         keys: `[B, slots, D]`, of all heads one after the other; see `RingLayout`.
@@ -138,7 +138,6 @@ class RingLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
     is_compileable = False
-    supports_early_init = False  # how many heads there are does not say how many slots
 
     def __init__(self, spans: SpansOf, max_length: int) -> None:
         super().__init__()
@@ -265,7 +264,7 @@ class RingLayer(CacheLayerMixin):
         return Ring(self.layout, self.keys, self.values)
 
     def _layout(self, heads: int, before: RingLayout | None = None) -> RingLayout:
-        """The layout for rows of `max_length`; heads that do not have all tokens any more keep what they had before."""
+        """The layout for rows of `max_length`; of the heads before, only those without an end get new spans."""
         try:
             sinks, windows = self.spans(self.max_length, heads)
         except ValueError as error:

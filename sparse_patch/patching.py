@@ -288,7 +288,8 @@ def _prepare_cache(
     if not isinstance(cache, Cache):
         return
     if given is None:
-        takes_back = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
+        is_assistant = getattr(generation_config, "is_assistant", False)  # says who generates the candidates
+        takes_back = is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION
         adopt(cache, None if takes_back else _spans_of(self), max_cache_length)
     for layer in cache.layers:
         if isinstance(layer, RingLayer):
