@@ -5,7 +5,7 @@ print(sparsity_report(model))  # what was really computed
 unpatch_model(model)  # bit for bit what it was
 """
 
-from sparse_patch.caches import growing_cache
+from sparse_patch.caches import CacheBytes, cache_bytes, growing_cache
 from sparse_patch.config import PatchConfig, load_config, packaged_configs
 from sparse_patch.errors import ConfigError, PatchError, SparsePatchError, TaskError, UnsupportedCallError
 from sparse_patch.minicpm import load_minicpm
@@ -14,12 +14,14 @@ from sparse_patch.patching import (
     patch_model,
     patched,
     reset_report,
+    span_cache,
     sparsity_report,
     unpatch_model,
 )
 from sparse_patch.version import __version__
 
 __all__ = [
+    "CacheBytes",
     "ConfigError",
     "PatchConfig",
     "PatchError",
@@ -27,6 +29,7 @@ __all__ = [
     "TaskError",
     "UnsupportedCallError",
     "__version__",
+    "cache_bytes",
     "capture_plans",
     "growing_cache",
     "load_config",
@@ -35,6 +38,7 @@ __all__ = [
     "patch_model",
     "patched",
     "reset_report",
+    "span_cache",
     "sparsity_report",
     "unpatch_model",
 ]

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from sparse_patch.caches import copies, memory_of
+from sparse_patch.caches import RingLayer, copies, max_length_of, memory_of, ring_of
 from sparse_patch.call import AttentionCall, Phase
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import PatchError, UnsupportedCallError
 from sparse_patch.masks import DECODE_MAX_QUERIES, LazyMask, lazy_mask, lazy_mask_for_kernels
 from sparse_patch.memory import LayerMemory
 from sparse_patch.methods.base import DecodeMethod, Method
-from sparse_patch.ops import block_sparse, page_decode, span
+from sparse_patch.ops import block_sparse, page_decode, span, span_ring
 from sparse_patch.ops import dense as dense_kernels
 from sparse_patch.plans import BlockPlan, Dense, PagePlan, Plan, SpanPlan
 from sparse_patch.report import LayerCounts, Work
@@ -52,6 +52,8 @@ class LayerState:
         captured: when not None, the plans of the calls that ran, newest last.
         memory: what the cache of the running forward keeps for this layer; set by `note_cache`, taken by the hook.
         copies: whether that cache copies its keys for every token.
+        ring: this layer of that cache, if it is a ring; taken by the hook as the memory is.
+        max_length: tokens that the cache is made for, where it says so.
         compiled: whether calls ran inside `torch.compile` graphs, which `counts` leaves out.
     """
 
@@ -66,6 +68,8 @@ class LayerState:
     captured: list[tuple[Phase, Plan]] | None = None
     memory: LayerMemory | None = None
     copies: bool = False
+    ring: RingLayer | None = None
+    max_length: int | None = None
     compiled: bool = False
 
     @property
@@ -104,6 +108,8 @@ def note_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     cache = kwargs.get("past_key_values")
     state.memory = memory_of(cache, state.layer)
     state.copies = copies(cache, state.layer)
+    state.ring = ring_of(cache, state.layer)
+    state.max_length = max_length_of(cache, state.layer)
 
 
 def dispatch_scope(module: nn.Module) -> dict[str, Any] | None:
@@ -139,15 +145,39 @@ def sparse_attention(
 
     Raises:
         PatchError: the module was not patched, or the cache is a paged one, which goes around the mask.
-        UnsupportedCallError: the method cannot serve the call and the configuration says `on_unsupported: error`.
+        UnsupportedCallError: the method cannot serve the call, and the configuration says `on_unsupported: error`, or a
+            ring has forgotten the keys that a dense call needs.
     """
     state: LayerState | None = getattr(module, "sparse_patch", None)
     if state is None:
         raise PatchError(f"{type(module).__name__} runs the hook without a patch; call patch_model on its model")
     if kwargs.get("cache") is not None:
         raise PatchError("continuous batching does not work on a patched model; use generate, or unpatch_model first")
-    phase: Phase = _phase(attention_mask, query.shape[2])
     tensors = (query, key, value)
+    ring, state.ring = state.ring, None
+    if ring is None:
+        return _attend(state, module, tensors, attention_mask, scaling, kwargs)
+    if not ring.is_empty:
+        return _attend_to_ring(state, ring, module, tensors, attention_mask, scaling, kwargs), None
+    state.max_length = ring.max_length  # it may have grown since
+    if isinstance(attention_mask, LazyMask):
+        attention_mask = attention_mask.alone
+    attended = _attend(state, module, tensors, attention_mask, scaling, kwargs)
+    if isinstance(attention_mask, LazyMask) and attention_mask.has_left_padding_only:  # else nobody knows what is real
+        ring.write(key, value, attention_mask.tokens_before, state.config.backend)
+    return attended
+
+
+def _attend(
+    state: LayerState,
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    attention_mask: Any,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`sparse_attention` where all keys are at hand."""
+    phase: Phase = _phase(attention_mask, tensors[0].shape[2])
     memory, state.memory = state.memory, None  # of this forward alone
     dense, unserved = _dense_by_design(state, phase, attention_mask, kwargs), None
     call = None
@@ -170,6 +200,56 @@ def sparse_attention(
         if output is not None:
             return output, None
     return _attend_densely(state, module, tensors, attention_mask, scaling=scaling, **kwargs)
+
+
+def _attend_to_ring(
+    state: LayerState,
+    ring: RingLayer,
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: Any,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """A forward after others on a ring, the next chunk of a prompt or a token: the output `[B, Sq, Hq, Dv]`.
+
+    The ring says what is read, whatever the method of the phase: nothing else is there.
+    """
+    phase, backend = _phase(mask, tensors[0].shape[2]), state.config.backend
+    unserved = _unsupported(module, tensors, mask, kwargs, ring)
+    if unserved is not None:
+        raise _refusal(state, ring, phase, unserved.reason)
+    call = _attention_call(state, phase, tensors, mask, scaling, kwargs, memory=None)
+    if reason := span_ring.unsupported(call, backend):
+        raise _refusal(state, ring, phase, reason)
+    output = ring.attend(call, mask.tokens_before, backend)
+    if torch.compiler.is_compiling():
+        state.compiled = True
+    else:
+        _count_sparse(state, call, _ring_plan(ring, call, mask), mask)
+    return output.transpose(1, 2).contiguous()
+
+
+def _refusal(state: LayerState, ring: RingLayer, phase: Phase, reason: str) -> UnsupportedCallError:
+    """What is raised in place of dense attention; the ring is as it was before the forward."""
+    ring.take_back()
+    return UnsupportedCallError(
+        f"{state.name}: {phase}: {reason}: not served by a span cache, which has forgotten keys that dense attention "
+        "needs; pass past_key_values=growing_cache(model.config)"
+    )
+
+
+def _ring_plan(ring: RingLayer, call: AttentionCall, mask: LazyMask) -> SpanPlan:
+    """What a forward reads of all tokens ever seen. Layers of the same spans share it, and with it what is counted."""
+    assert ring.layout is not None
+    sinks, windows = ring.layout.sinks, ring.layout.windows
+    key = f"spans of {call.q.shape[1]} heads: {sinks} {windows} on {call.q.device}"
+    if key not in mask.carried:
+        _, heads, q_length, _ = call.q.shape
+        of_rows = mask.tokens_before + q_length, call.row_starts()
+        mask.carried[key] = SpanPlan(sinks, windows, heads, q_length, mask.kv_length, *of_rows)
+    plan: SpanPlan = mask.carried[key]
+    return plan
 
 
 def _phase(mask: Any, q_length: int) -> Phase:
@@ -196,9 +276,13 @@ def _window(mask: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _unsupported(
-    module: nn.Module, tensors: tuple[torch.Tensor, ...], mask: Any, kwargs: dict[str, Any]
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, ...],
+    mask: Any,
+    kwargs: dict[str, Any],
+    ring: RingLayer | None = None,
 ) -> Dense | None:
-    """Dense because no sparse path can serve the call."""
+    """Dense because no sparse path can serve the call; with a ring its keys are those of the forward alone."""
     if not isinstance(mask, LazyMask):
         return Dense("no mask was built" if mask is None else "mask tensor passed by the caller")
     if not mask.is_plain_causal:
@@ -220,7 +304,9 @@ def _unsupported(
         return Dense(f"dtype {tensors[0].dtype}")
     if torch.compiler.is_compiling() and not mask.is_decode:
         return Dense("prefill inside torch.compile")
-    if tensors[1].shape[2] != mask.kv_length or not mask.fits:
+    keys = mask.kv_length if ring is None else mask.q_length
+    described = mask.kv_length if ring is None else ring.get_mask_sizes(mask.q_length)[0]
+    if (tensors[1].shape[2], mask.kv_length) != (keys, described) or not mask.fits:
         return Dense("the cache returns other keys than the mask describes")
     if not mask.has_left_padding_only:
         return Dense("padding that is not on the left")
@@ -248,6 +334,7 @@ def _attention_call(
         softcap=kwargs.get("softcap"),
         carried=mask.carried,
         memory=memory,
+        max_length=state.max_length,
     )
     if phase == "decode" and mask.end_on_device is not None:
         return replace(call, kv_end=mask.end_on_device)
@@ -301,15 +388,26 @@ def _attend_sparsely(
         output, _ = span.attend(call, plan, state.config.backend)
     else:
         output, _ = block_sparse.attend(call, plan, state.config.backend)
+    _count_sparse(state, call, plan, mask)
+    return output.transpose(1, 2).contiguous()
+
+
+def _count_sparse(
+    state: LayerState, call: AttentionCall, plan: BlockPlan | PagePlan | SpanPlan, mask: LazyMask
+) -> None:
+    """Record a call that ran a sparse plan."""
     if torch.compiler.is_compiling():  # a graph would be compiled anew for every value of a Python counter
         state.compiled = True
+        return
+    counts = state.counts.of(call.phase)
+    decided = plan.decided_pairs if isinstance(plan, BlockPlan) else None
+    counts.add_sparse(mask.work, plan.pairs_by_head, decided)
+    if isinstance(plan, SpanPlan):
+        everything_kept = plan.capacity == call.kv_length  # not so where a ring keeps the others
+        counts.keeping_calls += call.phase == "decode" and everything_kept
     else:
-        counts = state.counts.of(call.phase)
-        decided = plan.decided_pairs if isinstance(plan, BlockPlan) else None
-        counts.add_sparse(mask.work, plan.pairs_by_head, decided)
         counts.copying_calls += state.copies
-        _capture(state, call.phase, plan)
-    return output.transpose(1, 2).contiguous()
+    _capture(state, call.phase, plan)
 
 
 def _count_dense(

@@ -1,19 +1,28 @@
 """KV caches that sparse decode pays on, as layers of Transformers' own `DynamicCache` and `StaticCache`.
 
+A `RingLayer` keeps what the spans of a layer's heads have, and forgets the rest.
+
 A `DynamicCache` copies all its keys and values for every token; a `GrowingLayer` copies the token. A `FixedLayer` is
 the static layer, with what that lacks: cropping, and reordering in place. Both have room for what a decode method
 keeps beside the keys (`LayerMemory`) and keep it in step when the rows of the batch or the end of the text change.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
+from sparse_patch.call import AttentionCall
+from sparse_patch.errors import UnsupportedCallError
 from sparse_patch.memory import LayerMemory
+from sparse_patch.ops import span_ring
+from sparse_patch.ops.span_ring import Ring, RingLayout
 
+# Sinks and windows of a layer's KV heads, of rows that become so long (tokens) and of so many heads.
+SpansOf = Callable[[int, int], tuple[Sequence[int], Sequence[int | None]]]
 _SPARE = 256  # tokens of room beyond what is asked for
 
 
@@ -107,6 +116,204 @@ class FixedLayer(StaticLayer):
         self.memory.change_rows(lambda tensor: _in_place(tensor, change))
 
 
+class RingLayer(CacheLayerMixin):
+    """A layer that keeps of each KV head the first tokens of a row and a ring of its last ones: what its span has.
+
+    `update` hands back the keys and values of the forward alone. The hook attends to them and to the ring and writes
+    them (`attend`; after a forward with nothing before it, `write`), so a ring serves patched models only. Nothing else
+    keeps keys or values: what no span has any more is gone, and what needs it is refused.
+
+    The spans are those of a length. A text that becomes longer makes the ring larger where a head's span is the whole
+    length: such heads then have their spans at the new length, the others the ones that they had.
+
+    Attributes:
+        keys: `[B, slots, D]`, of all heads one after the other; see `RingLayout`.
+        values: `[B, slots, Dv]`.
+        max_length: the length, tokens of prompt and answer together.
+        seen: tokens until now, padding included; see `get_seq_length`.
+        is_empty: whether there are none, for the host to know.
+        layout: which slot keeps what; None before the first forward.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    is_compileable = False
+
+    def __init__(self, spans: SpansOf, max_length: int) -> None:
+        super().__init__()
+        self.spans, self.max_length = spans, max_length
+        self.seen: Any = 0
+        self.is_empty = True
+        self.layout: RingLayout | None = None
+        self._awaits_write = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.layout = self._layout(key_states.shape[1])
+        ring = Ring.empty(self.layout, key_states, value_states)
+        self.keys, self.values = ring.k, ring.v
+        self.dtype, self.device = ring.k.dtype, ring.k.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same keys and values `[B, Hkv, S, D]`, for the hook to attend to and to write.
+
+        Raises:
+            UnsupportedCallError: those of the forward before were never written.
+        """
+        if self._awaits_write:
+            raise UnsupportedCallError(
+                "the span cache has not kept the keys of the forward before: that one ran on a model without the "
+                "patch, or with a mask that is more than left padding; start again with a new cache"
+            )
+        self._outgrow(key_states.shape[-2])
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._awaits_write = True
+        return key_states, value_states
+
+    def attend(self, call: AttentionCall, before: torch.Tensor, backend: str) -> torch.Tensor:
+        """Attention to the ring and to the forward's own keys, and their writing: the output `[B, Hq, Sq, Dv]`.
+
+        Args:
+            call: the forward, with its own keys alone.
+            before: see `span_ring.tokens_before`.
+            backend: one that serves the call.
+        """
+        if call.q.shape[2] == 1:
+            self.write(call.k, call.v, before, backend)
+            return span_ring.attend(call, self._ring, before, backend)[0]
+        output, _ = span_ring.attend(call, self._ring, before, backend)
+        self.write(call.k, call.v, before, backend)
+        return output
+
+    @torch.no_grad()
+    def write(self, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, backend: str) -> None:
+        """Keep what the spans of later tokens have of a forward's keys and values; see `span_ring.write`."""
+        span_ring.write(self._ring, k, v, before, backend)
+        self.seen += k.shape[2]  # of a static cache in place
+        self.is_empty = self._awaits_write = False
+
+    def take_back(self) -> None:
+        """Undo an `update` that nothing was written after."""
+        self._awaits_write = False
+
+    def make_room(self, length: int) -> None:
+        """Be the ring of rows that become so long; not of shorter ones than before."""
+        if length <= self.max_length:
+            return
+        self.max_length = length
+        if self.layout is None or None not in self.layout.windows:
+            return
+        assert self.keys is not None and self.values is not None
+        old, self.layout = self.layout, self._layout(len(self.layout.sinks), self.layout)
+        self.keys, self.values = (_moved(kept, old, self.layout) for kept in (self.keys, self.values))
+
+    def get_seq_length(self) -> Any:
+        """Tokens seen, not those kept: positions follow from it."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys of the mask and its offset; the mask describes all tokens, kept or not."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+    get_max_cache_shape = get_max_length  # the name before Transformers 5.17
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused, but for no tokens.
+
+        Raises:
+            UnsupportedCallError: tokens would have to be taken back.
+        """
+        if tokens_to_remove:
+            raise UnsupportedCallError(
+                "a span cache cannot take tokens back (crop), because those that they replaced are gone; "
+                "pass past_key_values=growing_cache(model.config)"
+            )
+
+    def reset(self) -> None:
+        self.keys = self.values = self.layout = None
+        self.is_initialized = self._awaits_write = False
+        self.is_empty, self.seen = True, 0
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        self._change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows of the batch."""
+        self._change_rows(lambda tensor: tensor[indices])
+
+    def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = change(self.keys), change(self.values)
+
+    def _outgrow(self, tokens: int) -> None:
+        """Make room for so many more tokens, and some, where a head has to keep them all."""
+        end = self.seen + tokens
+        if end > self.max_length and (self.layout is None or None in self.layout.windows):
+            self.make_room(end + _SPARE + end // 8)
+
+    @property
+    def _ring(self) -> Ring:
+        assert self.layout is not None and self.keys is not None and self.values is not None
+        return Ring(self.layout, self.keys, self.values)
+
+    def _layout(self, heads: int, before: RingLayout | None = None) -> RingLayout:
+        """The layout for rows of `max_length`; of the heads before, only those without an end get new spans."""
+        try:
+            sinks, windows = self.spans(self.max_length, heads)
+        except ValueError as error:
+            raise UnsupportedCallError(f"{error}; pass past_key_values=growing_cache(model.config)") from None
+        if before is not None:
+            old, new = zip(before.sinks, before.windows, strict=True), zip(sinks, windows, strict=True)
+            kept = [now if was[1] is None else was for was, now in zip(old, new, strict=True)]
+            sinks, windows = zip(*kept, strict=True)
+        return RingLayout.of(sinks, windows, self.max_length)
+
+
+class FixedRingLayer(RingLayer):
+    """The ring of a static cache: its tensors stay where they are, its length is fixed, and its steps compile.
+
+    Tokens are counted on the device, int64 `[]`. Beyond `max_length` heads that keep everything forget the oldest.
+    """
+
+    is_compileable = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
+        for tensor in (self.keys, self.values, self.seen):
+            torch._dynamo.mark_static_address(tensor)
+        span_ring.prepare(self._ring)
+
+    def make_room(self, length: int) -> None:
+        """Nothing: a graph knows where the tensors are."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys of the mask and its offset: of a static cache its whole length."""
+        return self.max_length, 0
+
+    def reset(self) -> None:
+        CacheLayerMixin.reset(self)
+        if self.is_initialized:
+            self.seen.zero_()
+        self.is_empty, self._awaits_write = True, False
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._change_rows(_selected(beam_idx))
+
+    def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super()._change_rows(lambda tensor: _in_place(tensor, change))
+
+    def _outgrow(self, tokens: int) -> None:
+        """Nothing, see `make_room`."""
+
+
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:
     """The cache that `generate` makes for a model, with growing layers in place of those that copy."""
     cache = DynamicCache(config=config)
@@ -114,31 +321,98 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
     return cache
 
 
-def adopt(cache: Cache) -> None:
-    """Give a new cache of Transformers our layers; layers of other kinds, such as sliding windows, stay as they are."""
+def adopt(cache: Cache, spans: Mapping[int, SpansOf] | None = None, max_length: int = 0) -> None:
+    """Give a new cache of Transformers our layers; layers of other kinds, such as sliding windows, stay as they are.
+
+    Args:
+        cache: is changed.
+        spans: those of layers that become rings, by number.
+        max_length: tokens that a ring is made for; a static cache knows that itself.
+    """
     if not getattr(cache, "offloading", False):
-        cache.layers = [_ours(layer) for layer in cache.layers]
+        cache.layers = [_ours(layer, (spans or {}).get(i), max_length) for i, layer in enumerate(cache.layers)]
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """Bytes of keys and values.
+
+    Attributes:
+        allocated: what the cache's tensors take.
+        planned: what its spans have, and of layers that keep everything, what they keep.
+        dense: what the same layers would take if each kept `max_length` tokens of every head, where that is known.
+    """
+
+    allocated: int
+    planned: int
+    dense: int
+
+
+def cache_bytes(cache: Cache) -> CacheBytes:
+    """The memory of a cache that has seen a prompt, beside what its plan says and what a dense cache would take."""
+    allocated = planned = dense = 0
+    for layer in cache.layers:
+        for kept in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if kept is None:
+                continue
+            allocated += kept.untyped_storage().nbytes()
+            size = kept.numel() * kept.element_size()
+            if isinstance(layer, RingLayer) and layer.layout is not None:
+                token = kept.shape[0] * kept.shape[2] * kept.element_size()
+                planned += token * layer.layout.total
+                dense += token * len(layer.layout.sinks) * layer.max_length
+            else:
+                planned, dense = planned + size, dense + size
+    return CacheBytes(allocated, planned, dense)
+
+
+def ring_of(cache: Any, layer: int) -> RingLayer | None:
+    """The ring that is one layer of a cache, if it is one."""
+    found = _layer(cache, layer)
+    return found if isinstance(found, RingLayer) else None
+
+
+def max_length_of(cache: Any, layer: int) -> int | None:
+    """Tokens that one layer of a cache is made for; None where it grows without an end."""
+    found = _layer(cache, layer)
+    if isinstance(found, RingLayer):
+        return found.max_length
+    return found.max_cache_len if isinstance(found, StaticLayer) else None
 
 
 def memory_of(cache: Any, layer: int) -> LayerMemory | None:
     """The memory of one layer of a cache; None for a cache that has no room for it."""
-    layers = getattr(cache, "layers", ())
-    memory = getattr(layers[layer], "memory", None) if layer < len(layers) else None
+    memory = getattr(_layer(cache, layer), "memory", None)
     return memory if isinstance(memory, LayerMemory) else None
 
 
 def copies(cache: Any, layer: int) -> bool:
     """Whether a layer of a cache copies all its keys for every token."""
+    return type(_layer(cache, layer)) is DynamicLayer
+
+
+def _layer(cache: Any, layer: int) -> Any:
     layers = getattr(cache, "layers", ())
-    return layer < len(layers) and type(layers[layer]) is DynamicLayer
+    return layers[layer] if layer < len(layers) else None
 
 
-def _ours(layer: Any) -> Any:
+def _ours(layer: Any, spans: SpansOf | None, max_length: int) -> Any:
     if layer.is_initialized:
         return layer
     if type(layer) is DynamicLayer:
-        return GrowingLayer()
-    return FixedLayer(layer.max_cache_len) if type(layer) is StaticLayer else layer
+        return GrowingLayer() if spans is None else RingLayer(spans, max_length)
+    if type(layer) is StaticLayer:
+        length = layer.max_cache_len
+        return FixedLayer(length) if spans is None else FixedRingLayer(spans, length)
+    return layer
+
+
+def _moved(kept: torch.Tensor, old: RingLayout, new: RingLayout) -> torch.Tensor:
+    """What the slots of a ring hold, in the slots of a larger one; what a head had no slot for was never there."""
+    moved = kept.new_zeros(len(kept), new.total, kept.shape[2])
+    for before, after in zip(old.slices, new.slices, strict=True):
+        moved[:, after.start : after.start + before.stop - before.start] = kept[:, before]
+    return moved
 
 
 def _selected(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

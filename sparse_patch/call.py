@@ -35,6 +35,7 @@ class AttentionCall:
         carried: what decode methods pass on from layer to layer within one forward, by name; one dict a forward.
         memory: what a decode method keeps beside the keys of this layer from step to step; None where the cache has
             no room for it.
+        max_length: tokens that the cache is made for, of prompt and answer together; None where it does not say.
     """
 
     q: torch.Tensor
@@ -49,6 +50,7 @@ class AttentionCall:
     kv_end: torch.Tensor | None = None
     carried: dict[str, Any] = field(default_factory=dict)
     memory: LayerMemory | None = None
+    max_length: int | None = None
 
     @property
     def group_size(self) -> int:

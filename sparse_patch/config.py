@@ -2,6 +2,8 @@
 
     load_config("flexprefill.yaml", prefill={"gamma": 0.9})
 
+In place of `prefill` and `decode` a source may have `both`: one method with the same settings for the two.
+
 Every problem is a `ConfigError` of one line that names the source, the path of the field, what was expected and, for an
 unknown key, the nearest known one.
 """
@@ -15,8 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, model_validator
 from pydantic_core import ErrorDetails
+from typing_extensions import Self
 
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.errors import ConfigError
@@ -27,6 +30,7 @@ ConfigSource = str | PathLike[str] | Mapping[str, Any]
 Asked = TypeVar("Asked")
 Answer = TypeVar("Answer")
 Backend = Literal["auto", "triton", "flash", "torch", "reference"]
+BOTH = "both"  # the key that stands for every phase
 
 
 class PatchConfig(BaseModel):
@@ -53,6 +57,18 @@ class PatchConfig(BaseModel):
     dense: Literal["unpatched", "best"] = "unpatched"
     on_unsupported: Literal["warn", "error", "silent"] = "warn"
     source: str = "dict"
+
+    @model_validator(mode="after")
+    def _phases_name_the_same_files(self) -> Self:
+        if self.prefill is None or self.decode is None or self.prefill.method != self.decode.method:
+            return self
+        for field in self.decode.files:
+            theirs, ours = getattr(self.prefill, field), getattr(self.decode, field)
+            if theirs != ours:
+                raise ValueError(
+                    f"decode.{field}: {ours} is not that of prefill, {theirs}; name one, under `{BOTH}` for instance"
+                )
+        return self
 
     def method(self, phase: Phase) -> Method | None:
         return self.prefill if phase == "prefill" else self.decode
@@ -93,6 +109,9 @@ class PatchConfig(BaseModel):
             raise ConfigError(f"{self.source}: {phase}.{error}") from None
 
 
+_KEYS = ("prefill", "decode", BOTH, *(key for key in PatchConfig.model_fields if key not in (*PHASES, "source")))
+
+
 def packaged_configs() -> dict[str, Path]:
     """The configurations that ship with the package, by file name."""
     inside = Path(str(files("sparse_patch"))) / "configs"  # an installed wheel
@@ -106,8 +125,8 @@ def load_config(source: ConfigSource | Sequence[ConfigSource], /, **overrides: A
     Args:
         source: a path, the name of a packaged configuration ("flexprefill.yaml" or "flexprefill"; a file of that name
             in the working directory comes first), a dict, or a list of these that do not both set a phase.
-        **overrides: fields to change, merged into the source: `prefill={"gamma": 0.9}`. An override that names another
-            `method` replaces the phase instead.
+        **overrides: fields to change, merged into the source: `prefill={"gamma": 0.9}`, or `both={...}` for each phase.
+            An override that names another `method` replaces the phase instead.
 
     Raises:
         ConfigError: see the module's text.
@@ -120,7 +139,7 @@ def load_config(source: ConfigSource | Sequence[ConfigSource], /, **overrides: A
     merged: dict[str, Any] = {}
     for part_name, data in parts:
         _merge_part(merged, part_name, data)
-    for key, value in overrides.items():
+    for key, value in _for_each_phase("overrides", overrides).items():
         merged[key] = _override(merged.get(key), value)
     return _validate(name, merged)
 
@@ -147,7 +166,7 @@ def nearest(word: Any, known: Iterable[str]) -> str:
 
 def _read(source: ConfigSource) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Mapping):
-        return "dict", dict(source)
+        return "dict", _for_each_phase("dict", source)
     if not isinstance(source, str | PathLike):
         raise ConfigError(f"config: expected a path, a packaged name or a dict, got {type(source).__name__} {source!r}")
     path = _find(Path(source))
@@ -156,7 +175,17 @@ def _read(source: ConfigSource) -> tuple[str, dict[str, Any]]:
         kind = "an empty file" if data is None else f"a {type(data).__name__}"
         raise ConfigError(f"{path}: expected a mapping with the keys {_known_keys()}, got {kind}")
     name = path.name if path in packaged_configs().values() else str(source)
-    return name, {key: _beside(path.parent, value) if key in PHASES else value for key, value in data.items()}
+    of_phases = _for_each_phase(name, data).items()
+    return name, {key: _beside(path.parent, value) if key in PHASES else value for key, value in of_phases}
+
+
+def _for_each_phase(name: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """A source with what is under `both` written out for every phase."""
+    if BOTH not in data:
+        return dict(data)
+    if twice := [phase for phase in PHASES if phase in data]:
+        raise ConfigError(f"{name}: {twice[0]}: {BOTH} sets it too; keep one of them")
+    return {**dict.fromkeys(PHASES, data[BOTH]), **{key: value for key, value in data.items() if key != BOTH}}
 
 
 def _beside(folder: Path, data: Any) -> Any:
@@ -237,9 +266,9 @@ def _explain(error: ErrorDetails, prefix: tuple[str, ...], model: type[BaseModel
     if field == "layers" and issubclass(model, Method):
         return f"{path}: expected {model.layers_form}, got {_short(error['input'])}"
     if error["type"] == "extra_forbidden":
-        known = [key for key in model.model_fields if key != "source"]
+        known = list(model.model_fields) if issubclass(model, Method) else list(_KEYS)
         return f"{path}: unknown key{nearest(field, known)}; known keys: {', '.join(known)}"
-    if error["type"] == "value_error":  # raised by a method's own validator, which names the field first
+    if error["type"] == "value_error":  # raised by a validator of ours, which names the field first
         return ".".join((*prefix, str(error["ctx"]["error"])))
     expected = error["msg"].removeprefix("Input should be ")
     optional = " or null" if field in model.model_fields and model.model_fields[field].default is None else ""
@@ -247,7 +276,7 @@ def _explain(error: ErrorDetails, prefix: tuple[str, ...], model: type[BaseModel
 
 
 def _known_keys() -> str:
-    return ", ".join(key for key in PatchConfig.model_fields if key != "source")
+    return ", ".join(_KEYS)
 
 
 def _short(value: Any) -> str:

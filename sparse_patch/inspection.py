@@ -57,4 +57,5 @@ def _roles(settings: PatchConfig, layer: LayerReport, config: PreTrainedConfig) 
         return ""
     used = {"prefill": layer.prefill_method, "decode": layer.decode_method}
     methods = (settings.method(phase) for phase in PHASES if used[phase])
-    return ", ".join(role for method in methods if method is not None and (role := method.role(layer.layer)))
+    roles = (method.role(layer.layer) for method in methods if method is not None)
+    return ", ".join(dict.fromkeys(role for role in roles if role))

@@ -9,6 +9,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from sparse_patch.call import causal_pairs
+from sparse_patch.ops.span_ring import tokens_before
 from sparse_patch.report import Work
 
 DECODE_MAX_QUERIES = 16  # speculative decoding verifies a few tokens at once: still decode
@@ -114,7 +115,7 @@ class LazyMask:
         """Compute what a compiled forward asks for: inside the graph it would tie that to the objects of this step."""
         for implementation in implementations:
             self.build(implementation)
-        _ = self.end_on_device, self.real_row_starts
+        _ = self.end_on_device, self.real_row_starts, self.tokens_before
 
     @property
     def is_plain_causal(self) -> bool:
@@ -169,6 +170,19 @@ class LazyMask:
     def real_row_starts(self) -> torch.Tensor | None:
         """`row_starts`, or None when no row turns out to be padded."""
         return self.row_starts if self._padding_facts[1] else None
+
+    @cached_property
+    def tokens_before(self) -> torch.Tensor:
+        """Tokens that each row had before the forward, int64 `[B]`; see `span_ring.tokens_before`."""
+        seen = self.q_start if self.end_on_device is None else self.end_on_device - self.q_length
+        return tokens_before(seen, self.real_row_starts, self.shape[0], self.device)
+
+    @cached_property
+    def alone(self) -> "LazyMask":
+        """The mask of a forward with nothing before it, over its own keys; no tail of a static cache."""
+        if self.kv_length == self.q_length:
+            return self
+        return LazyMask({**self.arguments, "q_offset": 0, "kv_length": self.q_length}, carried=self.carried)
 
     @cached_property
     def work(self) -> Work:

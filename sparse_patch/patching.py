@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -16,17 +17,19 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 
 from sparse_patch.attention import NAME, ON_KERNELS, LayerState, dispatch_scope, note_cache, register
-from sparse_patch.caches import adopt
+from sparse_patch.caches import RingLayer, SpansOf, adopt
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.config import ConfigSource, PatchConfig, load_config
 from sparse_patch.correction import Correction
 from sparse_patch.errors import PatchError
 from sparse_patch.methods.base import DecodeMethod
+from sparse_patch.methods.spans import SpanMethod
 from sparse_patch.minicpm import MODEL_TYPE as MINICPM
-from sparse_patch.model_shape import ModelShape
+from sparse_patch.model_shape import ModelShape, attention_kind
 from sparse_patch.ops.backends import takes_triton
 from sparse_patch.plans import Plan
 from sparse_patch.report import LayerCounts, LayerReport, SparsityReport
@@ -154,8 +157,50 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
         hook_active=all(_config_of(module)._attn_implementation in (NAME, ON_KERNELS) for module in patch.attention),
         versions=versions(),
         layers=[_layer_report(state_of(module)) for module in patch.attention],
-        remarks=[method.remark() for phase in PHASES if (method := patch.config.method(phase)) and method.remark()],
+        remarks=_remarks(state_of(patch.attention[0]).config),
     )
+
+
+def _remarks(config: PatchConfig) -> list[str]:
+    """What the methods say, each thing once; of a configuration that was resolved for the model."""
+    methods = (config.method(phase) for phase in PHASES)
+    return list(dict.fromkeys(remark for method in methods if method and (remark := method.remark())))
+
+
+def span_cache(model: nn.Module, max_length: int) -> DynamicCache:
+    """The cache that `generate` makes for a model as it is patched, for forwards of your own or for a longer text.
+
+    Layers whose decode method has spans (`moa`, `duoattention`, `streamingllm`) keep what these have and forget the
+    rest; the others keep everything.
+
+    Args:
+        model: the model, patched or not.
+        max_length: tokens of prompt and answer together, padding included, in all turns.
+
+    Returns:
+        An empty cache, for this model while it is patched so.
+    """
+    root = transformers_model(model)
+    cache = DynamicCache(config=root.config)
+    adopt(cache, _spans_of(root), max_length)
+    return cache
+
+
+def _spans_of(root: PreTrainedModel) -> dict[int, SpansOf]:
+    """The spans of the layers that decode by spans and can have a ring, by layer."""
+    if not is_patched(root):
+        return {}
+    config = root.config.get_text_config(decoder=True)
+    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_lora_rank", None):
+        return {}  # layers read the keys of others and need them all, or what is cached has no heads (latent attention)
+    spans: dict[int, SpansOf] = {}
+    for module in _patch_of(root).attention:
+        state = state_of(module)
+        method = state.config.decode if "decode" in state.phases else None
+        served = attention_kind(config, state.layer) == "full" and getattr(module, "sinks", None) is None
+        if isinstance(method, SpanMethod) and served:
+            spans[state.layer] = partial(method.spans, state.layer)
+    return spans
 
 
 def versions() -> dict[str, str]:
@@ -226,13 +271,30 @@ def state_of(module: nn.Module) -> LayerState:
     return state
 
 
-def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-    """What `generate` makes when the user passes no cache, with layers that do not copy and that have a memory."""
+def _prepare_cache(
+    self: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: GenerationMode,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    """What `generate` makes when the user passes no cache, with layers that do not copy and that have a memory.
+
+    Where candidates are taken back (assisted decoding) every layer keeps everything.
+    """
     given = model_kwargs.get("past_key_values")
-    getattr(type(self), _PREPARE)(self, generation_config, model_kwargs, *args, **kwargs)
+    getattr(type(self), _PREPARE)(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     cache = model_kwargs.get("past_key_values")
-    if given is None and isinstance(cache, Cache):
-        adopt(cache)
+    if not isinstance(cache, Cache):
+        return
+    if given is None:
+        is_assistant = getattr(generation_config, "is_assistant", False)  # says who generates the candidates
+        takes_back = is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION
+        adopt(cache, None if takes_back else _spans_of(self), max_cache_length)
+    for layer in cache.layers:
+        if isinstance(layer, RingLayer):
+            layer.make_room(max_cache_length)
 
 
 def _settings(config: ConfigSource | Sequence[ConfigSource] | PatchConfig, overrides: dict[str, Any]) -> PatchConfig:

@@ -6,12 +6,14 @@ methods, tests, the report, the pictures and the benchmarks mean the same by it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
 from sparse_patch.call import AttentionCall, causal_pairs
 from sparse_patch.ops.compact import compact
+
+_EVERY = 1 << 40  # more keys than there are
 
 
 @dataclass(frozen=True)
@@ -418,9 +420,10 @@ class SpanPlan:
 
     def computed_pairs(self) -> torch.Tensor:
         """(Query, key) pairs of real tokens that the plan computes, int64 `[B, Hq]`."""
+        most = _most_keys(tuple(self.spans), self.lengths.device)
         first = (self.lengths - self.q_length).clamp(min=0)
-        of_kv_heads = [_pairs_below(self.lengths, span) - _pairs_below(first, span) for span in self.spans]
-        return torch.stack(of_kv_heads, 1).repeat_interleave(self.heads // len(self.sinks), 1)
+        of_kv_heads = _pairs_below(self.lengths[:, None], most) - _pairs_below(first[:, None], most)
+        return of_kv_heads.repeat_interleave(self.heads // len(self.sinks), 1)
 
     @cached_property
     def pairs_by_head(self) -> torch.Tensor:
@@ -459,12 +462,17 @@ def in_span(query: torch.Tensor, key: torch.Tensor, sink: int, window: int | Non
     return causal if window is None else causal & ((key < sink) | (query - key < window))
 
 
-def _pairs_below(length: torch.Tensor, span: tuple[int, int | None]) -> torch.Tensor:
-    """Pairs that the first `length` queries of a row read: at position i these are `min(i + 1, sink + window)` keys."""
-    sink, window = span
-    rising = length if window is None else length.clamp(max=sink + window)
-    full = 0 if window is None else sink + window
-    return rising * (rising + 1) // 2 + (length - rising) * full
+def _pairs_below(length: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
+    """Pairs that the first `length` queries of a row read: at position i these are `min(i + 1, most)` keys."""
+    rising = torch.minimum(length, most)
+    return rising * (rising + 1) // 2 + (length - rising) * most
+
+
+@lru_cache(maxsize=1024)
+def _most_keys(spans: tuple[tuple[int, int | None], ...], device: torch.device) -> torch.Tensor:
+    """Keys that a query reads at most, int64 `[Hkv]`. Kept, because bringing numbers to a GPU makes the host wait."""
+    most = [_EVERY if window is None else sink + window for sink, window in spans]
+    return torch.tensor(most, dtype=torch.int64, device=device)
 
 
 def leading(lists: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -9,13 +9,14 @@ import torch
 
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.errors import SparsePatchError
-from sparse_patch.plans import BlockPlan, Plan
+from sparse_patch.plans import BlockPlan, Plan, SpanPlan
 from sparse_patch.report import SparsityReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_SIDE = 128  # tokens of a block, where a plan has none
 Captured = dict[int, list[tuple[Phase, Plan]]]
 
 
@@ -34,10 +35,10 @@ def plot_sparsity(
         SparsePatchError: matplotlib is not installed, no prefill was sparse, or a head does not exist.
     """
     figure_class, colors = require_matplotlib()
-    block_plans = {layer: plan for layer in plans if (plan := last_block_plan(plans[layer])) is not None}
-    if not block_plans:
+    sparse_plans = {layer: plan for layer in plans if (plan := last_sparse_plan(plans[layer])) is not None}
+    if not sparse_plans:
         raise SparsePatchError("plot: no sparse prefill was captured; run a prompt longer than min_length first")
-    chosen = list(heads) if heads is not None else _spread_of_heads(block_plans)
+    chosen = list(heads) if heads is not None else _spread_of_heads(sparse_plans)
     columns = 1 + -(-len(chosen) // 2)
     figure = figure_class(figsize=(3.1 * columns + 1, 6.6), layout="constrained")
     grid = figure.add_gridspec(2, columns)
@@ -45,7 +46,7 @@ def plot_sparsity(
     draw_density(density, report)
     for number, (layer, head) in enumerate(chosen):
         axes = figure.add_subplot(grid[number % 2, 1 + number // 2])
-        draw_blocks(axes, block_plans, layer, head, colors)
+        draw_blocks(axes, sparse_plans, layer, head, colors)
     figure.savefig(path, dpi=110)
 
 
@@ -209,9 +210,9 @@ def _lines(result: dict[str, Any], length: int) -> dict[str, list[tuple[float, f
     return lines
 
 
-def last_block_plan(plans: Sequence[tuple[Phase, Plan]]) -> BlockPlan | None:
+def last_sparse_plan(plans: Sequence[tuple[Phase, Plan]]) -> BlockPlan | SpanPlan | None:
     """The last sparse prefill plan of a layer, or None."""
-    found = [plan for phase, plan in plans if phase == "prefill" and isinstance(plan, BlockPlan)]
+    found = [plan for phase, plan in plans if phase == "prefill" and isinstance(plan, BlockPlan | SpanPlan)]
     return found[-1] if found else None
 
 
@@ -227,15 +228,20 @@ def draw_density(axes: "Axes", report: SparsityReport) -> None:
     axes.get_figure().colorbar(image, ax=axes, orientation="horizontal", label="share of the causal triangle")  # type: ignore[union-attr]
 
 
-def draw_blocks(axes: "Axes", plans: dict[int, BlockPlan], layer: int, head: int, colors: Any) -> None:
-    """The blocks that one head of the batch's first row computes: queries downwards, keys to the right."""
-    if layer not in plans or not 0 <= head < plans[layer].counts.shape[1]:
+def draw_blocks(axes: "Axes", plans: dict[int, BlockPlan | SpanPlan], layer: int, head: int, colors: Any) -> None:
+    """The blocks that one head of the batch's first row computes: queries downwards, keys to the right.
+
+    Of spans, every block with a key that is read.
+    """
+    if layer not in plans or not 0 <= head < plans[layer].density().shape[1]:
         raise SparsePatchError(f"plot: there is no sparse layer {layer} with a head {head}; layers {sorted(plans)}")
     plan = plans[layer]
-    blocks = plan.blocks()[0, head].cpu().float()
-    causal = plan.grid.causal[0].cpu()
+    if isinstance(plan, SpanPlan):
+        blocks, causal = _touched(plan, head)
+    else:
+        blocks, causal = plan.blocks()[0, head].cpu(), plan.grid.causal[0].cpu()
     axes.imshow(
-        torch.where(causal, 1 + blocks, 0.0).numpy(),
+        torch.where(causal, 1 + blocks.float(), 0.0).numpy(),
         cmap=colors(["#ffffff", "#dfe3ee", "#1f4e9c"]),
         vmin=0,
         vmax=2,
@@ -245,7 +251,18 @@ def draw_blocks(axes: "Axes", plans: dict[int, BlockPlan], layer: int, head: int
     axes.set(title=f"layer {layer}, head {head}: {density:.2f}", xlabel="key block", ylabel="query block")
 
 
-def _spread_of_heads(plans: dict[int, BlockPlan], number: int = 6) -> list[tuple[int, int]]:
+def _touched(plan: SpanPlan, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks with a key that the head reads in the first row, and those of the causal triangle; bool `[NQ, N]` each."""
+    length, (sink, window) = int(plan.lengths[0]), plan.spans[head * len(plan.sinks) // plan.heads]
+    key = torch.arange(0, length, _SIDE)
+    query = key[max(length - plan.q_length, 0) // _SIDE :, None]
+    causal = key <= query
+    if window is None:
+        return causal, causal
+    return causal & ((key < sink) | (query - (key + _SIDE - 1) < window)), causal
+
+
+def _spread_of_heads(plans: dict[int, BlockPlan | SpanPlan], number: int = 6) -> list[tuple[int, int]]:
     """(layer, head) pairs spread evenly from the sparsest to the densest head."""
     ranked = sorted(
         (density, layer, head)

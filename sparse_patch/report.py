@@ -46,6 +46,7 @@ class PhaseCounts:
     fallbacks: Counter[str] = field(default_factory=Counter)
     dense_kernels: Counter[str] = field(default_factory=Counter)
     copying_calls: int = 0
+    keeping_calls: int = 0
 
     def add_dense(self, work: Work) -> None:
         self._add(work)
@@ -86,6 +87,7 @@ class PhaseCounts:
             fallbacks=dict(self.fallbacks),
             dense_kernels=dict(self.dense_kernels),
             copying_calls=self.copying_calls,
+            keeping_calls=self.keeping_calls,
             pairs=(mean, causal, queries),
             surplus=int(self.surplus) / len(attended),
         )
@@ -117,6 +119,7 @@ class PhaseReport(BaseModel):
         dense_kernels: how many of the calls in `dense` ran on a faster kernel than the model's own, by kernel; with
             `dense: best` only.
         copying_calls: how many of `sparse_calls` read a cache that copies all its keys for every token.
+        keeping_calls: how many of `sparse_calls` read by spans from a cache that keeps all keys.
         pairs: (pairs computed, pairs of the causal triangle, queries): what totals are made from.
         surplus: of the pairs computed, those that a method did not decide on and that lie in a block with one that it
             did; mean over heads. 0 for methods that decide on whole blocks.
@@ -131,6 +134,7 @@ class PhaseReport(BaseModel):
     fallbacks: dict[str, int]
     dense_kernels: dict[str, int] = {}
     copying_calls: int = 0
+    keeping_calls: int = 0
     pairs: tuple[float, int, int]
     surplus: float = 0.0
 
@@ -249,6 +253,11 @@ class SparsityReport(BaseModel):
                     f"{phase}: {copying} sparse calls on a DynamicCache, which copies all its keys for every token; "
                     "let generate make the cache, or pass growing_cache(model.config)"
                 )
+            if keeping := sum(layer.phase(phase).keeping_calls for layer in self.layers):
+                notes.append(
+                    f"{phase}: {keeping} calls read by spans from a cache that keeps all keys, which saves no memory; "
+                    "let generate make the cache, or pass span_cache(model, max_length)"
+                )
         if compiled := sum(layer.compiled for layer in self.layers):
             notes.append(
                 f"{compiled} layers also ran inside compiled graphs, whose calls are not counted; "
@@ -298,6 +307,7 @@ def _merged_phase(parts: Sequence[PhaseReport]) -> PhaseReport:
         fallbacks=_sum(part.fallbacks for part in parts),
         dense_kernels=_sum(part.dense_kernels for part in parts),
         copying_calls=sum(part.copying_calls for part in parts),
+        keeping_calls=sum(part.keeping_calls for part in parts),
         pairs=(computed, int(causal), int(queries)),
         surplus=sum(part.surplus for part in parts),
     )

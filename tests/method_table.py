@@ -106,3 +106,20 @@ DECODE_METHODS = [
     _quest(index_sharing="kv_group", group_score="max", current_page="added"),
     _decode("kinetics", 100, block_size=8, sinks=4, local=20),
 ]
+
+
+# Methods of spans, for prefill and decode. The files are written by `methods/test_spans.py`, for `SMALL_MODEL`.
+SPAN_METHODS = [
+    MethodCase(
+        small={"method": "streamingllm", "sink": 5, "window": 50},
+        full={"method": "streamingllm", "sink": 5, "window": 400},
+    ),
+    MethodCase(
+        small={"method": "moa", "calibration": "short.json", "max_length": 420},
+        full={"method": "moa", "calibration": "full.json"},
+    ),
+    MethodCase(
+        small={"method": "duoattention", "calibration": "gates.tsv", "sink": 8, "recent": 120},
+        full={"method": "duoattention", "calibration": "gates.tsv", "sparsity": 0.0},
+    ),
+]

@@ -9,7 +9,7 @@ from families import gemma3, llama
 from transformers import DynamicCache, PreTrainedModel
 
 from sparse_patch import caches
-from sparse_patch.caches import GrowingLayer, growing_cache
+from sparse_patch.caches import CacheBytes, GrowingLayer, cache_bytes, growing_cache
 
 
 @pytest.fixture(params=[llama, gemma3], ids=["llama", "gemma3"])
@@ -60,6 +60,20 @@ def test_cropping_and_reordering(monkeypatch: pytest.MonkeyPatch) -> None:
         cache.batch_repeat_interleave(2)
         results.append(model(ids[:, 34:36].repeat_interleave(2, 0), past_key_values=cache).logits)
     assert torch.equal(*results)
+
+
+def test_bytes_of_layers_that_keep_everything(model: PreTrainedModel) -> None:
+    """What is planned is what is kept, sliding windows included; room to grow is allocated beside it."""
+    ids, kept = torch.randint(3, 90, (2, 40)), 0
+    cache = growing_cache(model.config)
+    assert cache_bytes(cache) == CacheBytes(0, 0, 0)
+    model(ids, past_key_values=cache)
+    for layer in cache.layers:
+        kept += layer.keys.nbytes + layer.values.nbytes
+    found = cache_bytes(cache)
+    assert found.planned == found.dense == kept < found.allocated
+    model(ids, past_key_values=(copying := DynamicCache(config=model.config)))
+    assert cache_bytes(copying).planned == kept
 
 
 def test_generate_takes_it(model: PreTrainedModel) -> None:

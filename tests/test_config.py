@@ -61,6 +61,13 @@ def test_a_list_merges_phases() -> None:
     assert config.source == "flexprefill.yaml+dict"
 
 
+def test_both_stands_for_the_two_phases() -> None:
+    dense = {"method": "dense", "layers": [1]}
+    assert load_config({"both": dense}) == load_config({"prefill": dense, "decode": dense})
+    config = load_config("dense", both={"layers": [0]}, backend="torch")
+    assert config.prefill == config.decode and config.decode.layers == [0]  # type: ignore[union-attr]
+
+
 def test_the_fingerprint_follows_the_settings_only() -> None:
     base = load_config(FLEX).fingerprint()
     assert load_config({"prefill": {"method": "flexprefill"}}).fingerprint() == base
@@ -118,6 +125,8 @@ BAD_SOURCES = [
     (FLEX, {"backend": "tritn"}, "backend: expected 'auto', 'triton', 'flash', 'torch' or 'reference', got str"),
     (FLEX, {"dense": "fast"}, "flexprefill.yaml: dense: expected 'unpatched' or 'best', got str"),
     (FLEX, {"on_unsupported": 1}, "on_unsupported: expected 'warn', 'error' or 'silent', got int 1"),
+    ({"both": {"method": "dense"}, "decode": {"method": "dense"}}, {}, "dict: decode: both sets it too; keep one"),
+    ({"both": {"method": "sale"}}, {}, f"dict: decode.method: expected one of {names('decode')}, got 'sale'"),
     (FLEX, {"source": "x"}, "flexprefill.yaml: source: unknown key"),
 ]
 
@@ -133,7 +142,10 @@ def test_bad_config_is_one_line(source: Any, overrides: dict[str, Any], message:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("- a\n- b\n", "expected a mapping with the keys prefill, decode, backend, dense, on_unsupported, got a list"),
+        (
+            "- a\n- b\n",
+            "mapping with the keys prefill, decode, both, backend, dense, on_unsupported, got a list",
+        ),
         ("", "got an empty file"),
         ("just text", "got a str"),
         ("a: [b\nc: :", "not valid YAML: "),

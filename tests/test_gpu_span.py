@@ -5,9 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from calls import make_call
+from families import llama
 from ops.test_span_ring import assert_matches as assert_ring_matches
 from test_gpu import on_gpu
 
+from sparse_patch import growing_cache, patched
+from sparse_patch.caches import FixedRingLayer, RingLayer
 from sparse_patch.ops import span
 from sparse_patch.ops.span_ring import Ring, RingLayout, attend, tokens_before, write
 from sparse_patch.plans import SpanPlan
@@ -111,3 +114,24 @@ def test_forwards_do_not_wait_for_the_gpu() -> None:
         forward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_generate_with_rings_on_the_gpu() -> None:
+    """Growing rings, and those of a static cache whose steps are captured, give what a cache of all keys gives."""
+    torch._dynamo.reset()
+    model = llama().cuda()  # type: ignore[call-arg]
+    ids = torch.randint(3, 90, (2, 70), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    settings = {"max_new_tokens": 40, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with patched(model, {"both": {"method": "streamingllm", "sink": 4, "window": 17}, "on_unsupported": "error"}):
+        expected = model.generate(
+            ids, attention_mask=mask, past_key_values=growing_cache(model.config), disable_compile=True, **settings
+        )
+        for cache, layer in (("dynamic", RingLayer), ("static", FixedRingLayer), ("static", FixedRingLayer)):
+            found = model.generate(ids, attention_mask=mask, cache_implementation=cache, **settings)
+            assert all(type(made) is layer for made in found.past_key_values.layers)
+            torch.testing.assert_close(
+                torch.stack(found.logits), torch.stack(expected.logits), atol=1e-3, rtol=1e-3, msg=cache
+            )
+    torch._dynamo.reset()

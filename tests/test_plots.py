@@ -5,17 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import make_call
 from families import FAMILIES
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from sparse_patch import SparsePatchError, capture_plans, patched, sparsity_report
+from sparse_patch.plans import BlockPlan, SpanPlan
 from sparse_patch.plots import (
     Captured,
     _lines,
     draw_blocks,
     draw_density,
-    last_block_plan,
+    last_sparse_plan,
     plot_accuracy,
     plot_sparsity,
 )
@@ -42,13 +44,26 @@ def test_it_writes_a_picture(
 
 
 def test_the_block_map_is_the_plan(recorded: tuple[SparsityReport, Captured]) -> None:
-    plan = last_block_plan(recorded[1][2])
-    assert plan is not None
+    plan = last_sparse_plan(recorded[1][2])
+    assert isinstance(plan, BlockPlan)
     axes = Figure().add_subplot()
     draw_blocks(axes, {2: plan}, 2, 1, ListedColormap)
     drawn = torch.from_numpy(axes.images[0].get_array().data)
     assert torch.equal(drawn == 2, plan.blocks()[0, 1])
     assert torch.equal(drawn > 0, plan.grid.causal[0])
+
+
+def test_spans_are_drawn_as_the_blocks_of_their_mask() -> None:
+    call = make_call(700, queries=330)
+    plan = SpanPlan.of(call, (130, 0), (200, None))
+    assert last_sparse_plan([("prefill", plan), ("decode", plan)]) is plan
+    for head, mask in enumerate(plan.mask()[0]):
+        axes = Figure().add_subplot()
+        draw_blocks(axes, {0: plan}, 0, head, ListedColormap)
+        drawn = torch.from_numpy(axes.images[0].get_array().data)
+        whole = torch.zeros(768, 768, dtype=torch.bool)
+        whole[370:700, :700] = mask
+        assert torch.equal(drawn == 2, whole.view(6, 128, 6, 128).any(3).any(1)[2:])
 
 
 def test_the_heat_map_is_the_report(recorded: tuple[SparsityReport, Captured]) -> None:

@@ -40,6 +40,7 @@ from sparse_patch.errors import TaskError, UnsupportedCallError
 from sparse_patch.evaluation.generation import machine
 from sparse_patch.memory import LayerMemory
 from sparse_patch.methods.base import DecodeMethod
+from sparse_patch.methods.spans import SpanMethod
 from sparse_patch.ops import page_decode
 from sparse_patch.ops.page_scores import page_scores
 from sparse_patch.ops.top_pages import top_pages
@@ -286,6 +287,8 @@ def methods_of(sources: Sequence[str], architecture: Architecture) -> dict[str, 
     """
     configs = configs_by_stem(sources)
     for source, config in zip(sources, configs.values(), strict=True):
+        if isinstance(config.decode, SpanMethod):
+            raise TaskError(f"--config: {source}: reads a ring, not the cache that is timed here; use bench model")
         if not isinstance(config.decode, DecodeMethod):
             raise TaskError(f"--config: {source}: has no sparse decode method to time")
     return {name: config.for_model(architecture.model_shape) for name, config in configs.items()}

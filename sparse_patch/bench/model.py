@@ -24,11 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from sparse_patch.bench.common import Architecture, cell, configs_by_stem, describe_machine, skipped_notes
-from sparse_patch.caches import growing_cache
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.generation import machine, synchronize
-from sparse_patch.patching import patched, sparsity_report
+from sparse_patch.patching import patched, span_cache, sparsity_report
 from sparse_patch.progress import Step
 
 CacheKind = Literal["static", "dynamic"]
@@ -201,7 +200,7 @@ def generate(benchmark: Benchmark, model: PreTrainedModel, prompt: torch.Tensor,
     if benchmark.cache == "static":
         cache = {"cache_implementation": "static"}
     elif label != COPYING:
-        cache = {"past_key_values": growing_cache(model.config)}
+        cache = {"past_key_values": span_cache(model, prompt.shape[1] + benchmark.new_tokens)}
     synchronize()
     begin = time.perf_counter()
     generating.generate(

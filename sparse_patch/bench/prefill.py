@@ -20,8 +20,8 @@ from sparse_patch.config import PatchConfig
 from sparse_patch.errors import TaskError, UnsupportedCallError
 from sparse_patch.evaluation.generation import machine
 from sparse_patch.evaluation.recording import Inputs
-from sparse_patch.ops import block_sparse, dense
-from sparse_patch.plans import BlockGrid, BlockPlan, Dense
+from sparse_patch.ops import block_sparse, dense, span
+from sparse_patch.plans import BlockGrid, BlockPlan, Dense, SpanPlan
 from sparse_patch.progress import Step
 
 BASELINES = {  # key in the JSON: field of a row, and how it is called
@@ -266,18 +266,13 @@ def _method_row(call: AttentionCall, name: str, config: PatchConfig) -> Row:
     method = config.prefill
     assert method is not None, "checked by methods_of"
     plan = method.plan(call)
-    if not isinstance(plan, BlockPlan):
-        raise UnsupportedCallError(f"dense, {plan.reason}" if isinstance(plan, Dense) else "not a plan of blocks")
-    backend = block_sparse.fastest(call, plan) if config.backend == "auto" else config.backend
-
-    def whole() -> None:
-        planned = method.plan(call)
-        assert isinstance(planned, BlockPlan)
-        block_sparse.attend(call, planned, backend)
-
-    ms, _ = measured(lambda: block_sparse.attend(call, plan, backend), call)
+    if not isinstance(plan, BlockPlan | SpanPlan):
+        raise UnsupportedCallError(f"dense, {plan.reason}" if isinstance(plan, Dense) else "a plan for decode")
+    op: Any = span if isinstance(plan, SpanPlan) else block_sparse
+    backend: str = op.fastest(call, plan) if config.backend == "auto" else config.backend
+    ms, _ = measured(lambda: op.attend(call, plan, backend), call)
     selection_ms, _ = measured(lambda: method.plan(call), call)
-    total_ms, memory = measured(whole, call)
+    total_ms, memory = measured(lambda: op.attend(call, method.plan(call), backend), call)
     return Row(
         kind="method",
         label=f"{name} ({backend})",

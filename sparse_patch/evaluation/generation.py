@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from sparse_patch.caches import growing_cache
 from sparse_patch.errors import SparsePatchError, TaskError
 from sparse_patch.minicpm import is_minicpm, load_minicpm
+from sparse_patch.patching import span_cache
 
 
 def load_model(path: str | Path) -> tuple[PreTrainedModel, Any]:
@@ -68,9 +69,15 @@ class Prefilled:
     seconds: float
 
 
-def prefill(model: PreTrainedModel, tokens: Sequence[int]) -> Prefilled:
-    """Read a prompt in one forward."""
-    cache = growing_cache(model.config)
+def prefill(model: PreTrainedModel, tokens: Sequence[int], answer: int | None = None) -> Prefilled:
+    """Read a prompt in one forward.
+
+    Args:
+        model: the model, patched or not.
+        tokens: the prompt.
+        answer: tokens that may follow, for a cache as `generate` makes it; None for one that keeps everything.
+    """
+    cache = growing_cache(model.config) if answer is None else span_cache(model, len(tokens) + answer)
     synchronize()
     start = time.perf_counter()
     logits = forward(model, tokens, cache)

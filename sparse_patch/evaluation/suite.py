@@ -150,7 +150,7 @@ def measure(model: PreTrainedModel, tokenizer: Any, asked: Asked, label: str, co
     """
     sample = asked.sample
     with patched(model, config):
-        start = prefill(model, asked.tokens)
+        start = prefill(model, asked.tokens, answer=max(len(asked.answer), sample.max_new_tokens))
         forced = force(model, start, asked.answer, fork=not sample.forced)
         report = sparsity_report(model)
         tokens = forced.predicted
@@ -207,4 +207,4 @@ def _check(model: PreTrainedModel, tokenizer: Any, evaluation: Evaluation) -> No
 def _warm_up(model: PreTrainedModel, tokens: Sequence[int], configs: dict[str, PatchConfig]) -> None:
     for config in configs.values():
         with patched(model, config):
-            force(model, prefill(model, tokens[:_WARM_UP_TOKENS]), tokens[:2])
+            force(model, prefill(model, tokens[:_WARM_UP_TOKENS], answer=2), tokens[:2])

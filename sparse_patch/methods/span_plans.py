@@ -160,6 +160,23 @@ def read_span_rules(path: str | Path) -> SpanRules:
         raise ValueError(f"{place}: {_first_problem(error)}; {MAKE_ONE}") from None
 
 
+def rules_for(path: str | Path, shape: ModelShape) -> tuple[SpanRules, str]:
+    """What a plan file holds, of this format or of MoA's own, for a model.
+
+    Returns:
+        The plan, and what reading MoA's made of it, in one line; empty for this format.
+
+    Raises:
+        ValueError: the file cannot be read, is of neither format or of another model.
+    """
+    place = f"calibration: {path}"
+    if _read_json(path, place).keys() == {"alphas", "betas"}:
+        return rules_of_moa(path, shape)
+    rules = read_span_rules(path)
+    check_shape(rules, shape, place)
+    return rules, ""
+
+
 def check_shape(rules: SpanRules, shape: ModelShape, place: str) -> None:
     """Raise ValueError if a plan was made for another model; the message begins with `place`."""
     for field, theirs in _OF_MODEL.items():

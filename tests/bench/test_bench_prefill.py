@@ -63,6 +63,16 @@ def test_one_row_for_each_way_and_length(benchmark_: Benchmark) -> None:
     assert result.rows[0].density == 1
 
 
+def test_spans_run_on_their_own_op(benchmark_: Benchmark, tmp_path: Path) -> None:
+    (tmp_path / "spans.yaml").write_text("both: {method: streamingllm, sink: 4, window: 60}")
+    (tmp_path / "plan.yaml").write_text("both: {method: moa}")
+    methods = methods_of([str(tmp_path / "spans.yaml"), str(tmp_path / "plan.yaml")])
+    result = bench_prefill(replace(benchmark_, methods=methods, lengths=[640], densities=[]))
+    assert [row.label for row in result.rows] == ["sdpa, dense", "spans (torch)"]
+    assert result.rows[1].density == pytest.approx((64 * 65 / 2 + 576 * 64) / (640 * 641 / 2))
+    assert list(result.skipped) == ["plan: dense, the plan is one of a model, and there is none here"]
+
+
 def test_a_method_is_its_selection_and_the_kernel_on_its_plan(
     benchmark_: Benchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,8 @@ from families import gemma3, llama
 from tiny_tokenizers import byte_fallback_bpe, unigram
 from transformers import DynamicCache, PreTrainedModel
 
+from sparse_patch import patched
+from sparse_patch.caches import RingLayer
 from sparse_patch.errors import SparsePatchError, TaskError
 from sparse_patch.evaluation.generation import (
     check_context,
@@ -42,6 +44,19 @@ def test_no_detour_without_a_mistake() -> None:
     assert forced.detour is None and forced.right == [True] * 5
     one = force(model, prefill(model, prompt), greedy[:1])
     assert one.right == [True] and one.seconds == 0.0, "one token comes out of prefill"
+
+
+def test_a_known_answer_has_the_cache_of_generate() -> None:
+    """Rings where spans are read; a copy of them goes on from the first mistake."""
+    model = llama()
+    prompt = torch.randint(3, 90, (1, 40), generator=torch.Generator().manual_seed(1))
+    with patched(model, {"both": {"method": "streamingllm", "sink": 2, "window": 9}}):
+        greedy = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, 40:].tolist()
+        start = prefill(model, prompt[0].tolist(), answer=12)
+        assert [(type(layer), layer.max_length) for layer in start.cache.layers] == [(RingLayer, 52)] * 3
+        forced = force(model, start, [*greedy[:4], (greedy[4] + 1) % 90, 5], fork=True)
+        assert forced.detour is not None
+        assert continue_greedily(model, *forced.detour, 12, []) == greedy
 
 
 def test_generation_stops_at_a_stop_token_or_the_limit() -> None:

@@ -13,6 +13,7 @@ from sparse_patch.call import AttentionCall
 from sparse_patch.errors import UnsupportedCallError
 from sparse_patch.ops import span
 from sparse_patch.ops.span_ring import Ring, RingLayout, attend, fastest, tokens_before, unsupported, write
+from sparse_patch.ops.span_ring import triton as kernels
 from sparse_patch.ops.span_ring.triton import span_ring_attention, span_ring_write
 from sparse_patch.plans import SpanPlan
 
@@ -247,6 +248,17 @@ def test_compiles_in_one_graph(backend: str) -> None:
     copies = [x.clone() for x in arguments]
     torch.testing.assert_close(compiled(backend, *arguments), step(backend, *copies), atol=1e-6, rtol=1e-6)
     assert torch.equal(arguments[3], copies[3]) and torch.equal(arguments[4], copies[4])
+
+
+def test_after_prepare_a_step_brings_nothing_to_the_device() -> None:
+    layout = RingLayout.of((3, 0), (11, None), 57)
+    call = make_call(1, heads=(4, 2))
+    ring, before = Ring.empty(layout, call.k, call.v), torch.tensor([7])
+    kernels.prepare(layout, call.q.device)
+    known = kernels._heads.cache_info().misses, kernels._work.cache_info().misses
+    write(ring, call.k, call.v, before, "triton")
+    attend(call, ring, before, "triton")
+    assert (kernels._heads.cache_info().misses, kernels._work.cache_info().misses) == known
 
 
 def test_the_custom_ops_are_sound() -> None:

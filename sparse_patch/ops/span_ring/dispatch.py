@@ -57,6 +57,12 @@ def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, ba
     _module(backend).write(ring, k, v, before)
 
 
+def prepare(ring: Ring) -> None:
+    """Bring what the kernels ask of a layout to the ring's device, before a step is captured: a graph cannot do it."""
+    if takes_triton(ring.k):
+        _module("triton").prepare(ring.layout, ring.k.device)
+
+
 def fastest(call: AttentionCall) -> str:
     """The backend that "auto" stands for."""
     return "triton" if takes_triton(call.q) and unsupported(call, "triton") is None else "torch"

@@ -19,7 +19,7 @@ from sparse_patch.ops.backends import kernel_unsupported
 from sparse_patch.ops.kernels import add_split_tile, attention_outputs, gpu, merge_splits, softcap_logits
 from sparse_patch.ops.page_decode.triton import tile_of
 from sparse_patch.ops.span.triton import attend_in_float32, bounded
-from sparse_patch.ops.span_ring.ring import Ring, first_slots, own_keys
+from sparse_patch.ops.span_ring.ring import Ring, RingLayout, first_slots, own_keys
 
 _MOST_SPLITS = 128  # of a head, which the second kernel merges at once
 _LEAST_PIECE = 256  # slots: below, a program starts for too little
@@ -33,6 +33,13 @@ def unsupported(call: AttentionCall) -> str | None:
 def piece_of(capacities: Sequence[int]) -> int:
     """Slots that a program reads for one token, at most."""
     return max(_LEAST_PIECE, triton.next_power_of_2(triton.cdiv(max(capacities), _MOST_SPLITS)))
+
+
+def prepare(layout: RingLayout, device: torch.device) -> None:
+    """See `ops.span_ring.prepare`; for single tokens."""
+    sinks, windows = zip(*layout.spans, strict=True)
+    _heads(sinks, layout.capacities, device)
+    _work(sinks, tuple(bounded(windows)), layout.capacities, piece_of(layout.capacities), device)
 
 
 def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

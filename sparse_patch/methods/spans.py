@@ -1,0 +1,139 @@
+"""What methods of spans share: each KV head reads the first tokens of a row and a window of its last ones.
+
+Which ones is known before a token is: nothing looks at queries or keys. Therefore what a head reads no more can be
+forgotten, and where a layer decodes with such a method, `generate` keeps its keys in a ring that has room for no more
+(`sparse_patch.caches.RingLayer`). With a cache that keeps everything the answers are the same.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field, PrivateAttr
+from typing_extensions import Self
+
+from sparse_patch.call import PHASES, AttentionCall
+from sparse_patch.methods.base import Method
+from sparse_patch.methods.span_plans import MAKE_ONE, SpanRules
+from sparse_patch.model_shape import ModelShape
+from sparse_patch.plans import Dense, Plan, SpanPlan
+
+Spans = tuple[tuple[int, ...], tuple[int | None, ...]]  # sinks and windows, see `SpanPlan`
+Length = Annotated[int, Field(gt=0)]
+SAID_AT = 16384  # tokens at which a density is named where none are given
+
+
+class SpanMethod(Method):
+    """A method that knows its spans beforehand; for prefill, decode or both."""
+
+    phases = PHASES
+
+    @abstractmethod
+    def spans(self, layer: int, length: int, kv_heads: int) -> Spans:
+        """Sink and window of each KV head of a layer, of rows that become so long; the host's numbers.
+
+        Args:
+            layer: the layer.
+            length: tokens of prompt and answer together.
+            kv_heads: KV heads of the layer.
+
+        Returns:
+            Sinks and windows; a window is None where the span is no shorter than `length`.
+
+        Raises:
+            ValueError: the method knows other KV heads.
+        """
+
+    def reads_prompts(self) -> bool:
+        """Whether prompts are read by the spans, too; else they are dense."""
+        return True
+
+    def total_length(self, call: AttentionCall) -> int:
+        """Tokens of prompt and answer together as far as known, else those of the call's keys."""
+        return call.max_length or call.kv_length
+
+    def plan(self, call: AttentionCall) -> Plan:
+        """The spans on a call; see `Method.plan`."""
+        try:
+            if call.phase == "prefill" and not self.reads_prompts():
+                return Dense("the plan has prompts read densely")
+            spans = self.spans(call.layer, self.total_length(call), call.k.shape[1])
+        except ValueError as error:
+            return Dense(str(error))
+        if all(window is None or sink + window >= call.kv_length for sink, window in zip(*spans, strict=True)):
+            return Dense("no longer than the spans")
+        return SpanPlan.of(call, *spans)
+
+
+class RuledMethod(SpanMethod):
+    """A method whose spans come from a plan file.
+
+    Attributes:
+        calibration: the file. A relative path counts from the folder of the YAML file that names it.
+    """
+
+    files = ("calibration",)
+
+    calibration: str | None = None
+    _rules: SpanRules | None = PrivateAttr(default=None)
+    _remark: str = PrivateAttr(default="")
+
+    @abstractmethod
+    def read(self, path: str, shape: ModelShape) -> tuple[SpanRules, str]:
+        """The plan of the file for a model, and what reading it made of it; ValueError as in `span_plans`."""
+
+    def for_model(self, shape: ModelShape) -> Self:
+        """The method with the plan read; see `Method.for_model`."""
+        if self.calibration is None:
+            raise ValueError(f"calibration: {self.method} needs a plan for this model; {MAKE_ONE}")
+        rules, note = self.read(self.calibration, shape)
+        if rules.length_policy == "current":
+            raise ValueError(
+                f"calibration: {self.calibration}: length_policy: current is not served yet, only total; {MAKE_ONE}"
+            )
+        resolved = self.model_copy()
+        resolved._rules = rules
+        resolved._remark = self._said(rules, sorted(self.layers_of(shape.num_layers) - shape.local_layers), note)
+        return resolved
+
+    @property
+    def rules(self) -> SpanRules:
+        """The plan.
+
+        Raises:
+            ValueError: it was not read, because `for_model` was not asked.
+        """
+        if self._rules is None:
+            raise ValueError("the plan is one of a model, and there is none here")
+        return self._rules
+
+    def spans(self, layer: int, length: int, kv_heads: int) -> Spans:
+        """See `SpanMethod.spans`."""
+        sinks, windows = self.rules.spans(layer, length)
+        if len(sinks) != kv_heads:
+            raise ValueError(f"the plan has {len(sinks)} KV heads a layer and the call {kv_heads} (tensor parallelism)")
+        return within(sinks, windows, length)
+
+    def reads_prompts(self) -> bool:
+        return self.rules.prefill == "sparse"
+
+    def role(self, layer: int) -> str:
+        """What the heads of a layer keep at one length."""
+        kept = [min(tokens, SAID_AT) for tokens in self.rules.kept(layer, SAID_AT)]
+        return f"keeps {min(kept)}-{max(kept)} of {SAID_AT}"
+
+    def remark(self) -> str:
+        """The share of the keys that the plan keeps; see `Method.remark`."""
+        return self._remark
+
+    def _said(self, rules: SpanRules, layers: Sequence[int], note: str) -> str:
+        if not layers:
+            return note
+        density = f"{self.method}: keeps {rules.density(SAID_AT, layers):.2f} of the keys at {SAID_AT} tokens"
+        return f"{density}; {note}" if note else density
+
+
+def within(sinks: Sequence[int], windows: Sequence[int], length: int) -> Spans:
+    """Spans for rows of a length: without an end where they are no shorter."""
+    ends = zip(sinks, windows, strict=True)
+    return tuple(sinks), tuple(None if sink + window >= length else window for sink, window in ends)

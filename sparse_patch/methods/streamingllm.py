@@ -1,0 +1,37 @@
+"""StreamingLLM: Efficient Streaming Language Models with Attention Sinks (Xiao et al., ICLR 2024, arXiv 2309.17453).
+
+Every head of every layer keeps the first `sink` tokens and a window of the last ones. Code: mit-han-lab/streaming-llm.
+
+Positions are the true ones. The public code numbers the tokens in its cache anew at every step, so that a text may
+become longer than the positions that a model was trained on; that is not done here. It reads prompts densely and
+forgets afterwards, as `decode` alone does; here prompts are read by the same rule, as where others measure it.
+"""
+
+from typing import Literal
+
+from sparse_patch.methods.base import Tokens
+from sparse_patch.methods.spans import SAID_AT, Length, SpanMethod, Spans, within
+
+
+class StreamingLLM(SpanMethod):
+    """Sink and window, the same for every head.
+
+    Attributes:
+        sink: first tokens of each row that every query reads.
+        window: keys that a query reads up to itself; 1 is itself alone.
+    """
+
+    summary = "first tokens and a window, in prompt and answer; what lies between is forgotten"
+    paper = "StreamingLLM, ICLR 2024, arXiv 2309.17453"
+
+    method: Literal["streamingllm"] = "streamingllm"
+    sink: Tokens = 4
+    window: Length = 2000
+
+    def spans(self, layer: int, length: int, kv_heads: int) -> Spans:
+        """See `SpanMethod.spans`."""
+        return within([self.sink] * kv_heads, [self.window] * kv_heads, length)
+
+    def role(self, layer: int) -> str:
+        """What the layer keeps."""
+        return f"keeps {min(self.sink + self.window, SAID_AT)} of {SAID_AT}"
