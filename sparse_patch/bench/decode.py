@@ -8,7 +8,8 @@ graph by its layers. On a CPU the clock times plain calls. What is timed:
 - lists: `page_decode` on random lists of a budget, one for all heads, per KV head and per query head, and a selecting
   layer: dense with logits, page scores, top pages;
 - for each configuration a layer of each role, and the whole stack, through the method as the hook runs it: remember,
-  plan, attend, select. Layers that the method leaves dense run our dense decode.
+  plan, attend, select. Layers that the method leaves dense run our dense decode;
+- for a configuration of spans the whole stack alone, on full rings: each layer has spans of its own.
 
 The floor of a row is the time to move the bytes that it cannot do without (keys and values that are read, statistics,
 logits written and read) at the bandwidth of a copy, measured in the same run.
@@ -22,6 +23,7 @@ from typing import Any, Literal
 import torch
 from rich import box
 from rich.table import Table
+from transformers import Cache
 
 from sparse_patch.attention import attend_pages
 from sparse_patch.bench import decode_kernels
@@ -34,6 +36,7 @@ from sparse_patch.bench.common import (
     rows_of,
     skipped_notes,
 )
+from sparse_patch.caches import FixedRingLayer, cache_bytes
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import TaskError, UnsupportedCallError
@@ -194,7 +197,8 @@ class _Bench:
         for name, config in benchmark.methods.items():
             for role, layer in roles_of(benchmark, name).items():
                 yield f"{name}: {role}", partial(self.layer, name, config, role, layer)
-            yield f"{name}: stack", partial(self.stack, name, config)
+            stack = self.span_stack if isinstance(config.decode, SpanMethod) else self.stack
+            yield f"{name}: stack", partial(stack, name, config)
 
     def ours(self) -> Row:
         def step() -> None:
@@ -272,6 +276,25 @@ class _Bench:
             "stack", f"{name}: {len(plans)} layers", lambda: run_stack(config, self.calls), size, config=name
         )
 
+    def span_stack(self, name: str, config: PatchConfig) -> Row:
+        """All layers on what a static cache keeps for spans: full rings, and all keys where a layer has no ring."""
+        used = config.layers("decode", len(self.calls))
+        rings = [full_ring(config, call, self.length) if call.layer in used else None for call in self.calls]
+        before = torch.full((len(self.calls[0].q),), self.length, device=self.calls[0].q.device)
+        own = [replace(call, k=call.k[:, :, :1], v=call.v[:, :, :1], kv_end=None) for call in self.calls]
+
+        def step() -> None:
+            for ring, call, token in zip(rings, self.calls, own, strict=True):
+                if ring is None:
+                    page_decode.attend(call, PagePlan.every(call), config.backend)
+                else:
+                    ring.attend(token, before, config.backend)
+
+        every = bytes_of(self.calls[0], PagePlan.every(self.calls[0]))
+        kept = cache_bytes(Cache(layers=[ring for ring in rings if ring is not None])).allocated
+        size = (kept + every * rings.count(None)) / len(rings)
+        return self.row("stack", f"{name}: {len(rings)} layers", step, size, config=name)
+
     def _forget(self) -> None:
         for call in self.calls:
             assert call.memory is not None, "made by Benchmark.calls"
@@ -287,9 +310,7 @@ def methods_of(sources: Sequence[str], architecture: Architecture) -> dict[str, 
     """
     configs = configs_by_stem(sources)
     for source, config in zip(sources, configs.values(), strict=True):
-        if isinstance(config.decode, SpanMethod):
-            raise TaskError(f"--config: {source}: reads a ring, not the cache that is timed here; use bench model")
-        if not isinstance(config.decode, DecodeMethod):
+        if not isinstance(config.decode, DecodeMethod | SpanMethod):
             raise TaskError(f"--config: {source}: has no sparse decode method to time")
     return {name: config.for_model(architecture.model_shape) for name, config in configs.items()}
 
@@ -303,6 +324,8 @@ def lists_of(architecture: Architecture) -> dict[str, int]:
 def roles_of(benchmark: Benchmark, name: str) -> dict[str, int]:
     """The roles of the sparse and selecting layers of a configuration, with a layer that has each."""
     config = benchmark.methods[name]
+    if isinstance(config.decode, SpanMethod):
+        return {}
     method, found = method_of(config), dict[str, int]()
     for layer in sorted(config.layers("decode", benchmark.architecture.layers)):
         found[method.role(layer) or "layer"] = layer
@@ -360,6 +383,18 @@ def run_stack(config: PatchConfig, calls: Sequence[AttentionCall]) -> list[PageP
             plans.append(PagePlan.every(call))
             page_decode.attend(call, plans[-1], config.backend)
     return plans
+
+
+def full_ring(config: PatchConfig, call: AttentionCall, length: int) -> FixedRingLayer:
+    """The ring of a layer of a static cache that has seen so many tokens, with random keys and values."""
+    method = config.decode
+    assert isinstance(method, SpanMethod), "checked by ways"
+    ring = FixedRingLayer(partial(method.spans, call.layer), length + _SPARE)
+    ring.lazy_initialization(call.k, call.v)
+    assert ring.keys is not None and ring.values is not None
+    ring.keys.normal_(), ring.values.normal_()
+    ring.seen.fill_(length)
+    return ring
 
 
 def carried_to(config: PatchConfig, call: AttentionCall, layer: int) -> dict[str, Any]:

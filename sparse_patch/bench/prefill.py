@@ -14,7 +14,15 @@ import torch
 from rich import box
 from rich.table import Table
 
-from sparse_patch.bench.common import cell, configs_by_stem, describe_machine, measured, rows_of, skipped_notes
+from sparse_patch.bench.common import (
+    Architecture,
+    cell,
+    configs_by_stem,
+    describe_machine,
+    measured,
+    rows_of,
+    skipped_notes,
+)
 from sparse_patch.call import AttentionCall, causal_pairs
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import TaskError, UnsupportedCallError
@@ -119,18 +127,24 @@ class Result:
     skipped: dict[str, list[int]]
 
 
-def methods_of(sources: Sequence[str]) -> dict[str, PatchConfig]:
+def methods_of(sources: Sequence[str], architecture: Architecture | None = None) -> dict[str, PatchConfig]:
     """Configurations with a sparse prefill method, by the stems of their files.
 
+    Args:
+        sources: files or packaged names.
+        architecture: what they are resolved for, if it is known; what is timed is its layer 0 then.
+
     Raises:
-        ConfigError: a configuration is not valid.
+        ConfigError: a configuration is not valid, or does not fit the architecture.
         TaskError: it has no prefill method to time, or two have the same stem.
     """
     configs = configs_by_stem(sources)
     for source, config in zip(sources, configs.values(), strict=True):
         if config.prefill is None or config.prefill.method == "dense":
             raise TaskError(f"--config: {source}: has no sparse prefill method to time")
-    return configs
+    if architecture is None:
+        return configs
+    return {name: config.for_model(architecture.model_shape) for name, config in configs.items()}
 
 
 @torch.no_grad()

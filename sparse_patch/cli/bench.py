@@ -26,6 +26,8 @@ from sparse_patch.cli.options import (
 )
 from sparse_patch.errors import SparsePatchError
 
+_DEFAULT_SHAPE = "llama-3.1-8b"
+
 app = typer.Typer(help="Time attention, side by side with every dense kernel present.", no_args_is_help=True)
 
 
@@ -69,12 +71,14 @@ def bench_prefill(
     transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     number_type = common.dtype_of(dtype or common.default_dtype(device))
-    tokens, shares, methods = lengths_of(lengths), _densities(densities), benches.methods_of(config or [])
+    tokens, shares = lengths_of(lengths), _densities(densities)
     size = None if shape is None else common.shape_of(shape)
+    known = shape or (_DEFAULT_SHAPE if qkv is None else "")
+    methods = benches.methods_of(config or [], common.ARCHITECTURES.get(known))
     if qkv is not None:
         inputs = file_inputs(qkv, size, number_type, device, tokens)
     else:
-        size = size or common.SHAPES["llama-3.1-8b"]
+        size = size or common.SHAPES[_DEFAULT_SHAPE]
         inputs = (
             recorded_inputs(_recorded_model(), size, number_type, device, tokens)
             if methods

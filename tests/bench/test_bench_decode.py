@@ -35,6 +35,7 @@ CONFIGS = {
     "delta": f"decode: {{method: delta, recency_pages: 1, {LAYERED}}}",
     "tidal": f"decode: {{method: tidaldecode, {LAYERED}}}",
     "quest": "decode: {method: quest, budget: 64, min_length: 64}",
+    "spans": "both: {method: streamingllm, sink: 4, window: 60, layers: {exclude: [0]}}",
 }
 
 
@@ -85,6 +86,17 @@ def test_one_row_for_each_way_and_length(tmp_path: Path) -> None:
     assert data["machine"]["dtype"] == "float32" and data["shape"]["layers"] == 6 and data["copy_gb_per_s"] > 0
     assert data["configs"]["delta"]["decode"]["budget"] == 32 and len(data["rows"]) == len(result.rows)
     assert table(result, benchmark).row_count == len(result.rows)
+
+
+def test_spans_run_on_rings(tmp_path: Path) -> None:
+    """Five layers keep 64 tokens of two heads and two rows, one layer all 200."""
+    benchmark = made(tmp_path, "spans")
+    steps: list[str] = []
+    result = bench_decode(benchmark, steps.append)
+    assert len(steps) == benchmark.steps and not any("spans" in what for what in result.skipped)
+    (stack,) = (row for row in result.rows if row.config == "spans")
+    assert stack.label == "spans: 6 layers" and stack.kind == "stack"
+    assert stack.mb == pytest.approx((5 * 64 + 200) * 2 * 2 * (16 + 16) * 4 / 1e6)
 
 
 @pytest.mark.parametrize("lists", [1, 2, 4])

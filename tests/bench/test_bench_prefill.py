@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from test_readme import update_readme
 from transformers import AutoTokenizer
 
-from sparse_patch import TaskError, UnsupportedCallError
+from sparse_patch import ConfigError, TaskError, UnsupportedCallError
 from sparse_patch.bench import common, prefill
-from sparse_patch.bench.common import dtype_of, shape_of
+from sparse_patch.bench.common import Architecture, dtype_of, shape_of
 from sparse_patch.bench.prefill import (
     Benchmark,
     Row,
@@ -30,6 +30,7 @@ from sparse_patch.call import AttentionCall
 from sparse_patch.evaluation import recording
 from sparse_patch.evaluation.generation import load_model
 from sparse_patch.evaluation.recording import Inputs, Shape, expanded, file_inputs, random_inputs, recorded_inputs
+from sparse_patch.methods.span_plans import SpanRules, write_span_rules
 from sparse_patch.ops import block_sparse, dense
 from sparse_patch.plots import plot_bench
 
@@ -71,6 +72,15 @@ def test_spans_run_on_their_own_op(benchmark_: Benchmark, tmp_path: Path) -> Non
     assert [row.label for row in result.rows] == ["sdpa, dense", "spans (torch)"]
     assert result.rows[1].density == pytest.approx((64 * 65 / 2 + 576 * 64) / (640 * 641 / 2))
     assert list(result.skipped) == ["plan: dense, the plan is one of a model, and there is none here"]
+    tiny = Architecture("llama", 1, 64, 128, 90, benchmark_.inputs.shape, 1e4)
+    with pytest.raises(ConfigError, match=r"plan\.yaml: .*calibration: moa needs a plan for this model"):
+        methods_of([str(tmp_path / "plan.yaml")], tiny)
+    rules = SpanRules.of(tiny.model_shape, [[0.0] * tiny.heads.kv_heads], [[0.5] * tiny.heads.kv_heads])
+    write_span_rules(tmp_path / "plan.json", rules)
+    (tmp_path / "plan.yaml").write_text("both: {method: moa, calibration: plan.json}")
+    methods = methods_of([str(tmp_path / "plan.yaml")], tiny)
+    result = bench_prefill(replace(benchmark_, methods=methods, lengths=[640], densities=[]))
+    assert result.rows[1].density == pytest.approx((320 * 321 / 2 + 320 * 320) / (640 * 641 / 2))
 
 
 def test_a_method_is_its_selection_and_the_kernel_on_its_plan(
