@@ -12,6 +12,7 @@ from sparse_patch.config import load_config
 from sparse_patch.errors import SparsePatchError
 from sparse_patch.evaluation.suite import configurations
 from sparse_patch.methods.sale_thresholds import read_thresholds
+from sparse_patch.methods.span_plans import read_span_rules
 from sparse_patch.recipes import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +46,10 @@ def test_a_recipe_names_what_exists(path: Path) -> None:
             else:
                 bench = {"decode": decode, "model": model}[arguments[1]]
                 assert bench.methods_of(sources, architecture_of(shape))
+        elif arguments[:2] == ["calibrate", "moa"]:
+            made = read_span_rules(options(arguments, "--out")[0]).provenance
+            assert made["lengths"] == [int(length) for length in options(arguments, "--lengths")[0].split(",")]
+            assert made["density"] == float(options(arguments, "--density")[0])
         elif arguments[0] == "calibrate":
             found = read_thresholds(options(arguments, "--out")[0])
             assert options(arguments, "--error") == [f"{found.error:g}"]

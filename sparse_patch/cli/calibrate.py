@@ -251,7 +251,7 @@ def calibrate_moa(
     write_span_rules(out, found.chosen.rules)
     console.print(table(found))
     console.print(spans_table(found))
-    console.print(f"plan: {out}", soft_wrap=True)
+    console.print(f"plan: {out}; use it with both.calibration: {out}", soft_wrap=True)
     if json_file is not None or plot is not None:
         data = as_json(found)
         write_json(json_file, data)
