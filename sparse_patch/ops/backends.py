@@ -30,6 +30,16 @@ def kernel_unsupported(call: AttentionCall) -> str | None:
     return None
 
 
+def unsupported(call: AttentionCall, backend: str) -> str | None:
+    """Why a backend cannot serve a call, in an op whose one kernel is Triton's; None if it can."""
+    return triton_unsupported(call.q) or kernel_unsupported(call) if backend == "triton" else None
+
+
+def fastest(call: AttentionCall) -> str:
+    """The backend that "auto" stands for in such an op."""
+    return "triton" if takes_triton(call.q) and kernel_unsupported(call) is None else "torch"
+
+
 def takes_triton(x: torch.Tensor) -> bool:
     """Whether an op that chooses for itself takes its Triton kernel for a tensor: on every GPU that it runs on."""
     return x.is_cuda and triton_unsupported(x) is None

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.backends import kernel_unsupported
 from sparse_patch.ops.kernels import add_split_tile, gpu, merge_splits, softcap_logits
 from sparse_patch.plans import PagePlan
 
@@ -38,11 +37,6 @@ def tile_of(head_dim: int, itemsize: int, capability: tuple[int, int]) -> Tile:
     block_n = max(16, min(128, 32768 // (2 * block_d * itemsize)))
     warps = 8 if itemsize == 4 else 4  # float32 is multiplied without tensor cores, in many registers
     return Tile(block_n, warps, 3 if capability in ((8, 0), (9, 0), (10, 0)) else 2, 2)
-
-
-def unsupported(call: AttentionCall, plan: PagePlan) -> str | None:
-    """Why this backend cannot execute the plan; None if it can."""
-    return kernel_unsupported(call)
 
 
 def attend(call: AttentionCall, plan: PagePlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

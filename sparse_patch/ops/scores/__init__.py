@@ -38,7 +38,7 @@ from torch import Tensor
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import UnsupportedCallError
-from sparse_patch.ops.backends import kernel_unsupported, takes_triton, triton_unsupported
+from sparse_patch.ops import backends
 from sparse_patch.ops.scores.maps import decided_pairs, tiles, unpacked
 from sparse_patch.ops.scores.reference import decisions as in_reference
 from sparse_patch.ops.scores.rules import DENSE_BELOW, Numerics, ScoreRule
@@ -64,7 +64,7 @@ def decisions(call: AttentionCall, tau: Tensor, rule: ScoreRule, backend: str = 
         UnsupportedCallError: the backend cannot serve the call; `unsupported` tells before.
     """
     if backend == "auto":
-        backend = "triton" if takes_triton(call.q) and not kernel_unsupported(call) else "torch"
+        backend = backends.fastest(call)
     elif reason := unsupported(call, backend):
         raise UnsupportedCallError(reason)
     if backend == "triton":
@@ -78,6 +78,4 @@ def unsupported(call: AttentionCall, backend: str) -> str | None:
     """Why a backend cannot serve a call; None if it can."""
     if call.scale <= 0:
         return f"scores: scale {call.scale} is not positive"
-    if backend != "triton":
-        return None
-    return triton_unsupported(call.q) or kernel_unsupported(call)
+    return backends.unsupported(call, backend)

@@ -1,4 +1,4 @@
-"""Choice of the backend: a module here with `attend`, and with `unsupported` if it does not serve every call."""
+"""Choice of the backend: a module here with `attend`."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import UnsupportedCallError
-from sparse_patch.ops.backends import OWN_CHOICE, takes_triton, triton_unsupported
+from sparse_patch.ops import backends
 from sparse_patch.plans import SpanPlan
 
 BACKENDS = ("reference", "torch", "triton")
@@ -26,7 +26,7 @@ def attend(call: AttentionCall, plan: SpanPlan, backend: str = "auto") -> tuple[
     Raises:
         UnsupportedCallError: the backend cannot serve the call; `unsupported` tells before.
     """
-    if backend in OWN_CHOICE:
+    if backend in backends.OWN_CHOICE:
         backend = fastest(call, plan)
     elif reason := unsupported(call, plan, backend):
         raise UnsupportedCallError(reason)
@@ -36,17 +36,12 @@ def attend(call: AttentionCall, plan: SpanPlan, backend: str = "auto") -> tuple[
 
 def fastest(call: AttentionCall, plan: SpanPlan) -> str:
     """The backend that "auto" stands for."""
-    return "triton" if takes_triton(call.q) and unsupported(call, plan, "triton") is None else "torch"
+    return backends.fastest(call)
 
 
 def unsupported(call: AttentionCall, plan: SpanPlan, backend: str) -> str | None:
     """Why a backend cannot serve a call; None if it can, as "auto" and "flash" always can."""
-    if backend in (*OWN_CHOICE, "torch", "reference"):
-        return None
-    if backend == "triton" and (reason := triton_unsupported(call.q)):
-        return reason
-    served: str | None = _module(backend).unsupported(call, plan)
-    return served
+    return backends.unsupported(call, backend)
 
 
 def _module(backend: str) -> Any:

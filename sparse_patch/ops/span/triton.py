@@ -17,17 +17,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.backends import kernel_unsupported
 from sparse_patch.ops.kernels import LOWEST, add_tile, attention_outputs, copyable, gpu, tile_logits, tile_of
 from sparse_patch.plans import SpanPlan
 
 EVERY = 1 << 30  # as a window: every key
 _BLOCK = 128  # the side that tiles are made for
-
-
-def unsupported(call: AttentionCall, plan: SpanPlan) -> str | None:
-    """Why this backend cannot execute the plan; None if it can."""
-    return kernel_unsupported(call)
 
 
 def attend(call: AttentionCall, plan: SpanPlan) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,8 @@ length; a query with no key gives 0, never NaN; accumulation in float32; LSE in 
 key); no value of a tensor is read on the host.
 """
 
-from sparse_patch.ops.span_ring.dispatch import BACKENDS, attend, fastest, prepare, unsupported, write
+from sparse_patch.ops.backends import fastest, unsupported
+from sparse_patch.ops.span_ring.dispatch import BACKENDS, attend, prepare, write
 from sparse_patch.ops.span_ring.ring import Ring, RingLayout, tokens_before
 
 __all__ = ["BACKENDS", "Ring", "RingLayout", "attend", "fastest", "prepare", "tokens_before", "unsupported", "write"]

@@ -1,4 +1,4 @@
-"""Choice of the backend: a module here with `attend` and `write`, and with `unsupported` if it does not serve all."""
+"""Choice of the backend: a module here with `attend` and `write`."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import UnsupportedCallError
-from sparse_patch.ops.backends import OWN_CHOICE, takes_triton, triton_unsupported
+from sparse_patch.ops.backends import OWN_CHOICE, fastest, takes_triton, triton_unsupported, unsupported
 from sparse_patch.ops.span_ring.ring import Ring
 
 BACKENDS = ("reference", "torch", "triton")
@@ -61,21 +61,6 @@ def prepare(ring: Ring) -> None:
     """Bring what the kernels ask of a layout to the ring's device, before a step is captured: a graph cannot do it."""
     if takes_triton(ring.k):
         _module("triton").prepare(ring.layout, ring.k.device)
-
-
-def fastest(call: AttentionCall) -> str:
-    """The backend that "auto" stands for."""
-    return "triton" if takes_triton(call.q) and unsupported(call, "triton") is None else "torch"
-
-
-def unsupported(call: AttentionCall, backend: str) -> str | None:
-    """Why a backend cannot serve a call; None if it can, as "auto" and "flash" always can."""
-    if backend in (*OWN_CHOICE, "torch", "reference"):
-        return None
-    if backend == "triton" and (reason := triton_unsupported(call.q)):
-        return reason
-    served: str | None = _module(backend).unsupported(call)
-    return served
 
 
 def _module(backend: str) -> Any:

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.backends import kernel_unsupported
 from sparse_patch.ops.kernels import add_split_tile, attention_outputs, gpu, merge_splits, softcap_logits
 from sparse_patch.ops.page_decode.triton import tile_of
 from sparse_patch.ops.span.triton import attend_in_float32, bounded
@@ -23,11 +22,6 @@ from sparse_patch.ops.span_ring.ring import Ring, RingLayout, first_slots, own_k
 
 _MOST_SPLITS = 128  # of a head, which the second kernel merges at once
 _LEAST_PIECE = 256  # slots: below, a program starts for too little
-
-
-def unsupported(call: AttentionCall) -> str | None:
-    """Why this backend cannot serve the call; None if it can."""
-    return kernel_unsupported(call)
 
 
 def piece_of(capacities: Sequence[int]) -> int:
