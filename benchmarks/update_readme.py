@@ -175,22 +175,11 @@ def _prefill_note(result: dict[str, Any]) -> str:
         for name in ("driver", "torch", "triton", "flash-attn-4", "transformers")
         if name in machine
     )
-    baselines = {"fastest_dense": "the fastest dense kernel", "flash2": "FlashAttention-2"}
-    break_even = "; ".join(
-        f"faster than {baseline}: {', '.join(_from(name, lengths[key]) for name, lengths in found)}"
-        for key, baseline in baselines.items()
-        if (found := [item for item in result["break_even"].items() if key in item[1]])
-    )
     return (
         "Milliseconds, selection included, and speed-up over the fastest dense kernel of the same run. "
         f"{machine['device']}, {machine['dtype']}, {shape['heads']} query heads, {shape['kv_heads']} KV heads, "
         f"head_dim {shape['head_dim']}, {versions}. Percentages are random blocks of 128; {result['qkv']}."
-        + (f" Of the measured lengths: {break_even}." if break_even else "")
     )
-
-
-def _from(name: str, length: int | None) -> str:
-    return f"`{name}` from {length:,} tokens" if length else f"`{name}` at no length"
 
 
 def decode_tables(results: Path = ROOT / "benchmarks" / "results") -> str:
