@@ -7,6 +7,8 @@ the time of each token as `generate` hands it over; the time per token is the me
 Ways: the model as it is, the model patched with dense attention only and `dense: best`, which is our own decode kernel,
 and each configuration; all with the same kind of cache. With a growing cache there is one more, the cache that
 Transformers makes by itself, which copies all of it for every token.
+
+Memory is counted apart until the first token and after it: a cache that forgets pays in the second part.
 """
 
 import time
@@ -20,10 +22,11 @@ from typing import Any, Literal, cast
 import torch
 from rich import box
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from sparse_patch.bench.common import Architecture, cell, configs_by_stem, describe_machine, skipped_notes
+from sparse_patch.caches import CacheBytes, cache_bytes
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.generation import machine, synchronize
@@ -32,6 +35,7 @@ from sparse_patch.progress import Step
 
 CacheKind = Literal["static", "dynamic"]
 UNPATCHED, BEST, COPYING = "unpatched", "dense: best", "unpatched, DynamicCache"
+DENSE = {"copying": COPYING, "unpatched": UNPATCHED, "best": BEST}  # dense ways by the names of `--dense`
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,10 @@ class Row:
         first_token_ms: from the call of `generate` to the first token.
         token_ms: median time of a token after the first.
         slowest_token_ms: the longest of them.
-        peak_memory_mb: the most that was allocated, the weights included; None on a CPU.
+        peak_memory_mb: the most that was allocated, the weights included, in MB of 2^20 bytes; None on a CPU.
+        decode_memory_mb: the most after the first token, likewise.
+        kv_mb: what the keys and values of the cache take.
+        planned_mb: what of them the method's spans have; all of them without spans.
         fallbacks: calls that a method could not serve, by reason. A compiled decode step does not count.
         unpatched: `token_ms` by that of the unpatched model on the same kind of cache.
         best: `token_ms` by that of our own dense decode.
@@ -58,6 +65,9 @@ class Row:
     token_ms: float
     slowest_token_ms: float
     peak_memory_mb: float | None
+    decode_memory_mb: float | None
+    kv_mb: float
+    planned_mb: float
     fallbacks: dict[str, int]
     unpatched: float | None = None
     best: float | None = None
@@ -77,6 +87,8 @@ class Benchmark:
         compiled: whether `generate` may compile; it does with a static cache on a GPU only.
         dtype: of the weights.
         device: "cuda" or "cpu".
+        chunk: tokens of the prompt that a forward takes; None for all at once.
+        dense: labels of the dense ways to time.
     """
 
     architecture: Architecture
@@ -88,12 +100,15 @@ class Benchmark:
     compiled: bool
     dtype: torch.dtype
     device: str
+    chunk: int | None = None
+    dense: Sequence[str] = tuple(DENSE.values())
 
     def ways(self) -> dict[str, PatchConfig | None]:
         """What each way patches the model with, by label; None for nothing."""
-        copying: dict[str, PatchConfig | None] = {COPYING: None} if self.cache == "dynamic" else {}
-        best = PatchConfig(dense="best", source=BEST)
-        return {**copying, UNPATCHED: None, BEST: best, **self.methods}
+        dense = {COPYING: None, UNPATCHED: None, BEST: PatchConfig(dense="best", source=BEST)}
+        if self.cache == "static":
+            del dense[COPYING]
+        return {**{label: config for label, config in dense.items() if label in self.dense}, **self.methods}
 
     @property
     def steps(self) -> int:
@@ -136,14 +151,34 @@ class Result:
     skipped: dict[str, list[int]]
 
 
-class _Clock(BaseStreamer):
-    """When `generate` handed over the prompt and then each token."""
+@dataclass(frozen=True)
+class Generation:
+    """One run of `generate`.
 
-    def __init__(self) -> None:
+    Attributes:
+        times: when each token came, in seconds after the call.
+        peaks: most bytes allocated until the first token, and after it; None on a CPU.
+        kv: of its cache.
+    """
+
+    times: list[float]
+    peaks: tuple[int, int] | None
+    kv: CacheBytes
+
+
+class _Clock(BaseStreamer):
+    """When `generate` handed over the prompt and then each token, and what was allocated until the first."""
+
+    def __init__(self, on_gpu: bool) -> None:
         self.times: list[float] = []
+        self.first_peak: int | None = None
+        self._on_gpu = on_gpu
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
+        if self._on_gpu and len(self.times) == 2:
+            self.first_peak = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
 
     def end(self) -> None:
         pass
@@ -193,26 +228,31 @@ def bench_model(benchmark: Benchmark, progress: Step = lambda _: None) -> Result
     return result
 
 
-def generate(benchmark: Benchmark, model: PreTrainedModel, prompt: torch.Tensor, label: str) -> list[float]:
-    """When each token came, in seconds after the call."""
-    clock, generating = _Clock(), cast(Any, model)  # whose type says that it cannot generate
-    cache: dict[str, Any] = {}
+def generate(benchmark: Benchmark, model: PreTrainedModel, prompt: torch.Tensor, label: str) -> Generation:
+    """Generate greedily, with the clock running."""
+    clock, generating = _Clock(benchmark.device == "cuda"), cast(Any, model)  # whose type says that it cannot generate
+    extra: dict[str, Any] = {} if benchmark.chunk is None else {"prefill_chunk_size": benchmark.chunk}
     if benchmark.cache == "static":
-        cache = {"cache_implementation": "static"}
+        extra["cache_implementation"] = "static"
     elif label != COPYING:
-        cache = {"past_key_values": span_cache(model, prompt.shape[1] + benchmark.new_tokens)}
+        extra["past_key_values"] = span_cache(model, prompt.shape[1] + benchmark.new_tokens)
     synchronize()
+    if benchmark.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
-    generating.generate(
+    answer = generating.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=benchmark.new_tokens,
         do_sample=False,
         disable_compile=not benchmark.compiled,
         streamer=clock,
-        **cache,
+        return_dict_in_generate=True,
+        **extra,
     )
-    return [at - begin for at in clock.times[1:]]
+    peaks = None if clock.first_peak is None else (clock.first_peak, torch.cuda.max_memory_allocated())
+    kept = cast(Cache, answer.past_key_values)
+    return Generation([at - begin for at in clock.times[1:]], peaks, cache_bytes(kept))
 
 
 def is_compiled(benchmark: Benchmark) -> bool:
@@ -229,6 +269,7 @@ def as_json(result: Result, benchmark: Benchmark) -> dict[str, Any]:
         "batch": benchmark.batch,
         "new_tokens": benchmark.new_tokens,
         "cache": benchmark.cache,
+        "chunk": benchmark.chunk,
         "compiled": is_compiled(benchmark),
         "configs": {name: config.settings() for name, config in benchmark.methods.items()},
         "skipped": result.skipped,
@@ -245,7 +286,8 @@ def table(result: Result, benchmark: Benchmark) -> Table:
     drawn = Table(title="a model through generate", title_justify="left", box=box.SIMPLE, caption=about)
     drawn.caption_justify = "left"
     drawn.add_column("attention", no_wrap=True)
-    for column in ("tokens", "first token ms", "ms a token", "slowest", "x unpatched", f"x {BEST}", "peak MB"):
+    columns = ("tokens", "first token ms", "ms a token", "slowest", "x unpatched", f"x {BEST}", "KV MB", "planned")
+    for column in (*columns, "peak MB", "in decode"):
         drawn.add_column(column, justify="right")
     for number, row in enumerate(result.rows, 1):
         drawn.add_row(
@@ -256,7 +298,10 @@ def table(result: Result, benchmark: Benchmark) -> Table:
             f"{row.slowest_token_ms:.2f}",
             cell(row.unpatched, 3),
             cell(row.best, 3),
+            f"{row.kv_mb:.0f}",
+            f"{row.planned_mb:.0f}",
             cell(row.peak_memory_mb, 0),
+            cell(row.decode_memory_mb, 0),
             end_section=number < len(result.rows) and result.rows[number].length != row.length,
         )
     return drawn
@@ -275,22 +320,22 @@ def notes(result: Result) -> list[str]:
 def _row(
     benchmark: Benchmark, model: PreTrainedModel, prompt: torch.Tensor, label: str, config: PatchConfig | None
 ) -> Row:
-    on_gpu = benchmark.device == "cuda"
     with patched(model, config) if config is not None else nullcontext():
         generate(benchmark, model, prompt, label)
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        times = generate(benchmark, model, prompt, label)
+        run = generate(benchmark, model, prompt, label)
         fallbacks = sparsity_report(model).fallbacks() if config is not None else {}
-    steps = [1000 * (after - before) for before, after in pairwise(times)]
+    steps = [1000 * (after - before) for before, after in pairwise(run.times)]
     return Row(
         label=label,
         config=label if label in benchmark.methods else None,
         length=prompt.shape[1],
-        first_token_ms=1000 * times[0],
+        first_token_ms=1000 * run.times[0],
         token_ms=median(steps),
         slowest_token_ms=max(steps),
-        peak_memory_mb=torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None,
+        peak_memory_mb=max(run.peaks) / 2**20 if run.peaks else None,
+        decode_memory_mb=run.peaks[1] / 2**20 if run.peaks else None,
+        kv_mb=run.kv.allocated / 2**20,
+        planned_mb=run.kv.planned / 2**20,
         fallbacks=fallbacks,
     )
 

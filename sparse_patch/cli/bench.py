@@ -148,6 +148,8 @@ def bench_model(
     layers: LayersOption = None,
     cache: Annotated[str, typer.Option(help="static or dynamic.")] = "static",
     eager: Annotated[bool, typer.Option("--eager", help="Never compile; a static cache on a GPU does else.")] = False,
+    chunk: Annotated[int | None, typer.Option(min=1, help="Tokens of the prompt that a forward takes.")] = None,
+    dense: Annotated[str, typer.Option(help="Dense ways to time too.")] = "copying,unpatched,best",
     dtype: DtypeOption = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -173,6 +175,8 @@ def bench_model(
         compiled=not eager,
         dtype=common.dtype_of(dtype or common.default_dtype(device)),
         device=device,
+        chunk=chunk,
+        dense=[_dense_way(name, benches.DENSE) for name in names_of(dense)],
     )
     console = Console() if sys.stdout.isatty() else Console(width=140)
     with progress_steps(console, benchmark.steps) as step:
@@ -190,6 +194,12 @@ def _recorded_model() -> Path:
             "--qkv: name a file with q, k and v to time methods on; needle-llama, whose attention is taken else, ships "
             "with the repository, not with the wheel"
         ) from None
+
+
+def _dense_way(name: str, ways: dict[str, str]) -> str:
+    if name not in ways:
+        raise SparsePatchError(f"--dense: expected some of {', '.join(ways)}, with commas between, got {name!r}")
+    return ways[name]
 
 
 def _densities(text: str) -> list[float]:

@@ -12,8 +12,19 @@ from transformers import DynamicCache, StaticCache
 from sparse_patch import ConfigError, TaskError, patching
 from sparse_patch.bench import model as bench
 from sparse_patch.bench.common import Architecture
-from sparse_patch.bench.model import BEST, COPYING, UNPATCHED, Benchmark, as_json, bench_model, methods_of, notes, table
-from sparse_patch.caches import GrowingLayer
+from sparse_patch.bench.model import (
+    BEST,
+    COPYING,
+    UNPATCHED,
+    Benchmark,
+    Generation,
+    as_json,
+    bench_model,
+    methods_of,
+    notes,
+    table,
+)
+from sparse_patch.caches import CacheBytes, GrowingLayer
 from sparse_patch.evaluation.recording import Shape
 
 TINY = Architecture("llama", 4, 64, 128, 90, Shape(4, 2, 16), 1e4)
@@ -41,6 +52,8 @@ def test_one_row_for_each_way_and_length(benchmark_: Benchmark, cache: Any) -> N
         base = {other.label: other.token_ms for other in result.rows if other.length == row.length}
         assert row.unpatched == pytest.approx(row.token_ms / base[UNPATCHED])
         assert row.best == pytest.approx(row.token_ms / base[BEST]) and row.peak_memory_mb is None
+        assert row.decode_memory_mb is None and row.planned_mb <= row.kv_mb
+        assert row.kv_mb >= 2 * 4 * 2 * 2 * (row.length + 3) * 16 * 4 / 2**20
         assert 0 < row.token_ms <= row.slowest_token_ms and row.first_token_ms > 0
         assert (row.config == "delta") == (row.label == "delta")
     data = json.loads(json.dumps(as_json(result, benchmark)))
@@ -52,14 +65,32 @@ def test_one_row_for_each_way_and_length(benchmark_: Benchmark, cache: Any) -> N
 def test_the_time_of_a_token_is_the_median_of_the_second_run(
     benchmark_: Benchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = iter([[9.0, 99.0, 999.0, 9999.0], [1.0, 1.5, 1.6, 1.8]])
+    kv = CacheBytes(3 * 2**20, 2**20, 9 * 2**20)
+    runs = iter(
+        [Generation([9.0, 99.0, 999.0, 9999.0], None, kv), Generation([1.0, 1.5, 1.6, 1.8], (2**22, 2**21), kv)]
+    )
     monkeypatch.setattr(bench, "generate", lambda *_: next(runs))
     model = benchmark_.model()
     row = bench._row(benchmark_, model, benchmark_.prompt(60), "delta", benchmark_.methods["delta"])
     assert (
         row.first_token_ms == 1000 and row.token_ms == pytest.approx(200) and row.slowest_token_ms == pytest.approx(500)
     )
+    assert (row.peak_memory_mb, row.decode_memory_mb, row.kv_mb, row.planned_mb) == (4, 2, 3, 1)
     assert not patching.is_patched(model)
+
+
+def test_dense_ways_can_be_left_out_and_prompts_read_in_chunks(
+    benchmark_: Benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = replace(benchmark_, dense=[BEST], chunk=25, lengths=[60], methods={})
+    model, lengths = benchmark.model(), list[int]()
+    monkeypatch.setattr(Benchmark, "model", lambda _: model)
+    model.model.register_forward_pre_hook(  # type: ignore[operator, union-attr]
+        lambda _, __, keywords: lengths.append(keywords["input_ids"].shape[1]), with_kwargs=True
+    )
+    result = bench_model(benchmark)
+    assert [row.label for row in result.rows] == [BEST] and benchmark.steps == 1
+    assert lengths == [25, 25, 10, 1, 1, 1] * 2 and as_json(result, benchmark)["chunk"] == 25
 
 
 def test_every_way_has_its_cache_and_its_patch(benchmark_: Benchmark) -> None:
@@ -92,10 +123,10 @@ def test_a_static_cache_is_as_long_as_its_own_prompt_needs(
     lengths: list[tuple[int, int]] = []
     run = bench.generate
 
-    def generate(benchmark: Benchmark, model: Any, prompt: torch.Tensor, label: str) -> list[float]:
-        times = run(benchmark, model, prompt, label)
+    def generate(benchmark: Benchmark, model: Any, prompt: torch.Tensor, label: str) -> Generation:
+        answer = run(benchmark, model, prompt, label)
         lengths.append((prompt.shape[1], model._previous_max_cache_length))
-        return times
+        return answer
 
     monkeypatch.setattr(bench, "generate", generate)
     bench_model(replace(benchmark_, cache="static", lengths=[90, 60], methods={}))
