@@ -20,9 +20,10 @@ from sparse_patch.errors import UnsupportedCallError
 from sparse_patch.memory import LayerMemory
 from sparse_patch.ops import span_ring
 from sparse_patch.ops.span_ring import Ring, RingLayout
+from sparse_patch.plans import Window
 
 # Sinks and windows of a layer's KV heads, of rows that become so long (tokens) and of so many heads.
-SpansOf = Callable[[int, int], tuple[Sequence[int], Sequence[int | None]]]
+SpansOf = Callable[[int, int], tuple[Sequence[int], Sequence[Window]]]
 _SPARE = 256  # tokens of room beyond what is asked for
 
 

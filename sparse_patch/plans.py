@@ -7,6 +7,7 @@ methods, tests, the report, the pictures and the benchmarks mean the same by it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 
@@ -363,6 +364,30 @@ class PagePlan:
 
 
 @dataclass(frozen=True)
+class GrowingWindow:
+    """A window that grows with the text: the query at position i has `(base + slope * (i + 1)) >> 16` keys.
+
+    Attributes:
+        base: in 2^-16 tokens; may be negative.
+        slope: in 2^-16 tokens for each token; at most 2^16, so that no window moves back to a key that it has left.
+        least: keys that every query has.
+        most: keys that a query has at most.
+    """
+
+    base: int
+    slope: int
+    least: int
+    most: int
+
+    def at(self, position: int) -> int:
+        """Keys of the query at a position, the query itself among them."""
+        return min(max((self.base + self.slope * (position + 1)) >> 16, self.least), self.most)
+
+
+Window = int | GrowingWindow | None  # keys up to the query itself; None for every key
+
+
+@dataclass(frozen=True)
 class SpanPlan:
     """For each KV head a sink and a window, by the token: what StreamingLLM, DuoAttention and MoA decide beforehand.
 
@@ -372,7 +397,7 @@ class SpanPlan:
 
     Attributes:
         sinks: first tokens of a row that every query reads, one number per KV head.
-        windows: keys that a query reads up to itself, 1 for itself alone, one number per KV head; None for every key.
+        windows: keys that a query reads up to itself, 1 for itself alone, one window per KV head; None for every key.
         heads: query heads, Hq; head `h` uses KV head `h // (Hq // Hkv)`.
         q_length: queries of the call, Sq.
         capacity: keys that the call's `k` has room for, valid or not (a host number).
@@ -384,7 +409,7 @@ class SpanPlan:
     """
 
     sinks: tuple[int, ...]
-    windows: tuple[int | None, ...]
+    windows: tuple[Window, ...]
     heads: int
     q_length: int
     capacity: int
@@ -397,7 +422,7 @@ class SpanPlan:
             raise ValueError(f"{self.heads} query heads cannot share the spans of {len(self.sinks)} KV heads")
 
     @classmethod
-    def of(cls, call: AttentionCall, sinks: Sequence[int], windows: Sequence[int | None]) -> "SpanPlan":
+    def of(cls, call: AttentionCall, sinks: Sequence[int], windows: Sequence[Window]) -> "SpanPlan":
         """The spans on a call; arguments as the attributes."""
         if len(sinks) != call.k.shape[1]:
             raise ValueError(f"{len(sinks)} spans for {call.k.shape[1]} KV heads")
@@ -406,7 +431,7 @@ class SpanPlan:
         return cls(tuple(sinks), tuple(windows), heads, q_length, call.kv_length, *of_rows)
 
     @property
-    def spans(self) -> list[tuple[int, int | None]]:
+    def spans(self) -> list[tuple[int, Window]]:
         """Sink and window of each KV head; the sink of a head that reads everything is 0."""
         return spans_of(self.sinks, self.windows)
 
@@ -420,9 +445,10 @@ class SpanPlan:
 
     def computed_pairs(self) -> torch.Tensor:
         """(Query, key) pairs of real tokens that the plan computes, int64 `[B, Hq]`."""
-        most = _most_keys(tuple(self.spans), self.lengths.device)
-        first = (self.lengths - self.q_length).clamp(min=0)
-        of_kv_heads = _pairs_below(self.lengths[:, None], most) - _pairs_below(first[:, None], most)
+        sinks, numbers = _numbers(tuple(self.spans), self.lengths.device)
+        length = self.lengths[:, None] - self.q_length + torch.arange(1, self.q_length + 1, device=self.lengths.device)
+        keys = torch.minimum(length[..., None], sinks + _grown(length[..., None] - 1, *numbers))
+        of_kv_heads = keys.masked_fill(length[..., None] < 1, 0).sum(1)
         return of_kv_heads.repeat_interleave(self.heads // len(self.sinks), 1)
 
     @cached_property
@@ -439,7 +465,7 @@ class SpanPlan:
 Plan = BlockPlan | PagePlan | SpanPlan | Dense
 
 
-def check_spans(sinks: Sequence[int], windows: Sequence[int | None]) -> None:
+def check_spans(sinks: Sequence[int], windows: Sequence[Window]) -> None:
     """Refuse what are no spans.
 
     Raises:
@@ -447,32 +473,49 @@ def check_spans(sinks: Sequence[int], windows: Sequence[int | None]) -> None:
     """
     if len(sinks) != len(windows) or not sinks:
         raise ValueError(f"spans need a sink and a window per KV head, got {len(sinks)} and {len(windows)}")
-    if min(sinks) < 0 or any(window is not None and window < 1 for window in windows):
+    if min(sinks) < 0 or any(numbers_of(window)[3] < 1 for window in windows):
         raise ValueError(f"a sink is 0 or more and a window 1 or more, got sinks {sinks} and windows {windows}")
+    if any(isinstance(window, GrowingWindow) and not 0 <= window.slope <= 1 << 16 for window in windows):
+        raise ValueError(f"a window grows by 0 to 1 token for each token, got windows {windows}")
 
 
-def spans_of(sinks: Sequence[int], windows: Sequence[int | None]) -> list[tuple[int, int | None]]:
+def spans_of(sinks: Sequence[int], windows: Sequence[Window]) -> list[tuple[int, Window]]:
     """Sink and window of each KV head; the sink of a head that reads everything is 0."""
     return [(0 if window is None else sink, window) for sink, window in zip(sinks, windows, strict=True)]
 
 
-def in_span(query: torch.Tensor, key: torch.Tensor, sink: int, window: int | None) -> torch.Tensor:
+def widest(window: int | GrowingWindow) -> int:
+    """Keys that any query has at most."""
+    return window.most if isinstance(window, GrowingWindow) else window
+
+
+def numbers_of(window: Window) -> tuple[int, int, int, int]:
+    """Most, base, slope and least of a window; see `GrowingWindow`, which every window is one of."""
+    if isinstance(window, GrowingWindow):
+        return window.most, window.base, window.slope, window.least
+    return (_EVERY, 0, 0, _EVERY) if window is None else (window, 0, 0, window)
+
+
+def in_span(query: torch.Tensor, key: torch.Tensor, sink: int, window: Window) -> torch.Tensor:
     """Whether queries read keys, both given by their position in the row; no position is negative but of padding."""
     causal = (key <= query) & (key >= 0)
-    return causal if window is None else causal & ((key < sink) | (query - key < window))
+    if window is None:
+        return causal
+    reach = _grown(query, *numbers_of(window)) if isinstance(window, GrowingWindow) else window
+    return causal & ((key < sink) | (query - key < reach))
 
 
-def _pairs_below(length: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
-    """Pairs that the first `length` queries of a row read: at position i these are `min(i + 1, most)` keys."""
-    rising = torch.minimum(length, most)
-    return rising * (rising + 1) // 2 + (length - rising) * most
+def _grown(position: torch.Tensor, most: Any, base: Any, slope: Any, least: Any) -> torch.Tensor:
+    """Windows of queries at positions; see `GrowingWindow.at`."""
+    return ((base + slope * (position + 1)) >> 16).clamp(least, most)
 
 
 @lru_cache(maxsize=1024)
-def _most_keys(spans: tuple[tuple[int, int | None], ...], device: torch.device) -> torch.Tensor:
-    """Keys that a query reads at most, int64 `[Hkv]`. Kept, because bringing numbers to a GPU makes the host wait."""
-    most = [_EVERY if window is None else sink + window for sink, window in spans]
-    return torch.tensor(most, dtype=torch.int64, device=device)
+def _numbers(spans: tuple[tuple[int, Window], ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sinks `[Hkv]` and `numbers_of` windows `[4, Hkv]`, int64; kept: bringing numbers to a GPU makes the host wait."""
+    rows = [(sink, *numbers_of(window)) for sink, window in spans]
+    table = torch.tensor(rows, dtype=torch.int64, device=device).T.contiguous()
+    return table[0], table[1:]
 
 
 def leading(lists: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

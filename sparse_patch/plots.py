@@ -9,7 +9,7 @@ import torch
 
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.errors import SparsePatchError
-from sparse_patch.plans import BlockPlan, Plan, SpanPlan
+from sparse_patch.plans import BlockPlan, Plan, SpanPlan, in_span
 from sparse_patch.report import SparsityReport
 
 if TYPE_CHECKING:
@@ -257,9 +257,8 @@ def _touched(plan: SpanPlan, head: int) -> tuple[torch.Tensor, torch.Tensor]:
     key = torch.arange(0, length, _SIDE)
     query = key[max(length - plan.q_length, 0) // _SIDE :, None]
     causal = key <= query
-    if window is None:
-        return causal, causal
-    return causal & ((key < sink) | (query - (key + _SIDE - 1) < window)), causal
+    near = torch.minimum(key + _SIDE - 1, query)  # the key of the block that is next to the block's first query
+    return causal & (in_span(query, key, sink, window) | in_span(query, near, sink, window)), causal
 
 
 def _spread_of_heads(plans: dict[int, BlockPlan | SpanPlan], number: int = 6) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ Every head has its own boolean mask over all keys. Nothing here knows `sparse_pa
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,13 +14,19 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 NAME = "span_oracle"
-Spans = list[tuple[int, int]]  # sink and window of each KV head
+# Sink and window of each KV head; a window may be a function of the queries' positions.
+Spans = list[tuple[int, int | Callable[[torch.Tensor], torch.Tensor]]]
 
 
 def moa_window(alpha: float, beta: float, length: int, sink: int, block: int, min_span: int) -> int:
     """MoA's window at a total length, as its public code computes it."""
     tokens = min(math.trunc(alpha + beta * length), length)
     return block * math.ceil(max(tokens, min_span) / block) - sink
+
+
+def moa_current_window(alpha: float, beta: float, sink: int, min_span: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The window of a rule whose length is that of the query's own prefix."""
+    return lambda query: torch.clamp(torch.floor(alpha + beta * (query + 1.0)), min=min_span) - sink
 
 
 @contextmanager
@@ -56,7 +62,10 @@ def _attention(
         begin = visible[:, 0, -1].int().argmax(-1)[:, None, None]  # of each row, its first real token
         key = torch.arange(k.shape[2]) - begin
         query = (torch.arange(q.shape[2]) + k.shape[2] - q.shape[2])[:, None] - begin
-        heads = [(key < sink) | (query - key < window) for sink, window in module.spans]  # type: ignore[union-attr]
+        heads = [
+            (key < sink) | (query - key < (window(query) if callable(window) else window))
+            for sink, window in module.spans  # type: ignore[union-attr]
+        ]
         visible = visible & torch.stack(heads, 1).repeat_interleave(group, 1)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     logits = (q @ k.mT * scaling).masked_fill(~visible, -torch.inf)

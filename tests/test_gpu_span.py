@@ -13,9 +13,10 @@ from sparse_patch import growing_cache, patched
 from sparse_patch.caches import FixedRingLayer, RingLayer
 from sparse_patch.ops import span
 from sparse_patch.ops.span_ring import Ring, RingLayout, attend, tokens_before, write
-from sparse_patch.plans import SpanPlan
+from sparse_patch.plans import GrowingWindow, SpanPlan
 
 pytestmark = pytest.mark.gpu
+GROWING = (4, 64), (GrowingWindow(-50 << 16, 1 << 15, 3, 600), GrowingWindow(100 << 16, 20000, 1, 450))
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # As in tests/ops, with room for sums over more keys in another order.
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -29,7 +30,7 @@ def test_spans_on_the_gpu(head_dim: int, value_dim: int, heads: tuple[int, int],
     for queries, softcap in ((1300, None), (500, 5.0), (1, None)):
         shape = {"heads": heads, "head_dim": head_dim, "value_dim": value_dim, "dtype": dtype}
         call = on_gpu(make_call(1300, queries=queries, row_starts=[0, 77, 900], softcap=softcap, **shape))
-        for spans in (((4, 0), (1, 200)), ((64, 64), (256, None)), ((999, 3), (1, 2000))):
+        for spans in (((4, 0), (1, 200)), ((64, 64), (256, None)), ((999, 3), (1, 2000)), GROWING):
             plan = SpanPlan.of(call, *spans)
             (output, lse), (expected, expected_lse) = (
                 span.attend(call, plan, name) for name in ("triton", "reference")
@@ -61,7 +62,7 @@ def test_rings_on_the_gpu(
     monkeypatch.setattr("ops.test_span_ring.LSE_TOLERANCE", 2e-3)
     shape = {"heads": heads, "head_dim": head_dim, "value_dim": value_dim, "dtype": dtype}
     call = on_gpu(make_call(1300, row_starts=[0, 77, 900], **shape))
-    for spans in (((4, 0), (1, 200)), ((64, 64), (256, None)), ((64, 0), (700, 640))):
+    for spans in (((4, 0), (1, 200)), ((64, 64), (256, None)), ((64, 0), (700, 640)), GROWING):
         assert_ring_matches(call, spans, [500, 300, 489, *[1] * 11], "triton")
 
 

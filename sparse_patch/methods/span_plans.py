@@ -9,9 +9,10 @@ tokens: the first `sink` ones and a window of the last `C - sink`, the query its
 
     j <= i  and  (j < sink  or  i - j < C - sink)
 
-in prefill and in decode alike. (The public code's prefill counts whole blocks, its decode tokens, so that the two
-differ.) Rules are for KV heads, all query heads of a group read the same keys: the public code knows plain multi-head
-attention alone and expands the cache of other models, which then takes more memory than dense attention does.
+in prefill and in decode alike. With `length_policy: current` M is i + 1, the query's own prefix, and C is c. (The
+public code's prefill counts whole blocks, its decode tokens, so that the two differ.) Rules are for KV heads, all query
+heads of a group read the same keys: the public code knows plain multi-head attention alone and expands the cache of
+other models, which then takes more memory than dense attention does.
 
 A retrieval head of DuoAttention (Xiao et al. 2024, arXiv 2410.10819) is the rule (0, 1), a streaming head
 (sink + recent, 0). `rules_of_moa` and `rules_of_duo` read what the two have published.
@@ -29,6 +30,7 @@ from typing_extensions import Self
 
 from sparse_patch.evaluation.journal import write_atomically
 from sparse_patch.model_shape import ModelShape
+from sparse_patch.plans import GrowingWindow
 
 MAKE_ONE = 'run "sparse-patch calibrate moa --model M --out FILE"'
 PUBLISHED_LENGTHS = (2048, 16384)  # shortest and longest that MoA's published plans were searched for
@@ -55,8 +57,9 @@ class SpanRules(BaseModel):
         min_span: tokens that a head keeps at least, sink included.
         span_includes_sink: always; the field is there for other readers.
         length_policy: which length M is. "total": that of prompt and answer together, known at the first forward, so
-            that a head's window is fixed. "current": that of the query's own prefix; spans are not rounded up to blocks
-            then, so that a window never moves back to a key that it has left.
+            that a head's window is fixed. "current": that of the query's own prefix, so that windows grow with the text
+            and no query depends on how long it becomes; spans are not rounded up to blocks then, so that a window never
+            moves back to a key that it has left. A cache has room for the windows at the total length.
         alphas: tokens, `[num_layers][num_kv_heads]`.
         betas: share of the length, likewise.
         prefill: whether the prompt is read by the plan or densely.
@@ -111,12 +114,22 @@ class SpanRules(BaseModel):
 
     def room(self, alpha: float, beta: float, length: int) -> int:
         """C of a rule, with the sizes of this plan."""
+        if self.length_policy == "current":
+            return self.sink + self._growing(alpha, beta, length).most
         tokens = max(min(math.trunc(alpha + beta * length), length), self.min_span)
-        return tokens if self.length_policy == "current" else self.block * -(-tokens // self.block)
+        return self.block * -(-tokens // self.block)
 
-    def spans(self, layer: int, length: int) -> tuple[list[int], list[int]]:
-        """Sink and window of each KV head of a layer, in tokens, at a length M: see `length_policy`."""
+    def spans(self, layer: int, length: int) -> tuple[list[int], list[int | GrowingWindow]]:
+        """Sink and window of each KV head of a layer, for rows that become so long: see `length_policy`."""
+        if self.length_policy == "current":
+            rules = zip(self.alphas[layer], self.betas[layer], strict=True)
+            return [self.sink] * self.num_kv_heads, [self._growing(*rule, length) for rule in rules]
         return [self.sink] * self.num_kv_heads, [kept - self.sink for kept in self.kept(layer, length)]
+
+    def _growing(self, alpha: float, beta: float, length: int) -> GrowingWindow:
+        """The window of a rule, for rows of a length; the rule rounded to 2^-16."""
+        base, slope, least = round((alpha - self.sink) * 65536), round(beta * 65536), self.min_span - self.sink
+        return GrowingWindow(base, slope, least, most=max((base + slope * length) >> 16, least))
 
     def density(self, length: int, layers: Sequence[int] | None = None) -> float:
         """Share of the KV entries that is kept at a length, mean over the heads of some layers; of all by default."""

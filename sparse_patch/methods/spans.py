@@ -16,9 +16,9 @@ from sparse_patch.call import PHASES, AttentionCall
 from sparse_patch.methods.base import Method
 from sparse_patch.methods.span_plans import MAKE_ONE, SpanRules
 from sparse_patch.model_shape import ModelShape
-from sparse_patch.plans import Dense, Plan, SpanPlan
+from sparse_patch.plans import Dense, GrowingWindow, Plan, SpanPlan, Window
 
-Spans = tuple[tuple[int, ...], tuple[int | None, ...]]  # sinks and windows, see `SpanPlan`
+Spans = tuple[tuple[int, ...], tuple[Window, ...]]  # sinks and windows, see `SpanPlan`
 Length = Annotated[int, Field(gt=0)]
 SAID_AT = 16384  # tokens at which a density is named where none are given
 
@@ -60,7 +60,7 @@ class SpanMethod(Method):
             spans = self.spans(call.layer, self.total_length(call), call.k.shape[1])
         except ValueError as error:
             return Dense(str(error))
-        if all(window is None or sink + window >= call.kv_length for sink, window in zip(*spans, strict=True)):
+        if all(window is None or reaches(sink, window, call.kv_length) for sink, window in zip(*spans, strict=True)):
             return Dense("no longer than the spans")
         return SpanPlan.of(call, *spans)
 
@@ -87,10 +87,6 @@ class RuledMethod(SpanMethod):
         if self.calibration is None:
             raise ValueError(f"calibration: {self.method} needs a plan for this model; {MAKE_ONE}")
         rules, note = self.read(self.calibration, shape)
-        if rules.length_policy == "current":
-            raise ValueError(
-                f"calibration: {self.calibration}: length_policy: current is not served yet, only total; {MAKE_ONE}"
-            )
         resolved = self.model_copy()
         resolved._rules = rules
         resolved._remark = self._said(rules, sorted(self.layers_of(shape.num_layers) - shape.local_layers), note)
@@ -133,7 +129,12 @@ class RuledMethod(SpanMethod):
         return f"{density}; {note}" if note else density
 
 
-def within(sinks: Sequence[int], windows: Sequence[int], length: int) -> Spans:
+def within(sinks: Sequence[int], windows: Sequence[int | GrowingWindow], length: int) -> Spans:
     """Spans for rows of a length: without an end where they are no shorter."""
     ends = zip(sinks, windows, strict=True)
-    return tuple(sinks), tuple(None if sink + window >= length else window for sink, window in ends)
+    return tuple(sinks), tuple(None if reaches(sink, window, length) else window for sink, window in ends)
+
+
+def reaches(sink: int, window: int | GrowingWindow, length: int) -> bool:
+    """Whether every query of a row reads all keys before it: a window that does at the row's end does before it."""
+    return sink + (window.at(length - 1) if isinstance(window, GrowingWindow) else window) >= length

@@ -185,3 +185,10 @@ def _merge_kernel(
     tl.store(p_o + offs_dv, merged.to(o.dtype.element_ty), mask=offs_dv < DV)
     if i_d == 0:
         tl.store(lse + row, highest + tl.log(divisor))
+
+
+@triton.jit
+def window_at(p_window, position):
+    """Windows of queries at positions; `p_window` points to the most, base, slope and least of a `GrowingWindow`."""
+    grown = (tl.load(p_window + 1) + tl.load(p_window + 2) * (position.to(tl.int64) + 1)) >> 16
+    return tl.minimum(tl.maximum(grown, tl.load(p_window + 3)), tl.load(p_window)).to(tl.int32)

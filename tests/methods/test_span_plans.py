@@ -19,6 +19,7 @@ from sparse_patch.methods.span_plans import (
     write_span_rules,
 )
 from sparse_patch.model_shape import ModelShape
+from sparse_patch.plans import GrowingWindow
 
 SHAPE = ModelShape("llama", num_layers=2, num_heads=4, num_kv_heads=2, hidden_size=64)
 RULES = SpanRules.of(SHAPE, [[0, 1024], [-1024, 320]], [[0.5, 0], [1, 0]], provenance={"lengths": [2048]})
@@ -27,8 +28,9 @@ RULES = SpanRules.of(SHAPE, [[0, 1024], [-1024, 320]], [[0.5, 0], [1, 0]], prove
 def visible(rules: SpanRules, layer: int, head: int, length: int) -> int:
     """Keys that the last query of `length` tokens reads, counted one by one."""
     sinks, windows = rules.spans(layer, length)
-    last = length - 1
-    return sum(j < sinks[head] or last - j < windows[head] for j in range(length))
+    last, window = length - 1, windows[head]
+    assert isinstance(window, int)
+    return sum(j < sinks[head] or last - j < window for j in range(length))
 
 
 def test_the_rule_as_the_public_code_computes_it() -> None:
@@ -63,9 +65,16 @@ def test_a_current_window_never_moves_back() -> None:
     rules = RULES.model_copy(update={"length_policy": "current"})
     for layer in range(2):
         for head in range(2):
-            first = [length - rules.spans(layer, length)[1][head] for length in range(1, 3000)]
+            window = rules.spans(layer, 2048)[1][head]
+            assert isinstance(window, GrowingWindow)
+            first = [i + 1 - window.at(i) for i in range(3000)]
             assert all(after >= before for before, after in pairwise(first))
-    assert rules.spans(0, 2001) == ([64, 64], [1000 - 64, 1024 - 64])
+    first_head, second_head = rules.spans(0, 2001)[1]
+    assert isinstance(first_head, GrowingWindow) and isinstance(second_head, GrowingWindow)
+    assert [(first_head.at(i), second_head.at(i)) for i in (0, 999, 2000, 9999)] == [
+        (64, 1024 - 64), (500 - 64, 1024 - 64), (1000 - 64, 1024 - 64), (1000 - 64, 1024 - 64)
+    ]  # fmt: skip
+    assert rules.kept(0, 2001) == [1000, 1024]
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from calls import make_call, row_alone
 from families import FAMILIES, gemma3, llama, qwen3
 from method_table import SMALL_MODEL, SPAN_METHODS, MethodCase
-from span_oracle import Spans, moa_window, spans_by_mask
+from span_oracle import Spans, moa_current_window, moa_window, spans_by_mask
 from transformers import CompileConfig, DynamicCache, PreTrainedModel
 
 from sparse_patch import (
@@ -36,7 +36,7 @@ from sparse_patch.methods.span_plans import SpanRules, duo_rules, write_span_rul
 from sparse_patch.methods.spans import SpanMethod
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.ops.span import attend
-from sparse_patch.plans import Dense, SpanPlan
+from sparse_patch.plans import Dense, GrowingWindow, SpanPlan, Window
 
 LENGTH, NEW = 70, 30  # with windows of 5 to 35 tokens, rings turn in the prompt and in the answer
 SIZES = {"sink": 3, "block": 4, "min_span": 8}
@@ -75,6 +75,15 @@ def moa_spans(model: PreTrainedModel, length: int) -> dict[int, Spans]:
     heads = model.config.num_key_value_heads
     return {
         layer: [(SIZES["sink"], moa_window(*rule, length, **SIZES)) for rule in RULES[layer][:heads]]
+        for layer in full_layers(model)
+    }
+
+
+def current_spans(model: PreTrainedModel) -> dict[int, Spans]:
+    """What the plan means where the length is that of a query's own prefix."""
+    heads, sink, least = model.config.num_key_value_heads, SIZES["sink"], SIZES["min_span"]
+    return {
+        layer: [(sink, moa_current_window(*rule, sink, least)) for rule in RULES[layer][:heads]]
         for layer in full_layers(model)
     }
 
@@ -179,9 +188,12 @@ def test_full_settings_and_short_calls_are_dense(case: MethodCase, tmp_path: Pat
         assert isinstance(build(case.small, tmp_path).plan(make_call(length)), Dense)
 
 
-def test_computed_pairs_are_those_of_the_mask() -> None:
+@pytest.mark.parametrize(
+    "windows", [(7, None), (GrowingWindow(-3 << 16, 1 << 15, 2, 40), GrowingWindow(0, 9999, 1, 9))]
+)
+def test_computed_pairs_are_those_of_the_mask(windows: tuple[Window, ...]) -> None:
     call = make_call(60, queries=20, row_starts=[0, 45, 3])
-    plan = SpanPlan.of(call, (2, 0), (7, None))
+    plan = SpanPlan.of(call, (2, 0), windows)
     assert torch.equal(plan.computed_pairs(), plan.mask().sum((-1, -2)))
 
 
@@ -210,15 +222,32 @@ def test_generate_is_the_oracles(model: PreTrainedModel, tmp_path: Path) -> None
 SPLITS = [[100], [70, 30], [1] * 100, [33, 1, 1, 20, 2, 1, 42], [3, 1, 96], [35, 35, *[1] * 30], [64, 17, 19]]
 
 
+@pytest.mark.parametrize("policy", ["total", "current"])
 @pytest.mark.parametrize("pad", [0, 9, 40])
-def test_any_split_is_the_oracles(model: PreTrainedModel, pad: int, tmp_path: Path) -> None:
+def test_any_split_is_the_oracles(model: PreTrainedModel, pad: int, policy: str, tmp_path: Path) -> None:
     """Pieces of any size, also such that a row begins after the first ones; a full head never turns."""
     batch = batch_of(100, pad)
-    expected = by_mask(model, batch, moa_spans(model, 120))
-    with patched(model, moa(tmp_path, model)):
+    expected = by_mask(model, batch, moa_spans(model, 120) if policy == "total" else current_spans(model))
+    rules = rules_of(model).model_copy(update={"length_policy": policy})
+    with patched(model, moa(tmp_path, model, rules)):
         for pieces in SPLITS:
             if pad < pieces[0]:
                 close(fed(model, batch, pieces, span_cache(model, 120)), expected, batch["attention_mask"])
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_windows_of_the_own_prefix_do_not_depend_on_the_answer(cache: str, tmp_path: Path) -> None:
+    """`length_policy: current`: the first tokens of a long answer are those of a short one, as the oracle has them."""
+    model, batch = llama(), batch_of()
+    rules = rules_of(model).model_copy(update={"length_policy": "current"})
+    with patched(model, moa(tmp_path, model, rules)):
+        short, long = (generated(model, batch, new, cache_implementation=cache) for new in (10, 60))
+        kept = [layer.keys.shape[1] for layer in long.past_key_values.layers]
+    assert kept == [sum(min(rules.room(*rule, 129), 130) for rule in RULES[layer]) for layer in range(3)]
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 60, dtype=torch.int64)], 1)
+    expected = by_mask(model, {"input_ids": long.sequences, "attention_mask": mask}, current_spans(model))
+    close(torch.stack(long.logits, 1), expected[:, LENGTH - 1 : -1])
+    close(torch.stack(short.logits), torch.stack(long.logits[:10]))
 
 
 def test_the_other_methods(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -605,8 +634,6 @@ def test_bad_plans_are_one_line(tmp_path: Path) -> None:
     refused(model, "moa", 'prefill.calibration: moa needs a plan for this model; run "sparse-patch calibrate moa')
     refused(model, "duoattention", "duoattention needs a plan for this model")
     refused(model, moa(tmp_path, model, rules_of(qwen3())), "was made for another model: model_type qwen3, this one")
-    current = rules_of(model).model_copy(update={"length_policy": "current"})
-    refused(model, moa(tmp_path, model, current), "length_policy: current is not served yet, only total")
     one = moa(tmp_path, model)["both"]
     refused(
         model,

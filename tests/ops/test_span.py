@@ -11,15 +11,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import UnsupportedCallError
 from sparse_patch.ops.span import attend, fastest, unsupported
-from sparse_patch.ops.span.triton import EVERY, span_attention
-from sparse_patch.plans import SpanPlan
+from sparse_patch.ops.span.triton import flat, span_attention
+from sparse_patch.plans import GrowingWindow, SpanPlan, Window
 
 FAST = ["torch", "triton"]
 EVERYWHERE = ["reference", *FAST]
 # Rounding of float32 logits of about 40, times values of 3; in half precision of the output.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-# Sinks and windows of two KV heads: shorter than a tile, at its edges, longer than any prompt here, and none.
-SPANS = [
+HALF, SLOW, STEADY = (
+    GrowingWindow(-5 << 16, 1 << 15, 3, 90),
+    GrowingWindow(0, 9999, 1, 999),
+    GrowingWindow(0, 0, 33, 50),
+)
+# Sinks and windows of two KV heads: shorter than a tile, at its edges, longer than any prompt here, none, and growing.
+SPANS: list[tuple[tuple[int, ...], tuple[Window, ...]]] = [
+    ((4, 0), (HALF, SLOW)),
+    ((0, 70), (STEADY, GrowingWindow(200 << 16, 1 << 16, 1, 1 << 40))),
     ((4, 0), (1, 30)),
     ((64, 63), (64, 65)),
     ((3, 0), (None, 7)),
@@ -40,7 +47,7 @@ def assert_matches(call: AttentionCall, plan: SpanPlan, backend: str) -> None:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("spans", SPANS, ids=str)
-def test_spans_and_lengths(backend: str, spans: tuple[tuple[int, ...], tuple[int | None, ...]]) -> None:
+def test_spans_and_lengths(backend: str, spans: tuple[tuple[int, ...], tuple[Window, ...]]) -> None:
     for length in (1, 3, 63, 64, 65, 130, 300):
         call = make_call(length, heads=(2, 2))
         assert_matches(call, SpanPlan.of(call, *spans), backend)
@@ -71,7 +78,7 @@ def test_head_dims_and_dtypes(backend: str, dtype: torch.dtype, head_dim: int, v
 @pytest.mark.parametrize("queries, softcap", [(200, None), (96, 2.0), (33, None), (1, 2.0)])
 @pytest.mark.parametrize("spans", SPANS, ids=str)
 def test_padding_chunks_and_softcap(
-    backend: str, queries: int, softcap: float | None, spans: tuple[tuple[int, ...], tuple[int | None, ...]]
+    backend: str, queries: int, softcap: float | None, spans: tuple[tuple[int, ...], tuple[Window, ...]]
 ) -> None:
     call = make_call(200, queries=queries, row_starts=[0, 150, 200], softcap=softcap, heads=(2, 2))
     k, v = call.k.clone(), call.v.clone()
@@ -87,13 +94,14 @@ def test_padding_chunks_and_softcap(
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("split", [13, 64, 101])
-def test_chunks_equal_one_shot(backend: str, split: int) -> None:
+@pytest.mark.parametrize("windows", [(20, 64), (HALF, SLOW)], ids=["fixed", "growing"])
+def test_chunks_equal_one_shot(backend: str, windows: tuple[Window, ...], split: int) -> None:
     call = make_call(130, row_starts=[0, 17])
-    whole, lse = attend(call, SpanPlan.of(call, (9, 30), (20, 64)), backend)
+    whole, lse = attend(call, SpanPlan.of(call, (9, 30), windows), backend)
     for begin in range(0, 130, split):
         end = min(begin + split, 130)
         chunk = replace(call, q=call.q[:, :, begin:end], k=call.k[:, :, :end], v=call.v[:, :, :end], q_start=begin)
-        output, chunk_lse = attend(chunk, SpanPlan.of(chunk, (9, 30), (20, 64)), backend)
+        output, chunk_lse = attend(chunk, SpanPlan.of(chunk, (9, 30), windows), backend)
         torch.testing.assert_close(output, whole[:, :, begin:end], atol=2e-5, rtol=2e-5)
         torch.testing.assert_close(chunk_lse, lse[:, :, begin:end], atol=2e-5, rtol=2e-5)
 
@@ -170,7 +178,7 @@ def test_no_value_is_read_on_the_host(backend: str) -> None:
 def test_the_custom_op_is_sound() -> None:
     """Its fake has the shapes, dtypes and strides of the real one."""
     call = make_call(70, row_starts=[0, 20], dtype=torch.float16)
-    arguments = (call.q, call.k, call.v, call.kv_start, None, [4, 0], [10, EVERY], 0.3, 0.0)
+    arguments = (call.q, call.k, call.v, call.kv_start, None, [4, 0], flat((10, None)), 0.3, 0.0)
     for in_float32 in (False, True):
         torch.library.opcheck(span_attention, (*arguments, in_float32))
 

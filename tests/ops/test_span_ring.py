@@ -12,17 +12,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import UnsupportedCallError
 from sparse_patch.ops import span
+from sparse_patch.ops.span.triton import flat
 from sparse_patch.ops.span_ring import Ring, RingLayout, attend, fastest, tokens_before, unsupported, write
 from sparse_patch.ops.span_ring import triton as kernels
 from sparse_patch.ops.span_ring.triton import span_ring_attention, span_ring_write
-from sparse_patch.plans import SpanPlan
+from sparse_patch.plans import GrowingWindow, SpanPlan, Window, widest
 
 FAST = ["torch", "triton"]
 EVERYWHERE = ["reference", *FAST]
 # Rounding of float32 logits of about 40, times values of 3; in half precision of the output.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 LSE_TOLERANCE = 2e-5
-SPANS: dict[str, tuple[tuple[int, ...], tuple[int | None, ...]]] = {
+GROWING = GrowingWindow(-4 << 16, 1 << 15, 2, 20)
+SPANS: dict[str, tuple[tuple[int, ...], tuple[Window, ...]]] = {
+    "growing": ((4, 0), (GROWING, GrowingWindow(3 << 16, 20000, 1, 16))),
+    "one grows": ((0, 20), (13, GROWING)),
     "alike": ((4, 4), (13, 13)),
     "unlike": ((0, 20), (1, 40)),
     "one keeps everything": ((3, 7), (None, 9)),
@@ -78,7 +82,7 @@ def assert_matches(call: AttentionCall, spans: Any, lengths: Sequence[int], back
 @pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("row_starts", [None, [0, 11]])
 def test_what_the_slots_hold_after_every_forward(backend: str, row_starts: list[int] | None) -> None:
-    sinks, windows = (0, 3, 5, 25, 2), (1, 4, 10, 3, None)
+    sinks, windows = (0, 3, 5, 25, 2), (1, 4, GrowingWindow(0, 1 << 14, 1, 10), 3, None)
     layout = RingLayout.of(sinks, windows, room=40)
     assert layout.capacities == (1, 7, 15, 28, 40) and layout.starts == [0, 1, 8, 23, 51] and layout.total == 91
     batch = len(row_starts or [0])
@@ -93,7 +97,7 @@ def test_what_the_slots_hold_after_every_forward(backend: str, row_starts: list[
             for row, start in enumerate(row_starts or [0]):
                 for head, (sink, window) in enumerate(layout.spans):
                     tokens = max(seen - start, 0)
-                    last = tokens if window is None else window
+                    last = tokens if window is None else widest(window)
                     stored = {*range(min(sink, tokens)), *range(max(tokens - last, 0), tokens)}
                     first = layout.starts[head]
                     slots = torch.tensor(sorted(stored), dtype=torch.long)
@@ -123,6 +127,7 @@ def test_token_by_token_around_every_turn(backend: str) -> None:
     """Capacities of 5, 10 and 17 slots: filled, turned over, twice and more, beside one that keeps everything."""
     call = make_call(36, heads=(4, 4), row_starts=[0, 3])
     assert_matches(call, ((0, 4, 12, 5), (5, 6, 5, None)), [1] * 36, backend, seen_on_device=True)
+    assert_matches(call, ((0, 4, 12, 5), (5, GROWING, 5, None)), [1] * 36, backend, seen_on_device=True)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -264,7 +269,7 @@ def test_after_prepare_a_step_brings_nothing_to_the_device() -> None:
 def test_the_custom_ops_are_sound() -> None:
     """Their fakes have the shapes, dtypes and strides of the real ones, and write what they say."""
     q, k, v, ring_k, ring_v, _ = step_arguments()
-    before, spans = torch.tensor([20, -1]), ((4, 0), (10, 1 << 30), LAYOUT.capacities)
+    before, spans = torch.tensor([20, -1]), ((4, 0), flat((10, None)), LAYOUT.capacities)
     torch.library.opcheck(span_ring_attention, (q, ring_k, ring_v, before, None, None, *spans, 0.3, 0.0))
     own = torch.randn(2, 4, 1, 16), torch.randn(2, 4, 1)
     torch.library.opcheck(span_ring_attention, (q, ring_k, ring_v, before, *own, *spans, 0.3, 1.0))

@@ -8,7 +8,7 @@ import torch
 
 from sparse_patch.call import AttentionCall, apply_softcap
 from sparse_patch.ops.slices import SLICE_BYTES, slices
-from sparse_patch.plans import SpanPlan, in_span
+from sparse_patch.plans import SpanPlan, Window, in_span, widest
 
 _QUERIES = 128  # of a slice: each reads the windows of all of them
 
@@ -28,7 +28,7 @@ def attend_in_float32(call: AttentionCall, plan: SpanPlan) -> tuple[torch.Tensor
     rows = torch.arange(batch, device=call.q.device)[:, None]
     for head, (sink, window) in enumerate(plan.spans):
         of_group = slice(head * group, (head + 1) * group)
-        keys = call.kv_length if window is None else min(call.kv_length, sink + window + _QUERIES)
+        keys = call.kv_length if window is None else min(call.kv_length, sink + widest(window) + _QUERIES)
         for queries in query_slices(q_length, batch * group * keys):
             slot, visible = _read(call, queries, sink, window)
             q, k, v = call.q[:, of_group, queries], call.k[rows, head, slot], call.v[rows, head, slot]
@@ -61,13 +61,13 @@ def attend_visible(
     return out.masked_fill_((total == 0)[..., None], 0.0), largest + total.log()
 
 
-def _read(call: AttentionCall, queries: slice, sink: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _read(call: AttentionCall, queries: slice, sink: int, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
     """Slots that a slice of queries reads, int64 `[B, T]`, and which of them each query sees, bool `[B, n, T]`."""
     device, starts = call.q.device, call.row_starts()[:, None]
     n = queries.stop - queries.start
     end = call.end() - (call.q.shape[2] - queries.stop)  # the slot after the last query's
     reach = call.kv_length - (call.q.shape[2] - queries.stop if call.kv_end is None else 0)  # `end` at most
-    piece = reach if window is None else min(window + n - 1, reach)
+    piece = reach if window is None else min(widest(window) + n - 1, reach)
     begin = end - piece
     slot = (torch.arange(piece, device=device) + begin).expand(len(starts), -1)
     if piece < reach:

@@ -10,6 +10,7 @@ group side by side, because they share keys in the cache. Keys and values arrive
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 
 import torch
 import triton
@@ -17,8 +18,17 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.kernels import LOWEST, add_tile, attention_outputs, copyable, gpu, tile_logits, tile_of
-from sparse_patch.plans import SpanPlan
+from sparse_patch.ops.kernels import (
+    LOWEST,
+    add_tile,
+    attention_outputs,
+    copyable,
+    gpu,
+    tile_logits,
+    tile_of,
+    window_at,
+)
+from sparse_patch.plans import SpanPlan, Window, numbers_of
 
 EVERY = 1 << 30  # as a window: every key
 _BLOCK = 128  # the side that tiles are made for
@@ -43,16 +53,29 @@ def _launched(call: AttentionCall, plan: SpanPlan, in_float32: bool) -> tuple[to
         call.kv_start,
         call.kv_end,
         sinks,
-        bounded(windows),
+        flat(windows),
         call.scale,
         call.softcap or 0.0,
         in_float32,
     )
 
 
-def bounded(windows: Sequence[int | None]) -> list[int]:
-    """Windows as numbers."""
-    return [EVERY if window is None else min(window, EVERY) for window in windows]
+def flat(windows: Sequence[Window]) -> list[int]:
+    """`numbers_of` every window, one after the other; a custom op takes no list of tuples."""
+    numbers = [numbers_of(window) for window in windows]
+    return list(
+        chain.from_iterable((min(most, EVERY), base, slope, min(least, EVERY)) for most, base, slope, least in numbers)
+    )
+
+
+def by_head(numbers: Sequence[int]) -> list[tuple[int, ...]]:
+    """`flat`, undone: the four numbers of each window."""
+    return [tuple(numbers[at : at + 4]) for at in range(0, len(numbers), 4)]
+
+
+def grows(numbers: Sequence[int]) -> bool:
+    """Whether any of the windows, as `flat` gives them, is no constant."""
+    return any(most != least for most, _, _, least in by_head(numbers))
 
 
 @torch.library.custom_op("sparse_patch::span_attention", mutates_args=())
@@ -68,7 +91,7 @@ def span_attention(
     softcap: float,
     in_float32: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel's launch; arguments as in `AttentionCall` and `SpanPlan`, `EVERY` for no window, softcap 0 for none.
+    """The kernel's launch; arguments as in `AttentionCall` and `SpanPlan`, windows as from `flat`, softcap 0 for none.
 
     Returns:
         The output `[B, Hq, Sq, Dv]`, in memory as `[B, Sq, Hq, Dv]`, and the LSE `[B, Hq, Sq]`.
@@ -107,6 +130,7 @@ def span_attention(
         HAS_START=kv_start is not None,
         HAS_END=kv_end is not None,
         HAS_SOFTCAP=softcap > 0,
+        GROWS=grows(windows),
         LOWEST=LOWEST,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps,
@@ -128,12 +152,13 @@ def _outputs(q: torch.Tensor, v: torch.Tensor, in_float32: bool) -> tuple[torch.
 
 @lru_cache(maxsize=1024)
 def _longest_first(sinks: tuple[int, ...], windows: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """KV heads by falling span, with sink and window of each, int32 `[Hkv, 3]`.
+    """KV heads by falling span, with sink and window of each, int64 `[Hkv, 6]`.
 
     Kept, because bringing numbers to a GPU makes the host wait for it.
     """
-    spans = [(head, min(sink, EVERY), window) for head, (sink, window) in enumerate(zip(sinks, windows, strict=True))]
-    return torch.tensor(sorted(spans, key=lambda span: -span[1] - span[2]), dtype=torch.int32, device=device)
+    heads = enumerate(zip(sinks, by_head(windows), strict=True))
+    spans = [(head, min(sink, EVERY), *window) for head, (sink, window) in heads]
+    return torch.tensor(sorted(spans, key=lambda span: -span[1] - span[2]), dtype=torch.int64, device=device)
 
 
 @triton.jit(do_not_specialize=["q_length", "capacity"])
@@ -168,6 +193,7 @@ def _span_kernel(
     HAS_START: tl.constexpr,
     HAS_END: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    GROWS: tl.constexpr,
     LOWEST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -179,10 +205,10 @@ def _span_kernel(
     i_m = tiles - 1 - pid % tiles
     pid = pid // tiles
     i_b = pid % batch
-    p_span = spans + pid // batch * 3
-    i_hk = tl.load(p_span)
-    sink = tl.load(p_span + 1)
-    window = tl.load(p_span + 2)
+    p_span = spans + pid // batch * 6
+    i_hk = tl.load(p_span).to(tl.int32)
+    sink = tl.load(p_span + 1).to(tl.int32)
+    window = tl.load(p_span + 2).to(tl.int32)
     i_h = i_hk * group + i_g
 
     # Everything from here on counts in slots of the buffer, where the row's first key lies in slot `start`.
@@ -199,10 +225,15 @@ def _span_kernel(
     q_last = end - q_length + tl.minimum(i_m * BLOCK_M + BLOCK_M, q_length) - 1
     low = tl.maximum(start, 0)
     sink_stop = tl.minimum(tl.maximum(start + sink, low), q_last + 1)
-    window_begin = tl.minimum(tl.maximum(q_first - window + 1, sink_stop), q_last + 1)
+    window_first, window_last, window_m = window, window, window  # of the first and the last query, and of each
+    if GROWS:
+        window_first = window_at(p_span + 2, q_first - start)
+        window_last = window_at(p_span + 2, q_last - start)
+        window_m = window_at(p_span + 2, slot_m - start)[:, None]
+    window_begin = tl.minimum(tl.maximum(q_first - window_first + 1, sink_stop), q_last + 1)
     # Of both runs, the part that every query of the tile sees.
     sink_tiles = tl.maximum(tl.minimum(sink_stop, q_first + 1) - low, 0) // BLOCK_N
-    inner_begin = tl.minimum(tl.maximum(q_last - window + 1, window_begin), q_last + 1)
+    inner_begin = tl.minimum(tl.maximum(q_last - window_last + 1, window_begin), q_last + 1)
     inner_tiles = tl.maximum(q_first + 1 - inner_begin, 0) // BLOCK_N
     # What remains: the end of the sink, and both ends of the window.
     sink_rest = low + sink_tiles * BLOCK_N
@@ -238,7 +269,7 @@ def _span_kernel(
         s = tile_logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale, PRECISION)
         slot_n = slot + offs_n
         distance = slot_m[:, None] - slot_n[None, :]
-        seen = (distance >= 0) & ((distance < window) | (slot_n < sink_stop)[None, :]) & (slot_n < stop)[None, :]
+        seen = (distance >= 0) & ((distance < window_m) | (slot_n < sink_stop)[None, :]) & (slot_n < stop)[None, :]
         s = tl.where(seen, s, -float("inf"))
         b_v = v_desc.load([i_b, i_hk, slot, 0]).reshape(BLOCK_N, BLOCK_DV)
         if HAS_END:  # behind the end there may be anything: 0 * NaN is NaN

@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.plans import SpanPlan, check_spans, spans_of
+from sparse_patch.plans import SpanPlan, Window, check_spans, spans_of, widest
 
 
 @dataclass(frozen=True)
@@ -16,26 +16,26 @@ class RingLayout:
 
     A head has `capacity` slots. The token at position `p`, counted from its row's first real token, lies in the head's
     slot `p` if `p < sink`, else in `sink + (p - sink) mod turn`, where the `turn` is what the sink leaves of the
-    capacity: the window. So once a row has seen `t` tokens, a head holds those below `min(sink, t)` and the last ones
-    from `max(sink, t - window)` on. It fills from its first slot to its last.
+    capacity: the window, a growing one at its widest. So once a row has seen `t` tokens, a head holds those below
+    `min(sink, t)` and the last ones from `max(sink, t - window)` on. It fills from its first slot to its last.
 
     Attributes:
         sinks: as in `SpanPlan`, one per KV head.
         windows: as in `SpanPlan`; None for a head that keeps everything.
-        capacities: slots of each head: sink and window, or of a head that keeps everything, the most tokens that a row
-            can have; beyond them it forgets the oldest.
+        capacities: slots of each head: sink and widest window, or of a head that keeps everything, the most tokens that
+            a row can have; beyond them it forgets the oldest.
 
     Raises:
         ValueError: these are no spans, or a capacity is not what its span needs.
     """
 
     sinks: tuple[int, ...]
-    windows: tuple[int | None, ...]
+    windows: tuple[Window, ...]
     capacities: tuple[int, ...]
 
     def __post_init__(self) -> None:
         check_spans(self.sinks, self.windows)
-        needs = [None if window is None else sink + window for sink, window in self.spans]
+        needs = [None if window is None else sink + widest(window) for sink, window in self.spans]
         fits = [
             slots >= 1 if need is None else slots == need for slots, need in zip(self.capacities, needs, strict=True)
         ]
@@ -43,15 +43,17 @@ class RingLayout:
             raise ValueError(f"capacities {self.capacities} are not sink and window, {needs}")
 
     @classmethod
-    def of(cls, sinks: Sequence[int], windows: Sequence[int | None], room: int) -> "RingLayout":
+    def of(cls, sinks: Sequence[int], windows: Sequence[Window], room: int) -> "RingLayout":
         """The layout for rows of at most `room` tokens; a head whose span is that long keeps everything."""
         spans = zip(sinks, windows, strict=True)
-        kept = tuple(None if window is None or sink + window >= room else window for sink, window in spans)
-        sizes = tuple(room if window is None else sink + window for sink, window in zip(sinks, kept, strict=True))
+        kept = tuple(None if window is None or sink + widest(window) >= room else window for sink, window in spans)
+        sizes = tuple(
+            room if window is None else sink + widest(window) for sink, window in zip(sinks, kept, strict=True)
+        )
         return cls(tuple(sinks), kept, sizes)
 
     @property
-    def spans(self) -> list[tuple[int, int | None]]:
+    def spans(self) -> list[tuple[int, Window]]:
         """Sink and window of each KV head; the sink of a head that keeps everything is 0."""
         return spans_of(self.sinks, self.windows)
 

@@ -5,16 +5,16 @@ import torch
 from sparse_patch.call import AttentionCall
 from sparse_patch.ops.span.torch import attend_in_float32, attend_visible, query_slices
 from sparse_patch.ops.span_ring.ring import Ring, own_keys
-from sparse_patch.plans import in_span
+from sparse_patch.plans import in_span, widest
 
 
 def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.span_ring.attend`."""
     if call.q.shape[2] == 1:
-        held = ring.layout.positions(before + 1)
+        layout, held = ring.layout, ring.layout.positions(before + 1)[:, None]
         parts = [
-            attend_visible(call, q, ring.k[:, slots], ring.v[:, slots], held[:, None, slots] >= 0)
-            for q, slots in zip(call.q.split(call.group_size, 1), ring.layout.slices, strict=True)
+            attend_visible(call, q, ring.k[:, at], ring.v[:, at], in_span(before[:, None, None], held[..., at], *span))
+            for q, at, span in zip(call.q.split(call.group_size, 1), layout.slices, layout.spans, strict=True)
         ]
         outs, lses = zip(*parts, strict=True)
         return torch.cat(outs, 1).to(call.q.dtype), torch.cat(lses, 1)
@@ -30,7 +30,7 @@ def _add_ring(call: AttentionCall, ring: Ring, before: torch.Tensor, out: torch.
     for head, ((sink, window), slots) in enumerate(zip(ring.layout.spans, ring.layout.slices, strict=True)):
         heads = slice(head * group, (head + 1) * group)
         for queries in query_slices(q_length, batch * group * (slots.stop - slots.start)):
-            past_window = window is not None and queries.start + 1 >= window
+            past_window = window is not None and queries.start + 1 >= widest(window)
             if past_window and not sink:
                 break
             read = slice(slots.start, slots.start + sink) if past_window else slots

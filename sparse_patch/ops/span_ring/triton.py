@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.kernels import add_split_tile, attention_outputs, gpu, merge_splits, softcap_logits
+from sparse_patch.ops.kernels import add_split_tile, attention_outputs, gpu, merge_splits, softcap_logits, window_at
 from sparse_patch.ops.page_decode.triton import tile_of
-from sparse_patch.ops.span.triton import attend_in_float32, bounded
+from sparse_patch.ops.span.triton import attend_in_float32, by_head, flat, grows
 from sparse_patch.ops.span_ring.ring import Ring, RingLayout, first_slots, own_keys
 
 _MOST_SPLITS = 128  # of a head, which the second kernel merges at once
@@ -33,7 +33,7 @@ def prepare(layout: RingLayout, device: torch.device) -> None:
     """See `ops.span_ring.prepare`; for single tokens."""
     sinks, windows = zip(*layout.spans, strict=True)
     _heads(sinks, layout.capacities, device)
-    _work(sinks, tuple(bounded(windows)), layout.capacities, piece_of(layout.capacities), device)
+    _work(sinks, tuple(flat(windows)), layout.capacities, piece_of(layout.capacities), device)
 
 
 def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +49,7 @@ def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> tuple[torch
         own,
         own_lse,
         sinks,
-        bounded(windows),
+        flat(windows),
         layout.capacities,
         call.scale,
         call.softcap or 0.0,
@@ -131,6 +131,7 @@ def span_ring_attention(
         GROUP=group,
         HAS_OWN=own is not None,
         HAS_SOFTCAP=softcap > 0,
+        GROWS=grows(windows),
         SPLIT=splits > 1,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps,
@@ -204,11 +205,11 @@ def _work(
     piece: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """The pieces of all heads, those of the largest first: piece, head and the head's numbers, int32 `[pieces, 6]`."""
-    heads = zip(range(len(sinks)), sinks, windows, capacities, first_slots(capacities), strict=True)
-    largest_first = sorted(heads, key=lambda head: -head[3])
-    pieces = [(i, *head) for head in largest_first for i in range(triton.cdiv(head[3], piece))]
-    return torch.tensor(pieces, dtype=torch.int32, device=device)
+    """The pieces of all heads, those of the largest first: piece, head and the head's numbers, int64 `[pieces, 9]`."""
+    heads = zip(range(len(sinks)), sinks, capacities, first_slots(capacities), by_head(windows), strict=True)
+    largest_first = sorted(heads, key=lambda head: -head[2])
+    pieces = [(i, *head, *window) for *head, window in largest_first for i in range(triton.cdiv(head[2], piece))]
+    return torch.tensor(pieces, dtype=torch.int64, device=device)
 
 
 @triton.jit(do_not_specialize=["batch", "q_length", "splits", "piece"])
@@ -252,6 +253,7 @@ def _ring_kernel(
     GROUP: tl.constexpr,
     HAS_OWN: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    GROWS: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -260,13 +262,13 @@ def _ring_kernel(
     i_m = pid % blocks  # these read the same keys: side by side
     pid = pid // blocks
     i_b = (pid % batch).to(tl.int64)
-    p_work = work + pid // batch * 6
-    i_split = tl.load(p_work)
-    i_hk = tl.load(p_work + 1)
-    sink = tl.load(p_work + 2)
-    window = tl.load(p_work + 3)
-    capacity = tl.load(p_work + 4)
-    first_slot = tl.load(p_work + 5).to(tl.int64)
+    p_work = work + pid // batch * 9
+    i_split = tl.load(p_work).to(tl.int32)
+    i_hk = tl.load(p_work + 1).to(tl.int32)
+    sink = tl.load(p_work + 2).to(tl.int32)
+    capacity = tl.load(p_work + 3).to(tl.int32)
+    first_slot = tl.load(p_work + 4)
+    window = tl.load(p_work + 5).to(tl.int32)
     turn = capacity - sink
 
     seen = tl.load(before + i_b).to(tl.int32)  # what the row had before the first query
@@ -316,10 +318,13 @@ def _ring_kernel(
         if HAS_SOFTCAP:
             s = softcap_logits(s, 1.0, softcap)
         visible = readable[None, :]
-        if HAS_OWN:
+        if HAS_OWN or GROWS:
             position = tl.where(slot < sink, slot, slot + (held - 1 - slot) // turn * turn)
             distance = (seen + offs_q)[:, None] - position[None, :]
-            visible = visible & ((slot < sink)[None, :] | (distance < window))
+            window_m = window
+            if GROWS:
+                window_m = window_at(p_work + 5, seen + offs_q)[:, None]
+            visible = visible & ((slot < sink)[None, :] | (distance < window_m))
         s = tl.where(visible, s * to_log2, -float("inf"))
         b_v = tl.load(p_v[None, :] + (rows * stride_vs)[:, None], mask=mask_v, other=0.0)
         acc, m_i, l_i = add_split_tile(s, b_v, acc, m_i, l_i, PRECISION)
