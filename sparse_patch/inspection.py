@@ -1,5 +1,6 @@
 """What a configuration means for a model, without its weights."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,39 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from sparse_patch.call import PHASES
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import SparsePatchError
+from sparse_patch.methods.spans import SpanMethod
 from sparse_patch.minicpm import is_minicpm, minicpm_config
 from sparse_patch.model_shape import ModelShape, attention_kind
 from sparse_patch.patching import patched, sparsity_report
+from sparse_patch.plans import widest
 from sparse_patch.report import LayerReport
 
 
-def layers_of(model: str | Path, settings: PatchConfig) -> list[dict[str, Any]]:
-    """What each layer of a model would run, from the model's config alone.
+@dataclass(frozen=True)
+class KVBytes:
+    """Bytes of the keys and values of one row in the layers with full attention.
+
+    Attributes:
+        length: tokens of the row.
+        planned: what the spans of the decode method keep.
+        dense: what a cache of all tokens takes.
+    """
+
+    length: int
+    planned: int
+    dense: int
+
+
+def inspect(model: str | Path, settings: PatchConfig, length: int) -> tuple[list[dict[str, Any]], KVBytes | None]:
+    """What each layer of a model would run, and what its cache would take, from the model's config alone.
 
     Args:
         model: a model folder or id.
         settings: the configuration.
+        length: tokens of prompt and answer, for the cache.
+
+    Returns:
+        A mapping for each layer, and the cache's bytes; None where decode has no spans, so that everything is kept.
 
     Raises:
         SparsePatchError: the model is not there, or cannot be patched.
@@ -36,7 +58,7 @@ def layers_of(model: str | Path, settings: PatchConfig) -> list[dict[str, Any]]:
     with patched(skeleton, settings):
         layers = sparsity_report(skeleton).layers
         resolved = settings.for_model(ModelShape.of(text, 1 + max(layer.layer for layer in layers)))
-        return [
+        rows = [
             {
                 "layer": layer.layer,
                 "attention": attention_kind(text, layer.layer),
@@ -49,6 +71,26 @@ def layers_of(model: str | Path, settings: PatchConfig) -> list[dict[str, Any]]:
             }
             for layer in layers
         ]
+        return rows, _kv_bytes(resolved, rows, length, text)
+
+
+def _kv_bytes(
+    settings: PatchConfig, layers: list[dict[str, Any]], length: int, config: PreTrainedConfig
+) -> KVBytes | None:
+    method = settings.decode
+    if not isinstance(method, SpanMethod):
+        return None
+    planned = dense = 0
+    for layer in layers:
+        if layer["attention"] != "full":
+            continue
+        heads = layer["kv_heads"]
+        spans = zip(*method.spans(layer["layer"], length, heads), strict=True)
+        kept = [length if window is None else sink + widest(window) for sink, window in spans]
+        dense += heads * length
+        planned += sum(kept) if layer["decode"] == method.method else heads * length
+    token = 2 * layers[0]["head_dim"] * (config.dtype.itemsize if isinstance(config.dtype, torch.dtype) else 2)
+    return KVBytes(length, token * planned, token * dense)
 
 
 def _roles(settings: PatchConfig, layer: LayerReport, config: PreTrainedConfig) -> str:

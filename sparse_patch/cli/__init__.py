@@ -1,6 +1,7 @@
 """The command line, `sparse-patch COMMAND`. Errors are one line and exit 2; `--debug` traces them."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,9 +109,10 @@ def methods(json_file: JsonOption = None) -> None:
 def show(
     config: Annotated[str, typer.Argument(help="A packaged configuration or a YAML file.")],
     model: Annotated[str | None, typer.Option(help="Model folder or id to resolve it against.")] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens that the memory of spans is said for.")] = 16384,
     json_file: JsonOption = None,
 ) -> None:
-    """Print a configuration with every default, and what each layer of a model would run."""
+    """Print a configuration with every default, what each layer of a model would run, and the memory of its spans."""
     import yaml
 
     from sparse_patch.config import load_config
@@ -119,17 +121,24 @@ def show(
     console = Console()
     console.print(yaml.safe_dump(settings.settings(), sort_keys=False).rstrip(), markup=False, highlight=False)
     layers: list[dict[str, Any]] = []
+    memory: dict[str, int] | None = None
     if model is not None:
-        from sparse_patch.inspection import layers_of
+        from sparse_patch.inspection import inspect
 
-        layers = layers_of(model, settings)
+        layers, kv = inspect(model, settings, length)
         table = Table(title=model, title_justify="left")
         for column in ("layer", "attention", "query heads", "KV heads", "head dim", "prefill", "decode", "role"):
             table.add_column(column, justify="right")
         for layer in layers:
             table.add_row(*(str(value) for value in layer.values()))
         console.print(table)
-    write_json(json_file, {"config": settings.settings(), "source": settings.source, "layers": layers})
+        if kv is not None:
+            print(
+                f"keys and values of {kv.length} tokens, a row: {kv.planned / 1e6:.1f} MB by the spans, "
+                f"{kv.dense / 1e6:.1f} MB dense"
+            )
+            memory = asdict(kv)
+    write_json(json_file, {"config": settings.settings(), "source": settings.source, "layers": layers, "kv": memory})
 
 
 @app.command()

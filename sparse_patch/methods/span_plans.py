@@ -136,12 +136,6 @@ class SpanRules(BaseModel):
         chosen = range(self.num_layers) if layers is None else layers
         return fmean(min(kept, length) / length for layer in chosen for kept in self.kept(layer, length))
 
-    def kv_bytes(self, length: int, head_dim: int, bytes_each: int = 2, batch: int = 1) -> tuple[int, int]:
-        """Bytes of the keys and values that the plan has room for at a length, and of a dense cache."""
-        token = 2 * head_dim * bytes_each * batch
-        planned = sum(sum(self.kept(layer, length)) for layer in range(self.num_layers))
-        return token * planned, token * self.num_layers * self.num_kv_heads * length
-
 
 def write_span_rules(path: str | Path, rules: SpanRules) -> None:
     """Write a plan, in place of an older one at once; the rules of a layer in one line."""

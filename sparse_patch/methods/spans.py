@@ -116,7 +116,7 @@ class RuledMethod(SpanMethod):
     def role(self, layer: int) -> str:
         """What the heads of a layer keep at one length."""
         kept = [min(tokens, SAID_AT) for tokens in self.rules.kept(layer, SAID_AT)]
-        return f"keeps {min(kept)}-{max(kept)} of {SAID_AT}"
+        return f"keeps {'-'.join(map(str, sorted({min(kept), max(kept)})))} of {SAID_AT}"
 
     def remark(self) -> str:
         """The share of the keys that the plan keeps; see `Method.remark`."""

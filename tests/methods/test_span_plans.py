@@ -51,8 +51,6 @@ def test_density_and_bytes_are_those_of_the_mask() -> None:
         counted = [visible(RULES, layer, head, length) / length for layer in range(2) for head in range(2)]
         assert RULES.density(length) == pytest.approx(sum(counted) / 4)
     assert RULES.density(2048, [1]) == pytest.approx((1024 + 320) / 4096)
-    planned, dense = RULES.kv_bytes(2048, head_dim=16, bytes_each=2, batch=3)
-    assert (planned, dense) == (3 * 2 * 16 * 2 * (1024 + 1024 + 1024 + 320), 3 * 2 * 16 * 2 * 4 * 2048)
 
 
 def test_a_full_head_reads_everything() -> None:

@@ -30,7 +30,7 @@ from sparse_patch import (
     unpatch_model,
 )
 from sparse_patch.caches import FixedRingLayer, GrowingLayer, RingLayer
-from sparse_patch.inspection import layers_of
+from sparse_patch.inspection import KVBytes, inspect
 from sparse_patch.methods.base import registry
 from sparse_patch.methods.span_plans import SpanRules, duo_rules, write_span_rules
 from sparse_patch.methods.spans import SpanMethod
@@ -513,15 +513,19 @@ def test_rows_of_the_batch_change(tmp_path: Path) -> None:
 # Memory.
 
 
-def test_bytes_are_those_of_the_plan(tmp_path: Path) -> None:
+def test_bytes_are_those_of_the_plan_and_known_beforehand(tmp_path: Path) -> None:
     model = llama()
     with patched(model, moa(tmp_path, model)):
         result = generated(model, batch_of())
     length, found = LENGTH + NEW - 1, cache_bytes(result.past_key_values)
-    planned, dense = rules_of(model).kv_bytes(length, head_dim=16, bytes_each=4, batch=2)
-    assert found.dense == dense and found.allocated == found.planned
-    rounded = 4 * -(-length // 4) - length  # a head that keeps everything has no more slots than there are tokens
-    assert found.planned == planned - rounded * 2 * 2 * 16 * 4 and found.planned < 0.5 * dense
+    token = 2 * 2 * 16 * 4  # keys and values of two rows, float32
+    kept = [min(tokens, length) for layer in range(3) for tokens in rules_of(model).kept(layer, length)]
+    assert found.allocated == found.planned == token * sum(kept) < 0.5 * found.dense
+    assert found.dense == token * 6 * length
+    model.save_pretrained(tmp_path / "model")
+    layers, kv = inspect(tmp_path / "model", load_config(moa(tmp_path, model)), length)
+    assert len(layers) == 3 and kv == KVBytes(length, found.planned // 2, found.dense // 2)
+    assert inspect(tmp_path / "model", load_config("flexprefill"), length)[1] is None
 
 
 def test_nothing_else_holds_keys_or_values() -> None:
@@ -680,7 +684,8 @@ def test_a_file_counts_from_the_folder_of_the_yaml(tmp_path: Path) -> None:
 
 
 def test_show_says_what_layers_keep(tmp_path: Path, needle_llama_path: Path) -> None:
-    layers = layers_of(needle_llama_path, load_config("streamingllm", both={"layers": [1]}))
+    layers, kv = inspect(needle_llama_path, load_config("streamingllm", both={"layers": [1]}), 4096)
+    assert kv == KVBytes(4096, 2 * 2 * 64 * 2 * (2004 + 7 * 4096), 2 * 2 * 64 * 2 * 8 * 4096)
     assert [layer["role"] for layer in layers[:3]] == ["", "keeps 2004 of 16384", ""]
 
 
