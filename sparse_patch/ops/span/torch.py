@@ -1,16 +1,21 @@
 """PyTorch backend: gathers the keys that a slice of queries reads and computes little else, so it saves time on CPUs.
 
 A slice of queries of one KV head reads the sink and one piece of keys, from where the window of its first query begins
-to its last query. A weight of 0 does not silence a NaN: in place of what is not the row's, a key that is gets read.
+to its last query. Only the sink and the columns at the piece's two ends need a mask, unless rows are padded. A weight
+of 0 does not silence a NaN: in place of what is not the row's, a key that is gets read.
 """
+
+from collections.abc import Sequence
 
 import torch
 
 from sparse_patch.call import AttentionCall, apply_softcap
 from sparse_patch.ops.slices import SLICE_BYTES, slices
-from sparse_patch.plans import SpanPlan, Window, in_span, widest
+from sparse_patch.plans import GrowingWindow, SpanPlan, Window, in_span, widest
 
+Masks = Sequence[tuple[slice, torch.Tensor]]  # columns, and which of them each query sees, bool `[B, n, columns]`
 _QUERIES = 128  # of a slice: each reads the windows of all of them
+_HIDDEN = torch.finfo(torch.float32).min  # finite: a query may have no key
 
 
 def attend(call: AttentionCall, plan: SpanPlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,9 +35,9 @@ def attend_in_float32(call: AttentionCall, plan: SpanPlan) -> tuple[torch.Tensor
         of_group = slice(head * group, (head + 1) * group)
         keys = call.kv_length if window is None else min(call.kv_length, sink + widest(window) + _QUERIES)
         for queries in query_slices(q_length, batch * group * keys):
-            slot, visible = _read(call, queries, sink, window)
+            slot, masks = _read(call, queries, sink, window)
             q, k, v = call.q[:, of_group, queries], call.k[rows, head, slot], call.v[rows, head, slot]
-            out[:, of_group, queries], lse[:, of_group, queries] = attend_visible(call, q, k, v, visible)
+            out[:, of_group, queries], lse[:, of_group, queries] = attend_visible(call, q, k, v, masks)
     return out, lse
 
 
@@ -43,26 +48,28 @@ def query_slices(q_length: int, scores_each: int) -> list[slice]:
 
 
 def attend_visible(
-    call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor
+    call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masks: Masks
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A group's queries `[B, G, n, D]` over keys `[B, T, D]` where `visible`, bool `[B, n, T]`.
+    """A group's queries `[B, G, n, D]` over keys `[B, T, D]`, all that no mask hides.
 
     Returns:
         The output `[B, G, n, Dv]` and the LSE `[B, G, n]`, both in float32.
     """
     group, n = q.shape[1:3]
-    scores = (q.float().flatten(1, 2) @ k.float().mT).mul_(call.scale)
+    scores = (q.float() * call.scale).flatten(1, 2) @ k.float().mT
     scores = apply_softcap(scores, call.softcap).unflatten(1, (group, n))
-    scores.masked_fill_(~visible[:, None], -torch.inf)
-    largest = scores.amax(-1).clamp_(min=torch.finfo(torch.float32).min)  # finite: a query may have no key
-    weights = scores.sub_(largest[..., None]).exp_()
-    total = weights.sum(-1)
-    out = (weights.flatten(1, 2) @ v.float()).unflatten(1, (group, n)).div_(total[..., None])
-    return out.masked_fill_((total == 0)[..., None], 0.0), largest + total.log()
+    for columns, visible in masks:
+        scores[..., columns].masked_fill_(~visible[:, None], _HIDDEN)
+    largest = scores.amax(-1)
+    weights = scores.softmax(-1)
+    lse = largest - weights.amax(-1).log()
+    out = (weights.flatten(1, 2) @ v.float()).unflatten(1, (group, n))
+    empty = largest == _HIDDEN
+    return out.masked_fill_(empty[..., None], 0.0), lse.masked_fill_(empty, -torch.inf)
 
 
-def _read(call: AttentionCall, queries: slice, sink: int, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots that a slice of queries reads, int64 `[B, T]`, and which of them each query sees, bool `[B, n, T]`."""
+def _read(call: AttentionCall, queries: slice, sink: int, window: Window) -> tuple[torch.Tensor, Masks]:
+    """Slots that a slice of queries reads, int64 `[B, T]`, and what each query does not see of them."""
     device, starts = call.q.device, call.row_starts()[:, None]
     n = queries.stop - queries.start
     end = call.end() - (call.q.shape[2] - queries.stop)  # the slot after the last query's
@@ -74,6 +81,17 @@ def _read(call: AttentionCall, queries: slice, sink: int, window: Window) -> tup
         sinks = torch.arange(sink, device=device) + starts
         slot = torch.cat([sinks.masked_fill(sinks >= begin, -1), slot], -1)  # no key twice
     key = torch.where(slot < 0, -1, slot - starts)
-    query = torch.arange(n, device=device) + (end - n) - starts
-    visible = in_span(query[..., None], key[:, None], sink, window)
-    return torch.minimum(torch.maximum(slot, starts.clamp(min=0)), end - 1), visible
+    query = (torch.arange(n, device=device) + (end - n) - starts)[..., None]
+    whole = call.kv_start is None and call.kv_end is None and not isinstance(window, GrowingWindow)
+    masks = [
+        (columns, in_span(query, key[:, None, columns], sink, window))
+        for columns in _edges(slot.shape[1] - piece + n, n, slot.shape[1], whole)
+    ]
+    return torch.minimum(torch.maximum(slot, starts.clamp(min=0)), end - 1), masks
+
+
+def _edges(first: int, last: int, columns: int, whole: bool) -> list[slice]:
+    """The first and the last columns; all of them if the others are not `whole`, seen by every query."""
+    if not whole or first + last >= columns:
+        return [slice(0, columns)]
+    return [slice(0, first), slice(columns - last, columns)]

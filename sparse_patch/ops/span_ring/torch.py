@@ -13,7 +13,13 @@ def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> tuple[torch
     if call.q.shape[2] == 1:
         layout, held = ring.layout, ring.layout.positions(before + 1)[:, None]
         parts = [
-            attend_visible(call, q, ring.k[:, at], ring.v[:, at], in_span(before[:, None, None], held[..., at], *span))
+            attend_visible(
+                call,
+                q,
+                ring.k[:, at],
+                ring.v[:, at],
+                [(slice(None), in_span(before[:, None, None], held[..., at], *span))],
+            )
             for q, at, span in zip(call.q.split(call.group_size, 1), layout.slices, layout.spans, strict=True)
         ]
         outs, lses = zip(*parts, strict=True)
@@ -36,7 +42,8 @@ def _add_ring(call: AttentionCall, ring: Ring, before: torch.Tensor, out: torch.
             read = slice(slots.start, slots.start + sink) if past_window else slots
             query = before[:, None] + torch.arange(queries.start, queries.stop, device=before.device)
             visible = in_span(query[..., None], held[:, None, read], sink, window)
-            part = attend_visible(call, call.q[:, heads, queries], ring.k[:, read], ring.v[:, read], visible)
+            of_queries, masks = call.q[:, heads, queries], [(slice(None), visible)]
+            part = attend_visible(call, of_queries, ring.k[:, read], ring.v[:, read], masks)
             _merge(out[:, heads, queries], lse[:, heads, queries], *part)
 
 
