@@ -39,7 +39,7 @@ class HeadShard:
         return cls(mesh.get_local_rank(), size, mesh)
 
     def of_layer(self, here: int, in_all: int) -> "HeadShard":
-        """The part that `here` heads are of the `in_all` that a layer has: some models (Phi-3) compute all everywhere."""
+        """The part that `here` heads are of a layer's `in_all`; some models (Phi-3) have all of them on every rank."""
         return ALL_HEADS if here == in_all else self
 
     def part(self, values: tuple[T, ...]) -> tuple[T, ...]:

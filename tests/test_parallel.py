@@ -19,10 +19,8 @@ from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
 from sparse_patch import patched, sparsity_report
 
-
-
-
-PROMPT, NEW, SECONDS = 300, 6, 120
+PROMPT, NEW = 300, 6
+SECONDS = 120  # that the processes may take, and wait for one another
 _TAU = torch.tensor([[4.0, 0.2, 0.0, 1.0]]).repeat(5, 1)
 _PATTERNS = {
     "0": ["stream_llm", 40, 60, 1.0],
@@ -54,7 +52,16 @@ def _found(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 CASES = list(configs(Path()))
 PER_HEAD = ["sale-calibrated", "minference-calibrated", "moa", "duoattention"]
-ALL_HEAD = ["delta", "tidaldecode-all", "lessismore"]
+STATIC = ["delta", "lessismore", "moa"]
+# For a model that computes all heads on every rank.
+UNSPLIT: dict[str, dict[str, Any]] = {
+    "sale": {"prefill": {"method": "sale", "tau": 1.0, "local_window": 32, "block_size": 64, "min_length": 0}},
+    "streamingllm": {"both": {"method": "streamingllm", "sink": 5, "window": 50}},
+    **{
+        method: {"decode": {"method": method, "budget": 160, "min_length": 0, "layers": {"full": [0], "select": [1]}}}
+        for method in ("delta", "lessismore")
+    },
+}
 
 
 @torch.no_grad()
@@ -70,9 +77,9 @@ def generated(model: PreTrainedModel, **options: Any) -> dict[str, torch.Tensor]
     return {"tokens": result.sequences[:, PROMPT:], "logits": torch.stack(result.logits)}
 
 
-def outputs(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
-    """What every configuration gives, and the shares that its heads computed, `[layer][head]`."""
-    found = {"unpatched": generated(model)}
+def outputs(model: PreTrainedModel, folder: Path, compile_too: bool) -> dict[str, Any]:
+    """What every configuration gives, and the shares that its heads computed in prefill, `[layer][head]`."""
+    found: dict[str, Any] = {"unpatched": generated(model)}
     for name, config in configs(folder).items():
         with patched(model, {**config, "on_unsupported": "error"}):
             found[name] = generated(model)
@@ -80,30 +87,23 @@ def outputs(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         found[name]["heads"] = [layer.prefill.density_by_head for layer in report.layers]
         found[name]["sparse"] = sum(layer.prefill.sparse_calls + layer.decode.sparse_calls for layer in report.layers)
         found[name]["remarks"] = report.remarks
-    compiled = CompileConfig(backend="eager", fullgraph=True)
-    compiled._compile_all_devices = True
-    for name in ALL_HEAD + PER_HEAD[2:3]:
+    for name in STATIC:
         with patched(model, configs(folder)[name]):
             found[f"{name}, static"] = generated(model, cache_implementation="static")
+    options = CompileConfig(backend="eager", fullgraph=True)
+    options._compile_all_devices = True
+    for name in STATIC[:2] if compile_too else []:
         with patched(model, configs(folder)[name]):
-            options = {"cache_implementation": "static", "compile_config": compiled}
-            found[f"{name}, compiled"] = {**generated(model, **options), "compiled": sparsity_report(model).layers[2].compiled}
-    found["unpatched again"] = generated(model)
-    return found
+            found[f"{name}, compiled"] = generated(model, cache_implementation="static", compile_config=options)
+            found[f"{name}, compiled"]["compiled"] = all(layer.compiled for layer in sparsity_report(model).layers)
+    return found | {"unpatched again": generated(model)}
 
 
-def heads_on_every_rank(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+def unsplit_outputs(model: PreTrainedModel) -> dict[str, Any]:
     """The same of a model whose plan splits no heads."""
     found = {}
-    for name in ("delta", "lessismore", "sale-calibrated", "moa"):
-        config = configs(folder)[name]
-        phase, settings = next(iter(config.items()))
-        settings = {key: value for key, value in settings.items() if key not in ("calibration", "layers")}
-        if phase == "decode":
-            settings["layers"] = {"full": [0], "select": [1]}
-        if name == "moa":
-            settings = {"method": "streamingllm", "sink": 5, "window": 50}
-        with patched(model, {phase: settings}):
+    for name, config in UNSPLIT.items():
+        with patched(model, config):
             found[name] = generated(model)
     return found
 
@@ -116,10 +116,11 @@ def rank(number: int, folder: Path) -> None:
         "gloo",
         init_method=f"file://{folder}/rendezvous", rank=number, world_size=2, timeout=timedelta(seconds=SECONDS),
     )  # fmt: skip
-    found = {}
-    for name, function in (("llama", outputs), ("phi3", heads_on_every_rank)):
-        model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32, tp_plan="auto").eval()
-        found[name] = function(model, folder)
+    model, unsplit = (
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32, tp_plan="auto").eval()
+        for name in ("llama", "phi3")
+    )
+    found = {"split": outputs(model, folder, compile_too=True), "unsplit": unsplit_outputs(unsplit)}
     torch.save(found, folder / f"rank{number}.pt")
     distributed.destroy_process_group()
 
@@ -128,8 +129,8 @@ def rank(number: int, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and calibrations."""
     folder = tmp_path_factory.mktemp("parallel")
-    for name, model in (("llama", llama(layers=5)), ("phi3", phi3())):
-        model.save_pretrained(folder / name)
+    llama(layers=5).save_pretrained(folder / "llama")
+    phi3().save_pretrained(folder / "phi3")
     write_plans(folder)
     calibration(folder, _TAU)
     (folder / "patterns.json").write_text(json.dumps([_PATTERNS] * 5))
@@ -139,10 +140,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
     """What one process gives."""
-    torch._dynamo.reset()
-    functions = {"llama": outputs, "phi3": heads_on_every_rank}
-    load = AutoModelForCausalLM.from_pretrained
-    return {name: of(load(folder / name, dtype=torch.float32).eval(), folder) for name, of in functions.items()}
+    return {"split": outputs(llama(layers=5), folder, compile_too=False), "unsplit": unsplit_outputs(phi3())}
 
 
 @pytest.fixture(scope="module")
@@ -168,42 +166,48 @@ def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_give_what_one_gives(name: str, alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
-    expected = alone["llama"][name]
+    expected = alone["split"][name]
     for found in ranks:
-        check(found["llama"][name], expected)
+        check(found["split"][name], expected)
     assert (expected["sparse"] > 0) == (name != "dense")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_rank_reports_its_own_heads(name: str, alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
-    for layer, expected in enumerate(alone["llama"][name]["heads"]):
-        of_ranks = [found["llama"][name]["heads"][layer] for found in ranks]
+    for layer, expected in enumerate(alone["split"][name]["heads"]):
+        of_ranks = [found["split"][name]["heads"][layer] for found in ranks]
         if expected and all(of_ranks):
-            assert sum(of_ranks, []) == pytest.approx(expected)
-    remarks = [found["llama"][name]["remarks"][-1] for found in ranks]
+            assert [*of_ranks[0], *of_ranks[1]] == pytest.approx(expected)
+    remarks = [found["split"][name]["remarks"][-1] for found in ranks]
     assert remarks == [f"tensor parallelism: the heads of rank {number} of 2 alone" for number in range(2)]
 
 
 @pytest.mark.parametrize("name", PER_HEAD)
 def test_settings_of_heads_differ_from_rank_to_rank(name: str, ranks: list[dict[str, Any]]) -> None:
-    assert ranks[0]["llama"][name]["heads"] != ranks[1]["llama"][name]["heads"]
+    assert ranks[0]["split"][name]["heads"] != ranks[1]["split"][name]["heads"]
 
 
-@pytest.mark.parametrize("name", ALL_HEAD + PER_HEAD[2:3])
-@pytest.mark.parametrize("way", ["static", "compiled"])
-def test_static_caches(name: str, way: str, alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", STATIC)
+def test_a_static_cache(name: str, alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
-        check(found["llama"][f"{name}, {way}"], alone["llama"][name])
-        assert way == "static" or found["llama"][f"{name}, {way}"]["compiled"]
+        check(found["split"][f"{name}, static"], alone["split"][name])
 
 
-@pytest.mark.parametrize("name", ["delta", "lessismore", "sale-calibrated", "moa"])
+@pytest.mark.parametrize("name", STATIC[:2])
+def test_the_compiled_step(name: str, alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+    """One graph without a break, the reduction over the ranks in it."""
+    for found in ranks:
+        assert found["split"][f"{name}, compiled"]["compiled"]
+        check(found["split"][f"{name}, compiled"], alone["split"][name])
+
+
+@pytest.mark.parametrize("name", UNSPLIT)
 def test_a_model_with_all_heads_on_every_rank(name: str, alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
-        check(found["phi3"][name], alone["phi3"][name])
+        check(found["unsplit"][name], alone["unsplit"][name])
 
 
 def test_unpatching_gives_back_the_bits(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         for name in ("unpatched again", "dense"):
-            assert torch.equal(found["llama"][name]["logits"], found["llama"]["unpatched"]["logits"])
+            assert torch.equal(found["split"][name]["logits"], found["split"]["unpatched"]["logits"])

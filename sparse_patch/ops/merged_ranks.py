@@ -6,9 +6,7 @@ from sparse_patch.head_shard import ALL_HEADS, HeadShard
 from sparse_patch.ops.top_pages import top_pages
 
 
-def merged_ranks(
-    scores: torch.Tensor, limits: torch.Tensor, k: int, shard: HeadShard = ALL_HEADS
-) -> torch.Tensor:
+def merged_ranks(scores: torch.Tensor, limits: torch.Tensor, k: int, shard: HeadShard = ALL_HEADS) -> torch.Tensor:
     """Where each token stands when the heads' top k are merged: rank by rank and, within a rank, head by head.
 
     The merged list of k tokens is `top_pages(-merged_ranks(scores, limits, k)[:, None], limits, k)`: the heads' lists
