@@ -35,7 +35,7 @@ class HeadShard:
         mesh, size = getattr(model, "_device_mesh", None), getattr(model, "_tp_size", None)
         if mesh is None or size is None or size == 1:
             return ALL_HEADS
-        mesh = mesh["tp"] if mesh.ndim > 1 else mesh  # since Transformers 5.18 it has pipeline and data parallelism too
+        mesh = mesh["tp"] if mesh.ndim > 1 else mesh  # with other kinds of parallelism in it
         return cls(mesh.get_local_rank(), size, mesh)
 
     def of_layer(self, here: int, in_all: int) -> "HeadShard":
