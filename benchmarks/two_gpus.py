@@ -41,6 +41,7 @@ CONFIGS = [
 ]
 NEW_TOKENS = {"niah_multikey_2": 16, "recite": 48}  # by task
 UNPATCHED, ONE, SPREAD, TENSOR = "unpatched", "one GPU", "device_map", "tensor parallel"
+_SHARES = {"density": ".3f", "attended": ".0f"}
 PATIENCE = 60  # seconds that a rank waits for another
 LIMIT = 240  # seconds for all configurations under tensor parallelism
 
@@ -89,7 +90,7 @@ def main() -> int:
         about = (__doc__ or "").split("\n")[0]
         result = {
             "about": about,
-            "command": f"python benchmarks/two_gpus.py --length {options.length} --dtype {options.dtype}",
+            "command": " ".join(["python", *(word for word in sys.argv if word not in ("--json", str(options.json)))]),
             "machine": {**describe_machine(), "dtype": options.dtype, "gpus": torch.cuda.device_count()},
             "model": str(options.model).removeprefix(f"{ROOT}/"),
             "length": options.length,
@@ -108,6 +109,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--config", nargs="+", default=CONFIGS, help="configurations")
     parser.add_argument("--length", type=int, default=8192, help="tokens of each prompt")
     parser.add_argument("--dtype", default="float32", choices=sorted(DTYPES))
+    parser.add_argument("--static", action="store_true", help="with a static cache, whose step Transformers compiles")
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--rank-files", type=Path, help=argparse.SUPPRESS)  # of a process that torchrun started
     return parser.parse_args()
@@ -130,13 +132,15 @@ def _measured(model: PreTrainedModel, options: argparse.Namespace) -> Iterator[t
     for config in (None, *options.config):
         name = UNPATCHED if config is None else Path(config).stem
         try:
-            yield name, _outcome(model, config, prompts)
+            yield name, _outcome(model, config, prompts, {"cache_implementation": "static"} if options.static else {})
         except Exception as error:  # the others shall run all the same
             yield name, Outcome(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
 @torch.no_grad()
-def _outcome(model: PreTrainedModel, config: str | None, prompts: dict[str, list[int]]) -> Outcome:
+def _outcome(
+    model: PreTrainedModel, config: str | None, prompts: dict[str, list[int]], cache: dict[str, str]
+) -> Outcome:
     begin, outcome = time.perf_counter(), Outcome()
     with nullcontext() if config is None else patched(model, config):
         for name, prompt in prompts.items():
@@ -148,6 +152,7 @@ def _outcome(model: PreTrainedModel, config: str | None, prompts: dict[str, list
                 do_sample=False,
                 output_logits=True,
                 return_dict_in_generate=True,
+                **cache,
             )
             outcome.tokens.append(result.sequences[0, len(prompt) :].tolist())
             outcome.logits.append(torch.cat(result.logits).float().cpu())
@@ -165,6 +170,7 @@ def _under_torchrun(options: argparse.Namespace) -> list[dict[str, Outcome]]:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
         command += ["--master-addr", "127.0.0.1", "--master-port", "29571", __file__, "--rank-files", folder]
         command += ["--model", str(options.model), "--length", str(options.length), "--dtype", options.dtype]
+        command += ["--static"] if options.static else []
         process = subprocess.Popen([*command, "--config", *options.config])
         try:
             process.wait(timeout=LIMIT)
@@ -230,13 +236,15 @@ def _differences(
 
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:
-    print(f"{'config':<16}{'way':<17}{'tokens':<9}{'logits apart':>13}{'of prefill':>12}{'density':>9}{'attended':>10}")
+    print(
+        f"{'config':<16}{'way':<17}{'tokens':<9}{'logits apart':>13}{'of prefill':>12}{'density':>10}{'attended':>10}"
+    )
     for row in rows:
         if "error" in row:
             print(f"{row['config']:<16}{row['way']:<17}{row['error']}")
             continue
         numbers = f"{row['logit_difference']:>13.2e}{row['prefill_logit_difference']:>12.2e}"
-        shares = f"{row['density'] or 1:>9.3f}{row['attended'] or 0:>10.0f}"
+        shares = "".join(f"{'' if row[key] is None else format(row[key], form):>10}" for key, form in _SHARES.items())
         same = "same" if row["same_tokens"] else "DIFFER"
         notes = "".join(f"  fallback: {reason}" for reason in row["fallbacks"])
         print(f"{row['config']:<16}{row['way']:<17}{same:<9}{numbers}{shares}  {row['seconds']:.1f} s{notes}")
