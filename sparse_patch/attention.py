@@ -158,7 +158,7 @@ def sparse_attention(
     if kwargs.get("cache") is not None:
         raise PatchError("continuous batching does not work on a patched model; use generate, or unpatch_model first")
     with _on_device_of(query):
-        return _attend_anyhow(state, module, (query, key, value), attention_mask, scaling, kwargs)
+        return _dispatch(state, module, (query, key, value), attention_mask, scaling, kwargs)
 
 
 def _on_device_of(x: torch.Tensor) -> AbstractContextManager[None]:
@@ -166,7 +166,7 @@ def _on_device_of(x: torch.Tensor) -> AbstractContextManager[None]:
     return nullcontext() if not x.is_cuda or torch.compiler.is_compiling() else torch.cuda.device(x.device)
 
 
-def _attend_anyhow(
+def _dispatch(
     state: LayerState,
     module: nn.Module,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -174,7 +174,7 @@ def _attend_anyhow(
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`sparse_attention` on the current device, with a ring or without."""
+    """`sparse_attention`, once the device of its tensors is the current one."""
     ring, state.ring = state.ring, None
     if ring is None:
         return _attend(state, module, tensors, attention_mask, scaling, kwargs)

@@ -19,6 +19,10 @@ from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
 from sparse_patch import patched, sparsity_report
 
+pytestmark = pytest.mark.skipif(
+    torch.accelerator.current_accelerator() is not None,
+    reason="with such a build of torch Transformers takes the GPU, see test_gpu_parallel.py",
+)
 PROMPT, NEW = 300, 6
 SECONDS = 120  # that the processes may take, and wait for one another
 _TAU = torch.tensor([[4.0, 0.2, 0.0, 1.0]]).repeat(5, 1)
