@@ -8,6 +8,7 @@ the very mask that this implementation would have got.
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from sparse_patch.caches import RingLayer, copies, max_length_of, memory_of, rin
 from sparse_patch.call import AttentionCall, Phase
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import PatchError, UnsupportedCallError
+from sparse_patch.head_shard import HeadShard
 from sparse_patch.masks import DECODE_MAX_QUERIES, LazyMask, lazy_mask, lazy_mask_for_kernels
 from sparse_patch.memory import LayerMemory
 from sparse_patch.methods.base import DecodeMethod, Method
@@ -48,6 +50,7 @@ class LayerState:
         original_config: the Transformers config that the module had before.
         dense: the attention function of the implementation that the model had before.
         warned: reasons that were warned about; shared by all layers.
+        shard: the heads that this process has, where tensor parallelism splits them; shared by all layers.
         counts: what was computed, for the report.
         captured: when not None, the plans of the calls that ran, newest last.
         memory: what the cache of the running forward keeps for this layer; set by `note_cache`, taken by the hook.
@@ -64,6 +67,7 @@ class LayerState:
     original_config: Any
     dense: AttentionFunction
     warned: set[str]
+    shard: HeadShard
     counts: LayerCounts = field(default_factory=LayerCounts)
     captured: list[tuple[Phase, Plan]] | None = None
     memory: LayerMemory | None = None
@@ -153,7 +157,24 @@ def sparse_attention(
         raise PatchError(f"{type(module).__name__} runs the hook without a patch; call patch_model on its model")
     if kwargs.get("cache") is not None:
         raise PatchError("continuous batching does not work on a patched model; use generate, or unpatch_model first")
-    tensors = (query, key, value)
+    with _on_device_of(query):
+        return _dispatch(state, module, (query, key, value), attention_mask, scaling, kwargs)
+
+
+def _on_device_of(x: torch.Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device, and a model may lie on several; compiled code sees to it itself."""
+    return nullcontext() if not x.is_cuda or torch.compiler.is_compiling() else torch.cuda.device(x.device)
+
+
+def _dispatch(
+    state: LayerState,
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    attention_mask: Any,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`sparse_attention`, once the device of its tensors is the current one."""
     ring, state.ring = state.ring, None
     if ring is None:
         return _attend(state, module, tensors, attention_mask, scaling, kwargs)
@@ -164,7 +185,7 @@ def sparse_attention(
         attention_mask = attention_mask.alone
     attended = _attend(state, module, tensors, attention_mask, scaling, kwargs)
     if isinstance(attention_mask, LazyMask) and attention_mask.has_left_padding_only:  # else nobody knows what is real
-        ring.write(key, value, attention_mask.tokens_before, state.config.backend)
+        ring.write(*tensors[1:], attention_mask.tokens_before, state.config.backend)
     return attended
 
 
@@ -335,6 +356,7 @@ def _attention_call(
         carried=mask.carried,
         memory=memory,
         max_length=state.max_length,
+        shard=state.shard.of_layer(query.shape[1], state.original_config.num_attention_heads),
     )
     if phase == "decode" and mask.end_on_device is not None:
         return replace(call, kv_end=mask.end_on_device)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 
+from sparse_patch.head_shard import ALL_HEADS, HeadShard
 from sparse_patch.memory import LayerMemory
 
 Phase = Literal["prefill", "decode"]
@@ -36,6 +37,7 @@ class AttentionCall:
         memory: what a decode method keeps beside the keys of this layer from step to step; None where the cache has
             no room for it.
         max_length: tokens that the cache is made for, of prompt and answer together; None where it does not say.
+        shard: which of the layer's heads `q`, `k` and `v` have; all of them unless tensor parallelism splits them.
     """
 
     q: torch.Tensor
@@ -51,6 +53,7 @@ class AttentionCall:
     carried: dict[str, Any] = field(default_factory=dict)
     memory: LayerMemory | None = None
     max_length: int | None = None
+    shard: HeadShard = ALL_HEADS
 
     @property
     def group_size(self) -> int:

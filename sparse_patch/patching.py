@@ -26,8 +26,9 @@ from sparse_patch.call import PHASES, Phase
 from sparse_patch.config import ConfigSource, PatchConfig, load_config
 from sparse_patch.correction import Correction
 from sparse_patch.errors import PatchError
+from sparse_patch.head_shard import HeadShard
 from sparse_patch.methods.base import DecodeMethod
-from sparse_patch.methods.spans import SpanMethod
+from sparse_patch.methods.spans import SpanMethod, Spans
 from sparse_patch.minicpm import MODEL_TYPE as MINICPM
 from sparse_patch.model_shape import ModelShape, attention_kind
 from sparse_patch.ops.backends import takes_triton
@@ -157,14 +158,17 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
         hook_active=all(_config_of(module)._attn_implementation in (NAME, ON_KERNELS) for module in patch.attention),
         versions=versions(),
         layers=[_layer_report(state_of(module)) for module in patch.attention],
-        remarks=_remarks(state_of(patch.attention[0]).config),
+        remarks=_remarks(state_of(patch.attention[0])),
     )
 
 
-def _remarks(config: PatchConfig) -> list[str]:
-    """What the methods say, each thing once; of a configuration that was resolved for the model."""
-    methods = (config.method(phase) for phase in PHASES)
-    return list(dict.fromkeys(remark for method in methods if method and (remark := method.remark())))
+def _remarks(state: LayerState) -> list[str]:
+    """What the methods say, each thing once, and which heads are counted; of any layer."""
+    methods = (state.config.method(phase) for phase in PHASES)
+    remarks = list(dict.fromkeys(remark for method in methods if method and (remark := method.remark())))
+    if state.shard.size > 1:
+        remarks.append(f"tensor parallelism: the heads of rank {state.shard.rank} of {state.shard.size} alone")
+    return remarks
 
 
 def span_cache(model: nn.Module, max_length: int) -> DynamicCache:
@@ -199,8 +203,13 @@ def _spans_of(root: PreTrainedModel) -> dict[int, SpansOf]:
         method = state.config.decode if "decode" in state.phases else None
         served = attention_kind(config, state.layer) == "full" and getattr(module, "sinks", None) is None
         if isinstance(method, SpanMethod) and served:
-            spans[state.layer] = partial(method.spans, state.layer)
+            spans[state.layer] = partial(_spans_here, method, state, ModelShape.of(config, 0).num_kv_heads)
     return spans
+
+
+def _spans_here(method: SpanMethod, state: LayerState, in_all: int, length: int, kv_heads: int) -> Spans:
+    """The spans of the `kv_heads` KV heads that this process has of a layer's `in_all`."""
+    return method.spans_of(state.shard.of_layer(kv_heads, in_all), state.layer, length, kv_heads)
 
 
 def versions() -> dict[str, str]:
@@ -387,6 +396,7 @@ def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.
     config = config.for_model(ModelShape.of(root.config, num_layers))
     selected = {phase: config.layers(phase, num_layers) for phase in PHASES}
     warned: set[str] = set()
+    shard = HeadShard.of(root)
     states = []
     for name, module in attention.items():
         scope = dispatch_scope(module)
@@ -403,6 +413,7 @@ def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.
                     original._attn_implementation, scope.get("eager_attention_forward")
                 ),
                 warned=warned,
+                shard=shard,
             )
         )
     return states

@@ -3,6 +3,7 @@
 import copy
 import functools
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,6 +150,40 @@ def test_device_map_with_accelerate_hooks(llama: PreTrainedModel) -> None:
     with patched(spread, SPARSE):
         run(spread)
         assert sparsity_report(spread).layers[0].prefill.sparse_calls == 1
+
+
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_layers_on_disk(patch_first: bool, llama: PreTrainedModel, tmp_path: Path) -> None:
+    """What `device_map="auto"` does where memory is short: hooks of accelerate move weights and tensors."""
+    from accelerate import dispatch_model
+
+    delta = {
+        "method": "delta",
+        "budget": 24,
+        "page_size": 4,
+        "recency_pages": 1,
+        "min_length": 0,
+        "layers": {"full": [0]},
+    }
+    config, ids = {**SPARSE, "decode": delta}, torch.arange(3, 83)[None]
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "output_logits": True}
+    options["return_dict_in_generate"] = True
+    before = run(llama)
+    with patched(llama, config):
+        expected: Any = llama.generate(ids, **options)
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{layer}": "disk" if layer == 1 else "cpu" for layer in range(3)}
+    if patch_first:
+        patch_model(llama, config)
+    spread = dispatch_model(llama, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    if not patch_first:
+        patch_model(spread, config)
+    found: Any = spread.generate(ids, **options)
+    assert next(spread.model.layers[1].parameters()).device.type == "meta"
+    assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
+    assert sparsity_report(spread).layers[2].decode.sparse_calls == 4
+    unpatch_model(spread)
+    assert torch.equal(run(spread), before) and marks(spread) == []
 
 
 def test_a_layer_that_the_model_lacks_leaves_it_alone(llama: PreTrainedModel) -> None:

@@ -71,7 +71,7 @@ class Delta(LayeredMethod):
     def choose(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Top-k pages; see `LayeredMethod.choose`."""
         lengths = call.lengths()
-        scores = page_scores(logits, lse, lengths, self.page_size, self.recency_pages)
+        scores = page_scores(logits, lse, lengths, self.page_size, self.recency_pages, call.shard)
         if self.position_bias:
             scores = scores - self.position_bias * torch.arange(scores.shape[-1], device=scores.device)
         return self.highest(call, scores[:, None], lengths, self.page_size)

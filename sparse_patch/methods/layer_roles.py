@@ -185,7 +185,9 @@ class LayeredMethod(BudgetedMethod):
         if plan.pages.device == call.q.device and plan.heads == call.q.shape[1]:
             return plan
         device = call.q.device  # layers may lie on several devices
-        return PagePlan.of(call, plan.pages.to(device), plan.counts.to(device), self.list_page_size)
+        plan = PagePlan.of(call, plan.pages.to(device), plan.counts.to(device), self.list_page_size)
+        call.carried[self.method] = plan
+        return plan
 
     def select(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> None:
         """Choose the list of the layers that follow; see `DecodeMethod.select`."""

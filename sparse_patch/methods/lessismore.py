@@ -49,7 +49,7 @@ class LessIsMore(LayeredMethod):
         lengths = call.lengths()
         most = self.most(call.kv_length)
         before = lengths - self._recent(self.tokens(lengths))
-        places = merged_ranks(logits, before, most - math.ceil(self.recency * most))
+        places = merged_ranks(logits, before, most - math.ceil(self.recency * most), call.shard)
         position = torch.arange(logits.shape[-1], device=logits.device)
         forced = (position >= before[:, None]) | (position < self.sinks)
         return self.highest(call, (-places).masked_fill(forced, torch.inf)[:, None], lengths)

@@ -128,9 +128,10 @@ class MInference(PrefillMethod):
         """Select by the pattern of each head; see `Method.plan`."""
         if short := self.why_dense(call):
             return short
-        if self.heads is not None and max(self.heads[call.layer], default=0) >= call.q.shape[1]:
-            return Dense("the calibration has more heads than the call (tensor parallelism)")
-        return self.plan_patterns(call, self.patterns(call.layer, call.q.shape[1]))
+        heads = call.q.shape[1] * call.shard.size
+        if self.heads is not None and max(self.heads[call.layer], default=0) >= heads:
+            return Dense("the calibration has more heads than the call (tensor parallelism other than Transformers')")
+        return self.plan_patterns(call, call.shard.part(self.patterns(call.layer, heads)))
 
     def plan_patterns(self, call: AttentionCall, patterns: tuple[Pattern, ...]) -> BlockPlan | Dense:
         """Select by the given pattern of each head, one plan for all of them."""

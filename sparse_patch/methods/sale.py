@@ -118,9 +118,11 @@ class Sale(PrefillMethod):
         """Decide for every head and query tile; see `Method.plan`."""
         if short := self.why_dense(call):
             return short
-        thresholds = self.head_thresholds(call.layer, call.q.shape[1])
-        if len(thresholds) != call.q.shape[1]:
-            return Dense("the calibration has more heads than the call (tensor parallelism)")
+        heads = call.q.shape[1] * call.shard.size
+        thresholds = self.head_thresholds(call.layer, heads)
+        if len(thresholds) != heads:
+            return Dense("the calibration has more heads than the call (tensor parallelism other than Transformers')")
+        thresholds = call.shard.part(thresholds)
         if max(thresholds) < DENSE_BELOW:
             return Dense("tau: 0 for every head")
         return self.plan_at(call, _on_device(thresholds, call.q.device))

@@ -13,6 +13,7 @@ from pydantic import Field, PrivateAttr
 from typing_extensions import Self
 
 from sparse_patch.call import PHASES, AttentionCall
+from sparse_patch.head_shard import HeadShard
 from sparse_patch.methods.base import Method
 from sparse_patch.methods.span_plans import MAKE_ONE, SpanRules
 from sparse_patch.model_shape import ModelShape
@@ -44,6 +45,11 @@ class SpanMethod(Method):
             ValueError: the method knows other KV heads.
         """
 
+    def spans_of(self, shard: HeadShard, layer: int, length: int, kv_heads: int) -> Spans:
+        """`spans` of the `kv_heads` KV heads of a layer that a process has."""
+        sinks, windows = self.spans(layer, length, kv_heads * shard.size)
+        return shard.part(sinks), shard.part(windows)
+
     def reads_prompts(self) -> bool:
         """Whether prompts are read by the spans, too; else they are dense."""
         return True
@@ -57,7 +63,7 @@ class SpanMethod(Method):
         try:
             if call.phase == "prefill" and not self.reads_prompts():
                 return Dense("the plan has prompts read densely")
-            spans = self.spans(call.layer, self.total_length(call), call.k.shape[1])
+            spans = self.spans_of(call.shard, call.layer, self.total_length(call), call.k.shape[1])
         except ValueError as error:
             return Dense(str(error))
         if all(window is None or reaches(sink, window, call.kv_length) for sink, window in zip(*spans, strict=True)):
@@ -107,7 +113,7 @@ class RuledMethod(SpanMethod):
         """See `SpanMethod.spans`."""
         sinks, windows = self.rules.spans(layer, length)
         if len(sinks) != kv_heads:
-            raise ValueError(f"the plan has {len(sinks)} KV heads a layer and the call {kv_heads} (tensor parallelism)")
+            raise ValueError(f"the plan has {len(sinks)} KV heads a layer and the call {kv_heads}")
         return within(sinks, windows, length)
 
     def reads_prompts(self) -> bool:

@@ -66,7 +66,9 @@ class TidalDecode(LayeredMethod):
         """The score of each token in each list, float32 `[B, L, capacity]`."""
         if self.index_sharing == "q_head":
             return logits
-        lists = call.k.shape[1] if self.index_sharing == "kv_group" else 1
+        if self.index_sharing == "all":
+            return page_scores(logits, lse, call.lengths(), 1, shard=call.shard)[:, None]
+        lists = call.k.shape[1]
         logits, lse = (part.unflatten(1, (lists, -1)).flatten(0, 1) for part in (logits, lse))
         lengths = call.lengths().repeat_interleave(lists)
         return page_scores(logits, lse, lengths, 1).unflatten(0, (-1, lists))
