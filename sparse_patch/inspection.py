@@ -33,7 +33,9 @@ class KVBytes:
     dense: int
 
 
-def inspect(model: str | Path, settings: PatchConfig, length: int) -> tuple[list[dict[str, Any]], KVBytes | None]:
+def inspect(
+    model: str | Path, settings: PatchConfig, length: int = 16384
+) -> tuple[list[dict[str, Any]], KVBytes | None]:
     """What each layer of a model would run, and what its cache would take, from the model's config alone.
 
     Args:

@@ -32,7 +32,7 @@ from sparse_patch import (
     sparsity_report,
 )
 from sparse_patch.evaluation.generation import load_model
-from sparse_patch.inspection import layers_of
+from sparse_patch.inspection import inspect
 
 VOCAB = 96
 ORIGINAL = 32  # the length beyond which LongRoPE takes its long factors
@@ -481,7 +481,7 @@ def test_the_model_option_loads_minicpm(with_code: Path, monkeypatch: pytest.Mon
     again, same_tokenizer = load_model(with_code / "native")
     assert torch.equal(logits(again, tokens(40)), logits(model, tokens(40)))
     assert same_tokenizer("hello you")["input_ids"] == tokenizer("hello you")["input_ids"]
-    layers = layers_of(with_code, load_config("flexprefill.yaml"))
+    layers, _ = inspect(with_code, load_config("flexprefill.yaml"))
     assert [layer["kv_heads"] for layer in layers] == [2, 2, 2] and layers[0]["prefill"] == "flexprefill"
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from sparse_patch import ConfigError, load_config, patch_model, patched, sparsity_report
 from sparse_patch.call import AttentionCall
-from sparse_patch.inspection import layers_of
+from sparse_patch.inspection import inspect
 from sparse_patch.methods.sale import Sale
 from sparse_patch.methods.sale_thresholds import read_thresholds, write_thresholds
 from sparse_patch.model_shape import ModelShape
@@ -265,9 +265,9 @@ def test_the_fingerprint_follows_the_content_of_the_file(tmp_path: Path) -> None
 
 
 def test_show_names_what_is_not_calibrated(tmp_path: Path, needle_llama_path: Path) -> None:
-    layers = layers_of(needle_llama_path, load_config("sale", prefill={"layers": [0, 2]}))
+    layers, _ = inspect(needle_llama_path, load_config("sale", prefill={"layers": [0, 2]}))
     assert [layer["role"] for layer in layers[:3]] == ["uncalibrated", "", "uncalibrated"]
-    layers = layers_of(
+    layers, _ = inspect(
         needle_llama_path, load_config(["sale", {"decode": {"method": "delta", "layers": {"full": [0]}}}])
     )
     assert [layer["role"] for layer in layers[:2]] == ["uncalibrated, select", "uncalibrated, sparse"]
