@@ -10,7 +10,7 @@ from sparse_patch.call import PHASES
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import SparsePatchError
 from sparse_patch.minicpm import is_minicpm, minicpm_config
-from sparse_patch.model_shape import ModelShape, attention_kind
+from sparse_patch.model_shape import ModelShape, attention_kind, config_of_layer
 from sparse_patch.patching import patched, sparsity_report
 from sparse_patch.report import LayerReport
 
@@ -40,15 +40,21 @@ def layers_of(model: str | Path, settings: PatchConfig) -> list[dict[str, Any]]:
             {
                 "layer": layer.layer,
                 "attention": attention_kind(text, layer.layer),
-                "query_heads": text.num_attention_heads,
-                "kv_heads": text.num_key_value_heads,
-                "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+                **_heads(config_of_layer(text, layer.layer)),
                 "prefill": layer.prefill_method or "dense",
                 "decode": layer.decode_method or "dense",
                 "role": _roles(resolved, layer, text),
             }
             for layer in layers
         ]
+
+
+def _heads(config: PreTrainedConfig) -> dict[str, int]:
+    return {
+        "query_heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    }
 
 
 def _roles(settings: PatchConfig, layer: LayerReport, config: PreTrainedConfig) -> str:

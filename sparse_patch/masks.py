@@ -73,7 +73,8 @@ class LazyMask:
             moved = {
                 key: value.to(device) if torch.is_tensor(value) else value for key, value in self.arguments.items()
             }
-            self._moved[device] = LazyMask({**moved, "device": device}, carried=self.carried)
+            parent = None if self.parent is None else (self.parent[0].to(device), self.parent[1])
+            self._moved[device] = LazyMask({**moved, "device": device}, parent, carried=self.carried)
         return self._moved[device]
 
     def __getitem__(self, index: Any) -> "LazyMask":
@@ -124,7 +125,12 @@ class LazyMask:
 
     @property
     def is_decode(self) -> bool:
-        """Whether few enough queries follow on a cache. A static cache hides on the device how many came before."""
+        """Whether few enough queries follow on a cache. A static cache hides on the device how many came before.
+
+        Some rows of a forward are of the phase that the whole forward is.
+        """
+        if self.parent is not None:
+            return self.parent[0].is_decode
         offset = self.arguments["q_offset"]
         return self.q_length <= DECODE_MAX_QUERIES and (torch.is_tensor(offset) or offset > 0)
 

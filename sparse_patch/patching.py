@@ -29,7 +29,7 @@ from sparse_patch.errors import PatchError
 from sparse_patch.methods.base import DecodeMethod
 from sparse_patch.methods.spans import SpanMethod
 from sparse_patch.minicpm import MODEL_TYPE as MINICPM
-from sparse_patch.model_shape import ModelShape, attention_kind
+from sparse_patch.model_shape import ModelShape, attention_kind, layer_with_keys
 from sparse_patch.ops.backends import takes_triton
 from sparse_patch.plans import Plan
 from sparse_patch.report import LayerCounts, LayerReport, SparsityReport
@@ -373,8 +373,10 @@ def _way_in(root: PreTrainedModel) -> str:
 
 
 def _is_self_attention(module: nn.Module, decoder_config: PreTrainedConfig) -> bool:
+    name = type(module).__name__.lower()
     return (
-        "attention" in type(module).__name__.lower()
+        "attention" in name
+        and "cross" not in name  # to an image, to an encoder
         and isinstance(getattr(module, "layer_idx", None), int)
         and getattr(module, "config", None) is decoder_config
         and getattr(module, "is_causal", True)
@@ -384,7 +386,8 @@ def _is_self_attention(module: nn.Module, decoder_config: PreTrainedConfig) -> b
 
 def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.Module]) -> list[LayerState]:
     num_layers = 1 + max(int(module.layer_idx) for module in attention.values())  # type: ignore[arg-type]
-    config = config.for_model(ModelShape.of(root.config, num_layers))
+    text = root.config.get_text_config(decoder=True)
+    config = config.for_model(ModelShape.of(text, num_layers))
     selected = {phase: config.layers(phase, num_layers) for phase in PHASES}
     warned: set[str] = set()
     states = []
@@ -396,6 +399,8 @@ def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.
             LayerState(
                 name=name,
                 layer=layer,
+                cache_layer=layer_with_keys(text, layer),
+                kind=attention_kind(text, layer),
                 config=config,
                 phases=frozenset(phase for phase in PHASES if layer in selected[phase]),
                 original_config=original,

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 VOCAB = 96
 WINDOW = 12  # shorter than every prompt of the tests, and not a divisor of their chunk size
@@ -39,7 +40,7 @@ COMMON: dict[str, Any] = {
 def _build(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """`transformers.<name>ForCausalLM` on a tiny config, seeded, in eval mode."""
     torch.manual_seed(seed)
-    config_name = f"{name}TextConfig" if name in ("Gemma3", "Gemma4") else f"{name}Config"
+    config_name = f"{name}TextConfig" if name in ("Gemma3", "Gemma3n", "Gemma4", "Qwen3_5") else f"{name}Config"
     config = getattr(transformers, config_name)(**{**COMMON, **overrides})
     return getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
 
@@ -64,23 +65,78 @@ def qwen3() -> PreTrainedModel:
     return _build("Qwen3", head_dim=32)
 
 
+def mistral_full() -> PreTrainedModel:
+    """No window, as in later versions."""
+    return _build("Mistral", sliding_window=None)
+
+
+def llama4() -> PreTrainedModel:
+    """Chunks of 64 tokens with RoPE, and full layers without it whose queries are tuned by their position."""
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 4, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2}
+    chunks = {"attention_chunk_size": 64, "no_rope_layers": [1, 0, 1, 0], "floor_scale": 32}
+    shape = {"num_hidden_layers": 4, "head_dim": 16}
+    model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**{**COMMON, **experts, **chunks, **shape}))
+    for module in model.modules():
+        if isinstance(module, Llama4TextExperts):  # not initialised by the class
+            torch.nn.init.normal_(module.gate_up_proj, std=0.2), torch.nn.init.normal_(module.down_proj, std=0.2)
+    return model.float().eval()
+
+
+def qwen3_moe() -> PreTrainedModel:
+    """Qwen3's attention beside experts."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return _build("Qwen3Moe", head_dim=32, **experts)
+
+
+_LINEAR = {
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    **{"num_hidden_layers": 4, "full_attention_interval": 2, "head_dim": 32},
+}
+
+
+def qwen3_next() -> PreTrainedModel:
+    """Linear attention on every other layer, gated full attention on the others, experts."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return _build("Qwen3Next", **_LINEAR, **experts, shared_expert_intermediate_size=32)
+
+
+def qwen3_5() -> PreTrainedModel:
+    """The same layers without experts."""
+    return _build("Qwen3_5", **_LINEAR)
+
+
+def gemma() -> PreTrainedModel:
+    """head_dim 256, one KV head."""
+    return _build("Gemma", num_attention_heads=2, num_key_value_heads=1, head_dim=256)
+
+
 def gemma2() -> PreTrainedModel:
     """Soft cap 50, windows on every other layer, eager by default. Its scale makes the cap bite."""
     return _build("Gemma2", num_hidden_layers=4, head_dim=16, query_pre_attn_scalar=2, sliding_window=WINDOW)
 
 
-def gemma3() -> PreTrainedModel:
+def gemma3(periods: int = 1) -> PreTrainedModel:
     """head_dim 256, two sliding layers and a full one, query and key norms."""
-    layer_types = ["sliding_attention", "sliding_attention", "full_attention"]
+    layer_types = ["sliding_attention", "sliding_attention", "full_attention"] * periods
     shape = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256}
-    return _build("Gemma3", **shape, layer_types=layer_types, sliding_window=WINDOW)
+    return _build("Gemma3", **shape, num_hidden_layers=3 * periods, layer_types=layer_types, sliding_window=WINDOW)
 
 
-def gemma4() -> PreTrainedModel:
+def gemma3n() -> PreTrainedModel:
+    """Scale 1; the last layers reuse the keys of earlier ones."""
+    layer_types = ["sliding_attention", "full_attention"] * 3
+    shape = {"num_hidden_layers": 6, "layer_types": layer_types, "sliding_window": WINDOW, "num_kv_shared_layers": 2}
+    per_layer = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16, "laurel_rank": 8}
+    return _build("Gemma3n", head_dim=16, **shape, **per_layer, altup_num_inputs=2)
+
+
+def gemma4(head_dim: int = 16, global_head_dim: int = 32) -> PreTrainedModel:
     """The last layers reuse earlier keys and, of a prompt, see the last query only; full layers have wider heads."""
     pytest.importorskip("transformers.models.gemma4", reason="this Transformers has no Gemma 4")
-    layer_types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
-    heads = {"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "num_kv_shared_layers": 2}
+    layer_types = ["sliding_attention", "full_attention"] * 3
+    heads = {"head_dim": head_dim, "global_head_dim": global_head_dim, "num_kv_shared_layers": 2}
+    heads |= {"num_global_key_value_heads": 1, "attention_k_eq_v": True}
     per_layer = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16}
     shape = {"num_hidden_layers": 6, "layer_types": layer_types, "sliding_window": WINDOW}
     return _build("Gemma4", **heads, **per_layer, **shape)

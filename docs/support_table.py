@@ -1,0 +1,277 @@
+"""What runs sparsely on which model: measured on tiny random models, not written down.
+
+    python docs/support_table.py                 # everything, into docs/support.json and docs/models.md
+    python docs/support_table.py gemma3 llama4   # what these do, as JSON on the terminal; writes nothing
+
+Every family runs every method: a prompt longer than the method's `min_length` in one forward, then the same prompt and a
+few tokens through `generate`, with the cache that it makes, with a static one, and with a static one whose decode step is
+compiled. What the page says is read from the sparsity report of each run. A run counts only if its logits are finite,
+and if the method with settings that keep everything answers what dense attention answers.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import CompileConfig, PreTrainedModel
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import families  # noqa: E402
+from method_table import DECODE_METHODS, PREFILL_METHODS, SPAN_METHODS, write_plans  # noqa: E402
+
+from sparse_patch import SparsePatchError, load_config, patched, sparsity_report  # noqa: E402
+from sparse_patch.call import PHASES, Phase  # noqa: E402
+from sparse_patch.methods.base import registry  # noqa: E402
+from sparse_patch.methods.layer_roles import LayeredMethod  # noqa: E402
+from sparse_patch.model_shape import ModelShape, attention_kind, layer_with_keys  # noqa: E402
+from sparse_patch.patching import versions  # noqa: E402
+from sparse_patch.report import PhaseReport, SparsityReport  # noqa: E402
+
+Settings = dict[str, Any]
+Inputs = dict[str, torch.Tensor]
+
+WAYS = ("forward", "generate", "static", "compiled")
+LENGTH, NEW = 200, 4
+TOLERANCE = 5e-4  # of logits of size 1, in float32
+DESIGN = ("dense: sliding-window layer", "dense: chunked layer", "not causal self-attention", "dense: method: dense")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table.
+
+    Attributes:
+        models: what stands for these models.
+        build: a tiny random model of their architecture.
+        inputs: what it reads; None for tokens.
+    """
+
+    models: str
+    build: Callable[[], PreTrainedModel]
+    inputs: Callable[[PreTrainedModel], Inputs] | None = None
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama 2, 3, 3.1, 3.2, 3.3", families.llama),
+    "llama4": Family("Llama 4", families.llama4),
+    "mistral": Family("Mistral 0.1 (sliding window)", families.mistral),
+    "mistral_full": Family("Mistral 0.2 and later", families.mistral_full),
+    "qwen2": Family("Qwen2, Qwen2.5", families.qwen2),
+    "qwen3": Family("Qwen3", families.qwen3),
+    "qwen3_moe": Family("Qwen3-MoE", families.qwen3_moe),
+    "qwen3_next": Family("Qwen3-Next", families.qwen3_next),
+    "qwen3_5": Family("Qwen3.5", families.qwen3_5),
+    "gemma": Family("Gemma 1 (head_dim 256)", families.gemma),
+    "gemma2": Family("Gemma 2 (softcap 50)", families.gemma2),
+    "gemma3": Family("Gemma 3 (head_dim 256)", partial(families.gemma3, periods=2)),
+    "gemma3n": Family("Gemma 3n (scale 1)", families.gemma3n),
+    "gemma4": Family("Gemma 4 (scale 1, head_dim 256 and 512)", partial(families.gemma4, 256, 512)),
+    "minicpm3": Family("MiniCPM3 (MLA)", families.minicpm3),
+    "phi3": Family("Phi-3, Phi-4-mini", families.phi3),
+    "granite": Family("Granite 3", families.granite),
+    "gpt_oss": Family("gpt-oss", families.gpt_oss),
+}
+
+
+def measure(name: str, compiled: Iterable[str] | None = None) -> dict[str, Any]:
+    """What one family does: the layers of each kind, and by method, kind of layer, phase and way what was computed.
+
+    Args:
+        name: of `FAMILIES`.
+        compiled: methods whose decode step is compiled as well; None for all that decode.
+    """
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    model = family.build()
+    ids = torch.randint(3, 90, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids} if family.inputs is None else family.inputs(model)
+    probe = Probe(model, inputs)
+    methods = {
+        method: probe.method(method, compiled is None or method in compiled) for method in ("dense", *settings_of(model))
+    }
+    return {"models": family.models, "layers": probe.kinds(), "methods": methods}
+
+
+def settings_of(model: PreTrainedModel) -> dict[str, tuple[Settings, Settings]]:
+    """By method, settings that select a part of `LENGTH` tokens, and settings that keep everything."""
+    text = model.config.get_text_config(decoder=True)
+    full = [layer for layer in range(text.num_hidden_layers) if attention_kind(text, layer) == "full"]
+    chosen: dict[str, tuple[Settings, Settings]] = {}
+    for case in (*PREFILL_METHODS, *DECODE_METHODS, *SPAN_METHODS):
+        name = case.small["method"]
+        layers: Any = "all"
+        if issubclass(registry()[name], LayeredMethod):
+            layers = {"full": [], "select": full[:1]}
+        changes = {"sale": {"tau": 1e12}, "duoattention": {"sparsity": 1.0}}.get(name, {})
+        chosen.setdefault(name, ({**case.small, **changes, "layers": layers}, {**case.full, "layers": layers}))
+    return chosen
+
+
+class Probe:
+    """One model, and what its methods do."""
+
+    def __init__(self, model: PreTrainedModel, inputs: Inputs) -> None:
+        self.model, self.inputs = model, inputs
+        self.text = model.config.get_text_config(decoder=True)
+        self.settings = settings_of(model)
+        self.dense = {way: self._run(way) for way in WAYS[:3]}
+
+    def kinds(self) -> dict[str, list[int]]:
+        """The layers of each kind."""
+        kinds: dict[str, list[int]] = {}
+        for layer in range(self.text.num_hidden_layers):
+            kinds.setdefault(self.kind(layer), []).append(layer)
+        return kinds
+
+    def kind(self, layer: int) -> str:
+        if layer in (getattr(self.text, "cross_attention_layers", None) or ()):
+            return "cross"
+        kind = attention_kind(self.text, layer)
+        return kind if layer_with_keys(self.text, layer) == layer else f"{kind}, shared keys"
+
+    def method(self, name: str, compiled: bool) -> dict[str, Any]:
+        """By kind of layer and phase what a method computes: one answer, or one for each way where they differ."""
+        phases = registry()[name].phases
+        found: dict[str, dict[Phase, dict[str, str]]] = {
+            kind: {phase: {} for phase in PHASES if phase in phases} for kind in self.kinds()
+        }
+        ways = [way for way in WAYS if way != "compiled" or (compiled and "decode" in phases)]
+        static: torch.Tensor | None = None
+        for way in ways:
+            answers, logits = self._answers(name, way, static)
+            static = logits if way == "static" else static
+            for kind, by_phase in found.items():
+                for phase, by_way in by_phase.items():
+                    if phase == "decode" and way == "forward" or phase == "prefill" and way == "compiled":
+                        continue  # there is no decode in a forward, and prefill is not compiled
+                    by_way[way] = answers if isinstance(answers, str) else answers[kind, phase]
+        return {
+            kind: {phase: _one(by_way) for phase, by_way in by_phase.items()} for kind, by_phase in found.items()
+        }
+
+    def _answers(
+        self, name: str, way: str, static: torch.Tensor | None
+    ) -> tuple[str | dict[tuple[str, Phase], str], torch.Tensor | None]:
+        """By kind and phase, or one for all of them; and the logits."""
+        with self._configs(name) as (small, full):
+            try:
+                if way != "compiled":
+                    problem = self._differs(full, way)
+                with patched(self.model, small):
+                    logits = self._run(way)
+                    report = sparsity_report(self.model)
+            except SparsePatchError as error:
+                return f"refused: {error}", None
+        if way == "compiled":
+            assert static is not None
+            problem = _apart(logits, static)
+        if problem is None and not bool(logits.isfinite().all()):
+            problem = "not finite"
+        if problem is not None:
+            return f"WRONG: {problem}", logits
+        if way == "compiled":
+            compiled = all(layer.compiled for layer in report.layers)
+            return ("same as static" if compiled else "not compiled by Transformers"), logits
+        return {
+            (kind, phase): self._answer(report, layers, phase)
+            for kind, layers in self.kinds().items()
+            for phase in PHASES
+        }, logits
+
+    def _differs(self, full: Settings, way: str) -> str | None:
+        """How far a method that keeps everything is from dense attention; None where it is not."""
+        with patched(self.model, full):
+            return _apart(self._run(way), self.dense[way])
+
+    def _answer(self, report: SparsityReport, layers: list[int], phase: Phase) -> str:
+        """What the layers of a kind did in a phase."""
+        seen = [_status(layer.phase(phase)) for layer in report.layers if layer.layer in layers]
+        distinct = set(seen) - {""}
+        if "sparse" in distinct:
+            distinct.discard("every key")  # the layers that choose for the others
+        return "; ".join(sorted(distinct, key=lambda status: (status != "sparse", status))) or "not causal self-attention"
+
+    @contextmanager
+    def _configs(self, name: str) -> Iterator[tuple[Settings, Settings]]:
+        if name == "dense":
+            yield {"both": {"method": "dense"}}, {"both": {"method": "dense"}}
+            return
+        phases = registry()[name].phases
+        place = phases[0] if len(phases) == 1 else "both"
+        with TemporaryDirectory() as folder:
+            shape = ModelShape.of(self.text, self.text.num_hidden_layers)
+            write_plans(Path(folder), shape)
+            configs = []
+            for settings in self.settings[name]:
+                files = {"calibration": f"{folder}/{settings['calibration']}"} if "calibration" in settings else {}
+                configs.append({place: {**settings, **files}, "on_unsupported": "silent"})
+            yield configs[0], configs[1]
+
+    @torch.no_grad()
+    def _run(self, way: str) -> torch.Tensor:
+        """The logits of one way to run the model."""
+        if way == "forward":
+            logits: torch.Tensor = self.model(**self.inputs).logits
+            return logits
+        options: dict[str, Any] = {"disable_compile": True} if way != "compiled" else {"compile_config": _compile()}
+        if way != "generate":
+            options["cache_implementation"] = "static"
+        torch._dynamo.reset()
+        result: Any = self.model.generate(  # type: ignore[operator]
+            **self.inputs,
+            **options,
+            attention_mask=torch.ones_like(self.inputs["input_ids"]),
+            max_new_tokens=NEW,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return torch.stack(result.logits)
+
+
+def _compile() -> CompileConfig:
+    """One graph without breaks, on a CPU too."""
+    config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    return config
+
+
+def _apart(found: torch.Tensor, expected: torch.Tensor) -> str | None:
+    distance = (found - expected).abs().max().item()
+    return None if distance <= TOLERANCE else f"{distance:.2g} from what it should be"
+
+
+def _status(phase: PhaseReport) -> str:
+    """What one layer did: "sparse", "every key" by a plan, dense or fallback with the reason; "" without a call."""
+    reasons = [f"dense: {reason}" for reason in phase.dense] + [f"fallback: {reason}" for reason in phase.fallbacks]
+    if phase.sparse_calls:
+        assert phase.density is not None
+        reasons.append("sparse" if phase.density < 1 else "every key")
+    return "; ".join(sorted(reasons))
+
+
+def _one(by_way: dict[str, str]) -> str | dict[str, str]:
+    """One answer where all ways give it; what compiles gives that of the static cache."""
+    resolved = {way: by_way["static"] if answer == "same as static" else answer for way, answer in by_way.items()}
+    answers = set(resolved.values())
+    return answers.pop() if len(answers) == 1 else resolved
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    import time
+    for family in sys.argv[1:] or FAMILIES:
+        t = time.time()
+        print(json.dumps({family: measure(family)}, indent=1), flush=True)
+        print(family, round(time.time() - t, 1), file=sys.stderr)
