@@ -3,9 +3,9 @@
     python docs/support_table.py                 # everything, into docs/support.json and docs/models.md
     python docs/support_table.py gemma3 llama4   # what these do, as JSON on the terminal; writes nothing
 
-Every family runs every method: a prompt longer than the method's `min_length` in one forward, then the same prompt and a
-few tokens through `generate`, with the cache that it makes, with a static one, and with a static one whose decode step is
-compiled. What the page says is read from the sparsity report of each run. A run counts only if its logits are finite,
+Every family runs every method: a prompt longer than the method's `min_length` in one forward, then that prompt and a
+few tokens through `generate`, with the cache that it makes, with a static one, and with a static one whose decode step
+is compiled. What the page says is read from the sparsity report of each run, which counts only if its logits are finite
 and if the method with settings that keep everything answers what dense attention answers.
 """
 
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from transformers import CompileConfig, PreTrainedModel
+from transformers.utils import logging
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -29,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import families  # noqa: E402
 from method_table import DECODE_METHODS, PREFILL_METHODS, SPAN_METHODS, write_plans  # noqa: E402
 
-from sparse_patch import SparsePatchError, load_config, patched, sparsity_report  # noqa: E402
+from sparse_patch import SparsePatchError, patched, sparsity_report  # noqa: E402
 from sparse_patch.call import PHASES, Phase  # noqa: E402
 from sparse_patch.methods.base import registry  # noqa: E402
 from sparse_patch.methods.layer_roles import LayeredMethod  # noqa: E402
@@ -43,7 +44,10 @@ Inputs = dict[str, torch.Tensor]
 WAYS = ("forward", "generate", "static", "compiled")
 LENGTH, NEW = 200, 4
 TOLERANCE = 5e-4  # of logits of size 1, in float32
-DESIGN = ("dense: sliding-window layer", "dense: chunked layer", "not causal self-attention", "dense: method: dense")
+DESIGN = {"dense: sliding-window layer", "dense: chunked layer"}
+NOT_ATTENTION = "no causal self-attention"
+AS_STATIC = "as uncompiled"
+JSON, MARKDOWN = ROOT / "docs" / "support.json", ROOT / "docs" / "models.md"
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Family:
 
     models: str
     build: Callable[[], PreTrainedModel]
-    inputs: Callable[[PreTrainedModel], Inputs] | None = None
+    inputs: Callable[[PreTrainedModel, int], Inputs] | None = None
 
 
 FAMILIES: dict[str, Family] = {
@@ -76,10 +80,15 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Family("Gemma 3 (head_dim 256)", partial(families.gemma3, periods=2)),
     "gemma3n": Family("Gemma 3n (scale 1)", families.gemma3n),
     "gemma4": Family("Gemma 4 (scale 1, head_dim 256 and 512)", partial(families.gemma4, 256, 512)),
+    "minicpm": Family("MiniCPM 1, 2, 4, 4.1, by `load_minicpm`", families.minicpm),
     "minicpm3": Family("MiniCPM3 (MLA)", families.minicpm3),
     "phi3": Family("Phi-3, Phi-4-mini", families.phi3),
     "granite": Family("Granite 3", families.granite),
     "gpt_oss": Family("gpt-oss", families.gpt_oss),
+    "mllama": Family("Llama 3.2 Vision, with an image", families.mllama, families.image_inputs),
+    "qwen2_5_vl": Family("Qwen2.5-VL, with an image", families.qwen2_5_vl, families.image_inputs),
+    "gemma3_vlm": Family("Gemma 3, with an image", partial(families.vlm, periods=2), families.image_inputs),
+    "gemma4_vlm": Family("Gemma 4, with an image", families.gemma4_vlm, families.image_inputs),
 }
 
 
@@ -94,11 +103,10 @@ def measure(name: str, compiled: Iterable[str] | None = None) -> dict[str, Any]:
     family = FAMILIES[name]
     model = family.build()
     ids = torch.randint(3, 90, (1, LENGTH), generator=torch.Generator().manual_seed(1))
-    inputs = {"input_ids": ids} if family.inputs is None else family.inputs(model)
+    inputs = {"input_ids": ids} if family.inputs is None else family.inputs(model, LENGTH)
     probe = Probe(model, inputs)
-    methods = {
-        method: probe.method(method, compiled is None or method in compiled) for method in ("dense", *settings_of(model))
-    }
+    names = "dense", *settings_of(model)
+    methods = {method: probe.method(method, compiled is None or method in compiled) for method in names}
     return {"models": family.models, "layers": probe.kinds(), "methods": methods}
 
 
@@ -112,6 +120,7 @@ def settings_of(model: PreTrainedModel) -> dict[str, tuple[Settings, Settings]]:
         layers: Any = "all"
         if issubclass(registry()[name], LayeredMethod):
             layers = {"full": [], "select": full[:1]}
+        # Logits of random queries and keys lie in the tens, and of a single KV head not one half streams.
         changes = {"sale": {"tau": 1e12}, "duoattention": {"sparsity": 1.0}}.get(name, {})
         chosen.setdefault(name, ({**case.small, **changes, "layers": layers}, {**case.full, "layers": layers}))
     return chosen
@@ -134,13 +143,11 @@ class Probe:
         return kinds
 
     def kind(self, layer: int) -> str:
-        if layer in (getattr(self.text, "cross_attention_layers", None) or ()):
-            return "cross"
         kind = attention_kind(self.text, layer)
         return kind if layer_with_keys(self.text, layer) == layer else f"{kind}, shared keys"
 
-    def method(self, name: str, compiled: bool) -> dict[str, Any]:
-        """By kind of layer and phase what a method computes: one answer, or one for each way where they differ."""
+    def method(self, name: str, compiled: bool) -> dict[str, dict[Phase, dict[str, str]]]:
+        """By kind of layer, phase and way what a method computes."""
         phases = registry()[name].phases
         found: dict[str, dict[Phase, dict[str, str]]] = {
             kind: {phase: {} for phase in PHASES if phase in phases} for kind in self.kinds()
@@ -152,12 +159,11 @@ class Probe:
             static = logits if way == "static" else static
             for kind, by_phase in found.items():
                 for phase, by_way in by_phase.items():
-                    if phase == "decode" and way == "forward" or phase == "prefill" and way == "compiled":
-                        continue  # there is no decode in a forward, and prefill is not compiled
-                    by_way[way] = answers if isinstance(answers, str) else answers[kind, phase]
-        return {
-            kind: {phase: _one(by_way) for phase, by_way in by_phase.items()} for kind, by_phase in found.items()
-        }
+                    if (phase, way) in (("decode", "forward"), ("prefill", "compiled")):
+                        continue  # no decode in a forward, and `generate` compiles no prefill
+                    answer = answers if isinstance(answers, str) else answers[kind, phase]
+                    by_way[way] = by_way["static"] if answer == AS_STATIC else answer
+        return found
 
     def _answers(
         self, name: str, way: str, static: torch.Tensor | None
@@ -181,7 +187,7 @@ class Probe:
             return f"WRONG: {problem}", logits
         if way == "compiled":
             compiled = all(layer.compiled for layer in report.layers)
-            return ("same as static" if compiled else "not compiled by Transformers"), logits
+            return (AS_STATIC if compiled else "Transformers does not compile this model"), logits
         return {
             (kind, phase): self._answer(report, layers, phase)
             for kind, layers in self.kinds().items()
@@ -199,7 +205,7 @@ class Probe:
         distinct = set(seen) - {""}
         if "sparse" in distinct:
             distinct.discard("every key")  # the layers that choose for the others
-        return "; ".join(sorted(distinct, key=lambda status: (status != "sparse", status))) or "not causal self-attention"
+        return "; ".join(sorted(distinct, key=lambda status: (status != "sparse", status))) or NOT_ATTENTION
 
     @contextmanager
     def _configs(self, name: str) -> Iterator[tuple[Settings, Settings]]:
@@ -260,18 +266,111 @@ def _status(phase: PhaseReport) -> str:
     return "; ".join(sorted(reasons))
 
 
+def compact(measured: dict[str, Any]) -> dict[str, Any]:
+    """What `measure` returned with one answer where all ways give it."""
+    methods = {
+        method: {
+            kind: {phase: _one(by_way) for phase, by_way in by_phase.items()} for kind, by_phase in by_kind.items()
+        }
+        for method, by_kind in measured["methods"].items()
+    }
+    return {**measured, "methods": methods}
+
+
 def _one(by_way: dict[str, str]) -> str | dict[str, str]:
-    """One answer where all ways give it; what compiles gives that of the static cache."""
-    resolved = {way: by_way["static"] if answer == "same as static" else answer for way, answer in by_way.items()}
-    answers = set(resolved.values())
-    return answers.pop() if len(answers) == 1 else resolved
+    answers = set(by_way.values())
+    return answers.pop() if len(answers) == 1 else by_way
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+SYMBOLS = {"sparse": "●", "design": "○", "none": "", "other": "✗"}
+IN = {"forward": "in one forward", "generate": "in `generate`", "static": "on a static cache", "compiled": "compiled"}
+
+PAGE = """# Models
+
+What runs sparsely on which model, by kind of layer. This page is measured, not written: `make support` runs each method
+on a tiny random model of every family and reads the sparsity reports; [support.json](support.json) has every answer. A
+prompt of {length} tokens goes through one forward, then with {new} tokens of answer through `generate`: with the cache
+that it makes, with a static cache, and with a static cache whose decode step is compiled (`fullgraph=True` and backend
+`eager`, which shows that it is one graph). Logits must be finite, those of a method that keeps everything must be those
+of dense attention, and those of a compiled step those of the same step uncompiled.
+
+- ● sparse, in every way to run it
+- ○ dense by the model's design: the layer has a window or chunks of its own
+- ✗ dense, or refused, for the reason in the note
+- empty: no causal self-attention (linear attention, cross-attention to an image), left as it is
+
+{table}
+
+{notes}
+
+Of methods whose layers choose for others (`tidaldecode`, `delta`, `lessismore`), ● is those others. `generate` compiles
+decode steps alone, never prefill; in a `torch.compile` of yours prefill is dense.
+
+torch {torch}, transformers {transformers}, on a CPU, in float32.
+"""
+
+
+def page(result: dict[str, Any]) -> str:
+    """The Markdown page of what `support.json` holds."""
+    methods = [method for method in next(iter(result["families"].values()))["methods"] if method != "dense"]
+    notes: list[str] = []
+    lines = [
+        f"| models | layers | {' | '.join(f'`{method}`' for method in methods)} |",
+        f"|---|---|{'---|' * len(methods)}",
+    ]
+    for family in result["families"].values():
+        for i, kind in enumerate(family["layers"]):
+            cells = [_cell(family["methods"][method][kind], notes) for method in methods]
+            lines.append(f"| {family['models'] if i == 0 else ''} | {kind} | {' | '.join(cells)} |")
+    numbered = "\n".join(f"{i}. {note}" for i, note in enumerate(notes, 1))
+    return PAGE.format(table="\n".join(lines), notes=numbered, length=LENGTH, new=NEW, **result["versions"])
+
+
+def _cell(by_phase: dict[str, str | dict[str, str]], notes: list[str]) -> str:
+    """A symbol, and the number of the note that it needs."""
+    answers = {
+        answer for found in by_phase.values() for answer in ([found] if isinstance(found, str) else found.values())
+    }
+    if answers == {"sparse"}:
+        return SYMBOLS["sparse"]
+    if answers <= DESIGN:
+        return SYMBOLS["design"]
+    if answers == {NOT_ATTENTION}:
+        return SYMBOLS["none"]
+    note = "; ".join(dict.fromkeys(_said(phase, found, len(by_phase)) for phase, found in by_phase.items()))
+    if note not in notes:
+        notes.append(note)
+    return f"{SYMBOLS['sparse' if 'sparse' in answers else 'other']} <sup>{notes.index(note) + 1}</sup>"
+
+
+def _said(phase: str, found: str | dict[str, str], phases: int) -> str:
+    by_answer: dict[str, list[str]] = {}
+    for way, answer in {"": found}.items() if isinstance(found, str) else found.items():
+        by_answer.setdefault(answer, []).append(IN.get(way, ""))
+    said = ", ".join(f"{answer} {' and '.join(ways)}".rstrip() for answer, ways in by_answer.items())
+    return f"{phase}: {said}" if phases > 1 else said
+
+
+def main(names: list[str]) -> None:
+    """Measure and write, or print what some families do."""
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    found = {}
+    for name in names or FAMILIES:
+        found[name] = compact(measure(name))
+        print(f"measured {name}", file=sys.stderr, flush=True)
+    if names:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    result = {"versions": {name: versions()[name] for name in ("torch", "transformers")}, "families": found}
+    if "WRONG" in (text := json.dumps(result, indent=1, ensure_ascii=False)):
+        raise SystemExit(f"wrong answers, nothing is written:\n{text}")
+    JSON.write_text(text + "\n", encoding="utf-8")
+    MARKDOWN.write_text(page(result), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    import time
-    for family in sys.argv[1:] or FAMILIES:
-        t = time.time()
-        print(json.dumps({family: measure(family)}, indent=1), flush=True)
-        print(family, round(time.time() - t, 1), file=sys.stderr)
+    main(sys.argv[1:])

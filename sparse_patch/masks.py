@@ -1,5 +1,6 @@
 """The lazy mask: what the mask of a forward is, without building it (a dense one is 16 GiB at 128k tokens)."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -116,12 +117,22 @@ class LazyMask:
         """Compute what a compiled forward asks for: inside the graph it would tie that to the objects of this step."""
         for implementation in implementations:
             self.build(implementation)
-        _ = self.end_on_device, self.real_row_starts, self.tokens_before
+        _ = self.end_on_device, self.real_row_starts, self.tokens_before, self.is_plain_causal
+
+    @cached_property
+    def is_plain_causal(self) -> bool:
+        """Whether nothing but causality and padding decides what is visible.
+
+        What images add (tokens of a block see each other both ways) adds nothing for the last token, which a static
+        cache's decode step is built with all the same.
+        """
+        function = self.arguments["mask_function"]
+        return function is causal_mask_function or (self._is_last_query and _adds_to_causal(function))
 
     @property
-    def is_plain_causal(self) -> bool:
-        """Whether nothing but causality and padding decides what is visible."""
-        return self.arguments["mask_function"] is causal_mask_function
+    def _is_last_query(self) -> bool:
+        whole, rows = self.parent or (self, slice(0, self.q_length))
+        return self.q_length == 1 and rows.stop == whole.q_length
 
     @property
     def is_decode(self) -> bool:
@@ -225,6 +236,13 @@ def lazy_mask(**arguments: Any) -> LazyMask:
 def lazy_mask_for_kernels(**arguments: Any) -> LazyMask:
     """The same for models whose decode steps run on kernels of ours: no mask is built ahead for every step."""
     return _lazy_mask(arguments, ())
+
+
+def _adds_to_causal(function: Any) -> bool:
+    """Whether a mask function of Transformers is the union of causality and something else."""
+    if getattr(function, "__qualname__", "") != "or_masks.<locals>.or_mask":
+        return False
+    return causal_mask_function in inspect.getclosurevars(function).nonlocals.get("mask_functions", ())
 
 
 def _lazy_mask(arguments: dict[str, Any], ahead: Sequence[str]) -> LazyMask:

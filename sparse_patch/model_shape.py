@@ -15,8 +15,8 @@ class ModelShape:
         num_heads: query heads of a layer.
         num_kv_heads: KV heads of a layer with full attention.
         hidden_size: width of the residual stream.
-        local_layers: layers without full attention (sliding window, chunks, linear). Not compared: a model is the
-            same with and without.
+        local_layers: layers without full attention (sliding window, chunks, linear, cross-attention). Not compared: a
+            model is the same with and without.
     """
 
     model_type: str
@@ -49,7 +49,9 @@ class ModelShape:
 
 
 def attention_kind(config: PreTrainedConfig, layer: int) -> str:
-    """ "full", or the kind of local attention that the model itself gives a layer (which stays dense)."""
+    """ "full", or what else the model itself gives a layer (which stays dense): "sliding", "chunked", "linear", ..."""
+    if layer in (getattr(config, "cross_attention_layers", None) or ()):
+        return "cross"
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return str(kinds[layer]).removesuffix("_attention")

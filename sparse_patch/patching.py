@@ -92,7 +92,7 @@ def patch_model(
     attention = _attention_modules(root)
     states = _states(root, settings, attention)
     register()
-    holders = [module for module in model.modules() if isinstance(vars(module).get("config"), PreTrainedConfig)]
+    holders = [module for module in model.modules() if _takes_own_config(module, attention)]
     own_configs = _give_own_configs(holders)
     implementation = ON_KERNELS if _decodes_on_kernels(root, states, list(attention.values())) else NAME
     for module, state in zip(attention.values(), states, strict=True):
@@ -411,6 +411,15 @@ def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.
             )
         )
     return states
+
+
+def _takes_own_config(module: nn.Module, attention: dict[str, nn.Module]) -> bool:
+    """Whether a module is given a copy of its config; attention that is not patched keeps what it has, and its name."""
+    config = vars(module).get("config")
+    if not isinstance(config, PreTrainedConfig):
+        return False
+    of_decoder = any(config is _config_of(patched) for patched in attention.values())
+    return not of_decoder or module in attention.values() or dispatch_scope(module) is None
 
 
 def _give_own_configs(holders: list[nn.Module]) -> list[OwnConfig]:

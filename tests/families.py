@@ -7,14 +7,20 @@ wrong scale or a lost soft cap hardly moves the logits. Sliding windows are shor
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+
+from sparse_patch import load_minicpm
 
 VOCAB = 96
 WINDOW = 12  # shorter than every prompt of the tests, and not a divisor of their chunk size
@@ -154,6 +160,24 @@ def minicpm3() -> PreTrainedModel:
     return _build("MiniCPM3", num_key_value_heads=4, scale_emb=2, dim_model_base=32, **latent)
 
 
+def minicpm() -> PreTrainedModel:
+    """What `load_minicpm` makes of a checkpoint of MiniCPM 1, 2, 4 or 4.1, here with LongRoPE."""
+    factors = [1 + 0.1 * i for i in range(8)]
+    rope = {"rope_type": "longrope", "short_factor": factors, "long_factor": [2 * factor for factor in factors]}
+    config = {
+        **COMMON,
+        **{"architectures": ["MiniCPMForCausalLM"], "model_type": "minicpm", "eos_token_id": 2},
+        **{"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16, "rms_norm_eps": 1e-5, "hidden_act": "silu"},
+        "rope_scaling": {**rope, "original_max_position_embeddings": 64},
+    }
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        save_file(llama().state_dict(), Path(folder) / "model.safetensors")
+        model = load_minicpm(folder, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
 def granite() -> PreTrainedModel:
     """An attention scale that is not head_dim ** -0.5."""
     multipliers = {"attention_multiplier": 0.1, "embedding_multiplier": 3.0, "residual_multiplier": 0.6}
@@ -184,16 +208,15 @@ def gpt_oss() -> PreTrainedModel:
     return model
 
 
-def vlm() -> PreTrainedModel:
+def vlm(periods: int = 1) -> PreTrainedModel:
     """Gemma 3 with its vision tower: image tokens see each other in both directions."""
     text = {**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "sliding_window": WINDOW}
-    text["layer_types"] = ["sliding_attention", "sliding_attention", "full_attention"]
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision |= {"image_size": 56, "patch_size": 14}
+    text["layer_types"] = ["sliding_attention", "sliding_attention", "full_attention"] * periods
+    text["num_hidden_layers"] = 3 * periods
     torch.manual_seed(0)
     config = transformers.Gemma3Config(
         text_config=text,
-        vision_config=vision,
+        vision_config={**_VISION, "image_size": 56, "patch_size": 14},
         mm_tokens_per_image=IMAGE_TOKENS,
         image_token_index=IMAGE_TOKEN,
         boi_token_index=VOCAB - 2,
@@ -202,3 +225,81 @@ def vlm() -> PreTrainedModel:
     model = transformers.Gemma3ForConditionalGeneration(config).float().eval()
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zeros as built: no image
     return model
+
+
+_VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+_VISION |= {"num_attention_heads": 2, "initializer_range": 0.2}
+
+
+def gemma4_vlm() -> PreTrainedModel:
+    """Gemma 4 with its vision tower, whose attention is not causal either."""
+    torch.manual_seed(0)
+    vision = {**_VISION, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2}
+    config = transformers.Gemma4Config(
+        text_config=gemma4().config.to_dict(),
+        vision_config={**vision, "position_embedding_size": 16},
+        audio_config=None,
+        **{"boi_token_id": VOCAB - 2, "eoi_token_id": VOCAB - 3, "image_token_id": IMAGE_TOKEN},
+        **{"video_token_id": VOCAB - 4, "audio_token_id": VOCAB - 5, "boa_token_id": VOCAB - 6},
+        **{"tie_word_embeddings": False, "initializer_range": 0.2},
+    )
+    return transformers.Gemma4ForConditionalGeneration(config).float().eval()
+
+
+def qwen2_5_vl() -> PreTrainedModel:
+    """Images between text, causal as everything else; positions in three dimensions."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    vision = {**_VISION, "depth": 2, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4, "window_size": 16}
+    del vision["num_hidden_layers"], vision["num_attention_heads"]
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**COMMON, "rope_parameters": rope},
+        vision_config={**vision, "fullatt_block_indexes": [1]},
+        **{"image_token_id": IMAGE_TOKEN, "video_token_id": VOCAB - 4},
+        **{"vision_start_token_id": VOCAB - 2, "vision_end_token_id": VOCAB - 3},
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).float().eval()
+
+
+def mllama() -> PreTrainedModel:
+    """Llama 3.2 Vision: the image is seen through layers of cross-attention."""
+    torch.manual_seed(0)
+    vision = {**_VISION, "attention_heads": 2, "num_global_layers": 1, "image_size": 28, "patch_size": 14}
+    del vision["num_attention_heads"]
+    config = transformers.MllamaConfig(
+        text_config={**COMMON, "num_hidden_layers": 5, "cross_attention_layers": [1, 3]},
+        vision_config={**vision, "vision_output_dim": 64, "intermediate_layers_indices": [0]},
+        image_token_index=IMAGE_TOKEN,
+    )
+    model = transformers.MllamaForConditionalGeneration(config).float().eval()
+    for name, parameter in model.named_parameters():
+        if "gate" in name and "gate_proj" not in name:
+            torch.nn.init.constant_(parameter, 0.5)  # zeros as built: no image
+    return model
+
+
+def image_inputs(model: PreTrainedModel, length: int) -> dict[str, torch.Tensor]:
+    """A prompt with one image in it, for any of the vision-language models above."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, VOCAB - 8, (1, length), generator=generator)
+    kind = model.config.model_type
+    if kind == "mllama":
+        ids[:, 14] = IMAGE_TOKEN
+        seen = (torch.arange(length) >= 14).long()[None, :, None, None] * torch.tensor([1, 0, 0, 0])
+        pixels = torch.randn(1, 1, 4, 3, 28, 28, generator=generator)
+        ratios = {"aspect_ratio_ids": torch.tensor([[1]]), "aspect_ratio_mask": torch.tensor([[[1, 0, 0, 0]]])}
+        return {"input_ids": ids, "pixel_values": pixels, "cross_attention_mask": seen, **ratios}
+    ids[:, 14 : 14 + IMAGE_TOKENS] = IMAGE_TOKEN
+    is_image = (ids == IMAGE_TOKEN).long()
+    if kind == "gemma3":
+        pixels = torch.randn(1, 3, 56, 56, generator=generator)
+        return {"input_ids": ids, "pixel_values": pixels, "token_type_ids": is_image}
+    inputs = {"input_ids": ids, "mm_token_type_ids": is_image}
+    side = 8  # patches; IMAGE_TOKENS squares of four
+    if kind == "gemma4":
+        places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), -1)
+        pixels = torch.rand(1, side * side, 3 * 4 * 4, generator=generator)
+        return {**inputs, "pixel_values": pixels, "image_position_ids": places.reshape(1, -1, 2)}
+    ids[:, 13] = VOCAB - 2  # where an image begins
+    pixels = torch.randn(side * side, 3 * 2 * 4 * 4, generator=generator)
+    return {**inputs, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, side, side]])}
