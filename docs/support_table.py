@@ -1,7 +1,7 @@
 """What runs sparsely on which model: measured on tiny random models, not written down.
 
     python docs/support_table.py                 # everything, into docs/support.json and docs/models.md
-    python docs/support_table.py gemma3 llama4   # what these do, as JSON on the terminal; writes nothing
+    python docs/support_table.py gemma3 llama4   # measures these families again and keeps what there is of the others
 
 Every family runs every method: a prompt longer than the method's `min_length` in one forward, then that prompt and a
 few tokens through `generate`, with the cache that it makes, with a static one, and with a static one whose decode step
@@ -47,6 +47,7 @@ TOLERANCE = 5e-4  # of logits of size 1, in float32
 DESIGN = {"dense: sliding-window layer", "dense: chunked layer"}
 NOT_ATTENTION = "no causal self-attention"
 AS_STATIC = "as uncompiled"
+WRONG = "WRONG"
 JSON, MARKDOWN = ROOT / "docs" / "support.json", ROOT / "docs" / "models.md"
 
 
@@ -92,19 +93,20 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def measure(name: str, compiled: Iterable[str] | None = None) -> dict[str, Any]:
+def measure(name: str, compiled: Iterable[str] | None = None, device: str = "cpu") -> dict[str, Any]:
     """What one family does: the layers of each kind, and by method, kind of layer, phase and way what was computed.
 
     Args:
         name: of `FAMILIES`.
         compiled: methods whose decode step is compiled as well; None for all that decode.
+        device: where the model runs.
     """
     torch.manual_seed(0)
     family = FAMILIES[name]
     model = family.build()
     ids = torch.randint(3, 90, (1, LENGTH), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids} if family.inputs is None else family.inputs(model, LENGTH)
-    probe = Probe(model, inputs)
+    probe = Probe(model.to(device), {key: tensor.to(device) for key, tensor in inputs.items()})
     names = "dense", *settings_of(model)
     methods = {method: probe.method(method, compiled is None or method in compiled) for method in names}
     return {"models": family.models, "layers": probe.kinds(), "methods": methods}
@@ -168,23 +170,21 @@ class Probe:
     def _answers(
         self, name: str, way: str, static: torch.Tensor | None
     ) -> tuple[str | dict[tuple[str, Phase], str], torch.Tensor | None]:
-        """By kind and phase, or one for all of them; and the logits."""
+        """What a method does in one way, by kind and phase, or one answer for all of them; and its logits.
+
+        What is compiled is compared with `static`, everything else, with settings that keep everything, with dense.
+        """
         with self._configs(name) as (small, full):
             try:
-                if way != "compiled":
-                    problem = self._differs(full, way)
-                with patched(self.model, small):
-                    logits = self._run(way)
-                    report = sparsity_report(self.model)
+                logits, report = self._patched(small, way)
+                compared = logits if way == "compiled" else self._patched(full, way)[0]
             except SparsePatchError as error:
                 return f"refused: {error}", None
-        if way == "compiled":
-            assert static is not None
-            problem = _apart(logits, static)
-        if problem is None and not bool(logits.isfinite().all()):
-            problem = "not finite"
-        if problem is not None:
-            return f"WRONG: {problem}", logits
+        expected = static if way == "compiled" else self.dense[way]
+        assert expected is not None
+        distance = (compared - expected).abs().max().item()
+        if not distance <= TOLERANCE or not bool(logits.isfinite().all()):
+            return f"{WRONG}: {distance:.2g} from what it should be", logits
         if way == "compiled":
             compiled = all(layer.compiled for layer in report.layers)
             return (AS_STATIC if compiled else "Transformers does not compile this model"), logits
@@ -194,10 +194,9 @@ class Probe:
             for phase in PHASES
         }, logits
 
-    def _differs(self, full: Settings, way: str) -> str | None:
-        """How far a method that keeps everything is from dense attention; None where it is not."""
-        with patched(self.model, full):
-            return _apart(self._run(way), self.dense[way])
+    def _patched(self, config: Settings, way: str) -> tuple[torch.Tensor, SparsityReport]:
+        with patched(self.model, config):
+            return self._run(way), sparsity_report(self.model)
 
     def _answer(self, report: SparsityReport, layers: list[int], phase: Phase) -> str:
         """What the layers of a kind did in a phase."""
@@ -250,11 +249,6 @@ def _compile() -> CompileConfig:
     config = CompileConfig(backend="eager", fullgraph=True, mode=None)
     config._compile_all_devices = True
     return config
-
-
-def _apart(found: torch.Tensor, expected: torch.Tensor) -> str | None:
-    distance = (found - expected).abs().max().item()
-    return None if distance <= TOLERANCE else f"{distance:.2g} from what it should be"
 
 
 def _status(phase: PhaseReport) -> str:
@@ -354,22 +348,28 @@ def _said(phase: str, found: str | dict[str, str], phases: int) -> str:
 
 
 def main(names: list[str]) -> None:
-    """Measure and write, or print what some families do."""
+    """Measure all families, or those of these names, and write."""
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    found = {}
+    found = json.loads(JSON.read_text(encoding="utf-8"))["families"] if names else {}
     for name in names or FAMILIES:
         found[name] = compact(measure(name))
         print(f"measured {name}", file=sys.stderr, flush=True)
-    if names:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
-        return
-    result = {"versions": {name: versions()[name] for name in ("torch", "transformers")}, "families": found}
-    if "WRONG" in (text := json.dumps(result, indent=1, ensure_ascii=False)):
-        raise SystemExit(f"wrong answers, nothing is written:\n{text}")
+        write({name: found[name] for name in FAMILIES if name in found})
+
+
+def write(found: dict[str, Any]) -> None:
+    """Write both files; a wrong answer is not written."""
+    text = json.dumps({"versions": used_versions(), "families": found}, indent=1, ensure_ascii=False)
+    if WRONG in text:
+        raise SystemExit(f"wrong answers, they are not written:\n{text}")
     JSON.write_text(text + "\n", encoding="utf-8")
-    MARKDOWN.write_text(page(result), encoding="utf-8")
+    MARKDOWN.write_text(page(json.loads(text)), encoding="utf-8")
+
+
+def used_versions() -> dict[str, str]:
+    return {name: versions()[name] for name in ("torch", "transformers")}
 
 
 if __name__ == "__main__":

@@ -117,22 +117,12 @@ class LazyMask:
         """Compute what a compiled forward asks for: inside the graph it would tie that to the objects of this step."""
         for implementation in implementations:
             self.build(implementation)
-        _ = self.end_on_device, self.real_row_starts, self.tokens_before, self.is_plain_causal
-
-    @cached_property
-    def is_plain_causal(self) -> bool:
-        """Whether nothing but causality and padding decides what is visible.
-
-        What images add (tokens of a block see each other both ways) adds nothing for the last token, which a static
-        cache's decode step is built with all the same.
-        """
-        function = self.arguments["mask_function"]
-        return function is causal_mask_function or (self._is_last_query and _adds_to_causal(function))
+        _ = self.end_on_device, self.real_row_starts, self.tokens_before
 
     @property
-    def _is_last_query(self) -> bool:
-        whole, rows = self.parent or (self, slice(0, self.q_length))
-        return self.q_length == 1 and rows.stop == whole.q_length
+    def is_plain_causal(self) -> bool:
+        """Whether nothing but causality and padding decides what is visible."""
+        return self.arguments["mask_function"] is causal_mask_function
 
     @property
     def is_decode(self) -> bool:
@@ -250,6 +240,9 @@ def _lazy_mask(arguments: dict[str, Any], ahead: Sequence[str]) -> LazyMask:
     mask = arguments.get("attention_mask")
     if isinstance(mask, LazyMask):  # `generate` builds the masks of a static cache ahead
         return mask
+    if arguments["q_length"] == 1 and not torch.compiler.is_compiling() and _adds_to_causal(arguments["mask_function"]):
+        # Tokens of an image see each other both ways; for a last token there is nothing behind it to see.
+        arguments = {**arguments, "mask_function": causal_mask_function}
     if not isinstance(arguments["q_offset"], torch.Tensor):
         return LazyMask(arguments)
     # With a static cache this is the cache's own counter, which moves on before attention runs.

@@ -232,11 +232,11 @@ _VISION |= {"num_attention_heads": 2, "initializer_range": 0.2}
 
 
 def gemma4_vlm() -> PreTrainedModel:
-    """Gemma 4 with its vision tower, whose attention is not causal either."""
+    """Gemma 4 with its vision tower: image tokens see each other in both directions in sliding layers alone."""
     torch.manual_seed(0)
     vision = {**_VISION, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2}
     config = transformers.Gemma4Config(
-        text_config=gemma4().config.to_dict(),
+        text_config={**gemma4().config.to_dict(), "use_bidirectional_attention": "vision"},
         vision_config={**vision, "position_embedding_size": 16},
         audio_config=None,
         **{"boi_token_id": VOCAB - 2, "eoi_token_id": VOCAB - 3, "image_token_id": IMAGE_TOKEN},
