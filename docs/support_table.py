@@ -47,6 +47,7 @@ TOLERANCE = 5e-4  # of logits of size 1, in float32
 DESIGN = {"dense: sliding-window layer", "dense: chunked layer"}
 NOT_ATTENTION = "no causal self-attention"
 AS_STATIC = "as uncompiled"
+NOT_COMPILED = "not compiled by Transformers"
 WRONG = "WRONG"
 JSON, MARKDOWN = ROOT / "docs" / "support.json", ROOT / "docs" / "models.md"
 
@@ -179,7 +180,7 @@ class Probe:
                 logits, report = self._patched(small, way)
                 compared = logits if way == "compiled" else self._patched(full, way)[0]
             except SparsePatchError as error:
-                return f"refused: {error}", None
+                return f"refused: {str(error).removeprefix('dict: ')}", None
         expected = static if way == "compiled" else self.dense[way]
         assert expected is not None
         distance = (compared - expected).abs().max().item()
@@ -187,7 +188,7 @@ class Probe:
             return f"{WRONG}: {distance:.2g} from what it should be", logits
         if way == "compiled":
             compiled = all(layer.compiled for layer in report.layers)
-            return (AS_STATIC if compiled else "Transformers does not compile this model"), logits
+            return (AS_STATIC if compiled else NOT_COMPILED), logits
         return {
             (kind, phase): self._answer(report, layers, phase)
             for kind, layers in self.kinds().items()
@@ -326,27 +327,34 @@ def page(result: dict[str, Any]) -> str:
 
 def _cell(by_phase: dict[str, str | dict[str, str]], notes: list[str]) -> str:
     """A symbol, and the number of the note that it needs."""
-    answers = {
-        answer for found in by_phase.values() for answer in ([found] if isinstance(found, str) else found.values())
-    }
-    if answers == {"sparse"}:
-        return SYMBOLS["sparse"]
-    if answers <= DESIGN:
-        return SYMBOLS["design"]
-    if answers == {NOT_ATTENTION}:
-        return SYMBOLS["none"]
-    note = "; ".join(dict.fromkeys(_said(phase, found, len(by_phase)) for phase, found in by_phase.items()))
+    answers = answers_of(by_phase)
+    ran = answers - {NOT_COMPILED}
+    symbol = (
+        "none" if ran == {NOT_ATTENTION} else "design" if ran <= DESIGN else "sparse" if "sparse" in ran else "other"
+    )
+    if answers <= DESIGN or answers in ({"sparse"}, {NOT_ATTENTION}):
+        return SYMBOLS[symbol]
+    said = {phase: _said(found) for phase, found in by_phase.items()}
+    alike = len(set(said.values())) == 1
+    note = said.popitem()[1] if alike else "; ".join(f"{phase}: {found}" for phase, found in said.items())
     if note not in notes:
         notes.append(note)
-    return f"{SYMBOLS['sparse' if 'sparse' in answers else 'other']} <sup>{notes.index(note) + 1}</sup>"
+    return f"{SYMBOLS[symbol]} <sup>{notes.index(note) + 1}</sup>"
 
 
-def _said(phase: str, found: str | dict[str, str], phases: int) -> str:
-    by_answer: dict[str, list[str]] = {}
-    for way, answer in {"": found}.items() if isinstance(found, str) else found.items():
-        by_answer.setdefault(answer, []).append(IN.get(way, ""))
-    said = ", ".join(f"{answer} {' and '.join(ways)}".rstrip() for answer, ways in by_answer.items())
-    return f"{phase}: {said}" if phases > 1 else said
+def answers_of(by_phase: dict[str, str | dict[str, str]]) -> set[str]:
+    """All that a method answers in layers of a kind."""
+    return {answer for found in by_phase.values() for answer in ([found] if isinstance(found, str) else found.values())}
+
+
+def _said(found: str | dict[str, str]) -> str:
+    if isinstance(found, str):
+        return found
+    ways: dict[str, list[str]] = {}
+    for way, answer in found.items():
+        ways.setdefault(answer, []).append(IN[way])
+    said = (answer if answer == NOT_COMPILED else f"{answer} {' and '.join(where)}" for answer, where in ways.items())
+    return ", ".join(said)
 
 
 def main(names: list[str]) -> None:
