@@ -71,6 +71,7 @@ def layer_with_keys(config: PreTrainedConfig, layer: int) -> int:
 
     That is the last of its kind that has keys of its own (Gemma 3n and 4, `num_kv_shared_layers`).
     """
-    own = int(config.num_hidden_layers) - int(getattr(config, "num_kv_shared_layers", 0) or 0)
+    shared = int(getattr(config, "num_kv_shared_layers", 0) or 0)
+    own = range(int(config.num_hidden_layers) - shared if shared else layer + 1)
     kind = attention_kind(config, layer)
-    return layer if layer < own else max(other for other in range(own) if attention_kind(config, other) == kind)
+    return layer if layer in own else max(other for other in own if attention_kind(config, other) == kind)
