@@ -1,7 +1,8 @@
 """What runs sparsely on which model: measured on tiny random models, not written down.
 
     python docs/support_table.py                 # everything, into docs/support.json and docs/models.md
-    python docs/support_table.py gemma3 llama4   # measures these families again and keeps what there is of the others
+    python docs/support_table.py gemma3 llama4   # these families again; what there is of the others is kept
+    python docs/support_table.py quest           # this method again, on every family
 
 Every family runs every method: a prompt longer than the method's `min_length` in one forward, then that prompt and a
 few tokens through `generate`, with the cache that it makes, with a static one, and with a static one whose decode step
@@ -41,6 +42,7 @@ from sparse_patch.report import PhaseReport, SparsityReport  # noqa: E402
 Settings = dict[str, Any]
 Inputs = dict[str, torch.Tensor]
 
+CASES = (*PREFILL_METHODS, *DECODE_METHODS, *SPAN_METHODS)
 WAYS = ("forward", "generate", "static", "compiled")
 LENGTH, NEW = 200, 4
 TOLERANCE = 5e-4  # of logits of size 1, in float32
@@ -94,13 +96,16 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def measure(name: str, compiled: Iterable[str] | None = None, device: str = "cpu") -> dict[str, Any]:
+def measure(
+    name: str, compiled: Iterable[str] | None = None, device: str = "cpu", methods: Iterable[str] = ()
+) -> dict[str, Any]:
     """What one family does: the layers of each kind, and by method, kind of layer, phase and way what was computed.
 
     Args:
         name: of `FAMILIES`.
         compiled: methods whose decode step is compiled as well; None for all that decode.
         device: where the model runs.
+        methods: these alone; none for all.
     """
     torch.manual_seed(0)
     family = FAMILIES[name]
@@ -108,9 +113,9 @@ def measure(name: str, compiled: Iterable[str] | None = None, device: str = "cpu
     ids = torch.randint(3, 90, (1, LENGTH), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids} if family.inputs is None else family.inputs(model, LENGTH)
     probe = Probe(model.to(device), {key: tensor.to(device) for key, tensor in inputs.items()})
-    names = "dense", *settings_of(model)
-    methods = {method: probe.method(method, compiled is None or method in compiled) for method in names}
-    return {"models": family.models, "layers": probe.kinds(), "methods": methods}
+    names = [method for method in ("dense", *probe.settings) if not methods or method in methods]
+    found = {method: probe.method(method, compiled is None or method in compiled) for method in names}
+    return {"models": family.models, "layers": probe.kinds(), "methods": found}
 
 
 def settings_of(model: PreTrainedModel) -> dict[str, tuple[Settings, Settings]]:
@@ -118,7 +123,7 @@ def settings_of(model: PreTrainedModel) -> dict[str, tuple[Settings, Settings]]:
     text = model.config.get_text_config(decoder=True)
     full = [layer for layer in range(text.num_hidden_layers) if attention_kind(text, layer) == "full"]
     chosen: dict[str, tuple[Settings, Settings]] = {}
-    for case in (*PREFILL_METHODS, *DECODE_METHODS, *SPAN_METHODS):
+    for case in CASES:
         name = case.small["method"]
         layers: Any = "all"
         if issubclass(registry()[name], LayeredMethod):
@@ -311,13 +316,15 @@ torch {torch}, transformers {transformers}, on a CPU, in float32.
 
 def page(result: dict[str, Any]) -> str:
     """The Markdown page of what `support.json` holds."""
-    methods = [method for method in next(iter(result["families"].values()))["methods"] if method != "dense"]
+    families = list(result["families"].values())
+    of_all = set.intersection(*(set(family["methods"]) for family in families)) - {"dense"}
+    methods = [method for method in families[0]["methods"] if method in of_all]
     notes: list[str] = []
     lines = [
         f"| models | layers | {' | '.join(f'`{method}`' for method in methods)} |",
         f"|---|---|{'---|' * len(methods)}",
     ]
-    for family in result["families"].values():
+    for family in families:
         for i, kind in enumerate(family["layers"]):
             cells = [_cell(family["methods"][method][kind], notes) for method in methods]
             lines.append(f"| {family['models'] if i == 0 else ''} | {kind} | {' | '.join(cells)} |")
@@ -358,15 +365,25 @@ def _said(found: str | dict[str, str]) -> str:
 
 
 def main(names: list[str]) -> None:
-    """Measure all families, or those of these names, and write."""
+    """Measure everything, or the families and the methods of these names, and write."""
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     torch.set_num_threads(1)
+    if unknown := set(names) - set(FAMILIES) - set(registry()):
+        raise SystemExit(f"{', '.join(sorted(unknown))}: no family and no method; families are {', '.join(FAMILIES)}")
     found = json.loads(JSON.read_text(encoding="utf-8"))["families"] if names else {}
-    for name in names or FAMILIES:
-        found[name] = compact(measure(name))
+    methods = [name for name in names if name in registry()]
+    for name in [name for name in names if name in FAMILIES] or FAMILIES:
+        kept = found[name]["methods"] if methods and name in found else {}
+        found[name] = compact(measure(name, methods=methods))
+        found[name]["methods"] = _in_order({**kept, **found[name]["methods"]})
         print(f"measured {name}", file=sys.stderr, flush=True)
         write({name: found[name] for name in FAMILIES if name in found})
+
+
+def _in_order(methods: dict[str, Any]) -> dict[str, Any]:
+    order = dict.fromkeys(("dense", *(case.small["method"] for case in CASES)))
+    return {method: methods[method] for method in order if method in methods}
 
 
 def write(found: dict[str, Any]) -> None:
