@@ -91,6 +91,8 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family("gpt-oss", families.gpt_oss),
     "mllama": Family("Llama 3.2 Vision, with an image", families.mllama, families.image_inputs),
     "qwen2_5_vl": Family("Qwen2.5-VL, with an image", families.qwen2_5_vl, families.image_inputs),
+    "qwen3_vl": Family("Qwen3-VL, with an image", families.qwen3_vl, families.image_inputs),
+    "qwen3_5_vl": Family("Qwen3.5, with an image", families.qwen3_5_vl, families.image_inputs),
     "gemma3_vlm": Family("Gemma 3, with an image", partial(families.vlm, periods=2), families.image_inputs),
     "gemma4_vlm": Family("Gemma 4, with an image", families.gemma4_vlm, families.image_inputs),
 }

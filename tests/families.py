@@ -261,6 +261,30 @@ def qwen2_5_vl() -> PreTrainedModel:
     return transformers.Qwen2_5_VLForConditionalGeneration(config).float().eval()
 
 
+def qwen3_vl() -> PreTrainedModel:
+    """The same with Qwen3's text tower, whose first layers take what the image tower's layers give."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    text = {**COMMON, "head_dim": 16, "rope_parameters": rope}
+    return _qwen_vl("Qwen3VL", text, deepstack_visual_indexes=[0])
+
+
+def qwen3_5_vl() -> PreTrainedModel:
+    """The same with Qwen3.5's text tower."""
+    return _qwen_vl("Qwen3_5", qwen3_5().config.to_dict())
+
+
+def _qwen_vl(name: str, text: dict[str, Any], **vision: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    shape = {"depth": 2, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4, "num_position_embeddings": 64}
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text,
+        vision_config={"hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.2, **shape, **vision},
+        **{"image_token_id": IMAGE_TOKEN, "video_token_id": VOCAB - 4},
+        **{"vision_start_token_id": VOCAB - 2, "vision_end_token_id": VOCAB - 3},
+    )
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config).float().eval()
+
+
 def mllama() -> PreTrainedModel:
     """Llama 3.2 Vision: the image is seen through layers of cross-attention."""
     torch.manual_seed(0)

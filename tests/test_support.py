@@ -103,7 +103,19 @@ def answers(family: str, kind: str, method: str) -> set[str]:
 
 METHODS = sorted(set(registry()) - {"dense"})
 SPARSE = ["llama", "mistral_full", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5", "gemma", "gemma2", "gemma3"]
-SPARSE += ["gemma3n", "gemma4", "minicpm", "minicpm3", "phi3", "granite", "mllama", "qwen2_5_vl", "gemma4_vlm"]
+SPARSE += [
+    "gemma3n",
+    "gemma4",
+    "minicpm",
+    "minicpm3",
+    "phi3",
+    "granite",
+    "mllama",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_5_vl",
+    "gemma4_vlm",
+]
 
 
 @pytest.mark.parametrize("family", SPARSE)

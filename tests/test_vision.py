@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import gemma4_vlm, image_inputs, mllama, qwen2_5_vl, vlm
+from families import gemma4_vlm, image_inputs, mllama, qwen2_5_vl, qwen3_5_vl, qwen3_vl, vlm
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -21,6 +21,8 @@ TOWERS: dict[Callable[[], PreTrainedModel], str] = {
     vlm: "model.vision_tower",
     gemma4_vlm: "model.vision_tower",
     qwen2_5_vl: "model.visual",
+    qwen3_vl: "model.visual",
+    qwen3_5_vl: "model.visual",
     mllama: "model.vision_model",
 }
 LENGTH, NEW = 120, 3
