@@ -22,7 +22,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import CompileConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig, PreTrainedModel
+from transformers.masking_utils import eager_mask
 from transformers.utils import logging
 
 ROOT = Path(__file__).parent.parent
@@ -31,12 +32,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import families  # noqa: E402
 from method_table import DECODE_METHODS, PREFILL_METHODS, SPAN_METHODS, write_plans  # noqa: E402
 
-from sparse_patch import SparsePatchError, patched, sparsity_report  # noqa: E402
+from sparse_patch import SparsePatchError, capture_plans, patched, sparsity_report  # noqa: E402
+from sparse_patch.attention import dispatch_scope  # noqa: E402
 from sparse_patch.call import PHASES, Phase  # noqa: E402
 from sparse_patch.methods.base import registry  # noqa: E402
 from sparse_patch.methods.layer_roles import LayeredMethod  # noqa: E402
 from sparse_patch.model_shape import ModelShape, attention_kind, layer_with_keys  # noqa: E402
 from sparse_patch.patching import versions  # noqa: E402
+from sparse_patch.plans import Dense, Plan  # noqa: E402
 from sparse_patch.report import PhaseReport, SparsityReport  # noqa: E402
 
 Settings = dict[str, Any]
@@ -51,6 +54,7 @@ NOT_ATTENTION = "no causal self-attention"
 AS_STATIC = "as uncompiled"
 NOT_COMPILED = "not compiled by Transformers"
 WRONG = "WRONG"
+ORACLE = "support_oracle"
 JSON, MARKDOWN = ROOT / "docs" / "support.json", ROOT / "docs" / "models.md"
 
 
@@ -180,17 +184,20 @@ class Probe:
     ) -> tuple[str | dict[tuple[str, Phase], str], torch.Tensor | None]:
         """What a method does in one way, by kind and phase, or one answer for all of them; and its logits.
 
-        What is compiled is compared with `static`, everything else, with settings that keep everything, with dense.
+        What is compiled is compared with `static`; everything else, with settings that keep everything, with dense; and
+        one forward with the model's own attention under the masks of the plans.
         """
         with self._configs(name) as (small, full):
             try:
-                logits, report = self._patched(small, way)
+                logits, report, plans = self._patched(small, way)
                 compared = logits if way == "compiled" else self._patched(full, way)[0]
             except SparsePatchError as error:
                 return f"refused: {str(error).removeprefix('dict: ')}", None
         expected = static if way == "compiled" else self.dense[way]
         assert expected is not None
         distance = (compared - expected).abs().max().item()
+        if way == "forward":
+            distance = max(distance, (logits - self._by_masks(plans)).abs().max().item())
         if not distance <= TOLERANCE or not bool(logits.isfinite().all()):
             return f"{WRONG}: {distance:.2g} from what it should be", logits
         if way == "compiled":
@@ -202,9 +209,30 @@ class Probe:
             for phase in PHASES
         }, logits
 
-    def _patched(self, config: Settings, way: str) -> tuple[torch.Tensor, SparsityReport]:
-        with patched(self.model, config):
-            return self._run(way), sparsity_report(self.model)
+    def _patched(self, config: Settings, way: str) -> tuple[torch.Tensor, SparsityReport, dict[int, Plan]]:
+        """Logits, report and the first plan of every layer."""
+        with patched(self.model, config), capture_plans(self.model) as plans:
+            logits = self._run(way)
+            return logits, sparsity_report(self.model), {layer: found[0][1] for layer, found in plans.items() if found}
+
+    def _by_masks(self, plans: dict[int, Plan]) -> torch.Tensor:
+        """The logits of one forward of the model as it is, each layer with eager attention under its plan's mask."""
+
+        def attend(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **kwargs: Any) -> Any:
+            plan, scope = plans.get(module.layer_idx), dispatch_scope(module)
+            if plan is not None and not isinstance(plan, Dense):
+                mask = torch.zeros((), device=q.device).where(plan.mask(), torch.finfo(q.dtype).min)
+            assert scope is not None
+            return scope["eager_attention_forward"](module, q, k, v, mask, **kwargs)
+
+        before = self.text._attn_implementation
+        AttentionInterface.register(ORACLE, attend)
+        AttentionMaskInterface.register(ORACLE, eager_mask)
+        self.text._attn_implementation = ORACLE
+        try:
+            return self._run("forward")
+        finally:
+            self.text._attn_implementation = before
 
     def _answer(self, report: SparsityReport, layers: list[int], phase: Phase) -> str:
         """What the layers of a kind did in a phase."""
