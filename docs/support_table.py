@@ -4,10 +4,10 @@
     python docs/support_table.py gemma3 llama4   # these families again; what there is of the others is kept
     python docs/support_table.py quest           # this method again, on every family
 
-Every family runs every method: a prompt longer than the method's `min_length` in one forward, then that prompt and a
-few tokens through `generate`, with the cache that it makes, with a static one, and with a static one whose decode step
-is compiled. What the page says is read from the sparsity report of each run, which counts only if its logits are finite
-and if the method with settings that keep everything answers what dense attention answers.
+Every family runs every method: a prompt longer than the method's `min_length` and a few tokens, in forwards by hand and
+through `generate`, with the cache that it makes, with a static one, and with a static one whose decode step is compiled.
+What the page says is read from the sparsity report of each run, which counts only if its logits are right; the page says
+what they are compared with.
 """
 
 import json
@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig, DynamicCache, PreTrainedModel
 from transformers.masking_utils import eager_mask
 from transformers.utils import logging
 
@@ -44,6 +44,7 @@ from sparse_patch.report import PhaseReport, SparsityReport  # noqa: E402
 
 Settings = dict[str, Any]
 Inputs = dict[str, torch.Tensor]
+Plans = dict[int, list[Plan]]  # of each layer, call by call
 
 CASES = (*PREFILL_METHODS, *DECODE_METHODS, *SPAN_METHODS)
 WAYS = ("forward", "generate", "static", "compiled")
@@ -173,8 +174,8 @@ class Probe:
             static = logits if way == "static" else static
             for kind, by_phase in found.items():
                 for phase, by_way in by_phase.items():
-                    if (phase, way) in (("decode", "forward"), ("prefill", "compiled")):
-                        continue  # no decode in a forward, and `generate` compiles no prefill
+                    if (phase, way) == ("prefill", "compiled"):
+                        continue  # `generate` compiles no prefill
                     answer = answers if isinstance(answers, str) else answers[kind, phase]
                     by_way[way] = by_way["static"] if answer == AS_STATIC else answer
         return found
@@ -185,7 +186,7 @@ class Probe:
         """What a method does in one way, by kind and phase, or one answer for all of them; and its logits.
 
         What is compiled is compared with `static`; everything else, with settings that keep everything, with dense; and
-        one forward with the model's own attention under the masks of the plans.
+        forwards by hand with the model's own attention under the masks of the plans.
         """
         with self._configs(name) as (small, full):
             try:
@@ -209,17 +210,22 @@ class Probe:
             for phase in PHASES
         }, logits
 
-    def _patched(self, config: Settings, way: str) -> tuple[torch.Tensor, SparsityReport, dict[int, Plan]]:
-        """Logits, report and the first plan of every layer."""
+    def _patched(self, config: Settings, way: str) -> tuple[torch.Tensor, SparsityReport, Plans]:
+        """Logits, report and the plans of every layer."""
         with patched(self.model, config), capture_plans(self.model) as plans:
             logits = self._run(way)
-            return logits, sparsity_report(self.model), {layer: found[0][1] for layer, found in plans.items() if found}
+            return (
+                logits,
+                sparsity_report(self.model),
+                {layer: [plan for _, plan in made] for layer, made in plans.items()},
+            )
 
-    def _by_masks(self, plans: dict[int, Plan]) -> torch.Tensor:
-        """The logits of one forward of the model as it is, each layer with eager attention under its plan's mask."""
+    def _by_masks(self, plans: Plans) -> torch.Tensor:
+        """The logits of the same forwards of the model as it is, with its eager attention under the masks of plans."""
+        left = {layer: iter(of_layer) for layer, of_layer in plans.items()}
 
         def attend(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **kwargs: Any) -> Any:
-            plan, scope = plans.get(module.layer_idx), dispatch_scope(module)
+            plan, scope = next(left.get(module.layer_idx, iter(())), None), dispatch_scope(module)
             if plan is not None and not isinstance(plan, Dense):
                 mask = torch.zeros((), device=q.device).where(plan.mask(), torch.finfo(q.dtype).min)
             assert scope is not None
@@ -262,8 +268,11 @@ class Probe:
     def _run(self, way: str) -> torch.Tensor:
         """The logits of one way to run the model."""
         if way == "forward":
-            logits: torch.Tensor = self.model(**self.inputs).logits
-            return logits
+            cache = DynamicCache(config=self.model.config)
+            prompt = self.model(**self.inputs, past_key_values=cache).logits
+            tokens = torch.arange(5, 5 + NEW, device=prompt.device)[None].split(1, 1)
+            answer = [self.model(input_ids=token, past_key_values=cache).logits for token in tokens]
+            return torch.cat([prompt, *answer], 1)
         options: dict[str, Any] = {"disable_compile": True} if way != "compiled" else {"compile_config": _compile()}
         if way != "generate":
             options["cache_implementation"] = "static"
@@ -315,16 +324,26 @@ def _one(by_way: dict[str, str]) -> str | dict[str, str]:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 SYMBOLS = {"sparse": "●", "design": "○", "none": "", "other": "✗"}
-IN = {"forward": "in one forward", "generate": "in `generate`", "static": "on a static cache", "compiled": "compiled"}
+IN = {
+    "forward": "in forwards by hand",
+    "generate": "in `generate`",
+    "static": "on a static cache",
+    "compiled": "compiled",
+}
 
 PAGE = """# Models
 
 What runs sparsely on which model, by kind of layer. This page is measured, not written: `make support` runs each method
 on a tiny random model of every family and reads the sparsity reports; [support.json](support.json) has every answer. A
-prompt of {length} tokens goes through one forward, then with {new} tokens of answer through `generate`: with the cache
-that it makes, with a static cache, and with a static cache whose decode step is compiled (`fullgraph=True` and backend
-`eager`, which shows that it is one graph). Logits must be finite, those of a method that keeps everything must be those
-of dense attention, and those of a compiled step those of the same step uncompiled.
+prompt of {length} tokens and {new} of answer go through forwards by hand with a `DynamicCache`, then through `generate`:
+with the cache that it makes, with a static cache, and with a static cache whose decode step is compiled
+(`fullgraph=True` and backend `eager`, which shows that it is one graph). An answer counts only if the logits are right:
+
+- by hand, those of the model's own eager attention under the masks of the very plans that ran;
+- of the same method with settings that keep everything, those of dense attention;
+- of a compiled step, those of the same step uncompiled.
+
+The table:
 
 - ● sparse, in every way to run it
 - ○ dense by the model's design: the layer has a window or chunks of its own
@@ -389,9 +408,10 @@ def _said(found: str | dict[str, str]) -> str:
         return found
     ways: dict[str, list[str]] = {}
     for way, answer in found.items():
-        ways.setdefault(answer, []).append(IN[way])
-    said = (answer if answer == NOT_COMPILED else f"{answer} {' and '.join(where)}" for answer, where in ways.items())
-    return ", ".join(said)
+        if answer != NOT_COMPILED:
+            ways.setdefault(answer, []).append(IN[way])
+    said = list(ways) if len(ways) == 1 else [f"{answer} {' and '.join(where)}" for answer, where in ways.items()]
+    return ", ".join([*said, NOT_COMPILED] if NOT_COMPILED in found.values() else said)
 
 
 def main(names: list[str]) -> None:
