@@ -4,10 +4,10 @@
     python docs/support_table.py gemma3 llama4   # these families again; what there is of the others is kept
     python docs/support_table.py quest           # this method again, on every family
 
-Every family runs every method: a prompt longer than the method's `min_length` and a few tokens, in forwards by hand and
-through `generate`, with the cache that it makes, with a static one, and with a static one whose decode step is compiled.
-What the page says is read from the sparsity report of each run, which counts only if its logits are right; the page says
-what they are compared with.
+Every family runs every method: a prompt longer than the method's `min_length` and a few tokens, in forwards by hand
+and through `generate`, with the cache that it makes, with a static one, and with a static one whose decode step is
+compiled. What the page says is read from the sparsity report of each run, which counts only if its logits are right;
+the page says what they are compared with.
 """
 
 import json
@@ -335,7 +335,7 @@ PAGE = """# Models
 
 What runs sparsely on which model, by kind of layer. This page is measured, not written: `make support` runs each method
 on a tiny random model of every family and reads the sparsity reports; [support.json](support.json) has every answer. A
-prompt of {length} tokens and {new} of answer go through forwards by hand with a `DynamicCache`, then through `generate`:
+prompt of {length} tokens and {new} of answer go through forwards by hand with a `DynamicCache`, and through `generate`
 with the cache that it makes, with a static cache, and with a static cache whose decode step is compiled
 (`fullgraph=True` and backend `eager`, which shows that it is one graph). An answer counts only if the logits are right:
 
