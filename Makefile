@@ -1,5 +1,5 @@
 # make demo: set up .venv and run the main job.   make test: the same set-up, then the tests.
-# make support: measure what runs sparsely on which model, and write docs/support.json and docs/models.md (10 minutes).
+# make support: measure what runs sparsely on which model, and write docs/support.json and docs/models.md (15 minutes).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
