@@ -1,15 +1,19 @@
 # make demo: set up .venv and run the main job.   make test: the same set-up, then the tests.
+# make support: measure what runs sparsely on which model, and write docs/support.json and docs/models.md (15 minutes).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint check clean
+.PHONY: demo test support lint check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sparse-patch demo --json demo.json --plot demo.png
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+support: $(VENV)/.installed
+	$(BIN)/python docs/support_table.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

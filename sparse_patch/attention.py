@@ -45,6 +45,8 @@ class LayerState:
     Attributes:
         name: dotted path of the module in its model.
         layer: index of the layer.
+        cache_layer: index of the layer whose keys it reads: its own, but where layers share keys.
+        kind: its attention in the model itself, "full", "sliding", ...
         config: the configuration; shared by all layers.
         phases: phases in which this layer uses the configured method; it is dense in the others.
         original_config: the Transformers config that the module had before.
@@ -62,6 +64,8 @@ class LayerState:
 
     name: str
     layer: int
+    cache_layer: int
+    kind: str
     config: PatchConfig
     phases: frozenset[Phase]
     original_config: Any
@@ -110,10 +114,10 @@ def note_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Before the forward of an attention module: which cache it uses. The attention function is not told."""
     state: LayerState = module.sparse_patch  # type: ignore[assignment]
     cache = kwargs.get("past_key_values")
-    state.memory = memory_of(cache, state.layer)
-    state.copies = copies(cache, state.layer)
-    state.ring = ring_of(cache, state.layer)
-    state.max_length = max_length_of(cache, state.layer)
+    state.memory = memory_of(cache, state.cache_layer)
+    state.copies = copies(cache, state.cache_layer)
+    state.ring = ring_of(cache, state.cache_layer)
+    state.max_length = max_length_of(cache, state.cache_layer)
 
 
 def dispatch_scope(module: nn.Module) -> dict[str, Any] | None:
@@ -288,7 +292,7 @@ def _dense_by_design(state: LayerState, phase: Phase, mask: Any, kwargs: dict[st
     if method.method == "dense":
         return Dense("method: dense")
     if _window(mask, kwargs):
-        return Dense("sliding-window layer")
+        return Dense("chunked layer" if state.kind == "chunked" else "sliding-window layer")
     return None
 
 

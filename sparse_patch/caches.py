@@ -398,14 +398,12 @@ def _layer(cache: Any, layer: int) -> Any:
 
 
 def _ours(layer: Any, spans: SpansOf | None, max_length: int) -> Any:
-    if layer.is_initialized:
+    if type(layer) not in (DynamicLayer, StaticLayer) or layer.is_initialized:
         return layer
     if type(layer) is DynamicLayer:
         return GrowingLayer() if spans is None else RingLayer(spans, max_length)
-    if type(layer) is StaticLayer:
-        length = layer.max_cache_len
-        return FixedLayer(length) if spans is None else FixedRingLayer(spans, length)
-    return layer
+    length = layer.max_cache_len
+    return FixedLayer(length) if spans is None else FixedRingLayer(spans, length)
 
 
 def _moved(kept: torch.Tensor, old: RingLayout, new: RingLayout) -> torch.Tensor:

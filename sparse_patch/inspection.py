@@ -12,7 +12,7 @@ from sparse_patch.config import PatchConfig
 from sparse_patch.errors import SparsePatchError
 from sparse_patch.methods.spans import SpanMethod
 from sparse_patch.minicpm import is_minicpm, minicpm_config
-from sparse_patch.model_shape import ModelShape, attention_kind
+from sparse_patch.model_shape import ModelShape, attention_kind, can_forget, config_of_layer
 from sparse_patch.patching import patched, sparsity_report
 from sparse_patch.plans import widest
 from sparse_patch.report import LayerReport
@@ -64,9 +64,7 @@ def inspect(
             {
                 "layer": layer.layer,
                 "attention": attention_kind(text, layer.layer),
-                "query_heads": text.num_attention_heads,
-                "kv_heads": text.num_key_value_heads,
-                "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+                **_heads(config_of_layer(text, layer.layer)),
                 "prefill": layer.prefill_method or "dense",
                 "decode": layer.decode_method or "dense",
                 "role": _roles(resolved, layer, text),
@@ -80,19 +78,28 @@ def _kv_bytes(
     settings: PatchConfig, layers: list[dict[str, Any]], length: int, config: PreTrainedConfig
 ) -> KVBytes | None:
     method = settings.decode
-    if not isinstance(method, SpanMethod):
+    if not isinstance(method, SpanMethod) or not can_forget(config):
         return None
     planned = dense = 0
+    each = config.dtype.itemsize if isinstance(config.dtype, torch.dtype) else 2
     for layer in layers:
         if layer["attention"] != "full":
             continue
         heads = layer["kv_heads"]
         spans = zip(*method.spans(layer["layer"], length, heads), strict=True)
         kept = [length if window is None else sink + widest(window) for sink, window in spans]
-        dense += heads * length
-        planned += sum(kept) if layer["decode"] == method.method else heads * length
-    token = 2 * layers[0]["head_dim"] * (config.dtype.itemsize if isinstance(config.dtype, torch.dtype) else 2)
-    return KVBytes(length, token * planned, token * dense)
+        token = 2 * layer["head_dim"] * each
+        dense += token * heads * length
+        planned += token * (sum(kept) if layer["decode"] == method.method else heads * length)
+    return KVBytes(length, planned, dense)
+
+
+def _heads(config: PreTrainedConfig) -> dict[str, int]:
+    return {
+        "query_heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    }
 
 
 def _roles(settings: PatchConfig, layer: LayerReport, config: PreTrainedConfig) -> str:

@@ -1,5 +1,6 @@
 """The lazy mask: what the mask of a forward is, without building it (a dense one is 16 GiB at 128k tokens)."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -73,7 +74,8 @@ class LazyMask:
             moved = {
                 key: value.to(device) if torch.is_tensor(value) else value for key, value in self.arguments.items()
             }
-            self._moved[device] = LazyMask({**moved, "device": device}, carried=self.carried)
+            parent = None if self.parent is None else (self.parent[0].to(device), self.parent[1])
+            self._moved[device] = LazyMask({**moved, "device": device}, parent, carried=self.carried)
         return self._moved[device]
 
     def __getitem__(self, index: Any) -> "LazyMask":
@@ -124,7 +126,12 @@ class LazyMask:
 
     @property
     def is_decode(self) -> bool:
-        """Whether few enough queries follow on a cache. A static cache hides on the device how many came before."""
+        """Whether few enough queries follow on a cache. A static cache hides on the device how many came before.
+
+        Some rows of a forward are of the phase that the whole forward is.
+        """
+        if self.parent is not None:
+            return self.parent[0].is_decode
         offset = self.arguments["q_offset"]
         return self.q_length <= DECODE_MAX_QUERIES and (torch.is_tensor(offset) or offset > 0)
 
@@ -221,11 +228,21 @@ def lazy_mask_for_kernels(**arguments: Any) -> LazyMask:
     return _lazy_mask(arguments, ())
 
 
+def _adds_to_causal(function: Any) -> bool:
+    """Whether a mask function of Transformers is the union of causality and something else."""
+    if getattr(function, "__qualname__", "") != "or_masks.<locals>.or_mask":
+        return False
+    return causal_mask_function in inspect.getclosurevars(function).nonlocals.get("mask_functions", ())
+
+
 def _lazy_mask(arguments: dict[str, Any], ahead: Sequence[str]) -> LazyMask:
     """`ahead`: implementations whose masks a compiled step may ask for."""
     mask = arguments.get("attention_mask")
     if isinstance(mask, LazyMask):  # `generate` builds the masks of a static cache ahead
         return mask
+    if arguments["q_length"] == 1 and not torch.compiler.is_compiling() and _adds_to_causal(arguments["mask_function"]):
+        # Tokens of an image see each other both ways; for a last token there is nothing behind it to see.
+        arguments = {**arguments, "mask_function": causal_mask_function}
     if not isinstance(arguments["q_offset"], torch.Tensor):
         return LazyMask(arguments)
     # With a static cache this is the cache's own counter, which moves on before attention runs.

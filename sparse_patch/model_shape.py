@@ -13,10 +13,10 @@ class ModelShape:
         model_type: Transformers' name of the architecture, of the text tower.
         num_layers: layers, those without full attention too.
         num_heads: query heads of a layer.
-        num_kv_heads: KV heads of a layer.
+        num_kv_heads: KV heads of a layer with full attention.
         hidden_size: width of the residual stream.
-        local_layers: layers without full attention (sliding window, chunks, linear). Not compared: a model is the
-            same with and without.
+        local_layers: layers without full attention (sliding window, chunks, linear, cross-attention). Not compared: a
+            model is the same with and without.
     """
 
     model_type: str
@@ -35,20 +35,48 @@ class ModelShape:
             num_layers: one more than the highest layer that has attention.
         """
         text = config.get_text_config(decoder=True)
-        heads = int(text.num_attention_heads)
+        local = frozenset(layer for layer in range(num_layers) if attention_kind(text, layer) != "full")
+        of_layer = config_of_layer(text, min(set(range(num_layers)) - local, default=0))
+        heads = int(of_layer.num_attention_heads)
         return cls(
             model_type=str(text.model_type),
             num_layers=num_layers,
             num_heads=heads,
-            num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+            num_kv_heads=int(getattr(of_layer, "num_key_value_heads", None) or heads),
             hidden_size=int(text.hidden_size),
-            local_layers=frozenset(layer for layer in range(num_layers) if attention_kind(text, layer) != "full"),
+            local_layers=local,
         )
 
 
 def attention_kind(config: PreTrainedConfig, layer: int) -> str:
-    """ "full", or the kind of local attention that the model itself gives a layer (which stays dense)."""
+    """ "full", or what else the model itself gives a layer (which stays dense): "sliding", "chunked", "linear", ..."""
+    if layer in (getattr(config, "cross_attention_layers", None) or ()):
+        return "cross"
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return str(kinds[layer]).removesuffix("_attention")
     return "sliding" if getattr(config, "sliding_window", None) else "full"
+
+
+def config_of_layer(config: PreTrainedConfig, layer: int) -> PreTrainedConfig:
+    """The config with the sizes of one layer: Gemma 4's full layers have other heads than its sliding ones."""
+    of_layer: PreTrainedConfig = config
+    if getattr(config, "is_heterogeneous", False):
+        of_layer = config.per_layer_config[layer]
+    return of_layer
+
+
+def can_forget(config: PreTrainedConfig) -> bool:
+    """Whether a layer's cache holds keys by head that no other layer needs: not where layers share them, nor latents."""
+    return not (getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_lora_rank", None))
+
+
+def layer_with_keys(config: PreTrainedConfig, layer: int) -> int:
+    """The layer whose keys and values a layer reads: itself, or where the last ones reuse keys, the layer they are of.
+
+    That is the last of its kind that has keys of its own (Gemma 3n and 4, `num_kv_shared_layers`).
+    """
+    shared = int(getattr(config, "num_kv_shared_layers", 0) or 0)
+    own = range(int(config.num_hidden_layers) - shared if shared else layer + 1)
+    kind = attention_kind(config, layer)
+    return layer if layer in own else max(other for other in own if attention_kind(config, other) == kind)

@@ -30,7 +30,7 @@ from sparse_patch.head_shard import HeadShard
 from sparse_patch.methods.base import DecodeMethod
 from sparse_patch.methods.spans import SpanMethod, Spans
 from sparse_patch.minicpm import MODEL_TYPE as MINICPM
-from sparse_patch.model_shape import ModelShape, attention_kind
+from sparse_patch.model_shape import ModelShape, attention_kind, can_forget, config_of_layer, layer_with_keys
 from sparse_patch.ops.backends import takes_triton
 from sparse_patch.plans import Plan
 from sparse_patch.report import LayerCounts, LayerReport, SparsityReport
@@ -93,7 +93,7 @@ def patch_model(
     attention = _attention_modules(root)
     states = _states(root, settings, attention)
     register()
-    holders = [module for module in model.modules() if isinstance(vars(module).get("config"), PreTrainedConfig)]
+    holders = [module for module in model.modules() if _takes_own_config(module, attention)]
     own_configs = _give_own_configs(holders)
     implementation = ON_KERNELS if _decodes_on_kernels(root, states, list(attention.values())) else NAME
     for module, state in zip(attention.values(), states, strict=True):
@@ -192,18 +192,18 @@ def span_cache(model: nn.Module, max_length: int) -> DynamicCache:
 
 def _spans_of(root: PreTrainedModel) -> dict[int, SpansOf]:
     """The spans of the layers that decode by spans and can have a ring, by layer."""
-    if not is_patched(root):
-        return {}
     config = root.config.get_text_config(decoder=True)
-    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_lora_rank", None):
-        return {}  # layers read the keys of others and need them all, or what is cached has no heads (latent attention)
+    if not is_patched(root) or not can_forget(config):
+        return {}
     spans: dict[int, SpansOf] = {}
     for module in _patch_of(root).attention:
         state = state_of(module)
         method = state.config.decode if "decode" in state.phases else None
         served = attention_kind(config, state.layer) == "full" and getattr(module, "sinks", None) is None
         if isinstance(method, SpanMethod) and served:
-            spans[state.layer] = partial(_spans_here, method, state, ModelShape.of(config, 0).num_kv_heads)
+            of_layer = config_of_layer(config, state.layer)
+            in_all = getattr(of_layer, "num_key_value_heads", None) or of_layer.num_attention_heads
+            spans[state.layer] = partial(_spans_here, method, state, in_all)
     return spans
 
 
@@ -382,8 +382,10 @@ def _way_in(root: PreTrainedModel) -> str:
 
 
 def _is_self_attention(module: nn.Module, decoder_config: PreTrainedConfig) -> bool:
+    name = type(module).__name__.lower()
     return (
-        "attention" in type(module).__name__.lower()
+        "attention" in name
+        and "cross" not in name  # to an image, to an encoder
         and isinstance(getattr(module, "layer_idx", None), int)
         and getattr(module, "config", None) is decoder_config
         and getattr(module, "is_causal", True)
@@ -393,7 +395,8 @@ def _is_self_attention(module: nn.Module, decoder_config: PreTrainedConfig) -> b
 
 def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.Module]) -> list[LayerState]:
     num_layers = 1 + max(int(module.layer_idx) for module in attention.values())  # type: ignore[arg-type]
-    config = config.for_model(ModelShape.of(root.config, num_layers))
+    text = root.config.get_text_config(decoder=True)
+    config = config.for_model(ModelShape.of(text, num_layers))
     selected = {phase: config.layers(phase, num_layers) for phase in PHASES}
     warned: set[str] = set()
     shard = HeadShard.of(root)
@@ -406,6 +409,8 @@ def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.
             LayerState(
                 name=name,
                 layer=layer,
+                cache_layer=layer_with_keys(text, layer),
+                kind=attention_kind(text, layer),
                 config=config,
                 phases=frozenset(phase for phase in PHASES if layer in selected[phase]),
                 original_config=original,
@@ -417,6 +422,15 @@ def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.
             )
         )
     return states
+
+
+def _takes_own_config(module: nn.Module, attention: dict[str, nn.Module]) -> bool:
+    """Whether a module is given a copy of its config; attention that is not patched keeps what it has, and its name."""
+    config = vars(module).get("config")
+    if not isinstance(config, PreTrainedConfig):
+        return False
+    of_decoder = any(config is _config_of(patched) for patched in attention.values())
+    return not of_decoder or module in attention.values() or dispatch_scope(module) is None
 
 
 def _give_own_configs(holders: list[nn.Module]) -> list[OwnConfig]:

@@ -4,8 +4,10 @@ A new method adds a row. `small` settings select a part of a call of a few hundr
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from sparse_patch.methods.span_plans import SpanRules, duo_rules, write_span_rules
 from sparse_patch.model_shape import ModelShape
 
 
@@ -108,7 +110,7 @@ DECODE_METHODS = [
 ]
 
 
-# Methods of spans, for prefill and decode. The files are written by `methods/test_spans.py`, for `SMALL_MODEL`.
+# Methods of spans, for prefill and decode; `write_plans` writes the files.
 SPAN_METHODS = [
     MethodCase(
         small={"method": "streamingllm", "sink": 5, "window": 50},
@@ -123,3 +125,13 @@ SPAN_METHODS = [
         full={"method": "duoattention", "calibration": "gates.tsv", "sparsity": 0.0},
     ),
 ]
+
+
+def write_plans(folder: Path, shape: ModelShape) -> None:
+    """The files that rows of `SPAN_METHODS` name, for a model."""
+    layers, heads = range(shape.num_layers), range(shape.num_kv_heads)
+    alphas, betas = ([[pair[head % 2] for head in heads] for _ in layers] for pair in ((24, 60), (0, 0.1)))
+    write_span_rules(folder / "short.json", SpanRules.of(shape, alphas, betas, sink=5, block=4, min_span=8))
+    write_span_rules(folder / "full.json", duo_rules(shape, {(layer, head) for layer in layers for head in heads}))
+    gates = "\t".join(("0.9", "0.1")[head % 2] for head in heads)
+    (folder / "gates.tsv").write_text(f"{gates}\n" * shape.num_layers)

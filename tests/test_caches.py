@@ -5,11 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from families import gemma3, llama
+from families import gemma3, gemma3n, gemma4, llama
 from transformers import DynamicCache, PreTrainedModel
 
-from sparse_patch import caches
+from sparse_patch import caches, patched, sparsity_report
+from sparse_patch.attention import note_cache
 from sparse_patch.caches import CacheBytes, GrowingLayer, cache_bytes, growing_cache
+from sparse_patch.patching import state_of
 
 
 @pytest.fixture(params=[llama, gemma3], ids=["llama", "gemma3"])
@@ -81,3 +83,21 @@ def test_generate_takes_it(model: PreTrainedModel) -> None:
     settings = {"max_new_tokens": 12, "do_sample": False}
     expected = model.generate(ids, **settings)
     assert torch.equal(model.generate(ids, past_key_values=growing_cache(model.config), **settings), expected)
+
+
+@pytest.mark.parametrize("build", [gemma3n, gemma4])
+def test_layers_that_share_keys_share_what_is_kept_of_them(build: Callable[[], PreTrainedModel]) -> None:
+    """The answers are those of a cache without a memory, where page statistics are made anew for every token."""
+    model = build()
+    ids = torch.randint(3, 90, (1, 130), generator=torch.Generator().manual_seed(2))
+    quest = {"method": "quest", "budget": 48, "page_size": 8, "min_length": 0}
+    logits = []
+    with patched(model, {"decode": quest}), torch.no_grad():
+        for cache in (growing_cache(model.config), DynamicCache(config=model.config)):
+            steps = [model(part, past_key_values=cache).logits for part in ids.split([120, *[1] * 10], 1)]
+            logits.append(torch.cat(steps, 1))
+            last = model.get_submodule(sparsity_report(model).layers[5].name)
+            note_cache(last, (), {"past_key_values": cache})
+            assert state_of(last).memory is getattr(cache.layers[3], "memory", None)
+        assert [sparsity_report(model).layers[i].decode.sparse_calls for i in (3, 5)] == [20, 20]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
+from transformers.masking_utils import (
+    and_masks,
+    blockwise_overlay,
+    causal_mask_function,
+    or_masks,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
 from sparse_patch.masks import LazyMask, lazy_mask
 
@@ -112,3 +119,26 @@ def test_it_passes_for_a_mask_tensor() -> None:
     assert moved.device.type == "meta" and moved.padding.device.type == "meta"  # type: ignore[union-attr]
     assert mask.to("meta") is moved
     assert lazy_mask(attention_mask=mask) is mask
+
+
+def test_rows_of_a_prompt_are_prefill() -> None:
+    """Also on another device, where the last layers of a model may lie."""
+    last = make(0, 30)[:, :, slice(-1, None), :]
+    assert last.q_length == 1 and last.q_start == 29
+    for mask in (last, last.to("meta")):
+        assert not mask.is_decode and mask.fits
+    assert make(40, 3)[:, :, slice(-1, None), :].is_decode
+
+
+def test_images_add_nothing_for_a_last_token() -> None:
+    """Transformers builds the decode step of a static cache with the mask of images all the same."""
+    ids = torch.full((1, 40), -1)
+    ids[:, 4:20] = 0
+    union = or_masks(causal_mask_function, blockwise_overlay(ids))
+    assert not make(0, 30, mask_function=union).is_plain_causal
+    mask = make(29, 1, mask_function=union, kv_length=40)
+    assert mask.is_plain_causal
+    expected = sdpa_mask(**{**mask.arguments, "mask_function": union})
+    assert expected is not None and torch.equal(mask.build("sdpa"), expected)  # type: ignore[arg-type]
+    packed = and_masks(causal_mask_function, blockwise_overlay(ids))
+    assert not make(29, 1, mask_function=packed).is_plain_causal

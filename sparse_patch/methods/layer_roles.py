@@ -62,6 +62,10 @@ class Roles(BaseModel):
         if local := select & shape.local_layers:
             raise ValueError(f"{place}select: layer {min(local)} has no full attention in this model and cannot select")
         sparse = set(range(shape.num_layers)) - full - select
+        if len(shape.local_layers) == shape.num_layers:
+            raise ValueError(
+                f"{place}full: every layer of this model has local attention of its own, none can be sparse"
+            )
         if not sparse:
             raise ValueError(f"{place}full: no layer of {shape.num_layers} is left to be sparse")
         if not select or min(sparse) < min(select):

@@ -7,7 +7,7 @@ forgotten, and where a layer decodes with such a method, `generate` keeps its ke
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field, PrivateAttr
 from typing_extensions import Self
@@ -81,7 +81,8 @@ class RuledMethod(SpanMethod):
     files = ("calibration",)
 
     calibration: str | None = None
-    _rules: SpanRules | None = PrivateAttr(default=None)
+    # Of what `for_model` returns, in its `__dict__`: torch.compile cannot trace the private attributes of pydantic.
+    _rules: ClassVar[SpanRules | None] = None
     _remark: str = PrivateAttr(default="")
 
     @abstractmethod
@@ -94,7 +95,7 @@ class RuledMethod(SpanMethod):
             raise ValueError(f"calibration: {self.method} needs a plan for this model; {MAKE_ONE}")
         rules, note = self.read(self.calibration, shape)
         resolved = self.model_copy()
-        resolved._rules = rules
+        vars(resolved)["_rules"] = rules
         resolved._remark = self._said(rules, sorted(self.layers_of(shape.num_layers) - shape.local_layers), note)
         return resolved
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from calls import make_call, row_alone
 from families import FAMILIES, gemma3, llama, qwen3
-from method_table import SMALL_MODEL, SPAN_METHODS, MethodCase
+from method_table import SMALL_MODEL, SPAN_METHODS, MethodCase, write_plans
 from span_oracle import Spans, moa_current_window, moa_window, spans_by_mask
 from transformers import CompileConfig, DynamicCache, PreTrainedModel
 
@@ -131,16 +131,8 @@ def close(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None
 # What a method decides.
 
 
-def write_plans(folder: Path) -> None:
-    """The files that the rows of the table name."""
-    short = SpanRules.of(SMALL_MODEL, [[24, 60]] * 5, [[0, 0.1]] * 5, sink=5, block=4, min_span=8)
-    write_span_rules(folder / "short.json", short)
-    write_span_rules(folder / "full.json", duo_rules(SMALL_MODEL, {(i, j) for i in range(5) for j in range(2)}))
-    (folder / "gates.tsv").write_text("0.9\t0.1\n" * 5)
-
-
 def build(settings: dict[str, Any], folder: Path) -> SpanMethod:
-    write_plans(folder)
+    write_plans(folder, SMALL_MODEL)
     files = {"calibration": str(folder / settings["calibration"])} if "calibration" in settings else {}
     method = registry()[settings["method"]].model_validate({**settings, **files})
     resolved = method.for_model(SMALL_MODEL)
