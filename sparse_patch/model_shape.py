@@ -67,7 +67,7 @@ def config_of_layer(config: PreTrainedConfig, layer: int) -> PreTrainedConfig:
 
 
 def can_forget(config: PreTrainedConfig) -> bool:
-    """Whether a layer's cache holds keys by head that no other layer needs: not where layers share them, nor latents."""
+    """Whether layers can have rings: not where they read the keys of others, nor where what is cached has no heads."""
     return not (getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_lora_rank", None))
 
 

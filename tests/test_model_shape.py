@@ -42,6 +42,6 @@ def test_kv_heads_are_those_of_full_layers() -> None:
 
 def test_show_knows_the_heads_of_each_layer(tmp_path: Path) -> None:
     gemma4(256, 512).config.save_pretrained(tmp_path)
-    layers, kv = inspect(tmp_path, load_config("flexprefill.yaml"))
+    layers, _ = inspect(tmp_path, load_config("flexprefill.yaml"))
     assert [layer["head_dim"] for layer in layers] == [256, 512] * 3
     assert [layer["kv_heads"] for layer in layers] == [2, 1] * 3
