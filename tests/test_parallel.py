@@ -11,9 +11,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from families import llama, phi3
-from method_table import DECODE_METHODS, PREFILL_METHODS, SPAN_METHODS
+from method_table import DECODE_METHODS, PREFILL_METHODS, SMALL_MODEL, SPAN_METHODS, write_plans
 from methods.test_sale import calibration
-from methods.test_spans import write_plans
 from torch import distributed
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
@@ -135,7 +134,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parallel")
     llama(layers=5).save_pretrained(folder / "llama")
     phi3().save_pretrained(folder / "phi3")
-    write_plans(folder)
+    write_plans(folder, SMALL_MODEL)
     calibration(folder, _TAU)
     (folder / "patterns.json").write_text(json.dumps([_PATTERNS] * 5))
     return folder
