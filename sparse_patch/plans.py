@@ -326,7 +326,7 @@ class TokenBlockPlan:
     def blocks(self) -> torch.Tensor:
         """What every query reads as a map of blocks, bool `[B, Hkv, NQ, block, N]`; its own block included."""
         grid = self.grid
-        readers = torch.zeros(*self.counts.shape, grid.num_key_blocks + 1, dtype=torch.int32, device=self.entries.device)
+        readers = self.entries.new_zeros(*self.counts.shape, grid.num_key_blocks + 1)
         target = torch.where(leading(self.entries, self.counts), self.entries >> BLOCK_BITS, grid.num_key_blocks)
         readers = readers.scatter_(-1, target.long(), self.entries & ((1 << BLOCK_BITS) - 1))[..., None, :-1]
         bit = torch.arange(self.tile, dtype=torch.int32, device=readers.device)[:, None]
@@ -544,7 +544,8 @@ class SpanPlan:
         return self.computed_pairs().float() / causal[:, None].clamp(min=1).float()
 
 
-Plan = BlockPlan | TokenBlockPlan | PagePlan | SpanPlan | Dense
+SparsePlan = BlockPlan | TokenBlockPlan | PagePlan | SpanPlan
+Plan = SparsePlan | Dense
 
 
 def check_spans(sinks: Sequence[int], windows: Sequence[int | None]) -> None:

@@ -41,7 +41,7 @@ def seen(tokens: torch.Tensor, number: int, factor: int = 1) -> torch.Tensor:
 
 
 def pooled(columns: torch.Tensor, blocks: int) -> torch.Tensor:
-    """Scores of compressed keys `[..., n]`, none below 0, as those of blocks `[..., blocks]`: block b has 4b-1 to 4b+3."""
+    """Scores of compressed keys `[..., n]`, none below 0, as those of blocks `[..., blocks]`: b has 4b-1 to 4b+3."""
     room = blocks * COLUMNS
     padded = F.pad(columns, (1, max(room - columns.shape[-1], 0)))[..., : room + 1]
     return padded.unfold(-1, COLUMNS + 1, COLUMNS).amax(-1)

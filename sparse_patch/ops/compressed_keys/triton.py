@@ -7,7 +7,7 @@ token. A block's score is a maximum over five columns, of which the first is the
 block it writes the maximum over its own four, and the last of them, and the second kernel takes the maximum of both.
 
 A program of the second holds the scores of a tile of tokens. For each token it bisects for the smallest score that is
-chosen, over the scores' bits (they are positive, so the bits are numbers of the same order), and writes one list for the
+chosen, over the scores' bits (none is negative, so the bits are numbers of the same order), and writes one list for the
 tile: what any of its tokens chose, with the tokens that did.
 """
 
@@ -345,7 +345,8 @@ def _choose_kernel(
         taken = above | equal
         if tl.max(tl.sum(equal.to(tl.int32), 1) - ties, 0) > 0:  # of equal scores the lower block wins
             taken = above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= ties[:, None]))
-        readers = tl.sum(tl.where(taken & real[:, None], tl.full([TILE], 1, tl.int32)[:, None] << offs_t[:, None], 0), 0)
+        bit = tl.where(real, tl.full([TILE], 1, tl.int32) << offs_t, 0)
+        readers = tl.sum(tl.where(taken, bit[:, None], 0), 0)
         listed = (readers != 0).to(tl.int32)
         place = tl.cumsum(listed, 0) - 1
         tl.store(entries + i_list * capacity + place, (offs_b << _BITS) | readers, mask=listed != 0)
