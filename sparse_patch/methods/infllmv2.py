@@ -11,8 +11,8 @@ As in the code, a token reads `topk + window_size / 64` blocks in all, of which 
 
 - Below `min_length` (its `dense_len`) everything is read. The code asks for the length of the whole call, so the first
   tokens of a long prompt are sparse there and those of a short one dense; here a token reads everything where it stands
-  in the first `min_length` tokens of its row, in whole blocks. So a prompt in chunks gives what it gives at once (the
-  code serves no chunks), and no token reads less than in the code.
+  in the first `min_length` tokens of its row, in whole blocks. So a prompt in chunks, or token by token, gives what it
+  gives at once (the code serves no chunks), and no token reads less than in the code.
 - Groups of any size choose and attend as they are (the code repeats queries to 16 heads and averages the outputs).
 - A compressed key is seen by a token if its window ends before the token or with it. Where the length is 15 modulo 16
   the code leaves out one more.
@@ -54,8 +54,8 @@ class InfLLMv2(DecodeMethod):
             it chooses. Published: 64.
         init_blocks: first blocks of 64 tokens, which are always read. Published: 1.
         window_size: tokens before a token's own block that are always read; a multiple of 64. Published: 2048.
-        min_length: `dense_len`: tokens of a row that read everything before them, rounded up to blocks of 64; in
-            decode, caches of fewer tokens are read densely. Published: 8192.
+        min_length: `dense_len`: first tokens of a row that read everything before them, rounded up to blocks of 64. In
+            decode the longest row of a batch counts, of a static cache its whole size. Published: 8192.
     """
 
     phases = PHASES
@@ -112,8 +112,8 @@ class InfLLMv2(DecodeMethod):
 
     def why_dense(self, call: AttentionCall) -> Dense | None:
         """Short calls, several queries at a time in decode, and what is read in any case."""
-        if call.kv_length < self._number("min_length"):
-            return Dense(f"shorter than min_length {self._number('min_length')}")
+        if call.kv_length <= self.rule.dense_blocks * BLOCK:
+            return Dense(f"within the first min_length {self._number('min_length')} tokens")
         if call.phase == "decode" and call.q.shape[2] > 1:
             return Dense("more than one query")
         if call.kv_length <= self.most_blocks * BLOCK:

@@ -18,9 +18,10 @@ repeating queries or keys, any scale, softcap, left padding per row, `q_start > 
 slice of the queries at a time.
 """
 
-import torch
+import math
+
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, finfo, float32
 
 from sparse_patch.call import AttentionCall, apply_softcap
 from sparse_patch.ops.backends import takes_triton
@@ -29,7 +30,7 @@ from sparse_patch.ops.page_statistics import mean_scores
 from sparse_patch.plans import BlockGrid, TokenBlockPlan
 
 __all__ = ["BLOCK", "STRIDE", "BlockRule", "block_scores", "choose_blocks", "compressed_keys"]
-_LARGEST = torch.finfo(torch.float32).max
+_LARGEST = finfo(float32).max
 
 
 def compressed_keys(means: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,8 +90,8 @@ def block_scores(call: AttentionCall, means: Tensor) -> Tensor:
     of_pages = F.pad(of_pages.masked_fill(of_pages.isneginf(), 0.0), (0, max(COARSE_PAGES - of_pages.shape[-1], 0)))
     fine = apply_softcap((of_pages[..., :-1] + of_pages[..., 1:]) / 2, call.softcap)
     coarse = apply_softcap(of_pages.unfold(-1, COARSE_PAGES, COARSE).mean(-1), call.softcap)
-    lse = coarse.masked_fill(~seen(lengths, coarse.shape[-1], COARSE)[:, None], -torch.inf).logsumexp(-1, keepdim=True)
-    weights = (fine - lse.masked_fill(lse.isneginf(), torch.inf)).exp()
+    lse = coarse.masked_fill(~seen(lengths, coarse.shape[-1], COARSE)[:, None], -math.inf).logsumexp(-1, keepdim=True)
+    weights = (fine - lse.masked_fill(lse.isneginf(), math.inf)).exp()
     weights = weights.masked_fill(~seen(lengths, fine.shape[-1])[:, None], 0.0)
     shared = weights.unflatten(1, (call.k.shape[1], call.group_size)).sum(2)
     return pooled(shared, -(-call.kv_length // BLOCK)).clamp(max=_LARGEST)
