@@ -121,7 +121,7 @@ def token_block_attention(
         tiles,
         q_length,
         q_start,
-        entries.shape[3],
+        entries.stride(2),
         init_blocks,
         local_blocks,
         dense_blocks,
