@@ -6,9 +6,9 @@ matrices. It goes through the coarse compressed keys for the LSE, then through t
 token. A block's score is a maximum over five columns, of which the first is the last of the block before: of every
 block it writes the maximum over its own four, and the last of them, and the second kernel takes the maximum of both.
 
-A program of the second holds the scores of a tile of tokens. For each token it bisects for the smallest score that is
-chosen, over the scores' bits (none is negative, so the bits are numbers of the same order), and writes one list for the
-tile: what any of its tokens chose, with the tokens that did.
+A program of the second chooses for a token. It bisects for the smallest score that is chosen, over the scores' bits (none
+is negative, so the bits are numbers of the same order). The third makes one list for a tile of tokens of what any of
+them chose, with the tokens that did.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ _BITS: tl.constexpr = tl.constexpr(BLOCK_BITS)
 _BLOCK: tl.constexpr = tl.constexpr(BLOCK)
 _COLUMNS: tl.constexpr = tl.constexpr(COLUMNS)
 _SCORES_BYTES = 64 << 20  # of a slice of the queries; it stays in the cache of a large GPU
-_WIDEST = 1 << 17  # scores that a program can hold
+_WIDEST = 1 << 17  # blocks of all tokens of a tile that a program can hold
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,11 @@ def choose_token_blocks(
     descriptors = [TensorDescriptor.from_tensor(x, [1, 1, cut.columns, block_d]) for x in (k1, k2)]
     starts = kv_start if kv_start is not None else counts
     width = -(-key_blocks // (cut.columns // COLUMNS)) * (cut.columns // COLUMNS)
-    parts = list(slices(query_blocks, 8 * batch * kv_heads * BLOCK * width, limit=_SCORES_BYTES))
+    parts = list(slices(query_blocks, 9 * batch * kv_heads * BLOCK * width, limit=_SCORES_BYTES))
     most = max((part.stop - part.start for part in parts), default=0)
     scores = q.new_empty(2, batch * kv_heads * most * BLOCK * width, dtype=torch.float32)
+    chosen_map = torch.empty_like(scores[0], dtype=torch.int8)
+    tokens = 1 if q.is_cuda else tile  # of a program that chooses: a warp each; the interpreter is slow for each program
     for part in parts:
         size, seen = part.stop - part.start, min(q_start // BLOCK + part.stop, key_blocks)  # of the longest row
         rows = (starts, q_start, q_length, part.start)
@@ -145,16 +147,28 @@ def choose_token_blocks(
             num_stages=cut.num_stages,
         )
         block = max(32, triton.next_power_of_2(seen))
-        _choose_kernel[(size * (BLOCK // tile), batch * kv_heads)](
+        _choose_kernel[(size * BLOCK // tokens, batch * kv_heads)](
             scores[0],
             scores[1],
+            chosen_map,
+            *rows,
+            kv_heads,
+            width,
+            *always,
+            chosen,
+            TOKENS=tokens,
+            BLOCK_B=block,
+            HAS_START=kv_start is not None,
+            num_warps=min(max(block // 1024, 1), 16),
+        )
+        _list_kernel[(size * BLOCK // tile, batch * kv_heads)](
+            chosen_map,
             entries,
             counts,
             *rows,
             kv_heads,
             width,
             *always,
-            chosen,
             entries.shape[2],
             entries.shape[3],
             TILE=tile,
@@ -282,12 +296,76 @@ def _score_kernel(
             tl.store(last + p_out, tl.sum(tl.where(is_last[None, None, :], p, 0.0), 2))
 
 
-@triton.jit(
-    do_not_specialize=["q_start", "q_length", "first_block", "width", "init", "local", "dense", "tiles", "capacity"]
-)
+@triton.jit
+def _floor(key, count):
+    """For each row a number with `count` keys at or above it, or with the fewest that are more; keys are 0 or more."""
+    floor = tl.zeros([key.shape[0]], dtype=tl.int32)
+    ceiling = tl.max(key, 1)
+    while tl.max(ceiling - floor, 0) > 0:
+        middle = floor + ((ceiling - floor + 1) >> 1)
+        reached = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
+        floor = tl.where(reached >= count, middle, floor)
+        ceiling = tl.where(reached > count, ceiling, tl.where(reached == count, middle, middle - 1))
+    return floor
+
+
+@triton.jit(do_not_specialize=["q_start", "q_length", "first_block", "width", "init", "local", "dense"])
 def _choose_kernel(
     highest,
     last,
+    chosen,
+    kv_start,
+    q_start,
+    q_length,
+    first_block,
+    kv_heads,
+    width,
+    init,
+    local,
+    dense,
+    wanted,
+    TOKENS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    HAS_START: tl.constexpr,
+):
+    i_t, i_bh = tl.program_id(0), tl.program_id(1)
+    start = 0
+    if HAS_START:
+        start = tl.load(kv_start + i_bh // kv_heads).to(tl.int32)
+    first = (tl.maximum(q_start - start, 0) // _BLOCK + first_block) * _BLOCK + i_t * TOKENS  # within the row
+    begin, low = _candidates(first // _BLOCK, init, local, dense)
+    inside = (first + start < q_start + q_length) & (first + TOKENS + start > q_start)
+    if inside & (begin < low):
+        offs_t = tl.arange(0, TOKENS)
+        offs_b = tl.arange(0, BLOCK_B)
+        index = first + offs_t + start - q_start
+        real = (index >= tl.maximum(start - q_start, 0)) & (index < q_length)
+        candidate = ((offs_b >= begin) & (offs_b < low))[None, :]
+        slot = i_bh.to(tl.int64) * (tl.num_programs(0) * TOKENS) + i_t * TOKENS + offs_t
+        row = (slot * width)[:, None]
+        score = tl.load(highest + row + offs_b[None, :], mask=candidate, other=0.0)
+        before = tl.load(last + row - 1 + offs_b[None, :], mask=candidate & (offs_b > 0)[None, :], other=0.0)
+        score = tl.maximum(score, before)
+        key = tl.where(score == score, score, 0.0).to(tl.int32, bitcast=True)
+        key = tl.where(candidate, key, -1)
+        count = tl.minimum(wanted, low - begin)
+
+        floor = _floor(key, count)
+        taken = key >= floor[:, None]
+        surplus = tl.sum(taken.to(tl.int32), 1) - count
+        if tl.max(surplus, 0) > 0:  # of equal scores the lower block wins
+            equal = key == floor[:, None]
+            rank = tl.where(equal, BLOCK_B - offs_b[None, :], 0)
+            taken = taken & (~equal | (rank >= _floor(rank, tl.sum(equal.to(tl.int32), 1) - surplus)[:, None]))
+        taken = taken & real[:, None]
+        tl.store(chosen + row + offs_b[None, :], taken.to(tl.int8), mask=(offs_b < low)[None, :])
+
+
+@triton.jit(
+    do_not_specialize=["q_start", "q_length", "first_block", "width", "init", "local", "dense", "tiles", "capacity"]
+)
+def _list_kernel(
+    chosen,
     entries,
     counts,
     kv_start,
@@ -299,7 +377,6 @@ def _choose_kernel(
     init,
     local,
     dense,
-    chosen,
     tiles,
     capacity,
     TILE: tl.constexpr,
@@ -312,41 +389,18 @@ def _choose_kernel(
         start = tl.load(kv_start + i_bh // kv_heads).to(tl.int32)
     first = (tl.maximum(q_start - start, 0) // _BLOCK + first_block) * _BLOCK + i_t * TILE  # within the row
     begin, low = _candidates(first // _BLOCK, init, local, dense)
-    inside = (first + start < q_start + q_length) & (first + TILE + start > q_start)
     i_list = i_bh.to(tl.int64) * tiles + first_block * (_BLOCK // TILE) + i_t
     total = 0
-    if inside & (begin < low):
+    if begin < low:
         offs_t = tl.arange(0, TILE)
         offs_b = tl.arange(0, BLOCK_B)
         index = first + offs_t + start - q_start
         real = (index >= tl.maximum(start - q_start, 0)) & (index < q_length)
-        candidate = (offs_b >= begin) & (offs_b < low)
         slot = i_bh.to(tl.int64) * (tl.num_programs(0) * TILE) + i_t * TILE + offs_t
-        p_in = slot[:, None] * width + offs_b[None, :]
-        score = tl.load(highest + p_in, mask=candidate[None, :], other=0.0)
-        before = tl.load(last + p_in - 1, mask=(candidate & (offs_b > 0))[None, :], other=0.0)
-        score = tl.maximum(score, before)
-        key = tl.where(score == score, score, 0.0).to(tl.int32, bitcast=True)
-        key = tl.where(candidate[None, :], key, -1)
-        count = tl.minimum(chosen, low - begin)
-
-        # The largest number with `count` keys at or above it; or an earlier one with exactly as many.
-        lowest = tl.zeros([TILE], dtype=tl.int32)
-        highest_key = tl.max(key, 1)
-        while tl.max(highest_key - lowest, 0) > 0:
-            middle = lowest + ((highest_key - lowest + 1) >> 1)
-            reached = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
-            lowest = tl.where(reached >= count, middle, lowest)
-            highest_key = tl.where(reached > count, highest_key, tl.where(reached == count, middle, middle - 1))
-
-        above = key > lowest[:, None]
-        equal = key == lowest[:, None]
-        ties = count - tl.sum(above.to(tl.int32), 1)
-        taken = above | equal
-        if tl.max(tl.sum(equal.to(tl.int32), 1) - ties, 0) > 0:  # of equal scores the lower block wins
-            taken = above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= ties[:, None]))
-        bit = tl.where(real, tl.full([TILE], 1, tl.int32) << offs_t, 0)
-        readers = tl.sum(tl.where(taken, bit[:, None], 0), 0)
+        candidate = (offs_b >= begin) & (offs_b < low)
+        p_chosen = chosen + (slot * width)[:, None] + offs_b[None, :]
+        taken = tl.load(p_chosen, mask=real[:, None] & candidate[None, :], other=0).to(tl.int32)
+        readers = tl.sum(taken << offs_t[:, None], 0)
         listed = (readers != 0).to(tl.int32)
         place = tl.cumsum(listed, 0) - 1
         tl.store(entries + i_list * capacity + place, (offs_b << _BITS) | readers, mask=listed != 0)
