@@ -94,6 +94,14 @@ class InfLLMv2(DecodeMethod):
         resolved = self.model_copy(update={field: _setting(field, theirs) for field in missing})
         return resolved._checked()
 
+    def remark(self) -> str:
+        """What the settings come to, wherever they are from; see `Method.remark`."""
+        tokens = self.rule.dense_blocks * BLOCK
+        return (
+            f"{self.method}: a token reads {self.most_blocks} blocks of {BLOCK} keys and chooses {self.rule.chosen} of "
+            f"them; {f'the first {tokens} tokens read everything' if tokens else 'from the first token on'}"
+        )
+
     @property
     def rule(self) -> BlockRule:
         """How many blocks a token reads."""

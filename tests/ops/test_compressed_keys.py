@@ -23,7 +23,8 @@ def test_incremental_ones_equal_recomputed_ones_at_every_length(dtype: torch.dty
     whole = make_call(300, row_starts=[0, 21], dtype=dtype)
     memory = LayerMemory()
     for length in range(1, 301):
-        now = replace(whole, q=whole.q[:, :, :1], k=whole.k[:, :, :length], v=whole.v[:, :, :length], q_start=length - 1)
+        k, v = whole.k[:, :, :length], whole.v[:, :, :length]
+        now = replace(whole, q=whole.q[:, :, :1], k=k, v=v, q_start=length - 1)
         kept = compressed_keys(page_means(replace(now, memory=memory), 16))
         anew = compressed_keys(page_means(now, 16))
         for row, start in enumerate([0, 21]):

@@ -1,7 +1,7 @@
 """Slow float64 oracle for the block selection of InfLLM-V2: plain loops over tokens, written from the specification.
 
-One unpadded sequence; the queries are the last ``Sq`` of ``n`` tokens. Compressed keys are means of the keys of a window,
-all at once.
+One unpadded sequence; the queries are the last ``Sq`` of ``n`` tokens. A compressed key is the mean of the keys of its
+window, all at once.
 """
 
 from __future__ import annotations

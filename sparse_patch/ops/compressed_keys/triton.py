@@ -6,9 +6,9 @@ matrices. It goes through the coarse compressed keys for the LSE, then through t
 token. A block's score is a maximum over five columns, of which the first is the last of the block before: of every
 block it writes the maximum over its own four, and the last of them, and the second kernel takes the maximum of both.
 
-A program of the second chooses for a token. It bisects for the smallest score that is chosen, over the scores' bits (none
-is negative, so the bits are numbers of the same order). The third makes one list for a tile of tokens of what any of
-them chose, with the tokens that did.
+A program of the second chooses for a token. It bisects for the smallest score that is chosen, over the scores' bits
+(none is negative, so the bits are numbers of the same order). The third makes one list for a tile of tokens of what any
+of them chose, with the tokens that did.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Tile:
 def tile_of(block_g: int, head_dim: int, dtype: torch.dtype) -> Tile:
     """The tile for a group (a power of two), a head size and a dtype."""
     if dtype == torch.float32:
-        return Tile(max(1, min(64 // block_g, BLOCK)), 32, 4, 1)
+        return Tile(max(1, 32 // block_g), 32, 8, 1)
     return Tile(max(1, min(128 // block_g, BLOCK)), 128 if head_dim <= 128 else 64, 8, 2)
 
 
@@ -117,7 +117,7 @@ def choose_token_blocks(
     most = max((part.stop - part.start for part in parts), default=0)
     scores = q.new_empty(2, batch * kv_heads * most * BLOCK * width, dtype=torch.float32)
     chosen_map = torch.empty_like(scores[0], dtype=torch.int8)
-    tokens = 1 if q.is_cuda else tile  # of a program that chooses: a warp each; the interpreter is slow for each program
+    tokens = 1 if q.is_cuda else tile  # of a program that chooses; what takes the interpreter time are programs
     for part in parts:
         size, seen = part.stop - part.start, min(q_start // BLOCK + part.stop, key_blocks)  # of the longest row
         rows = (starts, q_start, q_length, part.start)

@@ -34,7 +34,7 @@ def tile_of(rows: int, head_dim: int, dtype: torch.dtype, capability: tuple[int,
     """The tile for so many rows (tokens times heads), a head size, dtype and GPU generation."""
     wide = head_dim > 128
     if dtype == torch.float32:
-        return Tile(32 if rows <= 64 and not wide else 16, 4, 1)
+        return Tile(16, 16 if wide else 8, 1)
     if capability < (9, 0):
         return Tile(32 if wide else 64, 4 if rows <= 64 else 8, 2)
     return Tile(64, 4 if rows <= 64 and not wide else 8, 2 if wide else 3)
