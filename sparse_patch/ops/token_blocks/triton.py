@@ -23,11 +23,19 @@ _BITS: tl.constexpr = tl.constexpr(BLOCK_BITS)
 
 @dataclass(frozen=True)
 class Tile:
-    """Keys of a step, warps of a program, depth of its pipeline."""
+    """How the kernel is cut.
+
+    Attributes:
+        block_n: keys of a step.
+        num_warps: of a program.
+        num_stages: depth of its pipeline.
+        registers: of a thread at most, so that two programs share a multiprocessor; None for no limit.
+    """
 
     block_n: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
 def tile_of(rows: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
@@ -37,7 +45,9 @@ def tile_of(rows: int, head_dim: int, dtype: torch.dtype, capability: tuple[int,
         return Tile(16, 16 if wide else 8, 1)
     if capability < (9, 0):
         return Tile(32 if wide else 64, 4 if rows <= 64 else 8, 2)
-    return Tile(64, 4 if rows <= 64 and not wide else 8, 2 if wide else 3)
+    if wide:
+        return Tile(64, 8, 2)
+    return Tile(64, 4, 3) if rows <= 64 else Tile(64, 8, 2, registers=128)
 
 
 def unsupported(call: AttentionCall, plan: TokenBlockPlan) -> str | None:
@@ -142,6 +152,7 @@ def token_block_attention(
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=tile.registers,
     )
     return out, lse
 
