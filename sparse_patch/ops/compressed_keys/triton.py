@@ -146,7 +146,7 @@ def choose_token_blocks(
             num_warps=cut.num_warps,
             num_stages=cut.num_stages,
         )
-        block = max(32, triton.next_power_of_2(seen))
+        block = max(256, triton.next_power_of_2(seen))  # few variants to compile
         _choose_kernel[(size * BLOCK // tokens, batch * kv_heads)](
             scores[0],
             scores[1],
