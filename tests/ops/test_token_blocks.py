@@ -68,16 +68,16 @@ def test_groups_and_tiles(backend: str, heads: tuple[int, int], tile: int) -> No
     ids=str,
 )
 def test_head_dims_and_dtypes(backend: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
-    call = make_call(200, queries=40, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
+    call = make_call(200, queries=20, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
     assert_matches(call, random_plan(call), backend)
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("queries, softcap", [(150, None), (51, 2.0), (1, None)], ids=str)
+@pytest.mark.parametrize("queries, softcap", [(100, None), (51, 2.0), (1, None)], ids=str)
 def test_padding_chunks_and_softcap(backend: str, queries: int, softcap: float | None) -> None:
     starts = [0, 37, 300, 330]
-    call = make_call(330, queries=queries, row_starts=starts, softcap=softcap, heads=(3, 1))
+    call = make_call(330, queries=queries, row_starts=starts, softcap=softcap, heads=(2, 1))
     k, v = call.k.clone(), call.v.clone()
     for row, start in enumerate(starts):
         k[row, :, :start], v[row, :, :start] = torch.nan, torch.nan

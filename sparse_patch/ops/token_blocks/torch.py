@@ -16,7 +16,7 @@ def attend(
     q = query_blocks(call.q, grid).float().unflatten(1, (k.shape[1], group))
     # Laid out in memory as [B, Sq, Hq, Dv], which Transformers wants.
     out = q.new_zeros(len(q), grid.num_query_blocks, grid.block_size, plan.heads, v.shape[-1]).permute(0, 3, 1, 2, 4)
-    lse = q.new_full(out.shape[:-1], -torch.inf)
+    lse = q.new_full(out.shape[:-1], -torch.inf) if return_lse else None
     in_block = torch.arange(grid.block_size, device=q.device)
     diagonal = grid.query_block_ids.tolist()
     blocks = plan.blocks()
@@ -29,7 +29,9 @@ def attend(
         logits = apply_softcap(q[b, h, :, i] @ k[b, h, read].flatten(0, 1).t() * call.scale, call.softcap)
         logits = logits.masked_fill_(~mask, -torch.inf)  # [G, block, keys]
         heads = slice(h * group, (h + 1) * group)
-        lse[b, heads, i] = logits.logsumexp(-1)
-        out[b, heads, i] = torch.softmax(logits, -1).nan_to_num_(0.0) @ v[b, h, read].flatten(0, 1)
-    merged = merge_query_blocks(out, grid).to(call.q.dtype)
-    return merged, merge_query_blocks(lse, grid, -torch.inf) if return_lse else None
+        if lse is not None:
+            lse[b, heads, i] = logits.logsumexp(-1)
+        # NaN where there is no query: the slot of no query is not taken.
+        out[b, heads, i] = torch.softmax(logits, -1) @ v[b, h, read].flatten(0, 1)
+    merged_lse = None if lse is None else merge_query_blocks(lse, grid, -torch.inf)
+    return merge_query_blocks(out, grid).to(call.q.dtype), merged_lse
