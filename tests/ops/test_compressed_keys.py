@@ -58,7 +58,7 @@ def test_the_kernels_choose_what_torch_does(heads: tuple[int, int], tile: int) -
 
 @pytest.mark.parametrize("dtype, head_dim", [(torch.float16, 96), (torch.float32, 256)], ids=str)
 def test_dtypes_head_dims_and_slices(dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparse_patch.ops.compressed_keys.triton._SCORES_BYTES", 1 << 17)
+    monkeypatch.setattr("sparse_patch.ops.compressed_keys.triton._SCORES_BYTES", 1 << 15)
     monkeypatch.setattr("sparse_patch.ops.slices.SLICE_BYTES", 1 << 17)
     call = make_call(520, queries=150, heads=(8, 1), head_dim=head_dim, dtype=dtype)
     lists_agree(call, BlockRule(init_blocks=0, local_blocks=2, dense_blocks=0, chosen=1), 8)

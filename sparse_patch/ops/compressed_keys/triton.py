@@ -21,14 +21,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparse_patch.call import AttentionCall
 from sparse_patch.ops.backends import kernel_unsupported
 from sparse_patch.ops.compressed_keys.rules import BLOCK, COLUMNS, BlockRule
-from sparse_patch.ops.kernels import copyable, softcap_logits
-from sparse_patch.ops.slices import slices
+from sparse_patch.ops.kernels import copyable, gpu, softcap_logits
 from sparse_patch.plans import BLOCK_BITS, BlockGrid
 
 _BITS: tl.constexpr = tl.constexpr(BLOCK_BITS)
 _BLOCK: tl.constexpr = tl.constexpr(BLOCK)
 _COLUMNS: tl.constexpr = tl.constexpr(COLUMNS)
-_SCORES_BYTES = 64 << 20  # of a slice of the queries; it stays in the cache of a large GPU
+_SCORES_BYTES = 128 << 20  # of a slice of the queries at most: smaller ones leave a large GPU idle at their ends
 _WIDEST = 1 << 17  # blocks of all tokens of a tile that a program can hold
 
 
@@ -113,14 +112,14 @@ def choose_token_blocks(
     descriptors = [TensorDescriptor.from_tensor(x, [1, 1, cut.columns, block_d]) for x in (k1, k2)]
     starts = kv_start if kv_start is not None else counts
     width = -(-key_blocks // (cut.columns // COLUMNS)) * (cut.columns // COLUMNS)
-    parts = list(slices(query_blocks, 9 * batch * kv_heads * BLOCK * width, limit=_SCORES_BYTES))
-    most = max((part.stop - part.start for part in parts), default=0)
+    most = min(_blocks_at_once(batch * kv_heads, width, cut, gpu(q.device)[0]), query_blocks)
     scores = q.new_empty(2, batch * kv_heads * most * BLOCK * width, dtype=torch.float32)
     chosen_map = torch.empty_like(scores[0], dtype=torch.int8)
     tokens = 1 if q.is_cuda else tile  # of a program that chooses; what takes the interpreter time are programs
-    for part in parts:
-        size, seen = part.stop - part.start, min(q_start // BLOCK + part.stop, key_blocks)  # of the longest row
-        rows = (starts, q_start, q_length, part.start)
+    for begin in range(0, query_blocks, most):
+        size = min(most, query_blocks - begin)
+        seen = min(q_start // BLOCK + begin + size, key_blocks)  # of the longest row
+        rows = (starts, q_start, q_length, begin)
         always = (init_blocks, local_blocks, dense_blocks)
         _score_kernel[(size * (BLOCK // cut.tokens), batch * kv_heads)](
             q,
@@ -183,6 +182,13 @@ def choose_token_blocks(
 def _(q: torch.Tensor, k1: torch.Tensor, *arguments: torch.Tensor | float | None) -> tuple[torch.Tensor, torch.Tensor]:
     chosen, tile, query_blocks = (int(x) for x in arguments[-3:])  # type: ignore[arg-type]
     return _lists(q, k1.shape[1], query_blocks, -(-int(arguments[5]) // BLOCK), chosen, tile)  # type: ignore[arg-type]
+
+
+def _blocks_at_once(lists: int, width: int, cut: Tile, multiprocessors: int) -> int:
+    """Query blocks of a slice: what fits, but no more than fill the GPU with programs a whole number of times."""
+    fit = max(1, _SCORES_BYTES // (9 * lists * BLOCK * width))  # a score of each kind, and what is chosen
+    programs, at_once = lists * BLOCK // cut.tokens, 2 * multiprocessors  # of a query block; side by side
+    return max(fit * programs // at_once * at_once // programs, 1) if fit * programs > at_once else fit
 
 
 def _lists(
