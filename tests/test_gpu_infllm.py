@@ -78,7 +78,7 @@ def test_equal_scores_and_slices_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(found, expected)
     assert found[0, 0, 62, 31].nonzero().flatten().tolist() == [*range(10), 60, 61, 62]  # of the last token
     whole = choices(call, BlockRule(1, 2, 0, 9), 4)[0]
-    monkeypatch.setattr("sparse_patch.ops.compressed_keys.triton._SCORES_BYTES", 1 << 20)
+    monkeypatch.setattr("sparse_patch.ops.compressed_keys.triton.prompt._SCORES_BYTES", 1 << 20)
     assert torch.equal(choices(call, BlockRule(1, 2, 0, 9), 4)[0], whole)
 
 

@@ -144,12 +144,8 @@ class InfLLMv2(DecodeMethod):
 
     def _pages(self, call: AttentionCall, means: torch.Tensor) -> PagePlan:
         """The blocks of the last query, as pages; `means` as for `block_scores`."""
-        scores, lengths, rule = block_scores(call, means), call.lengths(), self.rule
-        block = torch.arange(scores.shape[-1], device=scores.device)
-        own = ((lengths - 1) // BLOCK)[:, None, None]
-        always = (block < rule.init_blocks) | ((block >= own - rule.local_blocks) & (block <= own))
-        scores = scores.masked_fill(always, torch.inf)
-        return PagePlan.of(call, *top_pages(scores, lengths, self.most_blocks, BLOCK), BLOCK)
+        scores = block_scores(call, means, self.rule)
+        return PagePlan.of(call, *top_pages(scores, call.lengths(), self.most_blocks, BLOCK), BLOCK)
 
     def _number(self, field: str) -> int:
         value = getattr(self, field)

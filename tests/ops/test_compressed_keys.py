@@ -9,10 +9,12 @@ from calls import make_call
 from sparse_patch.call import AttentionCall
 from sparse_patch.memory import LayerMemory
 from sparse_patch.ops.compressed_keys import BlockRule, block_scores, compressed_keys
+from sparse_patch.ops.compressed_keys.torch import block_scores as scores_in_torch
 from sparse_patch.ops.compressed_keys.torch import choose as in_torch
+from sparse_patch.ops.compressed_keys.triton import block_scores as scores_by_kernel
 from sparse_patch.ops.compressed_keys.triton import choose as by_kernel
 from sparse_patch.ops.compressed_keys.triton import unsupported
-from sparse_patch.ops.page_statistics import page_means
+from sparse_patch.ops.page_statistics import mean_scores, page_means
 from sparse_patch.plans import BlockGrid, leading
 
 DTYPES = [torch.float32, torch.float16]
@@ -58,7 +60,7 @@ def test_the_kernels_choose_what_torch_does(heads: tuple[int, int], tile: int) -
 
 @pytest.mark.parametrize("dtype, head_dim", [(torch.float16, 96), (torch.float32, 256)], ids=str)
 def test_dtypes_head_dims_and_slices(dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparse_patch.ops.compressed_keys.triton._SCORES_BYTES", 1 << 15)
+    monkeypatch.setattr("sparse_patch.ops.compressed_keys.triton.prompt._SCORES_BYTES", 1 << 15)
     monkeypatch.setattr("sparse_patch.ops.slices.SLICE_BYTES", 1 << 17)
     call = make_call(520, queries=150, heads=(8, 1), head_dim=head_dim, dtype=dtype)
     lists_agree(call, BlockRule(init_blocks=0, local_blocks=2, dense_blocks=0, chosen=1), 8)
@@ -80,15 +82,34 @@ def test_scores_of_the_last_query_are_those_of_the_prompt() -> None:
     """Decode and prefill: the blocks with the highest scores of the one are the choice of the other."""
     call = make_call(640, queries=1, heads=(8, 2), row_starts=[0, 50], softcap=15.0)
     means = page_means(call, 16)
-    scores = block_scores(call, means)
-    assert scores.shape == (2, 2, 10) and scores.isfinite().all() and (scores >= 0).all()
-    rule, grid = BlockRule(init_blocks=1, local_blocks=1, dense_blocks=0, chosen=2), BlockGrid.of(call, 64)
+    rule = BlockRule(init_blocks=1, local_blocks=1, dense_blocks=0, chosen=2)
+    scores = block_scores(call, means, rule)
+    assert scores.shape == (2, 2, 10) and (scores >= 0).all()
+    grid = BlockGrid.of(call, 64)
     entries, counts = in_torch(call, *compressed_keys(means), rule, grid, 8)
     last = ((call.lengths() - 1) % 64 // 8).tolist()
     for row, own in enumerate([9, 9]):
         assert counts[row, :, last[row]].tolist() == [2, 2]
         best = scores[row, :, 1 : own - 1].sort(dim=-1, descending=True, stable=True).indices[:, :2].sort(-1).values + 1
         assert torch.equal(best.int(), entries[row, :, last[row], :2] >> 8)
+
+
+@pytest.mark.parametrize("heads, softcap", [((8, 2), None), ((7, 1), 15.0), ((3, 3), None)], ids=str)
+def test_scores_of_the_kernel_are_those_of_torch(heads: tuple[int, int], softcap: float | None) -> None:
+    for length, number in ((640, 10), (900, 15), (33, 1), (130, 3)):
+        call = make_call(length, queries=1, heads=heads, row_starts=[0, 9, 32])
+        rule = BlockRule(init_blocks=1, local_blocks=2, dense_blocks=0, chosen=2)
+        of_pages = mean_scores(call.q[:, :, -1], page_means(call, 16), call.lengths(), 16)
+        found, expected = (
+            scores(of_pages, call.lengths(), heads[1], call.scale, softcap, rule)
+            for scores in (scores_by_kernel, scores_in_torch)
+        )
+        assert found.shape == expected.shape == (3, heads[1], number)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+        for row, start in enumerate([0, 9, 32]):
+            own = (length - start - 1) // 64
+            always = {0, *range(max(own - 2, 0), own + 1)}
+            assert {*found[row, 0].isinf().nonzero().flatten().tolist()} == always
 
 
 def test_what_the_kernels_cannot_hold() -> None:

@@ -18,19 +18,16 @@ repeating queries or keys, any scale, softcap, left padding per row, `q_start > 
 slice of the queries at a time.
 """
 
-import math
-
 import torch.nn.functional as F
-from torch import Tensor, finfo, float32
+from torch import Tensor
 
-from sparse_patch.call import AttentionCall, apply_softcap
+from sparse_patch.call import AttentionCall
 from sparse_patch.ops.backends import takes_triton
-from sparse_patch.ops.compressed_keys.rules import BLOCK, COARSE, COARSE_PAGES, STRIDE, BlockRule, pooled, seen
+from sparse_patch.ops.compressed_keys.rules import BLOCK, COARSE, COARSE_PAGES, STRIDE, BlockRule
 from sparse_patch.ops.page_statistics import mean_scores
 from sparse_patch.plans import BlockGrid, TokenBlockPlan
 
 __all__ = ["BLOCK", "STRIDE", "BlockRule", "block_scores", "choose_blocks", "compressed_keys"]
-_LARGEST = finfo(float32).max
 
 
 def compressed_keys(means: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,22 +76,25 @@ def tile_of(group_size: int) -> int:
     return 4 if group_size > 8 else 8
 
 
-def block_scores(call: AttentionCall, means: Tensor) -> Tensor:
+def block_scores(call: AttentionCall, means: Tensor, rule: BlockRule) -> Tensor:
     """Scores of blocks for the last query of a call, float32 `[B, Hkv, ceil(kv_length / 64)]`.
 
-    Finite and at least 0 for blocks with a compressed key that the query sees; no block of the query's window need have
-    one. The logit of a compressed key is computed as the mean of those of its pages, which is the same thing.
+    Blocks that the query reads in any case have +inf, the others a finite score of at least 0. Blocks that a row does
+    not have have no meaning. The logit of a compressed key is computed as the mean of those of its pages, which is the
+    same thing.
+
+    Args:
+        call: the attention call.
+        means: mean keys of 16 tokens each, from `page_means`.
+        rule: how many blocks; `dense_blocks` has no part in it.
     """
     lengths = call.lengths()
-    of_pages = mean_scores(call.q[:, :, -1], means, lengths, STRIDE) * call.scale
-    of_pages = F.pad(of_pages.masked_fill(of_pages.isneginf(), 0.0), (0, max(COARSE_PAGES - of_pages.shape[-1], 0)))
-    fine = apply_softcap((of_pages[..., :-1] + of_pages[..., 1:]) / 2, call.softcap)
-    coarse = apply_softcap(of_pages.unfold(-1, COARSE_PAGES, COARSE).mean(-1), call.softcap)
-    lse = coarse.masked_fill(~seen(lengths, coarse.shape[-1], COARSE)[:, None], -math.inf).logsumexp(-1, keepdim=True)
-    weights = (fine - lse.masked_fill(lse.isneginf(), math.inf)).exp()
-    weights = weights.masked_fill(~seen(lengths, fine.shape[-1])[:, None], 0.0)
-    shared = weights.unflatten(1, (call.k.shape[1], call.group_size)).sum(2)
-    return pooled(shared, -(-call.kv_length // BLOCK)).clamp(max=_LARGEST)
+    of_pages = mean_scores(call.q[:, :, -1], means, lengths, STRIDE)
+    if takes_triton(call.q) and call.scale > 0:
+        from sparse_patch.ops.compressed_keys.triton import block_scores as scores
+    else:
+        from sparse_patch.ops.compressed_keys.torch import block_scores as scores
+    return scores(of_pages, lengths, call.k.shape[1], call.scale, call.softcap, rule)
 
 
 def _plan(

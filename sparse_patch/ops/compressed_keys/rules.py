@@ -10,6 +10,7 @@ BLOCK = 64  # tokens of a block
 COLUMNS = BLOCK // STRIDE  # compressed keys that begin in a block
 COARSE = 4  # coarse compressed keys are this many times as long, and as far apart
 COARSE_PAGES = 2 * COARSE  # pages of STRIDE tokens that one is the mean of
+LARGEST = torch.finfo(torch.float32).max  # that a score can be
 
 
 @dataclass(frozen=True)

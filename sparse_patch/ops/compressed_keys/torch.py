@@ -1,9 +1,19 @@
-"""PyTorch backend: slices of query blocks."""
+"""PyTorch backend: slices of query blocks; and one query."""
 
 import torch
+import torch.nn.functional as F
 
 from sparse_patch.call import AttentionCall, apply_softcap
-from sparse_patch.ops.compressed_keys.rules import BLOCK, COARSE, BlockRule, pooled, seen
+from sparse_patch.ops.compressed_keys.rules import (
+    BLOCK,
+    COARSE,
+    COARSE_PAGES,
+    COLUMNS,
+    LARGEST,
+    BlockRule,
+    pooled,
+    seen,
+)
 from sparse_patch.ops.layout import query_slots
 from sparse_patch.ops.slices import slices
 from sparse_patch.ops.top_pages.torch import top_pages
@@ -66,3 +76,32 @@ def _scores(
 def _logits(call: AttentionCall, grouped: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Float32 `[B, Hkv, G, S, n]`."""
     return apply_softcap(grouped @ keys.float().transpose(-1, -2)[:, :, None] * call.scale, call.softcap)
+
+
+def block_scores(
+    of_pages: torch.Tensor, lengths: torch.Tensor, kv_heads: int, scale: float, softcap: float | None, rule: BlockRule
+) -> torch.Tensor:
+    """Scores of blocks for one query; see `ops.compressed_keys.block_scores`.
+
+    Args:
+        of_pages: products of the query with the pages' mean keys, not scaled, float32 `[B, Hq, Np]`; `-inf` for pages
+            without a real key.
+        lengths: tokens of each row, int64 `[B]`.
+        kv_heads: KV heads.
+        scale: as the call's.
+        softcap: as the call's.
+        rule: how many blocks.
+    """
+    number = -(-of_pages.shape[-1] // COLUMNS)
+    logits = of_pages.masked_fill(of_pages.isneginf(), 0.0) * scale
+    logits = F.pad(logits, (0, max(COARSE_PAGES - logits.shape[-1], 0)))
+    fine = apply_softcap((logits[..., :-1] + logits[..., 1:]) / 2, softcap)
+    coarse = apply_softcap(logits.unfold(-1, COARSE_PAGES, COARSE).mean(-1), softcap)
+    lse = coarse.masked_fill(~seen(lengths, coarse.shape[-1], COARSE)[:, None], -torch.inf).logsumexp(-1, keepdim=True)
+    weights = (fine - lse.masked_fill(lse.isneginf(), torch.inf)).exp()
+    weights = weights.masked_fill(~seen(lengths, fine.shape[-1])[:, None], 0.0)
+    scores = pooled(weights.unflatten(1, (kv_heads, -1)).sum(2), number).clamp(max=LARGEST)
+    block = torch.arange(number, device=scores.device)
+    own = ((lengths - 1) // BLOCK)[:, None, None]
+    always = (block < rule.init_blocks) | ((block >= own - rule.local_blocks) & (block <= own))
+    return scores.masked_fill(always, torch.inf)

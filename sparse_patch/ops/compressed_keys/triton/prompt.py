@@ -21,12 +21,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparse_patch.call import AttentionCall
 from sparse_patch.ops.backends import kernel_unsupported
 from sparse_patch.ops.compressed_keys.rules import BLOCK, COLUMNS, BlockRule
-from sparse_patch.ops.kernels import copyable, gpu, softcap_logits
+from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, copyable, gpu, softcap_logits
 from sparse_patch.plans import BLOCK_BITS, BlockGrid
 
 _BITS: tl.constexpr = tl.constexpr(BLOCK_BITS)
 _BLOCK: tl.constexpr = tl.constexpr(BLOCK)
 _COLUMNS: tl.constexpr = tl.constexpr(COLUMNS)
+_LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 _SCORES_BYTES = 128 << 20  # of a slice of the queries at most: smaller ones leave a large GPU idle at their ends
 _WIDEST = 1 << 17  # blocks of all tokens of a tile that a program can hold
 
@@ -206,14 +207,6 @@ def _candidates(block, init, local, dense):
     return tl.minimum(init, low), low
 
 
-@triton.jit
-def _add(m_i, l_i, s):
-    """Online log-sum-exp in log2 units; a row may be `-inf` all along."""
-    m_new = tl.maximum(m_i, tl.max(s, 1))
-    shift = tl.where(m_new == -float("inf"), 0.0, m_new)
-    return m_new, l_i * tl.math.exp2(m_i - shift) + tl.sum(tl.math.exp2(s - shift[:, None]), 1)
-
-
 @triton.jit(do_not_specialize=["q_start", "q_length", "first_block", "width", "init", "local", "dense"])
 def _score_kernel(
     q,
@@ -267,7 +260,7 @@ def _score_kernel(
         p_q = q + i_b.to(tl.int64) * stride_qb + (i_h * GROUP + offs_g).to(tl.int64)[:, None] * stride_qh
         p_q = p_q + index[:, None] * stride_qs + offs_d[None, :] * stride_qd
         b_q = tl.load(p_q, mask=real[:, None] & (offs_d < D)[None, :], other=0.0)
-        to_log2 = 1.4426950408889634 * (1.0 if HAS_SOFTCAP else scale)
+        to_log2 = _LOG2_E * (1.0 if HAS_SOFTCAP else scale)
 
         m_i = tl.full([ROWS], -float("inf"), dtype=tl.float32)
         l_i = tl.zeros([ROWS], dtype=tl.float32)
@@ -277,13 +270,13 @@ def _score_kernel(
             s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
             if HAS_SOFTCAP:
                 s = softcap_logits(s, scale, softcap)
-            m_i, l_i = _add(m_i, l_i, s * to_log2)
+            m_i, l_i = add_to_exp_sum(m_i, l_i, s * to_log2)
         b_k = k2_desc.load([i_b, i_h, full * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
         s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
         if HAS_SOFTCAP:
             s = softcap_logits(s, scale, softcap)
         seen = full * BLOCK_N + tl.arange(0, BLOCK_N)[None, :] < ((offs_m + 1) // _BLOCK - 1)[:, None]
-        m_i, l_i = _add(m_i, l_i, tl.where(seen, s * to_log2, -float("inf")))
+        m_i, l_i = add_to_exp_sum(m_i, l_i, tl.where(seen, s * to_log2, -float("inf")))
         b_lse = tl.where(offs_g < GROUP, m_i + tl.math.log2(l_i), float("inf"))  # what is no head has weight 0
 
         slot = i_bh.to(tl.int64) * (tl.num_programs(0) * TOKENS) + i_t * TOKENS + tl.arange(0, TOKENS)
