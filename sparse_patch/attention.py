@@ -24,9 +24,9 @@ from sparse_patch.head_shard import HeadShard
 from sparse_patch.masks import DECODE_MAX_QUERIES, LazyMask, lazy_mask, lazy_mask_for_kernels
 from sparse_patch.memory import LayerMemory
 from sparse_patch.methods.base import DecodeMethod, Method
-from sparse_patch.ops import block_sparse, page_decode, span, span_ring
+from sparse_patch.ops import block_sparse, page_decode, span, span_ring, token_blocks
 from sparse_patch.ops import dense as dense_kernels
-from sparse_patch.plans import BlockPlan, Dense, PagePlan, Plan, SpanPlan
+from sparse_patch.plans import BlockPlan, Dense, PagePlan, Plan, SpanPlan, SparsePlan, TokenBlockPlan
 from sparse_patch.report import LayerCounts, Work
 
 NAME = "sparse_patch"
@@ -384,12 +384,14 @@ def _method(state: LayerState, phase: Phase) -> Method:
     return method
 
 
-def _why_unserved(call: AttentionCall, plan: BlockPlan | PagePlan | SpanPlan, backend: str) -> Dense | None:
+def _why_unserved(call: AttentionCall, plan: SparsePlan, backend: str) -> Dense | None:
     """Dense because the backend cannot execute the plan."""
     if isinstance(plan, PagePlan):
         reason = page_decode.unsupported(call, plan, backend)
     elif isinstance(plan, SpanPlan):
         reason = span.unsupported(call, plan, backend)
+    elif isinstance(plan, TokenBlockPlan):
+        reason = token_blocks.unsupported(call, plan, backend)
     else:
         reason = block_sparse.unsupported(call, plan, backend)
     return None if reason is None else Dense(reason)
@@ -403,24 +405,22 @@ def attend_pages(call: AttentionCall, plan: PagePlan, method: DecodeMethod, back
     return output
 
 
-def _attend_sparsely(
-    state: LayerState, call: AttentionCall, plan: BlockPlan | PagePlan | SpanPlan, mask: LazyMask
-) -> torch.Tensor:
+def _attend_sparsely(state: LayerState, call: AttentionCall, plan: SparsePlan, mask: LazyMask) -> torch.Tensor:
     """Attend and record: the output `[B, Sq, Hq, Dv]`."""
     if isinstance(plan, PagePlan):
         assert state.decoder is not None, "only a decode method plans pages"
         output = attend_pages(call, plan, state.decoder, state.config.backend)
     elif isinstance(plan, SpanPlan):
         output, _ = span.attend(call, plan, state.config.backend)
+    elif isinstance(plan, TokenBlockPlan):
+        output, _ = token_blocks.attend(call, plan, state.config.backend)
     else:
         output, _ = block_sparse.attend(call, plan, state.config.backend)
     _count_sparse(state, call, plan, mask)
     return output.transpose(1, 2).contiguous()
 
 
-def _count_sparse(
-    state: LayerState, call: AttentionCall, plan: BlockPlan | PagePlan | SpanPlan, mask: LazyMask
-) -> None:
+def _count_sparse(state: LayerState, call: AttentionCall, plan: SparsePlan, mask: LazyMask) -> None:
     """Record a call that ran a sparse plan."""
     if torch.compiler.is_compiling():  # a graph would be compiled anew for every value of a Python counter
         state.compiled = True

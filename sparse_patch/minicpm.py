@@ -228,8 +228,8 @@ def load_minicpm(
 
     `save_pretrained` of it writes a Granite checkpoint, which `AutoModelForCausalLM` loads. Its config says what was
     carried over: `config.minicpm` has MiniCPM's constants and the kind of RoPE, `config.sparse_config` the settings of
-    InfLLM-V2, or None (unused here: attention is dense until `patch_model`). Embeddings are tied if config.json says
-    so, or if it says nothing and the weights have no lm_head.
+    InfLLM-V2 for the method `infllmv2`, or None; attention is dense until `patch_model`. Embeddings are tied if
+    config.json says so, or if it says nothing and the weights have no lm_head.
 
     Args:
         path: a folder with config.json and weights (safetensors or pytorch_model.bin, whole or in parts), or a hub id.

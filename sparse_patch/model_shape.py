@@ -1,6 +1,8 @@
 """What a method may know of a model before it runs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -17,6 +19,8 @@ class ModelShape:
         hidden_size: width of the residual stream.
         local_layers: layers without full attention (sliding window, chunks, linear, cross-attention). Not compared: a
             model is the same with and without.
+        sparse_config: the settings of InfLLM-V2 that a checkpoint was trained with, as its config has them; None for
+            most. Not compared either.
     """
 
     model_type: str
@@ -25,6 +29,7 @@ class ModelShape:
     num_kv_heads: int
     hidden_size: int
     local_layers: frozenset[int] = field(default=frozenset(), compare=False)
+    sparse_config: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, config: PreTrainedConfig, num_layers: int) -> "ModelShape":
@@ -45,6 +50,7 @@ class ModelShape:
             num_kv_heads=int(getattr(of_layer, "num_key_value_heads", None) or heads),
             hidden_size=int(text.hidden_size),
             local_layers=local,
+            sparse_config=getattr(text, "sparse_config", None),
         )
 
 

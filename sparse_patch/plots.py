@@ -9,7 +9,7 @@ import torch
 
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.errors import SparsePatchError
-from sparse_patch.plans import BlockPlan, Plan, SpanPlan, in_span
+from sparse_patch.plans import BlockPlan, Plan, SpanPlan, TokenBlockPlan, in_span
 from sparse_patch.report import SparsityReport
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SIDE = 128  # tokens of a block, where a plan has none
+PrefillPlan = BlockPlan | SpanPlan | TokenBlockPlan
 Captured = dict[int, list[tuple[Phase, Plan]]]
 
 
@@ -210,9 +211,9 @@ def _lines(result: dict[str, Any], length: int) -> dict[str, list[tuple[float, f
     return lines
 
 
-def last_sparse_plan(plans: Sequence[tuple[Phase, Plan]]) -> BlockPlan | SpanPlan | None:
+def last_sparse_plan(plans: Sequence[tuple[Phase, Plan]]) -> PrefillPlan | None:
     """The last sparse prefill plan of a layer, or None."""
-    found = [plan for phase, plan in plans if phase == "prefill" and isinstance(plan, BlockPlan | SpanPlan)]
+    found = [plan for phase, plan in plans if phase == "prefill" and isinstance(plan, PrefillPlan)]
     return found[-1] if found else None
 
 
@@ -228,16 +229,19 @@ def draw_density(axes: "Axes", report: SparsityReport) -> None:
     axes.get_figure().colorbar(image, ax=axes, orientation="horizontal", label="share of the causal triangle")  # type: ignore[union-attr]
 
 
-def draw_blocks(axes: "Axes", plans: dict[int, BlockPlan | SpanPlan], layer: int, head: int, colors: Any) -> None:
+def draw_blocks(axes: "Axes", plans: dict[int, PrefillPlan], layer: int, head: int, colors: Any) -> None:
     """The blocks that one head of the batch's first row computes: queries downwards, keys to the right.
 
-    Of spans, every block with a key that is read.
+    Of spans, every block with a key that is read; of blocks by the token, every block that a query of the block reads.
     """
     if layer not in plans or not 0 <= head < plans[layer].density().shape[1]:
         raise SparsePatchError(f"plot: there is no sparse layer {layer} with a head {head}; layers {sorted(plans)}")
     plan = plans[layer]
     if isinstance(plan, SpanPlan):
         blocks, causal = _touched(plan, head)
+    elif isinstance(plan, TokenBlockPlan):
+        blocks = plan.blocks()[0, head * plan.counts.shape[1] // plan.heads].any(1).cpu()
+        causal = plan.grid.causal[0].cpu()
     else:
         blocks, causal = plan.blocks()[0, head].cpu(), plan.grid.causal[0].cpu()
     axes.imshow(
@@ -261,7 +265,7 @@ def _touched(plan: SpanPlan, head: int) -> tuple[torch.Tensor, torch.Tensor]:
     return causal & (in_span(query, key, sink, window) | in_span(query, near, sink, window)), causal
 
 
-def _spread_of_heads(plans: dict[int, BlockPlan | SpanPlan], number: int = 6) -> list[tuple[int, int]]:
+def _spread_of_heads(plans: dict[int, PrefillPlan], number: int = 6) -> list[tuple[int, int]]:
     """(layer, head) pairs spread evenly from the sparsest to the densest head."""
     ranked = sorted(
         (density, layer, head)

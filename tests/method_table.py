@@ -79,6 +79,14 @@ PREFILL_METHODS = [
     _sale(tau=1.0, numerics="int4"),
 ]
 
+# Methods that give every token blocks of its own, for prefill and decode.
+TOKEN_METHODS = [
+    MethodCase(
+        small={"method": "infllmv2", "topk": 3, "window_size": 64, "min_length": 0},
+        full={"method": "infllmv2", "topk": 400, "window_size": 64, "min_length": 0},
+    ),
+]
+
 # What the decode methods of the table are resolved for: layer 0 is full, 1 and 3 select (where layers have roles).
 SMALL_MODEL = ModelShape("llama", num_layers=5, num_heads=4, num_kv_heads=2, hidden_size=64)
 _ROLES = {"full": [0], "select": [1, 3]}

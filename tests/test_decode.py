@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from families import FAMILIES, llama
-from method_table import DECODE_METHODS, SPAN_METHODS, MethodCase
+from method_table import DECODE_METHODS, SPAN_METHODS, TOKEN_METHODS, MethodCase
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
 from sparse_patch.attention import NAME, ON_KERNELS
@@ -266,7 +266,7 @@ def long_prompt(pad: int = 30) -> dict[str, torch.Tensor]:
 
 def test_every_decode_method_is_in_the_table() -> None:
     sparse = {name for name, method in registry().items() if "decode" in method.phases and name != "dense"}
-    assert {case.small["method"] for case in (*DECODE_METHODS, *SPAN_METHODS)} == sparse
+    assert {case.small["method"] for case in (*DECODE_METHODS, *SPAN_METHODS, *TOKEN_METHODS)} == sparse
 
 
 @METHODS

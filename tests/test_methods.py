@@ -3,17 +3,31 @@
 import pytest
 import torch
 from calls import make_call, row_alone
-from method_table import PREFILL_METHODS, SPAN_METHODS, MethodCase
+from method_table import PREFILL_METHODS, SPAN_METHODS, TOKEN_METHODS, MethodCase
 
+from sparse_patch.call import AttentionCall
 from sparse_patch.methods.base import Method, registry
-from sparse_patch.ops.block_sparse import attend
-from sparse_patch.plans import BlockPlan, Dense
+from sparse_patch.ops import block_sparse, token_blocks
+from sparse_patch.plans import BlockPlan, Dense, TokenBlockPlan
 
 CASES = pytest.mark.parametrize("case", PREFILL_METHODS, ids=lambda case: case.name)
+ALL = pytest.mark.parametrize("case", [*PREFILL_METHODS, *TOKEN_METHODS], ids=lambda case: case.name)
 
 
 def build(settings: dict[str, object]) -> Method:
     return registry()[str(settings["method"])].model_validate(settings)
+
+
+def any_plan_of(case: MethodCase, call: AttentionCall) -> BlockPlan | TokenBlockPlan:
+    plan = build(case.small).plan(call)
+    assert isinstance(plan, BlockPlan | TokenBlockPlan)
+    return plan
+
+
+def attend(call: AttentionCall, plan: BlockPlan | TokenBlockPlan) -> torch.Tensor:
+    if isinstance(plan, TokenBlockPlan):
+        return token_blocks.attend(call, plan)[0]
+    return block_sparse.attend(call, plan)[0]
 
 
 def plan_of(case: MethodCase, call: object) -> BlockPlan:
@@ -31,7 +45,7 @@ def columns_of(plan: BlockPlan, head: int, row: int) -> list[int]:
 
 def test_every_prefill_method_is_in_the_table() -> None:
     sparse = {name for name, method in registry().items() if "prefill" in method.phases and name != "dense"}
-    assert {case.small["method"] for case in (*PREFILL_METHODS, *SPAN_METHODS)} == sparse
+    assert {case.small["method"] for case in (*PREFILL_METHODS, *SPAN_METHODS, *TOKEN_METHODS)} == sparse
 
 
 @CASES
@@ -51,31 +65,30 @@ def test_lists_are_causal_ascending_and_sparse(case: MethodCase, queries: int) -
     assert 0 < plan.density().min() <= plan.density().mean() < 1
 
 
-@CASES
+@ALL
 @pytest.mark.parametrize("queries", [400, 150], ids=["whole", "chunk"])
 def test_a_padded_row_equals_the_row_alone(case: MethodCase, queries: int) -> None:
     batch = make_call(400, queries=queries, row_starts=[0, 7, 64, 130], value_dim=24)
-    plan = plan_of(case, batch)
-    output, _ = attend(batch, plan)
+    plan = any_plan_of(case, batch)
+    output = attend(batch, plan)
     assert plan.density().max() < 1
     for row in range(4):
         alone, real = row_alone(batch, row)
-        alone_plan = plan_of(case, alone)
-        expected, _ = attend(alone, alone_plan)
-        rows, keys = alone_plan.counts.shape[2], alone_plan.counts.shape[3:] or alone_plan.indices.shape[3:]
-        assert torch.equal(plan.blocks()[row, :, :rows, : keys[0]], alone_plan.blocks()[0])
+        alone_plan = any_plan_of(case, alone)
+        expected, blocks = attend(alone, alone_plan), alone_plan.blocks()[0]
+        assert torch.equal(plan.blocks()[row, :, : blocks.shape[1], ..., : blocks.shape[-1]], blocks)
         start = int(batch.kv_start[row])  # type: ignore[index]
         assert torch.equal(plan.mask()[row, :, real, start:], alone_plan.mask()[0])
         torch.testing.assert_close(output[row : row + 1, :, real], expected, atol=2e-6, rtol=1e-5)
         assert torch.equal(plan.computed_pairs()[row], alone_plan.computed_pairs()[0])
 
 
-@CASES
+@ALL
 def test_a_short_row_in_a_batch_is_dense_as_it_is_alone(case: MethodCase) -> None:
     method = build({**case.small, "min_length": 200})
     batch = make_call(400, row_starts=[0, 250])
     plan = method.plan(batch)
-    assert isinstance(plan, BlockPlan)
+    assert isinstance(plan, BlockPlan | TokenBlockPlan)
     assert plan.density()[0].max() < 1
     assert plan.density()[1].min() == 1
     alone, _ = row_alone(batch, 1)
@@ -102,12 +115,12 @@ def test_grouped_heads_equal_repeated_ones(case: MethodCase, group: int) -> None
     assert torch.equal(plan_of(case, call).mask(), plan_of(case, repeated).mask())
 
 
-@CASES
+@ALL
 def test_full_settings_are_dense(case: MethodCase) -> None:
     assert isinstance(build(case.full).plan(make_call(400)), Dense)
 
 
-@CASES
+@ALL
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 33])
 def test_short_calls_are_dense(case: MethodCase, length: int) -> None:
     plan = build({**case.small, "min_length": 64}).plan(make_call(length))

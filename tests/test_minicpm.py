@@ -285,6 +285,24 @@ def test_patched_it_is_sparse_and_at_full_density_dense(tmp_path: Path) -> None:
     assert torch.equal(logits(model, ids), dense)
 
 
+def test_its_own_sparse_attention_has_the_checkpoints_settings(tmp_path: Path) -> None:
+    fixed = {"kernel_size": 32, "kernel_stride": 16, "block_size": 64, "use_nope": False}
+    settings = {"topk": 4, "init_blocks": 2, "window_size": 64, "dense_len": 128}
+    write(tmp_path, rope_scaling=longrope(), max_position_embeddings=512, sparse_config={**fixed, **settings})
+    model, ids = load_minicpm(tmp_path, dtype=torch.float32), tokens(400)
+    with patched(model, "infllmv2.yaml"):
+        cache = DynamicCache(config=model.config)
+        pieces = [logits(model, piece, past_key_values=cache) for piece in ids.split([397, 1, 1, 1])]
+        report = sparsity_report(model)
+        at_once = logits(model, ids)
+    assert report.remarks == [
+        "infllmv2: a token reads 5 blocks of 64 keys and chooses 1 of them; the first 128 tokens read everything"
+    ]
+    assert report.density("prefill") < 1 and report.layers[0].decode.sparse_calls == 3 and not report.fallbacks()
+    assert 5 * 64 - 64 < report.attended("decode") <= 5 * 64
+    torch.testing.assert_close(torch.cat(pieces, 1), at_once, **EXACT)
+
+
 def test_a_hub_id_is_fetched_without_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str, list[str]]] = []
 

@@ -11,7 +11,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from sparse_patch import SparsePatchError, capture_plans, patched, sparsity_report
-from sparse_patch.plans import BlockPlan, SpanPlan
+from sparse_patch.methods.infllmv2 import InfLLMv2
+from sparse_patch.plans import BlockPlan, SpanPlan, TokenBlockPlan
 from sparse_patch.plots import (
     Captured,
     _lines,
@@ -64,6 +65,19 @@ def test_spans_are_drawn_as_the_blocks_of_their_mask() -> None:
         whole = torch.zeros(768, 768, dtype=torch.bool)
         whole[370:700, :700] = mask
         assert torch.equal(drawn == 2, whole.view(6, 128, 6, 128).any(3).any(1)[2:])
+
+
+def test_blocks_by_the_token_are_drawn_where_any_token_reads_one() -> None:
+    call = make_call(600)
+    plan = InfLLMv2(topk=3, window_size=64, min_length=0).plan(call)
+    assert isinstance(plan, TokenBlockPlan) and last_sparse_plan([("prefill", plan)]) is plan
+    for head, mask in enumerate(plan.mask()[0]):
+        axes = Figure().add_subplot()
+        draw_blocks(axes, {0: plan}, 0, head, ListedColormap)
+        whole = torch.zeros(640, 640, dtype=torch.bool)
+        whole[:600, :600] = mask
+        drawn = torch.from_numpy(axes.images[0].get_array().data)
+        assert torch.equal(drawn == 2, whole.view(10, 64, 10, 64).any(3).any(1))
 
 
 def test_the_heat_map_is_the_report(recorded: tuple[SparsityReport, Captured]) -> None:

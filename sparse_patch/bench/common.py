@@ -27,6 +27,7 @@ SHAPES = {  # query heads, KV heads, head_dim
     "llama-3.1-8b": Shape(32, 8, 128),
     "qwen2.5-7b": Shape(28, 4, 128),
     "gemma3-12b": Shape(16, 8, 256),
+    "minicpm4-8b": Shape(32, 2, 128),
     "needle-llama": Shape(8, 2, 64),
 }
 

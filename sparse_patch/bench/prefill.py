@@ -28,14 +28,15 @@ from sparse_patch.config import PatchConfig
 from sparse_patch.errors import TaskError, UnsupportedCallError
 from sparse_patch.evaluation.generation import machine
 from sparse_patch.evaluation.recording import Inputs
-from sparse_patch.ops import block_sparse, dense, span
-from sparse_patch.plans import BlockGrid, BlockPlan, Dense, SpanPlan
+from sparse_patch.ops import block_sparse, dense, span, token_blocks
+from sparse_patch.plans import BlockGrid, BlockPlan, Dense, SpanPlan, TokenBlockPlan
 from sparse_patch.progress import Step
 
 BASELINES = {  # key in the JSON: field of a row, and how it is called
     "fastest_dense": ("speedup", "the fastest dense kernel"),
     "flash2": ("speedup_flash2", "FlashAttention-2"),
 }
+_OPS = {BlockPlan: block_sparse, SpanPlan: span, TokenBlockPlan: token_blocks}
 _BLOCK = 128
 _FLASH2 = "flash2"
 
@@ -280,9 +281,9 @@ def _method_row(call: AttentionCall, name: str, config: PatchConfig) -> Row:
     method = config.prefill
     assert method is not None, "checked by methods_of"
     plan = method.plan(call)
-    if not isinstance(plan, BlockPlan | SpanPlan):
+    if not isinstance(plan, BlockPlan | SpanPlan | TokenBlockPlan):
         raise UnsupportedCallError(f"dense, {plan.reason}" if isinstance(plan, Dense) else "a plan for decode")
-    op: Any = span if isinstance(plan, SpanPlan) else block_sparse
+    op: Any = _OPS[type(plan)]
     backend: str = op.fastest(call, plan) if config.backend == "auto" else config.backend
     ms, _ = measured(lambda: op.attend(call, plan, backend), call)
     selection_ms, _ = measured(lambda: method.plan(call), call)

@@ -39,7 +39,8 @@ def bench_prefill(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="llama-3.1-8b, qwen2.5-7b, gemma3-12b, needle-llama, or query heads, KV heads and head_dim: 32,8,128.",
+            help="llama-3.1-8b, qwen2.5-7b, gemma3-12b, minicpm4-8b, needle-llama, "
+            "or query heads, KV heads and head_dim: 32,8,128.",
             show_default="llama-3.1-8b, or that of --qkv",
         ),
     ] = None,

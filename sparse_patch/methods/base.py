@@ -133,7 +133,7 @@ class DecodeMethod(Method):
             of it is filled is known on the device only.
     """
 
-    phases = ("decode",)
+    phases: ClassVar[tuple[Phase, ...]] = ("decode",)
 
     min_length: Tokens = 4096
 

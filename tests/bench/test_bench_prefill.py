@@ -64,6 +64,15 @@ def test_one_row_for_each_way_and_length(benchmark_: Benchmark) -> None:
     assert result.rows[0].density == 1
 
 
+def test_blocks_by_the_token_run_on_their_own_op(benchmark_: Benchmark, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("both: {method: infllmv2, topk: 3, window_size: 64, min_length: 0}")
+    methods = methods_of([str(tmp_path / "own.yaml")])
+    result = bench_prefill(replace(benchmark_, methods=methods, lengths=[256, 640], densities=[]))
+    assert [row.label for row in result.rows] == ["sdpa, dense", "sdpa, dense", "own (torch)"]
+    assert result.rows[2].density < 0.75 and result.rows[2].selection_ms is not None
+    assert list(result.skipped) == ["own: dense, no more than the 4 blocks that a token reads"]
+
+
 def test_spans_run_on_their_own_op(benchmark_: Benchmark, tmp_path: Path) -> None:
     (tmp_path / "spans.yaml").write_text("both: {method: streamingllm, sink: 4, window: 60}")
     (tmp_path / "plan.yaml").write_text("both: {method: moa}")
@@ -218,7 +227,8 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_words_of_the_command_line(tmp_path: Path) -> None:
-    assert shape_of("llama-3.1-8b") == Shape(32, 8, 128) and shape_of("6,3,64") == Shape(6, 3, 64)
+    assert shape_of("llama-3.1-8b") == Shape(32, 8, 128) and shape_of("minicpm4-8b") == Shape(32, 2, 128)
+    assert shape_of("6,3,64") == Shape(6, 3, 64)
     for text in ("6,4,64", "0,1,64", "6,3", "six,3,64"):
         with pytest.raises(TaskError, match="--shape: expected"):
             shape_of(text)

@@ -1,0 +1,172 @@
+"""InfLLM-V2: Dense-Sparse Switchable Attention for Seamless Short-to-Long Adaptation (2025), of MiniCPM4 and 4.1.
+
+Every token reads the first blocks of 64 keys, a window of blocks, and the blocks whose compressed keys it attends to
+most; the query heads of a KV head choose together. `ops.compressed_keys` defines the choice. In decode the same choice
+is made of mean keys that the cache keeps up to date. arXiv 2509.24663; code: OpenBMB/infllmv2_cuda_impl and the
+modelling code of MiniCPM4. A checkpoint that was trained for it says how in its `sparse_config`; what a configuration
+leaves null is taken from there, else from the published settings, on any model.
+
+As in the code, a token reads `topk + window_size / 64` blocks in all, of which the first ones, its own and
+`window_size / 64` before that are always there: 62 of 96 are chosen. This differs from it in the following:
+
+- Below `min_length` (its `dense_len`) everything is read. The code asks for the length of the whole call, so the first
+  tokens of a long prompt are sparse there and those of a short one dense; here a token reads everything where it stands
+  in the first `min_length` tokens of its row, in whole blocks. So a prompt in chunks, or token by token, gives what it
+  gives at once (the code serves no chunks), and no token reads less than in the code.
+- Groups of any size choose and attend as they are (the code repeats queries to 16 heads and averages the outputs).
+- A compressed key is seen by a token if its window ends before the token or with it. Where the length is 15 modulo 16
+  the code leaves out one more.
+- It is made of means of 16 keys, in the precision of the keys; the code averages 32, or 128, at once.
+- Left padding, softcap and any scale; the code unpads.
+
+`use_nope` (a choice by keys without RoPE) is refused: attention is not handed such keys.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from sparse_patch.call import PHASES, AttentionCall
+from sparse_patch.methods.base import DecodeMethod, Tokens
+from sparse_patch.model_shape import ModelShape
+from sparse_patch.ops.compressed_keys import BLOCK, STRIDE, BlockRule, block_scores, choose_blocks
+from sparse_patch.ops.page_statistics import page_means
+from sparse_patch.ops.top_pages import top_pages
+from sparse_patch.plans import Dense, PagePlan, Plan
+
+Number = Annotated[int, Field(ge=0)]
+_PUBLISHED = {"topk": 64, "init_blocks": 1, "window_size": 2048, "min_length": 8192}
+_THEIR_NAMES = {"min_length": "dense_len"}  # of what a `sparse_config` calls otherwise
+_ONLY = {"kernel_size": 2 * STRIDE, "kernel_stride": STRIDE, "block_size": BLOCK, "use_nope": False}  # what is served
+
+
+class InfLLMv2(DecodeMethod):
+    """Blocks by compressed keys, for each token and KV head; in prefill and decode.
+
+    A setting that is None is the checkpoint's, of its `sparse_config`, or else the published one.
+
+    Attributes:
+        topk: blocks that a token reads beside the window before its own block: the first ones, its own and those that
+            it chooses. Published: 64.
+        init_blocks: first blocks of 64 tokens, which are always read. Published: 1.
+        window_size: tokens before a token's own block that are always read; a multiple of 64. Published: 2048.
+        min_length: `dense_len`: first tokens of a row that read everything before them, rounded up to blocks of 64. In
+            decode the longest row of a batch counts, of a static cache its whole size. Published: 8192.
+    """
+
+    phases = PHASES
+    summary = "blocks by compressed keys, the first and the last, for each token; MiniCPM4's own"
+    paper = "InfLLM-V2, 2025, arXiv 2509.24663"
+
+    method: Literal["infllmv2"] = "infllmv2"
+    topk: Number | None = None
+    init_blocks: Number | None = None
+    window_size: Annotated[int, Field(ge=BLOCK, multiple_of=BLOCK)] | None = None
+    min_length: Tokens | None = None  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _leaves_a_choice(self) -> Self:
+        return self._checked()
+
+    def _checked(self) -> Self:
+        topk, init_blocks = self._number("topk"), self._number("init_blocks")
+        if topk < init_blocks + 2:
+            raise ValueError(
+                f"topk: {topk} leaves no block to choose beside the {init_blocks} first ones and a token's own; "
+                f"take {init_blocks + 2} or more"
+            )
+        return self
+
+    def for_model(self, shape: ModelShape) -> Self:
+        """The method with the checkpoint's settings where it has none of its own; see `Method.for_model`."""
+        theirs = shape.sparse_config or {}
+        for key, value in _ONLY.items():
+            if theirs.get(key, value) != value:
+                raise ValueError(
+                    f"method: the checkpoint's sparse_config has {key} {theirs[key]!r}, and infllmv2 serves {value} "
+                    "alone; take another method, or sparse_config out of config.json"
+                )
+        missing = [field for field in _PUBLISHED if getattr(self, field) is None]
+        resolved = self.model_copy(update={field: _setting(field, theirs) for field in missing})
+        return resolved._checked()
+
+    def remark(self) -> str:
+        """What the settings come to, wherever they are from; see `Method.remark`."""
+        tokens = self.rule.dense_blocks * BLOCK
+        return (
+            f"{self.method}: a token reads {self.most_blocks} blocks of {BLOCK} keys and chooses {self.rule.chosen} of "
+            f"them; {f'the first {tokens} tokens read everything' if tokens else 'from the first token on'}"
+        )
+
+    @property
+    def rule(self) -> BlockRule:
+        """How many blocks a token reads."""
+        init_blocks = self._number("init_blocks")
+        return BlockRule(
+            init_blocks=init_blocks,
+            local_blocks=self._number("window_size") // BLOCK,
+            dense_blocks=-(-self._number("min_length") // BLOCK),
+            chosen=self._number("topk") - init_blocks - 1,
+        )
+
+    @property
+    def most_blocks(self) -> int:
+        """Blocks that a token reads at most, where it does not read everything."""
+        return self._number("topk") + self._number("window_size") // BLOCK
+
+    def why_dense(self, call: AttentionCall) -> Dense | None:
+        """Short calls, several queries at a time in decode, and what is read in any case."""
+        if call.kv_length <= self.rule.dense_blocks * BLOCK:
+            return Dense(f"within the first min_length {self._number('min_length')} tokens")
+        if call.phase == "decode" and call.q.shape[2] > 1:
+            return Dense("more than one query")
+        if call.kv_length <= self.most_blocks * BLOCK:
+            return Dense(f"no more than the {self.most_blocks} blocks that a token reads")
+        return None
+
+    def remember(self, call: AttentionCall) -> None:
+        """Keep the mean keys up to date; see `DecodeMethod.remember`."""
+        if call.memory is not None:
+            call.carried[self._key(call)] = page_means(call, STRIDE)
+
+    def plan(self, call: AttentionCall) -> Plan:
+        """Choose blocks for every token of a prompt, or for the one that is decoded; see `Method.plan`."""
+        means = call.carried.pop(self._key(call), None)
+        if dense := self.why_dense(call):
+            return dense
+        if means is None:  # the memory, if there is one, is another method's
+            means = page_means(replace(call, memory=None), STRIDE)
+        return choose_blocks(call, means, self.rule) if call.phase == "prefill" else self._pages(call, means)
+
+    def _pages(self, call: AttentionCall, means: torch.Tensor) -> PagePlan:
+        """The blocks of the last query, as pages; `means` as for `block_scores`."""
+        scores = block_scores(call, means, self.rule)
+        return PagePlan.of(call, *top_pages(scores, call.lengths(), self.most_blocks, BLOCK), BLOCK)
+
+    def _number(self, field: str) -> int:
+        value = getattr(self, field)
+        return int(_PUBLISHED[field] if value is None else value)
+
+    def _key(self, call: AttentionCall) -> str:
+        return f"{self.method} {call.layer}"
+
+
+def _setting(field: str, theirs: Mapping[str, Any]) -> int:
+    """A setting of a checkpoint's `sparse_config`, or the published one where it has none.
+
+    Raises:
+        ValueError: what it has is no such setting; the message begins with our field.
+    """
+    key = _THEIR_NAMES.get(field, field)
+    value = theirs.get(key, _PUBLISHED[field])
+    if type(value) is not int or (field == "window_size" and (value < BLOCK or value % BLOCK)):
+        expected = f"a multiple of {BLOCK}" if field == "window_size" else "a whole number"
+        raise ValueError(
+            f"{field}: expected {expected}, and the checkpoint's sparse_config has {key} {value!r}; "
+            f"set {field} in the configuration"
+        )
+    return max(value, 0)  # a dense_len of -1 is 0: sparse from the first token on
