@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import families  # noqa: E402
-from method_table import DECODE_METHODS, PREFILL_METHODS, SPAN_METHODS, write_plans  # noqa: E402
+from method_table import DECODE_METHODS, PREFILL_METHODS, SPAN_METHODS, TOKEN_METHODS, write_plans  # noqa: E402
 
 from sparse_patch import SparsePatchError, capture_plans, patched, sparsity_report  # noqa: E402
 from sparse_patch.attention import dispatch_scope  # noqa: E402
@@ -46,7 +46,7 @@ Settings = dict[str, Any]
 Inputs = dict[str, torch.Tensor]
 Plans = dict[int, list[Plan]]  # of each layer, call by call
 
-CASES = (*PREFILL_METHODS, *DECODE_METHODS, *SPAN_METHODS)
+CASES = (*PREFILL_METHODS, *DECODE_METHODS, *TOKEN_METHODS, *SPAN_METHODS)
 WAYS = ("forward", "generate", "static", "compiled")
 LENGTH, NEW = 200, 4
 TOLERANCE = 5e-4  # of logits of size 1, in float32
@@ -135,8 +135,13 @@ def settings_of(model: PreTrainedModel) -> dict[str, tuple[Settings, Settings]]:
         layers: Any = "all"
         if issubclass(registry()[name], LayeredMethod):
             layers = {"full": [], "select": full[:1]}
-        # Logits of random queries and keys lie in the tens, and of a single KV head not one half streams.
-        changes = {"sale": {"tau": 1e12}, "duoattention": {"sparsity": 1.0}}.get(name, {})
+        # Logits of random queries and keys lie in the tens, of a single KV head not one half streams, and of blocks of
+        # 64 tokens there are four.
+        changes = {
+            "sale": {"tau": 1e12},
+            "duoattention": {"sparsity": 1.0},
+            "infllmv2": {"topk": 2, "init_blocks": 0},
+        }.get(name, {})
         chosen.setdefault(name, ({**case.small, **changes, "layers": layers}, {**case.full, "layers": layers}))
     return chosen
 
