@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # As in tests/ops, with room for sums over more keys in another order.
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-GROUPS = [(2, 2), (8, 2), (14, 2), (16, 2), (32, 2)]
+GROUPS = [(2, 2), (8, 2), (14, 2), (16, 2), (32, 2), (64, 2)]
 
 
 @pytest.mark.usefixtures("poisoned")
