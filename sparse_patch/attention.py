@@ -360,7 +360,7 @@ def _attention_call(
         carried=mask.carried,
         memory=memory,
         max_length=state.max_length,
-        shard=state.shard.of_layer(query.shape[1], state.original_config.num_attention_heads),
+        split=state.shard.of_layer(query.shape[1], state.original_config.num_attention_heads),
     )
     if phase == "decode" and mask.end_on_device is not None:
         return replace(call, kv_end=mask.end_on_device)

@@ -37,7 +37,7 @@ class AttentionCall:
         memory: what a decode method keeps beside the keys of this layer from step to step; None where the cache has
             no room for it.
         max_length: tokens that the cache is made for, of prompt and answer together; None where it does not say.
-        shard: which of the layer's heads `q`, `k` and `v` have; all of them unless tensor parallelism splits them.
+        split: which of the layer's heads `q`, `k` and `v` have, where tensor parallelism splits them; else None.
     """
 
     q: torch.Tensor
@@ -53,7 +53,12 @@ class AttentionCall:
     carried: dict[str, Any] = field(default_factory=dict)
     memory: LayerMemory | None = None
     max_length: int | None = None
-    shard: HeadShard = ALL_HEADS
+    split: HeadShard | None = None
+
+    @property
+    def shard(self) -> HeadShard:
+        """Which of the layer's heads the call has."""
+        return ALL_HEADS if self.split is None else self.split
 
     @property
     def group_size(self) -> int:

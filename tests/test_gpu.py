@@ -48,6 +48,14 @@ def test_plans_on_the_gpu_equal_plans_on_the_cpu(selection: str, row_starts: lis
     assert (plan.blocks().cpu() != expected.blocks()).float().mean() < 0.002  # sums round in another order
 
 
+def test_wide_heads_on_the_gpu() -> None:
+    method = FlexPrefill(gamma=0.8, tau=0.2, min_budget=32, block_size=32, min_length=0)
+    call = make_call(900, queries=500, head_dim=512)
+    expected, plan = method.plan(call), method.plan(on_gpu(call))
+    assert isinstance(expected, BlockPlan) and isinstance(plan, BlockPlan)
+    assert (plan.blocks().cpu() != expected.blocks()).float().mean() < 0.002
+
+
 @pytest.mark.parametrize("selection", ["topk", "cdf"])
 @pytest.mark.parametrize("row_starts", [None, [0, 77, 300]], ids=["plain", "padded"])
 def test_means_that_are_alike_on_the_gpu(selection: str, row_starts: list[int] | None) -> None:

@@ -36,7 +36,7 @@ def unsupported(call: AttentionCall, backend: str) -> str | None:
 
 
 def fastest(call: AttentionCall) -> str:
-    """The backend that "auto" stands for in such an op."""
+    """The backend that "auto" stands for in such an op, and in one that selects by whole queries and keys."""
     return "triton" if takes_triton(call.q) and kernel_unsupported(call) is None else "torch"
 
 

@@ -1,5 +1,6 @@
 """Which tensors the Triton kernels run on, and what each op does where they do not."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,10 @@ import torch
 from calls import make_call
 
 from sparse_patch.errors import UnsupportedCallError
+from sparse_patch.methods.base import PrefillMethod
+from sparse_patch.methods.flexprefill import FlexPrefill
+from sparse_patch.methods.minference import MInference
+from sparse_patch.methods.xattention import XAttention
 from sparse_patch.ops import backends
 from sparse_patch.ops.antidiagonal import block_masses
 from sparse_patch.ops.block_sparse import attend, unsupported
@@ -49,3 +54,18 @@ def test_ops_that_are_asked_for_triton_say_what_is_missing(monkeypatch: pytest.M
     with pytest.raises(UnsupportedCallError, match=missing):
         block_masses(call, grid, 4, "triton")
     assert [masses.shape for _, masses in block_masses(call, grid, 4)] == [(1, 4, 3, 3)]
+
+
+@pytest.mark.parametrize("method", [FlexPrefill(min_length=0), MInference(min_length=0), XAttention(min_length=0)])
+def test_wide_heads_are_selected_for_by_torch(method: PrefillMethod, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: whole queries and keys of 512 dimensions do not fit in the shared memory that the kernels ask for."""
+    call = make_call(700, head_dim=512)
+    expected = method.plan(call)
+    monkeypatch.setattr(backends, "takes_triton", lambda _: True)
+    for op in ("antidiagonal", "lines", "profiles"):
+        monkeypatch.setitem(sys.modules, f"sparse_patch.ops.{op}.triton", None)  # importing it raises
+    plan = method.plan(call)
+    assert isinstance(expected, BlockPlan) and isinstance(plan, BlockPlan)
+    assert torch.equal(plan.mask(), expected.mask())
+    with pytest.raises(ImportError):
+        method.plan(make_call(700, head_dim=64))

@@ -25,7 +25,7 @@ from torch import Tensor
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import UnsupportedCallError
 from sparse_patch.ops.antidiagonal.torch import block_masses as in_torch
-from sparse_patch.ops.backends import takes_triton, triton_unsupported
+from sparse_patch.ops.backends import fastest, triton_unsupported
 from sparse_patch.plans import BlockGrid
 
 
@@ -49,7 +49,7 @@ def block_masses(
     """
     if backend == "triton" and (reason := triton_unsupported(call.q)):
         raise UnsupportedCallError(reason)
-    if backend == "triton" or (backend == "auto" and takes_triton(call.q)):
+    if backend == "triton" or (backend == "auto" and fastest(call) == "triton"):
         from sparse_patch.ops.antidiagonal.triton import block_masses as in_triton
 
         return in_triton(call, grid, stride)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.backends import takes_triton
+from sparse_patch.ops.backends import fastest, takes_triton
 from sparse_patch.ops.lines.rules import LineRule, QueryAware
 from sparse_patch.plans import BlockGrid, BlockPlan
 
@@ -24,7 +24,7 @@ def choose_lines(call: AttentionCall, grid: BlockGrid, mean_k: Tensor, rule: Lin
         block reads one, bool `[B, Hq, N]` (number 0 of both always is taken; ties go to the lower number); and which
         heads are query-aware, bool `[B, Hq]`.
     """
-    if takes_triton(call.q):
+    if fastest(call) == "triton":
         from sparse_patch.ops.lines.triton import choose_lines as choose
     else:
         from sparse_patch.ops.lines.torch import choose_lines as choose
@@ -40,7 +40,7 @@ def plan_of_lines(verticals: Tensor, slashes: Tensor, aware: QueryAware | None, 
         aware: the heads that choose block by block as well; None for none.
         grid: the grid of the call.
     """
-    if takes_triton(verticals):
+    if takes_triton(verticals) and (aware is None or fastest(aware.call) == "triton"):
         from sparse_patch.ops.lines.triton import plan_of_lines as plan
     else:
         from sparse_patch.ops.lines.torch import plan_of_lines as plan

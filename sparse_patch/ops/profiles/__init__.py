@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.backends import takes_triton
+from sparse_patch.ops.backends import fastest
 
 
 def last_query_profiles(call: AttentionCall, queries: int) -> tuple[Tensor, Tensor]:
@@ -13,7 +13,7 @@ def last_query_profiles(call: AttentionCall, queries: int) -> tuple[Tensor, Tens
     Every row must have at least `queries` real tokens for its profile to mean anything; `queries` is a power of two
     from 16 to 128.
     """
-    if takes_triton(call.q):
+    if fastest(call) == "triton":
         from sparse_patch.ops.profiles.triton import last_query_profiles as profiles
     else:
         from sparse_patch.ops.profiles.torch import last_query_profiles as profiles
