@@ -56,7 +56,9 @@ def test_ops_that_are_asked_for_triton_say_what_is_missing(monkeypatch: pytest.M
     assert [masses.shape for _, masses in block_masses(call, grid, 4)] == [(1, 4, 3, 3)]
 
 
-@pytest.mark.parametrize("method", [FlexPrefill(min_length=0), MInference(min_length=0), XAttention(min_length=0)])
+@pytest.mark.parametrize(
+    "method", [FlexPrefill(min_length=0), MInference(min_length=0, vertical=40, slash=104), XAttention(min_length=0)]
+)
 def test_wide_heads_are_selected_for_by_torch(method: PrefillMethod, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU: whole queries and keys of 512 dimensions do not fit in the shared memory that the kernels ask for."""
     call = make_call(700, head_dim=512)
