@@ -1,14 +1,54 @@
 """What several Triton kernels have in common: pieces that are compiled into them, and what their launches need."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 import triton
 import triton.language as tl
 
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
 LOG2_E = 1.4426950408889634  # brings logits to log2 units, in which an exponential is one instruction
 LOWEST = -3.4028234e38  # a running maximum of no key yet that can be subtracted from -inf
+
+
+class LaunchOp(Protocol[P, R_co]):
+    """What `launch_op` makes of a launch.
+
+    Attributes:
+        op: the custom op.
+        register_fake: of the op.
+    """
+
+    op: Any
+    register_fake: Callable[[Callable[..., Any]], Any]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+def launch_op(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable[P, R_co]], LaunchOp[P, R_co]]:
+    """A kernel's launch as a custom op `sparse_patch::name`, where torch.compile or a fake tensor has to know one.
+
+    Eager calls go past the op, whose wrapper takes as long on the host as the launch. The first argument is a tensor.
+    """
+
+    def decorate(launch: Callable[P, R_co]) -> LaunchOp[P, R_co]:
+        op = torch.library.custom_op(f"sparse_patch::{name}", launch, mutates_args=mutates_args)
+
+        @wraps(launch)
+        def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+                return op(x, *args, **kwargs)
+            return cast(Any, launch)(x, *args, **kwargs)
+
+        made = cast(Any, call)
+        made.op, made.register_fake = op, op.register_fake
+        return cast(LaunchOp[P, R_co], made)
+
+    return decorate
 
 
 @dataclass(frozen=True)

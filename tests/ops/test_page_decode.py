@@ -280,8 +280,8 @@ def test_the_custom_op_is_sound() -> None:
     """Its fake has the shapes, dtypes and strides of the real one."""
     q, k, v, end, pages = step_arguments()
     counts = torch.full((2, 1), 3, dtype=torch.int32)
-    torch.library.opcheck(page_decode_attention, (q, k, v, pages, counts, None, end, 0.3, 0.0, 8, False))
-    torch.library.opcheck(page_decode_attention, (q, k, v, None, None, None, end + 26, 0.3, 1.0, 1, True))
+    torch.library.opcheck(page_decode_attention.op, (q, k, v, pages, counts, None, end, 0.3, 0.0, 8, False))
+    torch.library.opcheck(page_decode_attention.op, (q, k, v, None, None, None, end + 26, 0.3, 1.0, 1, True))
 
 
 def test_backends_say_what_they_do_not_serve() -> None:

@@ -86,4 +86,4 @@ def test_no_host_sync() -> None:
 def test_the_kernel_declares_what_it_does() -> None:
     logits, lse = random_logits([20, 31], 33, heads=3)
     arguments = logits.nan_to_num(), lse, torch.tensor([20, 31]), 16, 2
-    torch.library.opcheck(score_pages, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(score_pages.op, arguments, test_utils=("test_schema", "test_faketensor"))

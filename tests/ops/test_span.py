@@ -180,7 +180,7 @@ def test_the_custom_op_is_sound() -> None:
     call = make_call(70, row_starts=[0, 20], dtype=torch.float16)
     arguments = (call.q, call.k, call.v, call.kv_start, None, [4, 0], flat((10, None)), 0.3, 0.0)
     for in_float32 in (False, True):
-        torch.library.opcheck(span_attention, (*arguments, in_float32))
+        torch.library.opcheck(span_attention.op, (*arguments, in_float32))
 
 
 def test_backends_say_what_they_do_not_serve() -> None:

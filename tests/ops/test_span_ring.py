@@ -270,10 +270,10 @@ def test_the_custom_ops_are_sound() -> None:
     """Their fakes have the shapes, dtypes and strides of the real ones, and write what they say."""
     q, k, v, ring_k, ring_v, _ = step_arguments()
     before, spans = torch.tensor([20, -1]), ((4, 0), flat((10, None)), LAYOUT.capacities)
-    torch.library.opcheck(span_ring_attention, (q, ring_k, ring_v, before, None, None, *spans, 0.3, 0.0))
+    torch.library.opcheck(span_ring_attention.op, (q, ring_k, ring_v, before, None, None, *spans, 0.3, 0.0))
     own = torch.randn(2, 4, 1, 16), torch.randn(2, 4, 1)
-    torch.library.opcheck(span_ring_attention, (q, ring_k, ring_v, before, *own, *spans, 0.3, 1.0))
-    torch.library.opcheck(span_ring_write, (ring_k, ring_v, k, v, before, (4, 0), LAYOUT.capacities))
+    torch.library.opcheck(span_ring_attention.op, (q, ring_k, ring_v, before, *own, *spans, 0.3, 1.0))
+    torch.library.opcheck(span_ring_write.op, (ring_k, ring_v, k, v, before, (4, 0), LAYOUT.capacities))
 
 
 def test_backends_say_what_they_do_not_serve() -> None:

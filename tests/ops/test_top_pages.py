@@ -123,7 +123,7 @@ def test_no_host_sync() -> None:
 
 def test_the_kernel_declares_what_it_does() -> None:
     arguments = torch.randn(2, 3, 40), torch.full((2, 3), 40), 7, 1
-    torch.library.opcheck(kernels.select_pages, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(kernels.select_pages.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])

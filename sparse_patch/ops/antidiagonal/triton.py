@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.kernels import softcap_logits
+from sparse_patch.ops.kernels import launch_op, softcap_logits
 from sparse_patch.ops.slices import slices
 from sparse_patch.plans import BlockGrid
 
@@ -52,7 +52,7 @@ def block_masses(call: AttentionCall, grid: BlockGrid, stride: int) -> Iterator[
         )  # fmt: skip
 
 
-@torch.library.custom_op("sparse_patch::antidiagonal_masses", mutates_args=())
+@launch_op("antidiagonal_masses")
 def antidiagonal_masses(
     q: torch.Tensor,
     k: torch.Tensor,

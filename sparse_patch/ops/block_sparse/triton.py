@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparse_patch.call import AttentionCall
 from sparse_patch.ops.backends import kernel_unsupported
 from sparse_patch.ops.block_sparse.tiles import tile_side
-from sparse_patch.ops.kernels import Tile, add_tile, attention_outputs, copyable, gpu, tile_logits, tile_of
+from sparse_patch.ops.kernels import Tile, add_tile, attention_outputs, copyable, gpu, launch_op, tile_logits, tile_of
 from sparse_patch.plans import BlockPlan
 
 
@@ -57,7 +57,7 @@ def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> tu
     return out, lse if return_lse else None
 
 
-@torch.library.custom_op("sparse_patch::block_sparse_attention", mutates_args=())
+@launch_op("block_sparse_attention")
 def block_sparse_attention(
     q: torch.Tensor,
     k: torch.Tensor,

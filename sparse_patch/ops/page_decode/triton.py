@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.kernels import add_split_tile, gpu, merge_splits, softcap_logits
+from sparse_patch.ops.kernels import add_split_tile, gpu, launch_op, merge_splits, softcap_logits
 from sparse_patch.plans import PagePlan
 
 
@@ -57,7 +57,7 @@ def attend(call: AttentionCall, plan: PagePlan) -> tuple[torch.Tensor, torch.Ten
     return out, lse, logits if plan.wants_logits else None
 
 
-@torch.library.custom_op("sparse_patch::page_decode_attention", mutates_args=())
+@launch_op("page_decode_attention")
 def page_decode_attention(
     q: torch.Tensor,
     k: torch.Tensor,

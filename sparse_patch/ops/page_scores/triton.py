@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.ops.kernels import launch_op
+
 _BLOCK = 128  # tokens of a program, at 4 a thread: many small programs hide the way of the logits from memory
 
 
@@ -18,7 +20,7 @@ def page_scores(
     return score_pages(logits, lse, lengths, page_size, recent)
 
 
-@torch.library.custom_op("sparse_patch::page_scores", mutates_args=())
+@launch_op("page_scores")
 def score_pages(
     logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int, recent: int
 ) -> torch.Tensor:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.ops.kernels import launch_op
 from sparse_patch.ops.page_statistics.kept import pages_of
 
 
@@ -23,7 +24,7 @@ def refresh(call: AttentionCall, tensors: list[torch.Tensor], tokens: int, page_
         refresh_means(first, k, call.kv_start, call.kv_end, end, tokens, page_size, offset)
 
 
-@torch.library.custom_op("sparse_patch::refresh_page_bounds", mutates_args=("low", "high"))
+@launch_op("refresh_page_bounds", ("low", "high"))
 def refresh_bounds(
     low: torch.Tensor,
     high: torch.Tensor,
@@ -39,7 +40,7 @@ def refresh_bounds(
     _refresh(low, high, k, kv_start, kv_end, end, tokens, page_size, offset)
 
 
-@torch.library.custom_op("sparse_patch::refresh_page_means", mutates_args=("means",))
+@launch_op("refresh_page_means", ("means",))
 def refresh_means(
     means: torch.Tensor,
     k: torch.Tensor,
@@ -159,7 +160,7 @@ def mean_scores(
     return score_pages(q, means, None, lengths, page_size, offset)
 
 
-@torch.library.custom_op("sparse_patch::page_statistics_scores", mutates_args=())
+@launch_op("page_statistics_scores")
 def score_pages(
     q: torch.Tensor, high: torch.Tensor, low: torch.Tensor | None, lengths: torch.Tensor, page_size: int, offset: int
 ) -> torch.Tensor:

@@ -24,6 +24,7 @@ from sparse_patch.ops.kernels import (
     attention_outputs,
     copyable,
     gpu,
+    launch_op,
     tile_logits,
     tile_of,
     window_at,
@@ -78,7 +79,7 @@ def grows(numbers: Sequence[int]) -> bool:
     return any(most != least for most, _, _, least in by_head(numbers))
 
 
-@torch.library.custom_op("sparse_patch::span_attention", mutates_args=())
+@launch_op("span_attention")
 def span_attention(
     q: torch.Tensor,
     k: torch.Tensor,

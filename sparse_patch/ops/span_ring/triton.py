@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.kernels import add_split_tile, attention_outputs, gpu, merge_splits, softcap_logits, window_at
+from sparse_patch.ops.kernels import (
+    add_split_tile,
+    attention_outputs,
+    gpu,
+    launch_op,
+    merge_splits,
+    softcap_logits,
+    window_at,
+)
 from sparse_patch.ops.page_decode.triton import tile_of
 from sparse_patch.ops.span.triton import attend_in_float32, by_head, flat, grows
 from sparse_patch.ops.span_ring.ring import Ring, RingLayout, first_slots, own_keys
@@ -62,7 +70,7 @@ def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor) ->
     span_ring_write(ring.k, ring.v, k, v, before, sinks, ring.layout.capacities)
 
 
-@torch.library.custom_op("sparse_patch::span_ring_attention", mutates_args=())
+@launch_op("span_ring_attention")
 def span_ring_attention(
     q: torch.Tensor,
     ring_k: torch.Tensor,
@@ -149,7 +157,7 @@ def _(
     return attention_outputs(q, ring_v, return_lse=True)
 
 
-@torch.library.custom_op("sparse_patch::span_ring_write", mutates_args=("ring_k", "ring_v"))
+@launch_op("span_ring_write", ("ring_k", "ring_v"))
 def span_ring_write(
     ring_k: torch.Tensor,
     ring_v: torch.Tensor,

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.ops.backends import kernel_unsupported
-from sparse_patch.ops.kernels import attention_outputs, copyable, gpu, tile_logits
+from sparse_patch.ops.kernels import attention_outputs, copyable, gpu, launch_op, tile_logits
 from sparse_patch.plans import BLOCK_BITS, TokenBlockPlan
 
 _BITS: tl.constexpr = tl.constexpr(BLOCK_BITS)
@@ -81,7 +81,7 @@ def attend(
     return out, lse if return_lse else None
 
 
-@torch.library.custom_op("sparse_patch::token_block_attention", mutates_args=())
+@launch_op("token_block_attention")
 def token_block_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.ops.kernels import launch_op
+
 _PART = (2048, 8192)  # least and most pages of a part
 _WIDEST = 32768  # pages that a program can hold
 
@@ -29,7 +31,7 @@ def top_pages(
     return select_pages(scores, limits, k, page_size)
 
 
-@torch.library.custom_op("sparse_patch::top_pages", mutates_args=())
+@launch_op("top_pages")
 def select_pages(
     scores: torch.Tensor, limits: torch.Tensor, k: int, page_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

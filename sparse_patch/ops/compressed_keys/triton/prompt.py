@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparse_patch.call import AttentionCall
 from sparse_patch.ops.backends import kernel_unsupported
 from sparse_patch.ops.compressed_keys.rules import BLOCK, COLUMNS, BlockRule
-from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, copyable, gpu, softcap_logits
+from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, copyable, gpu, launch_op, softcap_logits
 from sparse_patch.plans import BLOCK_BITS, BlockGrid
 
 _BITS: tl.constexpr = tl.constexpr(BLOCK_BITS)
@@ -80,7 +80,7 @@ def choose(
     )
 
 
-@torch.library.custom_op("sparse_patch::choose_token_blocks", mutates_args=())
+@launch_op("choose_token_blocks")
 def choose_token_blocks(
     q: torch.Tensor,
     k1: torch.Tensor,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.ops.compressed_keys.rules import BLOCK, COARSE, COLUMNS, LARGEST, STRIDE, BlockRule
-from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, softcap_logits
+from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, launch_op, softcap_logits
 
 _BLOCK: tl.constexpr = tl.constexpr(BLOCK)
 _STRIDE: tl.constexpr = tl.constexpr(STRIDE)
@@ -26,7 +26,7 @@ def block_scores(
     return score_blocks(of_pages, lengths, kv_heads, scale, softcap or 0.0, *always)
 
 
-@torch.library.custom_op("sparse_patch::score_blocks", mutates_args=())
+@launch_op("score_blocks")
 def score_blocks(
     of_pages: torch.Tensor,
     lengths: torch.Tensor,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, softcap_logits
+from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, launch_op, softcap_logits
 from sparse_patch.ops.scores.rules import DENSE_BELOW, QUERY_TILE, SEGMENT
 from sparse_patch.ops.scores.triton.codes import EVEN, scale_of, smoothed, to_codes
 
@@ -52,7 +52,7 @@ def tile_of(head_dim: int, dtype: torch.dtype) -> Tile:
     return Tile(2, 128, 32, 8, 3, registers=128) if head_dim <= 128 else Tile(1, 128, 32, 4, 2)
 
 
-@torch.library.custom_op("sparse_patch::decide_blocks", mutates_args=())
+@launch_op("decide_blocks")
 def decide_blocks(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -4,13 +4,14 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.ops.kernels import launch_op
 from sparse_patch.ops.scores.rules import KEY_BLOCK, WORD_KEYS
 from sparse_patch.ops.scores.triton.codes import scale_of, smoothed, to_codes
 
 _KEYS = 128  # of a program
 
 
-@torch.library.custom_op("sparse_patch::quantise_keys", mutates_args=())
+@launch_op("quantise_keys")
 def quantise_keys(
     k: torch.Tensor,
     mean_k: torch.Tensor,
