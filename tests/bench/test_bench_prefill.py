@@ -170,7 +170,7 @@ def test_the_json_draws_the_picture_and_the_readme(benchmark_: Benchmark, tmp_pa
     assert "| attention of one layer | 256 tokens | 640 tokens |" in drawn
     assert "| sdpa, dense | 1.23 ms, 1.00 x |" in drawn
     assert "| `mine` |  | 12.3 ms, 0.50 x (density 0.25) |" in drawn
-    assert data["machine"]["device"] in drawn and "faster than the fastest dense kernel: `mine` " in drawn
+    assert data["machine"]["device"] in drawn
     assert "No measured machine" in update_readme().prefill_tables(tmp_path / "here")
 
 
