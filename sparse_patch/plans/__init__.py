@@ -1,0 +1,57 @@
+"""Plans: what a method decided, as data. A plan owns no kernel and knows no method.
+
+Every plan has `density()`, the share of the causal triangle it computes (padding excluded from both sides), so that
+methods, tests, the report, the pictures and the benchmarks mean the same by it.
+"""
+
+from dataclasses import dataclass
+
+from sparse_patch.plans.blocks import BlockPlan
+from sparse_patch.plans.grid import BlockGrid
+from sparse_patch.plans.lists import leading
+from sparse_patch.plans.pages import PagePlan
+from sparse_patch.plans.spans import (
+    GrowingWindow,
+    SpanPlan,
+    Window,
+    check_spans,
+    in_span,
+    numbers_of,
+    spans_of,
+    widest,
+)
+from sparse_patch.plans.token_blocks import BLOCK_BITS, TokenBlockPlan
+
+__all__ = [
+    "BLOCK_BITS",
+    "BlockGrid",
+    "BlockPlan",
+    "Dense",
+    "GrowingWindow",
+    "PagePlan",
+    "Plan",
+    "SpanPlan",
+    "SparsePlan",
+    "TokenBlockPlan",
+    "Window",
+    "check_spans",
+    "in_span",
+    "leading",
+    "numbers_of",
+    "spans_of",
+    "widest",
+]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Read every key: what a method answers when sparsity has nothing to give (short prompt, `gamma: 1`, ...)."""
+
+    reason: str
+
+    def density(self) -> float:
+        return 1.0
+
+
+SparsePlan = BlockPlan | TokenBlockPlan | PagePlan | SpanPlan
+Plan = SparsePlan | Dense

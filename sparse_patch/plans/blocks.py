@@ -1,0 +1,127 @@
+"""Blocks of keys for each block of queries: what most prefill methods decide."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sparse_patch.call import AttentionCall, causal_pairs
+from sparse_patch.ops.compact import compact
+from sparse_patch.plans.grid import BlockGrid
+from sparse_patch.plans.lists import leading, marked
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """For each (row, query head, query block), the key blocks to read, and single key columns beside them.
+
+    Attributes:
+        indices: int32 `[B, Hq, NQ, N]`; the first `counts` entries of a list are key blocks in ascending order, each at
+            most once and none above the diagonal. What follows them has no meaning.
+        counts: int32 `[B, Hq, NQ]`; 0 for the query blocks that a row does not have.
+        grid: the grid that the indices refer to.
+        columns: int32 `[B, Hq, NQ, C]`; the first `column_counts` entries of a list are keys, as positions within the
+            row, each at most once, in none of the listed blocks and before the query block. None for no columns.
+        column_counts: int32 `[B, Hq, NQ]`, or None.
+        pv_threshold: tiles whose logits lie this far below what was read before them, in log2 units, count for nothing
+            (`ops.block_sparse` says which). 0 or more; None for no such tile. Only a plan without columns may have it.
+            `mask`, `density` and what else the plan says include these tiles.
+        decided_pairs: causal pairs that the method decided to read, where it decides finer than in whole blocks, int64
+            `[B, Hq]`; None where the blocks are its decision. For the report.
+    """
+
+    indices: torch.Tensor
+    counts: torch.Tensor
+    grid: BlockGrid
+    columns: torch.Tensor | None = None
+    column_counts: torch.Tensor | None = None
+    pv_threshold: float | None = None
+    decided_pairs: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.pv_threshold is not None and self.columns is not None:
+            raise ValueError("pv_threshold: a plan with single columns cannot have one")
+
+    @classmethod
+    def every(cls, call: AttentionCall, block_size: int) -> "BlockPlan":
+        """Dense attention: every block up to the diagonal."""
+        grid = BlockGrid.of(call, block_size)
+        return cls.from_blocks(grid.causal[:, None].expand(-1, call.q.shape[1], -1, -1), grid)
+
+    @classmethod
+    def from_blocks(
+        cls, blocks: torch.Tensor, grid: BlockGrid, columns: torch.Tensor | None = None, *, is_causal: bool = False
+    ) -> "BlockPlan":
+        """From a map of blocks and from columns; what lies outside the causal triangle is dropped.
+
+        Args:
+            blocks: bool `[B, Hq, NQ, N]`.
+            grid: their grid.
+            columns: int64 `[B, Hq, C]`, keys as positions within the row, each at most once; a negative entry is none.
+                A query block reads those that come before it and lie in none of its blocks.
+            is_causal: whether the map has nothing outside of the triangle, which saves a copy of it.
+        """
+        if not is_causal:
+            blocks = blocks & grid.causal[:, None]
+        key_block = torch.arange(blocks.shape[-1], dtype=torch.int32, device=blocks.device)
+        indices, counts = compact(blocks, key_block.expand(blocks.shape))
+        if columns is None:
+            return cls(indices, counts, grid)
+        block = (columns // grid.block_size).clamp(0, blocks.shape[-1] - 1)
+        in_blocks = blocks.gather(-1, block[:, :, None].expand(-1, -1, blocks.shape[2], -1))
+        key = columns.masked_fill(columns < 0, grid.kv_length)  # before no query block
+        end = (grid.query_block_ids * grid.block_size).masked_fill(~grid.has_queries, 0)
+        wanted = (key[:, :, None] < end[:, None, :, None]) & ~in_blocks
+        return cls(indices, counts, grid, *compact(wanted, columns.int()[:, :, None].expand(wanted.shape)))
+
+    @property
+    def listed(self) -> torch.Tensor:
+        """Which entries of `indices` count, bool `[B, Hq, NQ, N]`."""
+        return leading(self.indices, self.counts)
+
+    @property
+    def on_diagonal(self) -> torch.Tensor:
+        """Which lists end with the diagonal block of their query block, bool `[B, Hq, NQ]`."""
+        last = self.indices.gather(-1, (self.counts.long() - 1).clamp(min=0)[..., None]).squeeze(-1)
+        return (self.counts > 0) & (last == self.grid.query_block_ids[:, None])
+
+    def blocks(self) -> torch.Tensor:
+        """The plan's blocks as a map, bool `[B, Hq, NQ, N]`."""
+        return marked(self.indices, self.counts, self.grid.num_key_blocks)
+
+    def mask(self) -> torch.Tensor:
+        """The plan as a mask of tokens, bool `[B, Hq, Sq, Skv]`: for the oracle and for pictures, N x N large."""
+        grid, device = self.grid, self.indices.device
+        query = torch.arange(grid.q_start, grid.q_start + grid.q_length, device=device) - grid.row_starts[:, None]
+        key = torch.arange(grid.kv_length, device=device) - grid.row_starts[:, None]
+        query_block = query.clamp(min=0) // grid.block_size - grid.query_block_ids[:, :1]
+        key_block = key.clamp(min=0) // grid.block_size
+        rows = torch.arange(grid.batch, device=device)[:, None, None]
+        tokens = self.blocks().permute(0, 2, 3, 1)[rows, query_block[:, :, None], key_block[:, None, :]]
+        if self.columns is not None and self.column_counts is not None:
+            single = marked(self.columns, self.column_counts, grid.kv_length).permute(0, 2, 3, 1)
+            tokens = tokens | single[rows, query_block[:, :, None], key.clamp(min=0)[:, None, :]]
+        causal = (key[:, None, :] <= query[:, :, None]) & (key[:, None, :] >= 0)
+        return tokens.permute(0, 3, 1, 2) & causal[:, None]
+
+    def computed_pairs(self) -> torch.Tensor:
+        """Causal (query, key) pairs of real tokens that the plan computes, int64 `[B, Hq]`."""
+        begin, end = (bound[:, None] for bound in self.grid.query_bounds)
+        block_start = self.grid.query_block_ids[:, None] * self.grid.block_size
+        on_diagonal = self.on_diagonal
+        below = (self.counts - on_diagonal.int()) * (end - begin) * self.grid.block_size
+        # sum of (query - block_start + 1) over the real queries of the block
+        triangle = (end - begin) * (begin + end + 1 - 2 * block_start) // 2
+        pairs = below + on_diagonal * triangle
+        if self.column_counts is not None:
+            pairs = pairs + self.column_counts * (end - begin)
+        return pairs.sum(-1)
+
+    @property
+    def pairs_by_head(self) -> torch.Tensor:
+        """`computed_pairs`, summed over the batch, int64 `[Hq]`."""
+        return self.computed_pairs().sum(0)
+
+    def density(self) -> torch.Tensor:
+        """Share of the causal triangle that is computed, float32 `[B, Hq]`."""
+        causal = causal_pairs(self.grid.q_start, self.grid.kv_length, self.grid.row_starts)
+        return self.computed_pairs().float() / causal[:, None].clamp(min=1).float()

@@ -1,0 +1,97 @@
+"""Pages of keys for the last queries: what decode methods decide."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from sparse_patch.call import AttentionCall, causal_pairs
+from sparse_patch.plans.lists import leading, marked
+
+
+@dataclass(frozen=True)
+class PagePlan:
+    """For each (row, list), the pages of keys to read: what decode plans are. Nothing here reads a length on the host.
+
+    Page `u` of row `b` holds the keys `kv_start[b] + u*P ... + P-1`: rows count from their own first key, so a
+    left-padded row has the pages that it has alone. Query `i` of the call reads the keys of the listed pages up to
+    itself.
+
+    Attributes:
+        page_size: tokens of a page, P; 1 for lists of tokens.
+        heads: query heads, Hq.
+        q_length: queries of the call, Sq.
+        capacity: keys that the call's `k` has room for, valid or not (a host number).
+        lengths: real keys of each row, int64 `[B]`.
+        kv_start: first real key of each row, int64 `[B]`; None where no row is padded.
+        pages: int32 `[B, L, K]`, where L is 1 (one list for all heads), Hkv or Hq; the first `counts` entries of a list
+            are pages, in any order, each at most once and each with a key at or before the last query. None for every
+            page.
+        counts: int32 `[B, L]`; None for every page.
+        wants_logits: whether the method asks for the logits of the last query (see `DecodeMethod.select`); only a plan
+            of every page may.
+    """
+
+    page_size: int
+    heads: int
+    q_length: int
+    capacity: int
+    lengths: torch.Tensor
+    kv_start: torch.Tensor | None = None
+    pages: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+    wants_logits: bool = False
+
+    @classmethod
+    def every(cls, call: AttentionCall, page_size: int = 1, wants_logits: bool = False) -> "PagePlan":
+        """Dense decode: every page."""
+        _, heads, q_length, _ = call.q.shape
+        of_rows = call.lengths(), call.kv_start
+        return cls(page_size, heads, q_length, call.kv_length, *of_rows, wants_logits=wants_logits)
+
+    @classmethod
+    def of(cls, call: AttentionCall, pages: torch.Tensor, counts: torch.Tensor, page_size: int) -> "PagePlan":
+        """The listed pages; arguments as the attributes."""
+        _, heads, q_length, _ = call.q.shape
+        return cls(page_size, heads, q_length, call.kv_length, call.lengths(), call.kv_start, pages, counts)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that a row can have (a host number)."""
+        return -(-self.capacity // self.page_size)
+
+    def mask(self) -> torch.Tensor:
+        """The plan as a mask of tokens, bool `[B, Hq, Sq, capacity]`: for the oracle and for pictures."""
+        device = self.lengths.device
+        starts = torch.zeros_like(self.lengths) if self.kv_start is None else self.kv_start
+        key = torch.arange(self.capacity, device=device) - starts[:, None]
+        position = torch.arange(self.q_length, device=device) + (self.lengths - self.q_length)[:, None]
+        causal = ((key[:, None, :] <= position[:, :, None]) & (key[:, None, :] >= 0))[:, None]
+        if self.pages is None or self.counts is None:
+            return causal.expand(-1, self.heads, -1, -1)
+        read = marked(self.pages, self.counts, self.num_pages)
+        page = (key.clamp(min=0) // self.page_size)[:, None].expand(-1, read.shape[1], -1)
+        of_lists = read.gather(-1, page).repeat_interleave(self.heads // read.shape[1], 1)
+        return of_lists[:, :, None] & causal
+
+    def computed_pairs(self) -> torch.Tensor:
+        """(Query, key) pairs of real tokens that the plan computes, int64 `[B, Hq]`."""
+        if self.pages is None or self.counts is None:
+            return self._causal_pairs()[:, None].expand(-1, self.heads)
+        queries = torch.arange(self.q_length, device=self.pages.device)
+        seen = (self.lengths - self.q_length + 1)[:, None] + queries  # keys that each query may read, [B, Sq]
+        in_page = (seen[:, None, None] - self.pages[..., None] * self.page_size).clamp(0, self.page_size)
+        pairs = (in_page.sum(-1) * leading(self.pages, self.counts)).sum(-1)
+        return pairs.repeat_interleave(self.heads // pairs.shape[1], 1)
+
+    @cached_property
+    def pairs_by_head(self) -> torch.Tensor:
+        """`computed_pairs`, summed over the batch, int64 `[Hq]`; kept, for a plan may serve several layers."""
+        return self.computed_pairs().sum(0)
+
+    def density(self) -> torch.Tensor:
+        """Share of the causal pairs that is computed, float32 `[B, Hq]`."""
+        return self.computed_pairs().float() / self._causal_pairs()[:, None].clamp(min=1).float()
+
+    def _causal_pairs(self) -> torch.Tensor:
+        return causal_pairs(self.lengths - self.q_length, self.lengths, torch.zeros_like(self.lengths))

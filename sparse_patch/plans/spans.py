@@ -1,0 +1,164 @@
+"""A sink and a window for each KV head: what is known before a token is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+
+from sparse_patch.call import AttentionCall, causal_pairs
+
+_EVERY = 1 << 40  # more keys than there are
+
+
+@dataclass(frozen=True)
+class GrowingWindow:
+    """A window that grows with the text: the query at position i has `(base + slope * (i + 1)) >> 16` keys.
+
+    Attributes:
+        base: in 2^-16 tokens; may be negative.
+        slope: in 2^-16 tokens for each token; at most 2^16, so that no window moves back to a key that it has left.
+        least: keys that every query has.
+        most: keys that a query has at most.
+    """
+
+    base: int
+    slope: int
+    least: int
+    most: int
+
+    def at(self, position: int) -> int:
+        """Keys of the query at a position, the query itself among them."""
+        return min(max((self.base + self.slope * (position + 1)) >> 16, self.least), self.most)
+
+
+Window = int | GrowingWindow | None  # keys up to the query itself; None for every key
+
+
+@dataclass(frozen=True)
+class SpanPlan:
+    """For each KV head a sink and a window, by the token: what StreamingLLM, DuoAttention and MoA decide beforehand.
+
+    The query at position `i` of its row reads the keys `j <= i` with `j < sink` or `i - j < window`. Positions count
+    from the row's first real token, and the queries are the last tokens of the call, so the rule is the same whether a
+    prompt comes at once, in chunks or token by token. Nothing here reads a length on the host.
+
+    Attributes:
+        sinks: first tokens of a row that every query reads, one number per KV head.
+        windows: keys that a query reads up to itself, 1 for itself alone, one window per KV head; None for every key.
+        heads: query heads, Hq; head `h` uses KV head `h // (Hq // Hkv)`.
+        q_length: queries of the call, Sq.
+        capacity: keys that the call's `k` has room for, valid or not (a host number).
+        lengths: real keys of each row, int64 `[B]`.
+        row_starts: where in `k` each row begins, int64 `[B]`; negative where its first keys are not in `k`.
+
+    Raises:
+        ValueError: sinks and windows are not one per KV head, a sink is negative or a window below 1.
+    """
+
+    sinks: tuple[int, ...]
+    windows: tuple[Window, ...]
+    heads: int
+    q_length: int
+    capacity: int
+    lengths: torch.Tensor
+    row_starts: torch.Tensor
+
+    def __post_init__(self) -> None:
+        check_spans(self.sinks, self.windows)
+        if self.heads % len(self.sinks):
+            raise ValueError(f"{self.heads} query heads cannot share the spans of {len(self.sinks)} KV heads")
+
+    @classmethod
+    def of(cls, call: AttentionCall, sinks: Sequence[int], windows: Sequence[Window]) -> "SpanPlan":
+        """The spans on a call; arguments as the attributes."""
+        if len(sinks) != call.k.shape[1]:
+            raise ValueError(f"{len(sinks)} spans for {call.k.shape[1]} KV heads")
+        _, heads, q_length, _ = call.q.shape
+        of_rows = call.lengths(), call.row_starts()
+        return cls(tuple(sinks), tuple(windows), heads, q_length, call.kv_length, *of_rows)
+
+    @property
+    def spans(self) -> list[tuple[int, Window]]:
+        """Sink and window of each KV head; the sink of a head that reads everything is 0."""
+        return spans_of(self.sinks, self.windows)
+
+    def mask(self) -> torch.Tensor:
+        """The plan as a mask of tokens, bool `[B, Hq, Sq, capacity]`: for the oracle and for pictures."""
+        device = self.lengths.device
+        key = (torch.arange(self.capacity, device=device) - self.row_starts[:, None])[:, None]
+        query = (torch.arange(self.q_length, device=device) + (self.lengths - self.q_length)[:, None])[..., None]
+        of_kv_heads = torch.stack([in_span(query, key, *span) for span in self.spans], 1)
+        return of_kv_heads.repeat_interleave(self.heads // len(self.sinks), 1)
+
+    def computed_pairs(self) -> torch.Tensor:
+        """(Query, key) pairs of real tokens that the plan computes, int64 `[B, Hq]`."""
+        sinks, numbers = _numbers(tuple(self.spans), self.lengths.device)
+        length = self.lengths[:, None] - self.q_length + torch.arange(1, self.q_length + 1, device=self.lengths.device)
+        keys = torch.minimum(length[..., None], sinks + _grown(length[..., None] - 1, *numbers))
+        of_kv_heads = keys.masked_fill(length[..., None] < 1, 0).sum(1)
+        return of_kv_heads.repeat_interleave(self.heads // len(self.sinks), 1)
+
+    @cached_property
+    def pairs_by_head(self) -> torch.Tensor:
+        """`computed_pairs`, summed over the batch, int64 `[Hq]`."""
+        return self.computed_pairs().sum(0)
+
+    def density(self) -> torch.Tensor:
+        """Share of the causal pairs that is computed, float32 `[B, Hq]`."""
+        causal = causal_pairs(self.lengths - self.q_length, self.lengths, torch.zeros_like(self.lengths))
+        return self.computed_pairs().float() / causal[:, None].clamp(min=1).float()
+
+
+def check_spans(sinks: Sequence[int], windows: Sequence[Window]) -> None:
+    """Refuse what are no spans.
+
+    Raises:
+        ValueError: there are not as many sinks as windows, or none; a sink is negative or a window below 1.
+    """
+    if len(sinks) != len(windows) or not sinks:
+        raise ValueError(f"spans need a sink and a window per KV head, got {len(sinks)} and {len(windows)}")
+    if min(sinks) < 0 or any(numbers_of(window)[3] < 1 for window in windows):
+        raise ValueError(f"a sink is 0 or more and a window 1 or more, got sinks {sinks} and windows {windows}")
+    if any(isinstance(window, GrowingWindow) and not 0 <= window.slope <= 1 << 16 for window in windows):
+        raise ValueError(f"a window grows by 0 to 1 token for each token, got windows {windows}")
+
+
+def spans_of(sinks: Sequence[int], windows: Sequence[Window]) -> list[tuple[int, Window]]:
+    """Sink and window of each KV head; the sink of a head that reads everything is 0."""
+    return [(0 if window is None else sink, window) for sink, window in zip(sinks, windows, strict=True)]
+
+
+def widest(window: int | GrowingWindow) -> int:
+    """Keys that any query has at most."""
+    return window.most if isinstance(window, GrowingWindow) else window
+
+
+def numbers_of(window: Window) -> tuple[int, int, int, int]:
+    """Most, base, slope and least of a window; see `GrowingWindow`, which every window is one of."""
+    if isinstance(window, GrowingWindow):
+        return window.most, window.base, window.slope, window.least
+    return (_EVERY, 0, 0, _EVERY) if window is None else (window, 0, 0, window)
+
+
+def in_span(query: torch.Tensor, key: torch.Tensor, sink: int, window: Window) -> torch.Tensor:
+    """Whether queries read keys, both given by their position in the row; no position is negative but of padding."""
+    causal = (key <= query) & (key >= 0)
+    if window is None:
+        return causal
+    reach = _grown(query, *numbers_of(window)) if isinstance(window, GrowingWindow) else window
+    return causal & ((key < sink) | (query - key < reach))
+
+
+def _grown(position: torch.Tensor, most: Any, base: Any, slope: Any, least: Any) -> torch.Tensor:
+    """Windows of queries at positions; see `GrowingWindow.at`."""
+    return ((base + slope * (position + 1)) >> 16).clamp(least, most)
+
+
+@lru_cache(maxsize=1024)
+def _numbers(spans: tuple[tuple[int, Window], ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sinks `[Hkv]` and `numbers_of` windows `[4, Hkv]`, int64; kept: bringing numbers to a GPU makes the host wait."""
+    rows = [(sink, *numbers_of(window)) for sink, window in spans]
+    table = torch.tensor(rows, dtype=torch.int64, device=device).T.contiguous()
+    return table[0], table[1:]
