@@ -57,6 +57,8 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def reset(self) -> None:
+        self.keys = self.values = None  # Transformers up to 5.17 would zero them, and keep their length
+        self.is_initialized = False
         super().reset()
         self._room = None
         self.memory.clear()
