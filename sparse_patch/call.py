@@ -53,7 +53,7 @@ class AttentionCall:
     carried: dict[str, Any] = field(default_factory=dict)
     memory: LayerMemory | None = None
     max_length: int | None = None
-    split: HeadShard | None = None
+    split: HeadShard | None = None  # torch.compile (2.11) cannot make a default that is an object of ours
 
     @property
     def shard(self) -> HeadShard:

@@ -12,9 +12,9 @@ from sparse_patch.config import PatchConfig
 from sparse_patch.errors import SparsePatchError
 from sparse_patch.methods.spans import SpanMethod
 from sparse_patch.minicpm import is_minicpm, minicpm_config
-from sparse_patch.model_shape import ModelShape, attention_kind, can_forget, config_of_layer
+from sparse_patch.model_shape import ModelShape, attention_kind, can_forget, config_of_layer, kv_heads_of
+from sparse_patch.ops.span_ring import RingLayout
 from sparse_patch.patching import patched, sparsity_report
-from sparse_patch.plans import widest
 from sparse_patch.report import LayerReport
 
 
@@ -86,18 +86,17 @@ def _kv_bytes(
         if layer["attention"] != "full":
             continue
         heads = layer["kv_heads"]
-        spans = zip(*method.spans(layer["layer"], length, heads), strict=True)
-        kept = [length if window is None else sink + widest(window) for sink, window in spans]
         token = 2 * layer["head_dim"] * each
         dense += token * heads * length
-        planned += token * (sum(kept) if layer["decode"] == method.method else heads * length)
+        ring = RingLayout.of(*method.spans(layer["layer"], length, heads), room=length)
+        planned += token * (ring.total if layer["decode"] == method.method else heads * length)
     return KVBytes(length, planned, dense)
 
 
 def _heads(config: PreTrainedConfig) -> dict[str, int]:
     return {
         "query_heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads,
+        "kv_heads": kv_heads_of(config),
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
     }
 

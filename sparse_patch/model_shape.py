@@ -42,12 +42,11 @@ class ModelShape:
         text = config.get_text_config(decoder=True)
         local = frozenset(layer for layer in range(num_layers) if attention_kind(text, layer) != "full")
         of_layer = config_of_layer(text, min(set(range(num_layers)) - local, default=0))
-        heads = int(of_layer.num_attention_heads)
         return cls(
             model_type=str(text.model_type),
             num_layers=num_layers,
-            num_heads=heads,
-            num_kv_heads=int(getattr(of_layer, "num_key_value_heads", None) or heads),
+            num_heads=int(of_layer.num_attention_heads),
+            num_kv_heads=kv_heads_of(of_layer),
             hidden_size=int(text.hidden_size),
             local_layers=local,
             sparse_config=getattr(text, "sparse_config", None),
@@ -70,6 +69,11 @@ def config_of_layer(config: PreTrainedConfig, layer: int) -> PreTrainedConfig:
     if getattr(config, "is_heterogeneous", False):
         of_layer = config.per_layer_config[layer]
     return of_layer
+
+
+def kv_heads_of(config: PreTrainedConfig) -> int:
+    """KV heads of a layer: as many as query heads where the config does not say."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def can_forget(config: PreTrainedConfig) -> bool:

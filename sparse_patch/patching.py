@@ -30,7 +30,14 @@ from sparse_patch.head_shard import HeadShard
 from sparse_patch.methods.base import DecodeMethod
 from sparse_patch.methods.spans import SpanMethod, Spans
 from sparse_patch.minicpm import MODEL_TYPE as MINICPM
-from sparse_patch.model_shape import ModelShape, attention_kind, can_forget, config_of_layer, layer_with_keys
+from sparse_patch.model_shape import (
+    ModelShape,
+    attention_kind,
+    can_forget,
+    config_of_layer,
+    kv_heads_of,
+    layer_with_keys,
+)
 from sparse_patch.ops.backends import takes_triton
 from sparse_patch.plans import Plan
 from sparse_patch.report import LayerCounts, LayerReport, SparsityReport
@@ -201,8 +208,7 @@ def _spans_of(root: PreTrainedModel) -> dict[int, SpansOf]:
         method = state.config.decode if "decode" in state.phases else None
         served = attention_kind(config, state.layer) == "full" and getattr(module, "sinks", None) is None
         if isinstance(method, SpanMethod) and served:
-            of_layer = config_of_layer(config, state.layer)
-            in_all = getattr(of_layer, "num_key_value_heads", None) or of_layer.num_attention_heads
+            in_all = kv_heads_of(config_of_layer(config, state.layer))
             spans[state.layer] = partial(_spans_here, method, state, in_all)
     return spans
 

@@ -20,7 +20,7 @@ from sparse_patch.plans.spans import (
     spans_of,
     widest,
 )
-from sparse_patch.plans.token_blocks import BLOCK_BITS, TokenBlockPlan
+from sparse_patch.plans.token_blocks import BLOCK_BITS, TokenBlockPlan, listable_blocks
 
 __all__ = [
     "BLOCK_BITS",
@@ -37,6 +37,7 @@ __all__ = [
     "check_spans",
     "in_span",
     "leading",
+    "listable_blocks",
     "numbers_of",
     "spans_of",
     "widest",

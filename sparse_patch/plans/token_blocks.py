@@ -114,7 +114,13 @@ class TokenBlockPlan:
 
     @cached_property
     def _between(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The blocks that the queries of a block may have listed: from and up to, int64 `[B, NQ]` both."""
-        block = self.grid.query_block_ids
-        low = (block - self.local_blocks).clamp(min=0).masked_fill(block < self.dense_blocks, 0)
-        return low.clamp(max=self.init_blocks), low
+        """`listable_blocks` of the query blocks, int64 `[B, NQ]` both."""
+        return listable_blocks(self.grid.query_block_ids, self.init_blocks, self.local_blocks, self.dense_blocks)
+
+
+def listable_blocks(
+    block: torch.Tensor, init_blocks: int, local_blocks: int, dense_blocks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The blocks that queries of these blocks may have listed: from and up to, both like `block`; see the plan."""
+    low = (block - local_blocks).clamp(min=0).masked_fill(block < dense_blocks, 0)
+    return low.clamp(max=init_blocks), low

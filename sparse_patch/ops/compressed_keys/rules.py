@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from sparse_patch.plans import listable_blocks
+
 STRIDE = 16  # tokens from one compressed key to the next; each is the mean of twice as many
 BLOCK = 64  # tokens of a block
 COLUMNS = BLOCK // STRIDE  # compressed keys that begin in a block
@@ -31,8 +33,7 @@ class BlockRule:
 
     def candidates(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The blocks that tokens of these blocks choose among: from and up to, both like `block`."""
-        low = (block - self.local_blocks).clamp(min=0).masked_fill(block < self.dense_blocks, 0)
-        return low.clamp(max=self.init_blocks), low
+        return listable_blocks(block, self.init_blocks, self.local_blocks, self.dense_blocks)
 
 
 def seen(tokens: torch.Tensor, number: int, factor: int = 1) -> torch.Tensor:
