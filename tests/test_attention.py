@@ -1,7 +1,7 @@
 """The hook on real model classes: what runs sparsely, what goes dense and why, and that nothing does so silently."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,15 +18,7 @@ from sparse_patch.plans import BlockPlan
 SPARSE = {"prefill": {"method": "flexprefill", "block_size": 16, "min_budget": 16, "gamma": 0.5, "min_length": 0}}
 FULL = {"prefill": {**SPARSE["prefill"], "min_budget": 10_000, "max_budget": None}}
 LENGTH = 150
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny models: threads cost more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

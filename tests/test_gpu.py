@@ -1,6 +1,8 @@
 """What only a GPU can show; skipped without one."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +38,16 @@ def on_gpu(call: AttentionCall) -> AttentionCall:
     return AttentionCall(
         **{key: value.cuda() if torch.is_tensor(value) else value for key, value in vars(call).items()}
     )
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """What makes the host wait for the GPU in here raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("selection", ["reference", "coverage"])
@@ -129,13 +141,10 @@ def test_planning_never_waits_for_the_gpu(name: str, tmp_path: Path) -> None:
     }
     call = on_gpu(make_call(900, row_starts=[0, 77]))
     assert isinstance(methods[name].plan(call), BlockPlan)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         plan = methods[name].plan(call)
         assert isinstance(plan, BlockPlan)
         attend(call, plan)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -350,11 +359,8 @@ def test_a_captured_decode_step_serves_every_length(every: bool) -> None:
         return page_decode.attend(call, plan, "triton")[0]
 
     run()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()

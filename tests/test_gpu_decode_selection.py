@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from calls import make_call
-from test_gpu import on_gpu
+from test_gpu import no_waits, on_gpu
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.memory import LayerMemory
@@ -160,8 +160,5 @@ def test_no_op_waits_for_the_gpu() -> None:
         merged_ranks(logits, lengths, 64)
 
     step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

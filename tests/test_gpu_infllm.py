@@ -8,7 +8,7 @@ from calls import make_call
 from families import llama
 from method_table import TOKEN_METHODS
 from ops.test_token_blocks import random_plan
-from test_gpu import on_gpu
+from test_gpu import no_waits, on_gpu
 
 from sparse_patch import growing_cache, patched, sparsity_report
 from sparse_patch.call import AttentionCall
@@ -128,11 +128,8 @@ def test_prompts_do_not_wait_for_the_gpu() -> None:
         method.plan(step)
 
     forward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         forward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_generate_on_the_gpu() -> None:

@@ -7,7 +7,7 @@ import torch
 from calls import make_call
 from families import llama
 from ops.test_span_ring import assert_matches as assert_ring_matches
-from test_gpu import on_gpu
+from test_gpu import no_waits, on_gpu
 
 from sparse_patch import growing_cache, patched
 from sparse_patch.caches import FixedRingLayer, RingLayer
@@ -79,11 +79,8 @@ def test_a_captured_step_serves_every_length_without_a_wait() -> None:
         return attend(now, ring, before, "triton")[0]
 
     step(plain)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         step(plain)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step(ring)
@@ -110,11 +107,8 @@ def test_forwards_do_not_wait_for_the_gpu() -> None:
         span.attend(call, SpanPlan.of(call, layout.sinks, layout.windows))
 
     forward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         forward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_generate_with_rings_on_the_gpu() -> None:

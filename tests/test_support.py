@@ -4,18 +4,17 @@ import importlib.util
 import json
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 
 from sparse_patch.methods.base import registry
 from sparse_patch.methods.spans import SpanMethod
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _load() -> Any:
@@ -31,15 +30,6 @@ support_table = _load()
 COMMITTED = json.loads((ROOT / "docs" / "support.json").read_text(encoding="utf-8"))
 SPANS = [name for name, method in registry().items() if issubclass(method, SpanMethod)]
 PAGES = [name for name, method in registry().items() if method.phases == ("decode",)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny models: threads cost more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def by_way(committed: str | dict[str, str], ways: list[str]) -> dict[str, str]:
