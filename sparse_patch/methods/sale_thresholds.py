@@ -5,15 +5,15 @@ has no others. A threshold of 0 makes its head dense.
 """
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from sparse_patch.files import write_file
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.version import __version__
 
@@ -76,9 +76,7 @@ def write_thresholds(
     settings |= {"sparse_patch": __version__}
     sizes = {key: getattr(shape, key) for key in _OF_MODEL}
     metadata = {**(more or {}), **{key: str(value) for key, value in (sizes | settings).items()}}
-    temporary = Path(path).with_name(f"{Path(path).name}.tmp")
-    save_file({"tau": tau.cpu().contiguous()}, temporary, metadata)
-    os.replace(temporary, path)
+    write_file(Path(path), save({"tau": tau.cpu().contiguous()}, metadata))
 
 
 def read_thresholds(path: str | Path) -> Thresholds:

@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from sparse_patch.evaluation.journal import write_atomically
+from sparse_patch.files import write_file
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.plans import GrowingWindow
 
@@ -141,7 +141,7 @@ def write_span_rules(path: str | Path, rules: SpanRules) -> None:
     """Write a plan, in place of an older one at once; the rules of a layer in one line."""
     data = rules.model_dump()
     lines = [f" {json.dumps(key)}: {_layers(value)}" for key, value in data.items()]
-    write_atomically(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
+    write_file(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _layers(value: Any) -> str:
