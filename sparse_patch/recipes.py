@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sparse_patch.config import read_yaml
 from sparse_patch.errors import SparsePatchError
+from sparse_patch.files import read_yaml
 
 
 class Recipe(BaseModel):
