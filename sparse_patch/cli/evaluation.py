@@ -1,6 +1,5 @@
 """`sparse-patch eval`, `tasks`, `export` and `lm-eval`: what sparsity costs in answers."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +26,7 @@ from sparse_patch.cli.options import (
     write_json,
 )
 from sparse_patch.errors import SparsePatchError
+from sparse_patch.files import read_json
 
 app = typer.Typer()
 
@@ -162,8 +162,9 @@ def _earlier_result(path: Path | None) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        data["rows"], data["configs"]
-    except (ValueError, KeyError, TypeError):
+        data: dict[str, Any] = read_json(path)
+        _ = [config["fingerprint"] for config in data["configs"].values()]
+        _ = {(row["config"], row["task"], row["length"]): row for row in data["rows"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise SparsePatchError(f"{path}: --add: is no result of `sparse-patch eval`; name another file") from None
     return data

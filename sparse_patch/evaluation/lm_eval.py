@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sparse_patch.config import ConfigSource, PatchConfig, load_config
-from sparse_patch.errors import ConfigError, SparsePatchError, TaskError
+from sparse_patch.errors import ConfigError, SparsePatchError, TaskError, short
 from sparse_patch.patching import is_patched, patch_model, sparsity_report, transformers_model, uncounted
 from sparse_patch.report import SparsityReport, merged
 
@@ -131,7 +131,7 @@ class SparseLM(HFLM):
         self, requests: list[Tokens], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         for texts, context, continuation in requests:
-            name = f"the request {texts[0][:40]!r}" if texts else "a window"
+            name = f"the request {short(texts[0])}" if texts else "a window"
             self._check_length(len(context) + len(continuation), self.max_length + 1, name)
         ordered = Collator(
             requests,
