@@ -32,7 +32,7 @@ from sparse_patch import patched, sparsity_report
 from sparse_patch.bench.common import DTYPES, describe_machine
 from sparse_patch.evaluation.generation import encode
 from sparse_patch.evaluation.tasks import TASKS
-from sparse_patch.files import check_writable, write_file
+from sparse_patch.writing import check_writable, write_file
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "needle-llama"

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sparse_patch.files import write_file
+from sparse_patch.writing import write_file
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparse_patch.call import PHASES, Phase
-from sparse_patch.errors import SparsePatchError
-from sparse_patch.files import write_file
+from sparse_patch.errors import SparsePatchError, one_line
 from sparse_patch.plans import BlockPlan, Plan, SpanPlan, TokenBlockPlan, in_span
 from sparse_patch.report import SparsityReport
+from sparse_patch.writing import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -301,7 +301,7 @@ def check_picture(path: Path | None) -> None:
         figure_class, _ = require_matplotlib()
         known = figure_class().canvas.get_supported_filetypes()
         if _format(path) not in known:
-            raise SparsePatchError(f"{path}: cannot be drawn: expected one of .{', .'.join(sorted(known))}")
+            raise SparsePatchError(f"{one_line(path)}: cannot be drawn: expected one of .{', .'.join(sorted(known))}")
 
 
 def _save(figure: "Figure", path: str | Path) -> None:

@@ -1,14 +1,12 @@
 """Recipes: files that name the commands which reproduce a table."""
 
-import reprlib
 import shlex
 from pathlib import Path
-from textwrap import shorten
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sparse_patch.config import read_yaml
-from sparse_patch.errors import SparsePatchError
+from sparse_patch.errors import SparsePatchError, one_line, short
+from sparse_patch.reading import read_yaml
 
 
 class Recipe(BaseModel):
@@ -40,10 +38,10 @@ def _split(command: str, path: Path, number: int) -> list[str]:
         words = shlex.split(command)
     except ValueError as error:
         raise SparsePatchError(
-            f"{path}: commands[{number}]: {str(error).lower()} in {reprlib.repr(command)}; close the quote or escape it"
+            f"{one_line(path)}: commands[{number}]: {str(error).lower()} in {short(command)}; close the quote or escape it"
         ) from None
     if not words:
-        raise SparsePatchError(f"{path}: commands[{number}]: is empty; write what follows `sparse-patch`")
+        raise SparsePatchError(f"{one_line(path)}: commands[{number}]: is empty; write what follows `sparse-patch`")
     return [word.replace("{here}", str(path.parent)) for word in words]
 
 
@@ -58,6 +56,8 @@ def load_recipe(path: Path) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        field = shorten(".".join(str(part) for part in first["loc"]), 60) or "the file"
+        field = one_line(".".join(map(str, first["loc"]))) or "the file"
         known = ", ".join(Recipe.model_fields)
-        raise SparsePatchError(f"{path}: {field}: {first['msg'].lower()}; a recipe has the keys {known}") from None
+        raise SparsePatchError(
+            f"{one_line(path)}: {field}: {first['msg'].lower()}; a recipe has the keys {known}"
+        ) from None

@@ -39,9 +39,9 @@ from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.generation import check_context, encode
 from sparse_patch.evaluation.journal import Journal
 from sparse_patch.evaluation.tasks import TASKS, Sample
-from sparse_patch.files import write_file
 from sparse_patch.observe import observed
 from sparse_patch.progress import Step
+from sparse_patch.writing import write_file
 
 PROMPTS = ("recite", "niah_multikey_1", "niah_multikey_2", "niah_multivalue")
 POSITIONS = 16  # tokens of each answer whose attention is looked at

@@ -24,12 +24,12 @@ from sparse_patch.call import AttentionCall
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.generation import prefill
 from sparse_patch.evaluation.journal import Journal
-from sparse_patch.files import write_file
 from sparse_patch.methods.minference import FORCED_COLUMNS, FORCED_DISTANCES, MInference, Pattern
 from sparse_patch.observe import observed
 from sparse_patch.ops.block_sparse import attend
 from sparse_patch.plans import BlockPlan, Dense
 from sparse_patch.progress import Step
+from sparse_patch.writing import write_file
 
 PAPER_LENGTH = 30_000
 PAPER_CANDIDATES = (

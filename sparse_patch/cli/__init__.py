@@ -5,7 +5,6 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from textwrap import shorten
 from typing import Annotated, Any
 
 import typer
@@ -22,9 +21,8 @@ from sparse_patch.cli.options import (
     write_json,
     write_picture,
 )
-from sparse_patch.errors import SparsePatchError
+from sparse_patch.errors import LONGEST_MESSAGE, SparsePatchError, one_line
 
-_LONGEST = 480  # characters of a message
 _UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's copy of it
 
 app = typer.Typer(
@@ -52,14 +50,8 @@ def main() -> None:
             sys.exit(1)
         if len(arguments) < len(sys.argv) - 1:
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error, LONGEST_MESSAGE)}", file=sys.stderr)
         sys.exit(2)
-
-
-def _one_line(error: Exception) -> str:
-    """A message as a terminal takes it, whatever names and values it repeats."""
-    text = " ".join(str(error).split()) if not str(error).isprintable() else str(error)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
 
 
 @app.callback()
@@ -220,7 +212,7 @@ def parsed(arguments: list[str], place: str) -> tuple[str, dict[str, Any]]:
             first = context._protected_args if hasattr(context, "_protected_args") else context.protected_args
             name, command, arguments = command.resolve_command(context, [*first, *context.args])
     except _UsageError as error:
-        text = shorten(error.format_message(), 200, placeholder=" ...") or "names no command"
+        text = one_line(" ".join(error.format_message().split()), 200) or "names no command"
         raise SparsePatchError(f"{place}: {text}") from None
     except typer.Exit:
         raise SparsePatchError(f"{place}: asks for help, which is no command to run") from None

@@ -1,6 +1,5 @@
 """`sparse-patch eval`, `tasks`, `export` and `lm-eval`: what sparsity costs in answers."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +26,8 @@ from sparse_patch.cli.options import (
     write_json,
     write_picture,
 )
-from sparse_patch.errors import SparsePatchError
+from sparse_patch.errors import SparsePatchError, one_line
+from sparse_patch.reading import read_json
 
 app = typer.Typer()
 
@@ -159,8 +159,11 @@ def _earlier_result(path: Path | None) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        data["rows"], data["configs"]
-    except (ValueError, KeyError, TypeError):
-        raise SparsePatchError(f"{path}: --add: is no result of `sparse-patch eval`; name another file") from None
+        data: dict[str, Any] = read_json(path)
+        _ = [config["fingerprint"] for config in data["configs"].values()]
+        _ = {(row["config"], row["task"], row["length"]): row for row in data["rows"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SparsePatchError(
+            f"{one_line(path)}: --add: is no result of `sparse-patch eval`; name another file"
+        ) from None
     return data

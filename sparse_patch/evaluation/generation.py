@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from sparse_patch.caches import growing_cache
-from sparse_patch.errors import SparsePatchError, TaskError
+from sparse_patch.errors import SparsePatchError, TaskError, one_line
 from sparse_patch.minicpm import is_minicpm, load_minicpm
 from sparse_patch.patching import span_cache
 
@@ -73,12 +72,14 @@ def loading(option: str, path: str | Path, part: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         part = part if Path(path).is_dir() else ""
-        raise SparsePatchError(f"{option}: {path}: cannot be loaded: {part}{_reason(Path(path), error)}") from error
+        raise SparsePatchError(
+            f"{option}: {one_line(path)}: cannot be loaded: {part}{_reason(Path(path), error)}"
+        ) from error
 
 
 def _reason(path: Path, error: Exception) -> str:
     """Why nothing could be loaded, in our words where they are clearer."""
-    text = shorten(" ".join(str(error).split()), 240, placeholder=" ...")
+    text = one_line(" ".join(str(error).split()), 240)
     if isinstance(error, pickle.UnpicklingError):
         return "its weights are a pickle of more than tensors, which is never opened; save them as safetensors"
     if not path.exists():
@@ -91,7 +92,7 @@ def _reason(path: Path, error: Exception) -> str:
 def _check_folder(option: str, path: str | Path, needed: Sequence[str], what: str) -> None:
     """Raise if there is such a folder and it has none of the files that are needed; a hub id passes."""
     if Path(path).is_dir() and not any(any(Path(path).glob(pattern)) for pattern in needed):
-        raise SparsePatchError(f"{option}: {path}: cannot be loaded: has no {what}")
+        raise SparsePatchError(f"{option}: {one_line(path)}: cannot be loaded: has no {what}")
 
 
 def check_config(option: str, path: str | Path) -> None:

@@ -1,7 +1,6 @@
 """The records of a run in a file, so that a run that was killed goes on where it stopped."""
 
 import json
-import reprlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any, Generic, TypeVar
 from pydantic import TypeAdapter
 from typing_extensions import Self
 
-from sparse_patch.errors import TaskError
+from sparse_patch.errors import TaskError, one_line, short
 from sparse_patch.evaluation.results import Record
-from sparse_patch.files import WriteError, append_file, check_writable, is_replaced, write_file
+from sparse_patch.writing import WriteError, append_file, check_writable, is_replaced, write_file
 
 R = TypeVar("R", bound=Any)  # a dataclass with a `key`
 
@@ -65,11 +64,11 @@ class Journal(Generic[R]):
             differences = list(_differences(known, json.loads(json.dumps(self.header))))
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             raise TaskError(
-                f"{self.path}: is no journal of an unfinished run; delete it or write {self.option} elsewhere"
+                f"{one_line(self.path)}: is no journal of an unfinished run; delete it or write {self.option} elsewhere"
             ) from None
         if differences:
             raise TaskError(
-                f"{self.path}: is of an unfinished run with {differences[0]}; "
+                f"{one_line(self.path)}: is of an unfinished run with {differences[0]}; "
                 f"delete it or write {self.option} to another file"
             )
         if whole != data:
@@ -85,7 +84,7 @@ class Journal(Generic[R]):
             self.path.unlink(missing_ok=True)
         elif isinstance(error, WriteError) and self.records:
             raise WriteError(
-                f"{error}; what was measured is kept in {self.path}, the same command goes on from there"
+                f"{error}; what was measured is kept in {one_line(self.path)}, the same command goes on from there"
             ) from error
 
     def add(self, record: R) -> None:
@@ -107,4 +106,4 @@ def _differences(theirs: Any, ours: dict[str, Any], prefix: str = "") -> Iterato
         if isinstance(value, dict) and isinstance(their, dict):
             yield from _differences(their, value, f"{prefix}{key}.")
         elif their != value:
-            yield f"{prefix}{key} {reprlib.repr(their)}, this one has {reprlib.repr(value)}"
+            yield f"{prefix}{key} {short(their)}, this one has {short(value)}"

@@ -8,7 +8,6 @@ Importing this module registers the model with lm-eval; lm-eval itself scans no 
 
 import copy
 import os
-import reprlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,11 +27,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sparse_patch.config import ConfigSource, PatchConfig, load_config
-from sparse_patch.errors import ConfigError, SparsePatchError, TaskError
+from sparse_patch.errors import ConfigError, SparsePatchError, TaskError, short
 from sparse_patch.evaluation.generation import check_config, loading
-from sparse_patch.files import WriteError, check_writable
 from sparse_patch.patching import is_patched, patch_model, sparsity_report, transformers_model, uncounted
 from sparse_patch.report import SparsityReport, merged
+from sparse_patch.writing import WriteError, check_writable
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 _LOGITS_BYTES = 256 * 2**20  # of logits that are held at once
@@ -143,7 +142,7 @@ class SparseLM(HFLM):
             raise _refused(name, f"generation_kwargs: {error}") from None
         until = settings.get("until", [])
         if not all(isinstance(text, str) for text in (until if isinstance(until, list) else [until])):
-            raise _refused(name, f"until: expected texts, got {reprlib.repr(until)}; leave it out for none")
+            raise _refused(name, f"until: expected texts, got {short(until)}; leave it out for none")
         if asked < 1:
             raise _refused(name, f"asks for {asked} new tokens; ask for 1 or more: --gen_kwargs max_gen_toks=1")
         if asked >= self.max_length:
@@ -190,7 +189,7 @@ class SparseLM(HFLM):
         self, requests: list[Tokens], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         for texts, context, continuation in requests:
-            name = f"the request {texts[0][:40]!r}" if texts else "a window"
+            name = f"the request {short(texts[0])}" if texts else "a window"
             for part, tokens in (("context", context), ("continuation", continuation)):
                 if not tokens:
                     raise _refused(name, f"its {part} has no tokens; give it a text, or leave the request out")

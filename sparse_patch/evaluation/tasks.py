@@ -31,7 +31,7 @@ from sparse_patch.evaluation.prompts import (
     hide,
     token_counter,
 )
-from sparse_patch.files import write_file
+from sparse_patch.writing import write_file
 
 Kind = Literal["numbers", "words", "uuids"]
 Hay = Literal["noise", "text", "needles"]

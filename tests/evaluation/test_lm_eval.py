@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from sparse_patch import ConfigError, SparsePatchError, TaskError, patch_model, sparsity_report
 from sparse_patch.evaluation.lm_eval import TASKS, SparseLM, _answering, _Read, _results_in, main
 from sparse_patch.evaluation.tasks import TASKS as OFFLINE
-from sparse_patch.files import WriteError
 from sparse_patch.patching import is_patched
+from sparse_patch.writing import WriteError
 
 SPARSE = {"prefill": {"method": "flexprefill", "block_size": 32, "min_budget": 64, "min_length": 256, "gamma": 0.6}}
 

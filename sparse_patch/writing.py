@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_patch.errors import SparsePatchError
+from sparse_patch.errors import SparsePatchError, one_line
 
 _SUFFIX = ".tmp"
 _FAULTS = (OSError, ValueError, RuntimeError)  # the last two for a path with a NUL or a circle of links
@@ -30,14 +30,14 @@ def check_writable(*paths: Path | None) -> None:
             try:
                 targets.append(_checked(path, targets))
             except _FAULTS as error:
-                raise WriteError(f"{path}: cannot be written: {_reason(error)}") from None
+                raise WriteError(f"{one_line(path)}: cannot be written: {_reason(error)}") from None
 
 
 def _checked(path: Path, others: Sequence[Path]) -> Path:
     """Where a path leads; see `check_writable`."""
     target = _target(path)
     if not target.parent.is_dir():
-        raise ValueError(f"{target.parent} is not a folder")
+        raise ValueError(f"{one_line(target.parent)} is not a folder")
     if target.is_dir():
         raise ValueError("it is a folder")
     if target.exists() and not os.access(target, os.W_OK):
@@ -66,7 +66,7 @@ def write_file(path: Path, content: str | bytes) -> None:
         else:
             target.write_bytes(data)
     except _FAULTS as error:
-        raise WriteError(f"{path}: cannot be written: {_reason(error)}") from error
+        raise WriteError(f"{one_line(path)}: cannot be written: {_reason(error)}") from error
 
 
 def append_file(path: Path, text: str) -> None:
@@ -85,7 +85,7 @@ def append_file(path: Path, text: str) -> None:
                 file.truncate(before)
                 raise
     except _FAULTS as error:
-        raise WriteError(f"{path}: cannot be written: {_reason(error)}") from error
+        raise WriteError(f"{one_line(path)}: cannot be written: {_reason(error)}") from error
 
 
 def _replace(target: Path, data: bytes) -> None:
