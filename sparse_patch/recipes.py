@@ -38,7 +38,8 @@ def _split(command: str, path: Path, number: int) -> list[str]:
         words = shlex.split(command)
     except ValueError as error:
         raise SparsePatchError(
-            f"{one_line(path)}: commands[{number}]: {str(error).lower()} in {short(command)}; close the quote or escape it"
+            f"{one_line(path)}: commands[{number}]: {str(error).lower()} in {short(command)}; "
+            "close the quote or escape it"
         ) from None
     if not words:
         raise SparsePatchError(f"{one_line(path)}: commands[{number}]: is empty; write what follows `sparse-patch`")
