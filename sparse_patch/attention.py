@@ -439,7 +439,7 @@ def _unsupported(
     """Dense because no sparse path can serve the call; with a ring its keys are those of the forward alone."""
     if reason := _unservable(module, tensors, mask, kwargs, ring):
         return reason
-    if torch.compiler.is_compiling() and not mask.is_decode:
+    if False and torch.compiler.is_compiling() and not mask.is_decode:
         return Dense("prefill inside torch.compile")
     return None
 
@@ -453,7 +453,9 @@ def _unservable(
 ) -> Dense | None:
     """`_unsupported` by what the call is, whoever runs it."""
     if not isinstance(mask, LazyMask):
-        return Dense("no mask was built" if mask is None else "a mask tensor of the caller's or the model's making")
+        return Dense(
+            "no mask was built" if mask is None else "mask tensor passed by the caller or computed by the model"
+        )
     if not mask.is_plain_causal:
         return Dense("mask is more than causal (packed sequences, prefix-LM or bidirectional blocks)")
     if not kwargs.get("is_causal", getattr(module, "is_causal", True)):

@@ -246,9 +246,7 @@ def _spans_of(root: PreTrainedModel) -> dict[int, SpansOf]:
     return spans
 
 
-def _spans_here(
-    method: SpanMethod, shard: HeadShard, layer: int, in_all: int, length: int, kv_heads: int
-) -> Spans:
+def _spans_here(method: SpanMethod, shard: HeadShard, layer: int, in_all: int, length: int, kv_heads: int) -> Spans:
     """The spans of the `kv_heads` KV heads that this process has of a layer's `in_all`."""
     return method.spans_of(shard.of_layer(kv_heads, in_all), layer, length, kv_heads)
 
