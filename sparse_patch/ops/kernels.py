@@ -84,11 +84,29 @@ def gpu(device: torch.device) -> tuple[int, tuple[int, int]]:
     return properties.multi_processor_count, (properties.major, properties.minor)
 
 
-def copyable(x: torch.Tensor) -> torch.Tensor:
-    """Keys or values that a tensor descriptor can describe: rows in one piece, steps of 16 bytes."""
+def rows_in_one_piece(x: torch.Tensor) -> torch.Tensor:
+    """A tensor whose last stride is 1: itself, or a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def is_copyable(x: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can describe a tensor: rows in one piece, steps of 16 bytes from such a step on."""
     step = 16 // x.element_size()
-    fits = x.stride(-1) == 1 and all(stride % step == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
-    return x if fits else x.contiguous()
+    return x.stride(-1) == 1 and all(stride % step == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+
+
+def copyable(x: torch.Tensor) -> torch.Tensor:
+    """A tensor that a tensor descriptor can describe: itself, or a copy with room behind each row."""
+    if is_copyable(x):
+        return x
+    step = 16 // x.element_size()
+    room = x.new_empty(*x.shape[:-1], -(-x.shape[-1] // step) * step)
+    return room[..., : x.shape[-1]].copy_(x)
+
+
+def by_row(numbers: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:
+    """Numbers of the rows, `[B]`, one after the other; `instead`, of which nothing is read, if there are none."""
+    return instead if numbers is None else numbers.contiguous()
 
 
 def attention_outputs(
