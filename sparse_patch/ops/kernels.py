@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.ops.alignment import STEP, is_aligned
+
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
 LOG2_E = 1.4426950408889634  # brings logits to log2 units, in which an exponential is one instruction
@@ -89,18 +91,12 @@ def rows_in_one_piece(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def is_copyable(x: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can describe a tensor: rows in one piece, steps of 16 bytes from such a step on."""
-    step = 16 // x.element_size()
-    return x.stride(-1) == 1 and all(stride % step == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
-
-
 def copyable(x: torch.Tensor) -> torch.Tensor:
     """A tensor that a tensor descriptor can describe: itself, or a copy with room behind each row."""
-    if is_copyable(x):
+    if is_aligned(x):
         return x
-    step = 16 // x.element_size()
-    room = x.new_empty(*x.shape[:-1], -(-x.shape[-1] // step) * step)
+    steps = STEP // x.element_size()
+    room = x.new_empty(*x.shape[:-1], -(-x.shape[-1] // steps) * steps)
     return room[..., : x.shape[-1]].copy_(x)
 
 
