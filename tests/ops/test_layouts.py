@@ -6,6 +6,8 @@ give what it gives for contiguous copies in the plainest backend that it has.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from sparse_patch.calibration.moa.influence import BLOCK, influence_in_torch
 from sparse_patch.calibration.moa.influence_triton import partial_influence
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops import block_sparse, compact, dense, page_decode, span, span_ring, token_blocks, top_pages
+from sparse_patch.ops import block_sparse, dense, page_decode, span, span_ring, token_blocks
 from sparse_patch.ops.antidiagonal import block_masses
 from sparse_patch.ops.block_means import torch as means_in_torch
 from sparse_patch.ops.block_means import triton as means_in_triton
@@ -24,7 +26,6 @@ from sparse_patch.ops.compact import triton as compact_in_triton
 from sparse_patch.ops.compressed_keys import BlockRule
 from sparse_patch.ops.compressed_keys import torch as blocks_in_torch
 from sparse_patch.ops.compressed_keys import triton as blocks_in_triton
-from sparse_patch.ops.compressed_keys.triton.prompt import choose_token_blocks
 from sparse_patch.ops.kernels import copyable
 from sparse_patch.ops.lines import LineRule, QueryAware
 from sparse_patch.ops.lines import torch as lines_in_torch
@@ -86,6 +87,7 @@ class Op:
         together: names of tensors of which none makes sense without the others.
         written: names of those that it writes, which cannot be expanded.
         tolerance: of results with float32 tensors; with float16 a hundred times as much.
+        slow: whether it takes Triton's interpreter a second, so that fewer layouts are tried.
     """
 
     make: Callable[[Size], Tensors]
@@ -95,20 +97,21 @@ class Op:
     together: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
     tolerance: float = 2e-5
+    slow: bool = False
 
 
 def as_call(x: Tensors) -> AttentionCall:
     missing = x["q"]  # of ops that read no values, or no keys
     k = x.get("k", missing)
     q_start = k.shape[2] - x["q"].shape[2]
-    return AttentionCall(x["q"], k, x.get("v", k), 0.3, 0, "prefill", q_start, x.get("kv_start"))
+    return AttentionCall(x["q"], k, x.get("v", k), x["q"].shape[-1] ** -0.5, 0, "prefill", q_start, x.get("kv_start"))
 
 
 def without(x: Tensors, *names: str) -> Tensors:
     return {name: tensor for name, tensor in x.items() if name not in names}
 
 
-def either(backend: str, triton: object, torch: object) -> object:
+def either(backend: str, triton: Any, torch: Any) -> Any:
     return triton if backend == "triton" else torch
 
 
@@ -136,19 +139,22 @@ def run_block_sparse(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     return out, lse
 
 
+TILE = 8  # queries of a list
+
+
 def make_token_blocks(size: Size) -> Tensors:
-    x = size.call(150, 6)
+    x = size.call(150, 6, heads=(2, 1))
     grid = BlockGrid.of(as_call(x), 64)
-    chosen = torch.zeros(size.batch, 2, grid.num_query_blocks, 64, grid.num_key_blocks, dtype=torch.bool)
+    chosen = torch.zeros(size.batch, 1, grid.num_query_blocks, 64, grid.num_key_blocks, dtype=torch.bool)
     chosen[..., 1] = grid.query_block_ids[:, None, :, None] > 1
     chosen &= torch.rand(chosen.shape) < 0.5
-    entries, counts = TokenBlockPlan.packed(chosen, grid.query_is_real, 4)
+    entries, counts = TokenBlockPlan.packed(chosen, grid.query_is_real, TILE)
     return {**x, "entries": entries, "counts": counts}
 
 
 def run_token_blocks(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     call = as_call(x)
-    plan = TokenBlockPlan(x["entries"], x["counts"], BlockGrid.of(call, 64), 4, call.q.shape[1], 1, 0, 0)
+    plan = TokenBlockPlan(x["entries"], x["counts"], BlockGrid.of(call, 64), TILE, call.q.shape[1], 1, 0, 0)
     out, lse = token_blocks.attend(call, plan, backend, return_lse=True)
     assert lse is not None
     return out, lse
@@ -229,7 +235,7 @@ ATTENTION = {
 
 def run_profiles(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     of_backend = either(backend, profiles_in_triton, profiles_in_torch)
-    by_key, by_distance = of_backend.last_query_profiles(as_call(x), 16)  # type: ignore[attr-defined]
+    by_key, by_distance = of_backend.last_query_profiles(as_call(x), 16)
     return by_key, by_distance
 
 
@@ -239,12 +245,9 @@ def make_lines(size: Size) -> Tensors:
 
 def run_lines(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     call, of_backend = as_call(x), either(backend, lines_in_triton, lines_in_torch)
-    found: list[Tensor] = []
-    for reach in (True, False):
-        rule = LineRule(gamma=0.6, tau=0.5, min_blocks=1, max_blocks=None, reach=reach)
-        lines = of_backend.choose_lines(call, BlockGrid.of(call, 16), x["mean_k"], rule)  # type: ignore[attr-defined]
-        found += lines
-    return tuple(found)
+    rule = LineRule(gamma=0.6, tau=0.5, min_blocks=1, max_blocks=None, reach=True)
+    verticals, slashes, aware = of_backend.choose_lines(call, BlockGrid.of(call, 16), x["mean_k"], rule)
+    return verticals, slashes, aware
 
 
 def make_plan_of_lines(size: Size) -> Tensors:
@@ -254,16 +257,8 @@ def make_plan_of_lines(size: Size) -> Tensors:
 
 def run_plan_of_lines(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     call, of_backend = as_call(x), either(backend, lines_in_triton, lines_in_torch)
-    plans = [
-        of_backend.plan_of_lines(  # type: ignore[attr-defined]
-            x["verticals"],
-            x["slashes"],
-            QueryAware(x["heads"], call, x["mean_k"], 0.7, each_row, None),
-            BlockGrid.of(call, 16),
-        )
-        for each_row in (True, False)
-    ]
-    return tuple(plan.blocks() for plan in plans)
+    aware = QueryAware(x["heads"], call, x["mean_k"], 0.7, False, None)
+    return (of_backend.plan_of_lines(x["verticals"], x["slashes"], aware, BlockGrid.of(call, 16)).blocks(),)
 
 
 def make_mass(size: Size) -> Tensors:
@@ -272,16 +267,16 @@ def make_mass(size: Size) -> Tensors:
 
 def run_tokens_within(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     of_backend = either(backend, lines_in_triton, lines_in_torch)
-    return (of_backend.tokens_within(x["mass"], 0.8),)  # type: ignore[attr-defined]
+    return (of_backend.tokens_within(x["mass"], 0.8),)
 
 
 def run_means(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     of_backend, grid = either(backend, means_in_triton, means_in_torch), BlockGrid.of(as_call(x), 16)
     return (
-        of_backend.key_means(x["k"], grid),  # type: ignore[attr-defined]
-        of_backend.query_means(x["q"], grid),  # type: ignore[attr-defined]
-        *of_backend.query_means_and_similarities(x["q"], grid),  # type: ignore[attr-defined]
-        of_backend.key_similarities(x["k"], grid, x["center"]),  # type: ignore[attr-defined]
+        of_backend.key_means(x["k"], grid),
+        of_backend.query_means(x["q"], grid),
+        *of_backend.query_means_and_similarities(x["q"], grid),
+        of_backend.key_similarities(x["k"], grid, x["center"]),
     )
 
 
@@ -291,16 +286,14 @@ def run_antidiagonal(x: Tensors, backend: str) -> tuple[Tensor, ...]:
 
 
 def make_compressed(size: Size) -> Tensors:
-    keys = {name: size.rand(size.batch, 2, number, size.dims[0]) for name, number in (("k1", 16), ("k2", 4))}
-    return {**size.call(270, 4), **keys}
+    keys = {name: size.rand(size.batch, 1, number, size.dims[0]) for name, number in (("k1", 16), ("k2", 4))}
+    return {**without(size.call(270, 4, heads=(2, 1)), "v"), **keys}
 
 
 def run_compressed(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     call, of_backend = as_call(x), either(backend, blocks_in_triton, blocks_in_torch)
     rule = BlockRule(init_blocks=0, local_blocks=1, dense_blocks=0, chosen=2)
-    entries, counts = of_backend.choose(  # type: ignore[attr-defined]
-        call, x["k1"], x["k2"], rule, BlockGrid.of(call, 64), 8
-    )
+    entries, counts = of_backend.choose(call, x["k1"], x["k2"], rule, BlockGrid.of(call, 64), 8)
     return entries * leading(entries, counts), counts
 
 
@@ -310,9 +303,7 @@ def make_of_pages(size: Size) -> Tensors:
 
 def run_block_scores(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     of_backend = either(backend, blocks_in_triton, blocks_in_torch)
-    scores = of_backend.block_scores(  # type: ignore[attr-defined]
-        x["of_pages"], x["lengths"], 2, 0.3, None, BlockRule(1, 1, 0, 2)
-    )
+    scores = of_backend.block_scores(x["of_pages"], x["lengths"], 2, 0.3, None, BlockRule(1, 1, 0, 2))
     return (scores,)
 
 
@@ -323,7 +314,7 @@ def make_page_scores(size: Size) -> Tensors:
 
 def run_page_scores(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     of_backend = either(backend, page_scores_in_triton, page_scores_in_torch)
-    return (of_backend.page_scores(x["logits"], x["lse"], x["lengths"], 8),)  # type: ignore[attr-defined]
+    return (of_backend.page_scores(x["logits"], x["lse"], x["lengths"], 8),)
 
 
 def make_statistics(size: Size) -> Tensors:
@@ -333,13 +324,13 @@ def make_statistics(size: Size) -> Tensors:
 
 def run_bounds(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     of_backend = either(backend, statistics_in_triton, statistics_in_torch)
-    of_backend.refresh(as_call(x), [x["low"], x["high"]], 9, 8, 0)  # type: ignore[attr-defined]
+    of_backend.refresh(as_call(x), [x["low"], x["high"]], 9, 8, 0)
     return x["low"], x["high"]
 
 
 def run_page_means(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     of_backend = either(backend, statistics_in_triton, statistics_in_torch)
-    of_backend.refresh(as_call(x), [x["low"]], 9, 8, 4)  # type: ignore[attr-defined]
+    of_backend.refresh(as_call(x), [x["low"]], 9, 8, 4)
     return (x["low"],)
 
 
@@ -351,14 +342,14 @@ def make_statistics_scores(size: Size) -> Tensors:
 def run_statistics_scores(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     of_backend = either(backend, statistics_in_triton, statistics_in_torch)
     return (
-        of_backend.bound_scores(x["q"], x["low"], x["high"], x["lengths"], 8),  # type: ignore[attr-defined]
-        of_backend.mean_scores(x["q"], x["low"], x["lengths"], 8),  # type: ignore[attr-defined]
+        of_backend.bound_scores(x["q"], x["low"], x["high"], x["lengths"], 8),
+        of_backend.mean_scores(x["q"], x["low"], x["lengths"], 8),
     )
 
 
 def make_decisions(size: Size) -> Tensors:
     tau = torch.tensor([0.004, 0.01])
-    return {**without(size.call(230, 20), "v"), "tau": tau}
+    return {**without(size.call(230, 20, heads=(2, 1)), "v"), "tau": tau}
 
 
 def run_decisions(x: Tensors, backend: str) -> tuple[Tensor, ...]:
@@ -366,22 +357,20 @@ def run_decisions(x: Tensors, backend: str) -> tuple[Tensor, ...]:
 
 
 def make_kernels_of_scores(size: Size) -> Tensors:
-    means = (size.rand(size.batch, heads, size.dims[0]) * 0.1 for heads in (2, 2))
+    means = (size.rand(size.batch, heads, size.dims[0]) * 0.1 for heads in (1, 2))
     return {**make_decisions(size), **dict(zip(("mean_k", "mean_q"), means, strict=True))}
 
 
 def run_kernels_of_scores(x: Tensors, backend: str) -> tuple[Tensor, ...]:
-    call = as_call(x)
-    number = BlockGrid.of(call, 64).num_query_blocks
-    of_keys = quantise_keys(x["k"], x["mean_k"], x["mean_q"], x["kv_start"], 7)
-    means = x["mean_k"], x["mean_q"]
-    words = decide_blocks(x["q"], x["k"], *of_keys, *means, x["tau"], x["kv_start"], 0.3, 0.0, call.q_start, 32, number, 1)
-    return *of_keys, words
+    call, of_rows, means = as_call(x), x["kv_start"], (x["mean_k"], x["mean_q"])
+    of_keys = quantise_keys(x["k"], *means, of_rows, 7)
+    settings = of_rows, call.scale, 0.0, call.q_start, 32, BlockGrid.of(call, 64).num_query_blocks, 1
+    return *of_keys, decide_blocks(x["q"], x["k"], *of_keys, *means, x["tau"], *settings)
 
 
 def run_top_pages(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     of_backend = either(backend, pages_in_triton, pages_in_torch)
-    pages, counts = of_backend.top_pages(x["scores"], x["limits"], 5)  # type: ignore[attr-defined]
+    pages, counts = of_backend.top_pages(x["scores"], x["limits"], 5)
     return pages * leading(pages, counts), counts
 
 
@@ -392,7 +381,7 @@ def make_marks(size: Size) -> Tensors:
 
 def run_compact(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     of_backend = either(backend, compact_in_triton, compact_in_torch)
-    lists, counts = of_backend.compact(x["marked"], x["values"])  # type: ignore[attr-defined]
+    lists, counts = of_backend.compact(x["marked"], x["values"])
     return lists * leading(lists, counts), counts
 
 
@@ -403,7 +392,7 @@ def make_influence(size: Size) -> Tensors:
 
 
 def run_influence(x: Tensors, backend: str) -> tuple[Tensor, ...]:
-    arguments = x["q"], x["k"], x["v"], x["out"], x["grad"], 0.3
+    arguments = x["q"], x["k"], x["v"], x["out"], x["grad"], x["q"].shape[-1] ** -0.5
     if backend == "torch":
         found = influence_in_torch(*arguments)
         return found.sink, found.moa, found.set
@@ -413,21 +402,21 @@ def run_influence(x: Tensors, backend: str) -> tuple[Tensor, ...]:
 STORED = ("low", "high")
 SELECTION = {
     "profiles": Op(lambda size: without(size.call(40, 20), "v"), run_profiles),
-    "lines": Op(make_lines, run_lines),
-    "plan of lines": Op(make_plan_of_lines, run_plan_of_lines),
-    "tokens within": Op(make_mass, run_tokens_within),
+    "lines": Op(make_lines, run_lines, slow=True),
+    "plan of lines": Op(make_plan_of_lines, run_plan_of_lines, slow=True),
+    "tokens within": Op(make_mass, run_tokens_within, slow=True),
     "means": Op(
         lambda size: {**without(size.call(40, 20), "v"), "center": torch.randn(size.batch, 2, size.dims[0])}, run_means
     ),
     "antidiagonal": Op(lambda size: without(size.call(40, 20), "v"), run_antidiagonal),
-    "compressed keys": Op(make_compressed, run_compressed),
+    "compressed keys": Op(make_compressed, run_compressed, slow=True),
     "block scores": Op(make_of_pages, run_block_scores),
     "page scores": Op(make_page_scores, run_page_scores),
     "page bounds": Op(make_statistics, run_bounds, written=STORED),
     "page means": Op(lambda size: without(make_statistics(size), "high"), run_page_means, written=STORED),
     "statistics' scores": Op(make_statistics_scores, run_statistics_scores),
-    "decisions": Op(make_decisions, run_decisions, ("triton",), "reference"),
-    "decisions' kernels": Op(make_kernels_of_scores, run_kernels_of_scores, ("triton",), "triton"),
+    "decisions": Op(make_decisions, run_decisions, ("torch",)),
+    "decisions' kernels": Op(make_kernels_of_scores, run_kernels_of_scores, ("triton",), "triton", slow=True),
     "top pages": Op(
         lambda size: {
             "scores": torch.randn(size.batch, 2, 20),
@@ -462,8 +451,8 @@ def last_first(x: Tensor) -> Tensor:
 
 
 def expanded(x: Tensor) -> Tensor:
-    """All heads, or of what has none all rows, are one in memory."""
-    dim = min(1, x.ndim - 1)
+    """All heads, or all rows if there is one head, are one in memory."""
+    dim = 1 if x.ndim > 1 and x.shape[1] > 1 else 0
     return x.narrow(dim, 0, 1).expand_as(x)
 
 
@@ -495,46 +484,113 @@ def plain(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def agree(op: Op, backend: str, given: Tensors, dtype: torch.dtype = torch.float32) -> None:
+Layout = Callable[[Tensor], Tensor]
+
+
+def made(name: str, size: Size, layouts: dict[str, Layout]) -> Tensors:
+    """The tensors of an op, always the same numbers; those that no layout is named for are contiguous."""
+    torch.manual_seed(0)
+    return {key: layouts.get(key, plain)(plain(x)) for key, x in OPS[name].make(size).items()}
+
+
+@cache
+def right(name: str, size: Size, alike: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """What is right for contiguous tensors; the heads of some are `alike`."""
+    given = made(name, size, dict.fromkeys(alike, expanded))
+    results = OPS[name].run({key: plain(x) for key, x in given.items()}, OPS[name].right)
+    assert any(x.any() for x in results), "nothing to see"
+    return results
+
+
+def agree(name: str, backend: str, size: Size, layouts: dict[str, Layout]) -> None:
     """What an op makes of tensors is what its plainest backend makes of contiguous copies."""
-    expected = op.run({name: plain(x) for name, x in given.items()}, op.right)
-    assert any(x.any() for x in expected), "nothing to see"
-    tolerance = op.tolerance * (1 if dtype == torch.float32 else 100)
-    for ours, theirs in zip(op.run(given, backend), expected, strict=True):
+    alike = tuple(key for key, layout in layouts.items() if layout is expanded)
+    results = OPS[name].run(made(name, size, layouts), backend)
+    tolerance = OPS[name].tolerance * (1 if size.dtype == torch.float32 else 100)
+    for ours, theirs in zip(results, right(name, size, alike), strict=True):
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
-def names_of(op: Op) -> list[tuple[str, ...]]:
+def alone(op: Op) -> list[tuple[str, ...]]:
     """The tensors of an op, each alone but those that make sense only together."""
-    alone = [(name,) for name in op.make(Size()) if name not in op.together]
-    return [*alone, op.together] if op.together else alone
+    each = [(name,) for name in op.make(Size()) if name not in op.together]
+    return [*each, op.together] if op.together else each
 
 
 ONE_AT_A_TIME = [
     pytest.param(name, backend, tensors, layout, id=f"{name}-{backend}-{'+'.join(tensors)}-{layout.__name__}")
     for name, op in OPS.items()
     for backend in op.backends
-    for tensors in names_of(op)
-    for layout in (spread, expanded, odd)
-    if layout is not expanded or not set(tensors) & set(op.written)
+    for tensors in alone(op)
+    for layout in ((spread,) if op.slow else (spread, expanded))
+    if layout is spread or not set(tensors) & set(op.written)
 ]
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name, backend, tensors, layout", ONE_AT_A_TIME)
-def test_one_tensor_anywhere(
-    name: str, backend: str, tensors: tuple[str, ...], layout: Callable[[Tensor], Tensor]
-) -> None:
-    op = OPS[name]
-    agree(op, backend, {key: layout(x) if key in tensors else plain(x) for key, x in op.make(Size()).items()})
+def test_one_tensor_anywhere(name: str, backend: str, tensors: tuple[str, ...], layout: Layout) -> None:
+    agree(name, backend, Size(), dict.fromkeys(tensors, layout))
 
 
-ALL_AT_ONCE = [(name, backend) for name, op in OPS.items() for backend in op.backends]
+ALL_AT_ONCE = [
+    pytest.param(name, backend, layout, id=f"{name}-{backend}-{layout.__name__}")
+    for name, op in OPS.items()
+    for backend in op.backends
+    for layout in ((odd, single) if op.slow else (odd, single, shifted, last_first, reversed_dims))
+]
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("layout", [last_first, reversed_dims, shifted, single])
-@pytest.mark.parametrize("name, backend", ALL_AT_ONCE)
-def test_all_tensors_anywhere(name: str, backend: str, layout: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("name, backend, layout", ALL_AT_ONCE)
+def test_all_tensors_anywhere(name: str, backend: str, layout: Layout) -> None:
     size = Size(batch=1 if layout is single else 2)
-    agree(OPS[name], backend, {key: layout(plain(x)) for key, x in OPS[name].make(size).items()})
+    agree(name, backend, size, dict.fromkeys(OPS[name].make(size), layout))
+
+
+# Head dims of queries and keys, and of values, that fill no tile, no 16 bytes, or all that the kernels serve.
+DIMS = [(20, 36), (50, 100), (66, 72), (100, 50), (160, 192), (256, 20)]
+HAVE_DIMS = [name for name, op in OPS.items() if "q" in op.make(Size()) and not op.slow]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize("name", [name for name in HAVE_DIMS if name in ATTENTION])
+def test_any_head_dim(name: str, dims: tuple[int, int]) -> None:
+    agree(name, OPS[name].backends[0], Size(dims=dims, dtype=torch.float16), {})
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("head_dim", [20, 66, 100, 160])
+@pytest.mark.parametrize("name", [name for name in HAVE_DIMS if name in SELECTION])
+def test_any_head_dim_of_a_selection(name: str, head_dim: int) -> None:
+    agree(name, OPS[name].backends[0], Size(dims=(head_dim, 36)), {})
+
+
+def test_a_descriptor_gets_what_it_can_describe() -> None:
+    """Rows of whole steps of 16 bytes are taken as they are; all others are copied into rows that are."""
+    fits = torch.randn(2, 3, 5, 24, dtype=torch.float16)
+    for x in (fits, fits[:, :2, 1:4], fits.transpose(1, 2), fits[..., 8:20], expanded(fits)):
+        assert copyable(x) is x
+    for x in (fits[..., :20].contiguous(), spread(fits), last_first(fits), odd(fits), shifted(fits), single(fits[:1])):
+        copied = copyable(x)
+        assert torch.equal(copied, x) and copied.data_ptr() != x.data_ptr()
+        assert copied.data_ptr() % 16 == 0 and copied.stride(-1) == 1
+        assert all(stride % 8 == 0 for stride in copied.stride()[:-1])
+
+
+@pytest.mark.parametrize("layout", [plain, odd])
+def test_fakes_know_the_results_of_any_layout(layout: Layout) -> None:
+    """What torch.compile plans with has the shapes, dtypes and strides of what it gets."""
+    size = Size(dims=(20, 12), dtype=torch.float16)
+    x = made("block_sparse", size, dict.fromkeys(("q", "k", "v"), layout))
+    lists = x["indices"], x["counts"], x["columns"], x["column_counts"], x["kv_start"]
+    check(block_sparse_attention, x["q"], x["k"], x["v"], *lists, 0.3, 0.0, 16, 18, None, True)
+    check(span_attention, x["q"], x["k"], x["v"], x["kv_start"], None, [2, 0], [9, 0, 0, 9] * 2, 0.3, 0.0, False)
+    x = made("token_blocks", size, dict.fromkeys(("q", "k", "v"), layout))
+    lists = x["entries"], x["counts"], x["kv_start"]
+    check(token_block_attention, x["q"], x["k"], x["v"], *lists, 0.3, 0.0, 64, TILE, 1, 0, 0, 144, True)
+
+
+def check(launch: Any, *arguments: object) -> None:
+    torch.library.opcheck(launch.op, arguments, test_utils="test_faketensor")
