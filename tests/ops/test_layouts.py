@@ -56,11 +56,13 @@ class Size:
         batch: rows; of two, the second has 3 tokens of padding.
         dims: head dim of queries and keys, and of values.
         dtype: of queries, keys and values.
+        device: where the op runs; what is right is computed on the CPU.
     """
 
     batch: int = 2
     dims: tuple[int, int] = (16, 8)
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
     def rand(self, *shape: int) -> Tensor:
         return torch.randn(*shape).to(self.dtype)
@@ -174,7 +176,7 @@ def run_page_decode(x: Tensors, backend: str) -> tuple[Tensor, ...]:
 
 
 def run_every_page(x: Tensors, backend: str) -> tuple[Tensor, ...]:
-    call = replace(as_call(x), phase="decode", kv_end=torch.tensor(30))
+    call = replace(as_call(x), phase="decode", kv_end=torch.tensor(30, device=x["q"].device))
     out, lse, logits = page_decode.attend(call, PagePlan.every(call, wants_logits=True), backend)
     assert lse is not None and logits is not None
     return out, lse, logits[:, :, :27]  # what all rows have
@@ -490,7 +492,7 @@ Layout = Callable[[Tensor], Tensor]
 def made(name: str, size: Size, layouts: dict[str, Layout]) -> Tensors:
     """The tensors of an op, always the same numbers; those that no layout is named for are contiguous."""
     torch.manual_seed(0)
-    return {key: layouts.get(key, plain)(plain(x)) for key, x in OPS[name].make(size).items()}
+    return {key: layouts.get(key, plain)(plain(x).to(size.device)) for key, x in OPS[name].make(size).items()}
 
 
 @cache
@@ -505,9 +507,9 @@ def right(name: str, size: Size, alike: tuple[str, ...]) -> tuple[Tensor, ...]:
 def agree(name: str, backend: str, size: Size, layouts: dict[str, Layout]) -> None:
     """What an op makes of tensors is what its plainest backend makes of contiguous copies."""
     alike = tuple(key for key, layout in layouts.items() if layout is expanded)
-    results = OPS[name].run(made(name, size, layouts), backend)
+    results = (x.cpu() for x in OPS[name].run(made(name, size, layouts), backend))
     tolerance = OPS[name].tolerance * (1 if size.dtype == torch.float32 else 100)
-    for ours, theirs in zip(results, right(name, size, alike), strict=True):
+    for ours, theirs in zip(results, right(name, replace(size, device="cpu"), alike), strict=True):
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
