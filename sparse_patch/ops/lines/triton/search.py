@@ -11,7 +11,7 @@ import triton.language as tl
 
 def tokens_within(mass: torch.Tensor, gamma: float) -> torch.Tensor:
     """1 + how many of the largest entries of `mass` `[..., n]`, all in [0, 2), have a sum of at most `gamma`, int64."""
-    rows = mass.reshape(-1, mass.shape[-1])
+    rows = mass.reshape(-1, mass.shape[-1]).contiguous()
     counts = torch.empty(len(rows), dtype=torch.int64, device=mass.device)
     block = min(16384, triton.next_power_of_2(rows.shape[1]))
     _count_kernel[(len(rows),)](rows, counts, gamma, rows.shape[1], BLOCK=block, num_warps=max(4, block // 512))
