@@ -56,7 +56,8 @@ def _operator(name: str) -> Any:
 
 
 _BINARY = ("add", "sub", "mul", "truediv", "and", "or", "xor")
-_COMPARED = ("__lt__", "__le__", "__gt__", "__ge__")
+_COMPARED = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
+TensorInWaiting.__hash__ = object.__hash__  # type: ignore[method-assign]
 for _name in (*(f"__{r}{name}__" for name in _BINARY for r in ("", "r")), *_COMPARED, "__neg__", "__invert__"):
     setattr(TensorInWaiting, _name, _operator(_name))
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, query_blocks_of_row, softcap_logits
 from sparse_patch.ops.lines.rules import QueryAware
-from sparse_patch.ops.lines.triton.search import search
+from sparse_patch.ops.lines.triton.search import search, warps_of
 from sparse_patch.ops.slices import slices
 from sparse_patch.plans import BlockGrid
 
@@ -131,7 +131,7 @@ def _find_floors(cut: PooledCut, part: slice) -> None:
         LIMITED=aware.max_blocks is not None,
         SIDE=grid.block_size,
         BLOCK=block,
-        num_warps=max(4, block // 512),
+        num_warps=warps_of(block),
     )
 
 
