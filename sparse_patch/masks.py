@@ -73,6 +73,7 @@ class LazyMask(TensorInWaiting):
     arguments: dict[str, Any]
     forward: Forward
     parent: "tuple[LazyMask, slice] | None" = None  # the mask that this one is some query rows of
+    is_prepared: bool = False  # for a graph, see `prepare_for_a_graph`
     _built: dict[str, torch.Tensor | None] = field(default_factory=dict)
     _derived: dict[Any, "LazyMask"] = field(default_factory=dict)  # on other devices, of other query rows
 
@@ -178,10 +179,12 @@ class LazyMask(TensorInWaiting):
         return function(**{**self.arguments, "allow_is_causal_skip": False})
 
     def prepare_for_a_graph(self, implementations: Sequence[str]) -> None:
-        """Compute what a compiled forward asks for: inside the graph it would tie that to the objects of this step."""
-        for implementation in implementations:
+        """Compute what a compiled forward asks for: a graph cannot read it, or ties it to the objects of this step."""
+        for implementation in implementations if self.is_decode else ():
             self.build(implementation)
         _ = self.end_on_device, self.real_row_starts, self.tokens_before
+        if not self.is_decode:
+            _ = self.q_start
 
     @property
     def is_plain_causal(self) -> bool:
@@ -346,7 +349,8 @@ def _lazy_mask(arguments: dict[str, Any], ahead: Sequence[str]) -> LazyMask:
     if not isinstance(arguments["q_offset"], torch.Tensor):
         return LazyMask(arguments, Forward())
     # With a static cache this is the cache's own counter, which moves on before attention runs.
-    mask = LazyMask({**arguments, "q_offset": arguments["q_offset"].clone()}, Forward())
-    if mask.is_decode and not torch.compiler.is_compiling():
+    is_made_outside = not torch.compiler.is_compiling()
+    mask = LazyMask({**arguments, "q_offset": arguments["q_offset"].clone()}, Forward(), is_prepared=is_made_outside)
+    if is_made_outside:
         mask.prepare_for_a_graph(ahead)
     return mask

@@ -49,6 +49,7 @@ class PhaseCounts:
     dense_kernels: Counter[str] = field(default_factory=Counter)
     copying_calls: int = 0
     keeping_calls: int = 0
+    fallback_in_graph: str | None = None  # the last reason that a graph of torch.compile noted
 
     def add_dense(self, work: Work) -> None:
         self._add(work)
@@ -86,7 +87,7 @@ class PhaseCounts:
             density_by_head=[pairs / causal for pairs in attended] if causal and self.sparse_calls else [],
             attended=mean / queries if queries else None,
             dense=dict(self.dense),
-            fallbacks=dict(self.fallbacks),
+            fallbacks=dict(self.fallbacks + Counter([self.fallback_in_graph] if self.fallback_in_graph else [])),
             dense_kernels=dict(self.dense_kernels),
             copying_calls=self.copying_calls,
             keeping_calls=self.keeping_calls,
@@ -118,7 +119,8 @@ class PhaseReport(BaseModel):
         density_by_head: the same for each query head; empty when no call was sparse.
         attended: keys read per query token, mean over heads; None without calls.
         dense: dense calls by the configuration or by the model's design, by reason.
-        fallbacks: dense calls because the method could not serve them, by reason.
+        fallbacks: dense calls because the method could not serve them, by reason. What runs inside `torch.compile`
+            graphs counts as one call.
         dense_kernels: how many of the calls in `dense` ran on a faster kernel than the model's own, by kernel; with
             `dense: best` only.
         copying_calls: how many of `sparse_calls` read a cache that copies all its keys for every token.

@@ -10,7 +10,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparse_patch import caches, patched, sparsity_report
 from sparse_patch.attention import join_forward
-from sparse_patch.caches import CacheBytes, GrowingLayer, cache_bytes, growing_cache, memory_of
+from sparse_patch.cache_layers import GrowingLayer
+from sparse_patch.caches import CacheBytes, cache_bytes, growing_cache, memory_of
 from sparse_patch.forward import Forward
 from sparse_patch.masks import LazyMask
 from sparse_patch.patching import state_of

@@ -9,7 +9,8 @@ from families import FAMILIES, llama
 from method_table import DECODE_METHODS, SPAN_METHODS, TOKEN_METHODS, MethodCase
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
-from sparse_patch.caches import FixedLayer, GrowingLayer, adopt, growing_cache
+from sparse_patch.cache_layers import FixedLayer, GrowingLayer
+from sparse_patch.caches import adopt, growing_cache
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import PatchConfig
 from sparse_patch.methods.base import DecodeMethod, registry

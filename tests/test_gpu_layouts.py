@@ -1,4 +1,4 @@
-"""Layouts of tensors and head dims where alignment counts: what the interpreter of `ops/test_layouts.py` cannot show."""
+"""Layouts of tensors and head dims where alignment counts: what the interpreter of `test_layouts` cannot show."""
 
 from dataclasses import replace
 

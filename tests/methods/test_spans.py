@@ -29,7 +29,7 @@ from sparse_patch import (
     sparsity_report,
     unpatch_model,
 )
-from sparse_patch.caches import FixedRingLayer, GrowingLayer, RingLayer
+from sparse_patch.cache_layers import GrowingLayer
 from sparse_patch.inspection import KVBytes, inspect
 from sparse_patch.methods.base import registry
 from sparse_patch.methods.span_plans import SpanRules, duo_rules, write_span_rules
@@ -37,6 +37,7 @@ from sparse_patch.methods.spans import SpanMethod
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.ops.span import attend
 from sparse_patch.plans import Dense, GrowingWindow, SpanPlan, Window
+from sparse_patch.rings import FixedRingLayer, RingLayer
 
 LENGTH, NEW = 70, 30  # with windows of 5 to 35 tokens, rings turn in the prompt and in the answer
 SIZES = {"sink": 3, "block": 4, "min_span": 8}

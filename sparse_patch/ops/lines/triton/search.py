@@ -19,7 +19,7 @@ def tokens_within(mass: torch.Tensor, gamma: float) -> torch.Tensor:
 
 
 def warps_of(block: int) -> int:
-    """Warps of a program that holds a block of entries; a number that torch.compile knows for any length of a prompt."""
+    """Warps of a program that holds a block of entries; known to torch.compile for any length of a prompt."""
     return next((warps for warps in (32, 16, 8) if block >= 512 * warps), 4)
 
 
