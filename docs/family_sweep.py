@@ -45,12 +45,12 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from method_table import DECODE_METHODS, PREFILL_METHODS, SPAN_METHODS, TOKEN_METHODS, write_plans  # noqa: E402
-from tiny_models import VOCAB, causal_classes, tiny_models  # noqa: E402
+from tiny_models import HEADS, HIDDEN, VOCAB, causal_classes, tiny_models  # noqa: E402
 
 from sparse_patch import SparsePatchError, capture_plans, patched, sparsity_report  # noqa: E402
 from sparse_patch.methods.base import registry  # noqa: E402
 from sparse_patch.methods.layer_roles import LayeredMethod  # noqa: E402
-from sparse_patch.model_shape import ModelShape, attention_kind  # noqa: E402
+from sparse_patch.model_shape import ModelShape  # noqa: E402
 from sparse_patch.patching import versions  # noqa: E402
 from sparse_patch.plans import Dense  # noqa: E402
 from sparse_patch.report import SparsityReport  # noqa: E402
@@ -149,7 +149,7 @@ class Probe:
         """What one method does: an outcome, and the reason where it has one."""
         with TemporaryDirectory() as folder:
             try:
-                small, full = settings_of(name, self.text, Path(folder))
+                small, full = settings_of(name, self.model, Path(folder))
                 return self._outcome(small, full)
             except SparsePatchError as error:
                 return self._refusal(str(error).replace(f"{folder}/", ""))
@@ -248,7 +248,7 @@ def _where(error: BaseException) -> str:
     return f"{_said(error)} at {' in '.join(dict.fromkeys(reversed(places)))}"
 
 
-def settings_of(name: str, text: Any, folder: Path) -> tuple[Settings, Settings]:
+def settings_of(name: str, model: PreTrainedModel, folder: Path) -> tuple[Settings, Settings]:
     """Settings of a method that leave out a part of `LENGTH` tokens, and settings that keep everything."""
     if name == "dense":
         return {"both": {"method": "dense"}}, {"both": {"method": "dense"}}
@@ -262,9 +262,9 @@ def settings_of(name: str, text: Any, folder: Path) -> tuple[Settings, Settings]
     }.get(name, {})
     shared: Settings = {"layers": "all"}
     if issubclass(registry()[name], LayeredMethod):
-        shared = {"layers": {"full": [], "select": [first_full_layer(text)]}}
+        shared = {"layers": {"full": [], "select": [first_full_layer(model)]}}
     if "calibration" in case.small:
-        write_plans(folder, ModelShape.of(text, text.num_hidden_layers))
+        write_plans(folder, shape_of(model))
     phases = registry()[name].phases
     place = phases[0] if len(phases) == 1 else "both"
     made = []
@@ -274,10 +274,32 @@ def settings_of(name: str, text: Any, folder: Path) -> tuple[Settings, Settings]
     return made[0], made[1]
 
 
-def first_full_layer(text: Any) -> int:
-    """The first layer with full attention; 0 if there is none."""
-    layers = range(int(text.num_hidden_layers))
-    return next((layer for layer in layers if attention_kind(text, layer) == "full"), 0)
+def layers_of(model: PreTrainedModel) -> list[int]:
+    """The layers whose attention asks Transformers' attention interface."""
+    text = model.config.get_text_config(decoder=True)
+    of = [module for module in model.modules() if asks_the_interface(module) and module.config is text]
+    return sorted({module.layer_idx for module in of if isinstance(getattr(module, "layer_idx", None), int)})
+
+
+def kind_of(model: PreTrainedModel, layer: int) -> str:
+    """ "full", or what else the config says of a layer; in hybrid layers full attention runs beside a linear one."""
+    text = model.config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None)
+    windowed = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    kind = str(kinds[layer]).removesuffix("_attention") if kinds else "sliding" if windowed else "full"
+    return "full" if kind == "hybrid" else kind
+
+
+def first_full_layer(model: PreTrainedModel) -> int:
+    """The first layer with full attention; the first with any if there is none."""
+    layers = layers_of(model) or [0]
+    return next((layer for layer in layers if kind_of(model, layer) == "full"), layers[0])
+
+
+def shape_of(model: PreTrainedModel) -> ModelShape:
+    """The shape that files are made for; any if there is no attention."""
+    layers = layers_of(model)
+    return ModelShape.of(model.config, 1 + layers[-1]) if layers else ModelShape("none", 1, HEADS, 2, HIDDEN)
 
 
 def what_ran(report: SparsityReport) -> str:
@@ -321,7 +343,7 @@ def attends(module: torch.nn.Module) -> bool:
     if not ("attention" in name or "attn" in name) or not any(True for _ in module.children()):
         return False
     source = inspect.getsource(type(module))
-    return any(word in source for word in ("softmax", "scaled_dot_product_attention", "_attn("))
+    return any(word in source for word in ("softmax", "logsumexp", "scaled_dot_product_attention"))
 
 
 def what_is_untrue(message: str, model: PreTrainedModel) -> str | None:
@@ -332,6 +354,9 @@ def what_is_untrue(message: str, model: PreTrainedModel) -> str | None:
         return "the model is decoder-only"
     if re.search(r"(found|has) no (causal self-)?attention", message) and attention:
         return f"it has {type(attention[0]).__name__}"
+    layer = re.search(r"layer (\d+) has no full attention", message)
+    if layer and kind_of(model, int(layer[1])) == "full":
+        return f"layer {layer[1]} has full attention"
     if "attention interface" in message and len(inside) == len(attention):
         return "all its attention asks the interface"
     return None
