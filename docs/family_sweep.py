@@ -16,6 +16,7 @@ process of its own with a limit of time: its crash is a row of the table.
 """
 
 import argparse
+import difflib
 import inspect
 import json
 import multiprocessing
@@ -25,19 +26,23 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, LogitsProcessor, LogitsProcessorList
-from transformers import PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 from transformers.masking_utils import eager_mask
 from transformers.utils import logging
 
@@ -56,8 +61,13 @@ from sparse_patch.plans import Dense  # noqa: E402
 from sparse_patch.report import SparsityReport  # noqa: E402
 
 Settings = dict[str, Any]
-KINDS = {"prefill": PREFILL_METHODS, "decode": DECODE_METHODS, "spans": SPAN_METHODS, "token blocks": TOKEN_METHODS}
-METHODS = tuple(dict.fromkeys(case.small["method"] for cases in KINDS.values() for case in cases))
+Found = dict[str, Any]  # of a class: what `measure` returns
+CASES = {"prefill": PREFILL_METHODS, "decode": DECODE_METHODS, "spans": SPAN_METHODS, "token blocks": TOKEN_METHODS}
+KINDS = {
+    "dense": ["dense"],
+    **{kind: list(dict.fromkeys(case.small["method"] for case in cases)) for kind, cases in CASES.items()},
+}
+METHODS = [method for methods in KINDS.values() for method in methods]
 LENGTH, PADDING, NEW = 200, 30, 5
 TOLERANCE = 1e-4  # relative RMS
 LIMIT = 120  # seconds for a class
@@ -77,7 +87,12 @@ class Way:
     rows: int
     static: bool = False
 
+    @property
+    def says(self) -> str:
+        return f"{self.rows} prompts" if self.rows > 1 else "static cache" if self.static else "one prompt"
+
     def inputs(self) -> dict[str, Any]:
+        """Arguments of `generate`; of two prompts the first is padded."""
         ids = torch.randint(3, VOCAB - 6, (2, LENGTH), generator=torch.Generator().manual_seed(1))
         mask = torch.ones_like(ids)
         mask[0, :PADDING] = 0
@@ -140,11 +155,6 @@ class Probe:
             pass
         return logits_of(self.model, ALONE), ALONE
 
-    @property
-    def describes(self) -> str:
-        """The sizes of the tiny model."""
-        return description(self.model)
-
     def method(self, name: str) -> str:
         """What one method does: an outcome, and the reason where it has one."""
         with TemporaryDirectory() as folder:
@@ -175,7 +185,7 @@ class Probe:
                 expected = logits_of(self.model, way) if config is small else self._unpatched(way)
             off = distance(logits, expected)
             if not off <= TOLERANCE:
-                return f"{WRONG}: {off:.2g} off, {what}, {'padded' if way is PADDED else 'static' if way.static else 'alone'}"
+                return f"{WRONG}: {off:.2g} off, {what}, {way.says}"
         return what_ran(reports[0])
 
     def _unpatched(self, way: Way) -> torch.Tensor:
@@ -221,8 +231,7 @@ def eager_attention_of(module: torch.nn.Module) -> Callable[..., Any]:
 def _model_that_generates(name: str) -> tuple[PreTrainedModel, torch.Tensor]:
     """The tiny model, and its unpatched logits of the padded prompts."""
     reason = ""
-    models = tiny_models(name)
-    for build in models:
+    for build in tiny_models(name):
         try:
             model = build()
             logits = logits_of(model, PADDED)
@@ -252,7 +261,7 @@ def settings_of(name: str, model: PreTrainedModel, folder: Path) -> tuple[Settin
     """Settings of a method that leave out a part of `LENGTH` tokens, and settings that keep everything."""
     if name == "dense":
         return {"both": {"method": "dense"}}, {"both": {"method": "dense"}}
-    case = next(case for cases in KINDS.values() for case in cases if case.small["method"] == name)
+    case = next(case for cases in CASES.values() for case in cases if case.small["method"] == name)
     # Logits of random queries and keys lie in the tens, of a single KV head not one half streams, and of blocks of
     # 64 tokens there are four.
     changes = {
@@ -309,7 +318,11 @@ def what_ran(report: SparsityReport) -> str:
         for phase in (layer.prefill, layer.decode):
             if phase.sparse_calls:
                 return SPARSE
-            reasons |= {reason for reason in (*phase.dense, *phase.fallbacks) if not reason.startswith("no ")}
+            reasons |= {*phase.dense, *phase.fallbacks} - {
+                "no prefill method",
+                "no decode method",
+                "layer not selected",
+            }
     return f"{DENSE}: {'; '.join(sorted(reasons))}"
 
 
@@ -365,12 +378,11 @@ def what_is_untrue(message: str, model: PreTrainedModel) -> str | None:
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, methods: Iterable[str] = ("dense", *METHODS)) -> dict[str, Any]:
+def measure(name: str, methods: Iterable[str] = METHODS) -> Found:
     """What one class does: the tiny model and by outcome the methods, or why there is none."""
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    started = time.monotonic()
     try:
         probe = Probe(name)
     except NotShrunk as error:
@@ -380,40 +392,227 @@ def measure(name: str, methods: Iterable[str] = ("dense", *METHODS)) -> dict[str
         outcomes.setdefault(probe.method(method), []).append(method)
     if (wrong := probe.restored()) is not None:
         outcomes.setdefault(wrong, []).append("unpatched")
-    found = {"model": probe.describes, "static cache": probe.alone_way.static, "methods": outcomes}
-    return found | {"seconds": round(time.monotonic() - started, 1)}
+    return {"model": description(probe.model), "static cache": probe.alone_way.static, "methods": outcomes}
+
+
+@dataclass(frozen=True)
+class Job:
+    """The process that measures a class."""
+
+    name: str
+    process: Any
+    deadline: float
+
+    def found(self, pipe: Connection) -> Found:
+        """What it sent, or how it ended."""
+        try:
+            found: Found = pipe.recv() if pipe.poll() else {"not shrunk": f"took more than {LIMIT} s"}
+        except EOFError:
+            self.process.join()
+            outcome = f"{RAW}: the process ended with exit code {self.process.exitcode}"
+            found = {"model": "", "static cache": False, "methods": {outcome: list(METHODS)}}
+        self.process.kill()
+        self.process.join()
+        return found
+
+
+def sweep(names: Sequence[str], jobs: int) -> Iterator[tuple[str, Found]]:
+    """What each class does, as it is found, each in a process of its own: it may crash or hang."""
+    torch.set_num_threads(1)  # before anything is forked
+    measure("LlamaForCausalLM", ["dense"])  # what the first `generate` imports and sets up is there for all
+    waiting, running = deque(names), dict[Connection, Job]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            pipe, job = _start(waiting.popleft())
+            running[pipe] = job
+        ready = wait(list(running), timeout=1)
+        for pipe in [pipe for pipe, job in running.items() if pipe in ready or time.monotonic() > job.deadline]:
+            job = running.pop(pipe)
+            yield job.name, job.found(pipe)
+
+
+def _start(name: str) -> tuple[Connection, Job]:
+    context = multiprocessing.get_context("fork")  # what is imported is there at once
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, name), daemon=True)
+    process.start()
+    sender.close()
+    return receiver, Job(name, process, time.monotonic() + LIMIT)
 
 
 def _send(pipe: Connection, name: str) -> None:
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 1), os.dup2(nothing.fileno(), 2)
-        pipe.send(measure(name))
+    with open(os.devnull, "w") as nothing:  # classes print and warn
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+    pipe.send(measure(name))
 
 
-def in_a_process(name: str) -> dict[str, Any]:
-    """`measure` in a process of its own: it may crash or hang."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_send, args=(sender, name))
-    process.start()
-    sender.close()
-    try:
-        found: dict[str, Any] = receiver.recv() if receiver.poll(LIMIT) else {"not shrunk": f"took more than {LIMIT} s"}
-    except EOFError:
-        process.join()
-        found = {"methods": {f"{RAW}: the process ended with {process.exitcode}": list(METHODS)}, "model": "?"}
-    process.kill()
-    process.join()
+# --- the page --------------------------------------------------------------------------------------------------------
+
+FAULTS = (WRONG, RAW, LATE, UNTRUE)
+SYMBOLS = {SPARSE: "●", DENSE: "○", REFUSED: "□", **dict.fromkeys(FAULTS, "✗")}
+
+PAGE = """# Families
+
+Every causal class of Transformers {transformers} with every method. This page is measured, not written: `make families`
+builds a tiny random model of each class by rules about the names of config fields, and runs each method on it through
+`generate`; [families.json](families.json) has every answer. There are two prompts of {length} tokens, one padded by
+{padding} on the left, and {new} tokens of answer. An answer counts only if the logits are right, to a relative RMS of
+{tolerance}:
+
+- of settings that leave keys out, those of the model's own eager attention under the masks of the very plans that ran;
+- of settings that keep everything, those of the unpatched model, also for one prompt alone on a static cache where the
+  class takes one;
+- after all patches are undone, those of before, bit for bit.
+
+{totals}
+
+The table:
+
+- ● sparse; the methods are {methods}
+- ○ right, and dense in every call for the reason in the note
+- □ refused when the model is patched, for the reason in the note
+- ✗ a fault: wrong logits, an exception that is not ours, a refusal in the middle of `generate` or one that says what is
+  not true of the model
+
+A number says how many of a kind, where they differ.
+
+{table}
+
+{notes}
+
+## No tiny model
+
+{missing}
+
+torch {torch}, transformers {transformers}, on a CPU, in float32. What is sparse by kind of layer, in forwards by hand
+and compiled: [models.md](models.md).
+"""
+
+
+def status_of(found: Found) -> str:
+    """A class in a word: its worst fault, else "refused" if no method runs, else "right"; or "not shrunk"."""
+    if "not shrunk" in found:
+        return "not shrunk"
+    outcomes = [_head(outcome) for outcome in found["methods"]]
+    faults = [fault for fault in FAULTS if fault in outcomes]
+    if faults:
+        return faults[0]
+    return REFUSED if set(outcomes) == {REFUSED} else "right"
+
+
+def _head(outcome: str) -> str:
+    return outcome.partition(":")[0]
+
+
+def totals_of(families: dict[str, Found]) -> dict[str, int]:
+    """How many classes there are of each status."""
+    statuses = [status_of(found) for found in families.values()]
+    counted = ("right", REFUSED, "not shrunk", *FAULTS)
+    return {"tried": len(statuses), **{status: statuses.count(status) for status in counted}}
+
+
+def said_totals(totals: dict[str, int]) -> str:
+    """The totals in a line."""
+    return (
+        f"Classes tried: {totals['tried']}. Right: {totals['right']}. Refused with the reason: {totals[REFUSED]}. "
+        f"No tiny model: {totals['not shrunk']}. Wrong: {totals[WRONG]}. Exceptions that are not ours: {totals[RAW]}. "
+        f"Refused late: {totals[LATE]}. Refused with an untrue reason: {totals[UNTRUE]}."
+    )
+
+
+def page(result: dict[str, Any]) -> str:
+    """The Markdown page of what `families.json` holds."""
+    families = result["families"]
+    notes: list[str] = []
+    kinds = {kind: of for kind, of in KINDS.items() if kind != "dense"}
+    lines = [f"| class | tiny model | {' | '.join(kinds)} |", f"|---|---|{'---|' * len(kinds)}"]
+    for name, found in families.items():
+        if "methods" in found:
+            cells = [_cell(name, found["methods"], methods, notes) for methods in kinds.values()]
+            lines.append(f"| {name} | {found['model']} | {' | '.join(cells)} |")
+    missing = [f"- {name}: {found['not shrunk']}" for name, found in families.items() if "not shrunk" in found]
+    return PAGE.format(
+        table="\n".join(lines),
+        notes="\n".join(f"{i}. {note}" for i, note in enumerate(notes, 1)),
+        missing="\n".join(missing),
+        totals=said_totals(result["totals"]),
+        methods="; ".join(f"{kind} {', '.join(f'`{method}`' for method in of)}" for kind, of in kinds.items()),
+        **{"length": LENGTH, "padding": PADDING, "new": NEW, "tolerance": TOLERANCE},
+        **result["versions"],
+    )
+
+
+def _cell(name: str, outcomes: dict[str, list[str]], methods: Sequence[str], notes: list[str]) -> str:
+    """A symbol for each outcome of a kind's methods, how many where they differ, and the numbers of their notes."""
+    cells = []
+    of_kind = {outcome: [method for method in of if method in methods] for outcome, of in outcomes.items()}
+    of_kind = {outcome: of for outcome, of in of_kind.items() if of}
+    for outcome, of in of_kind.items():
+        cell = SYMBOLS[_head(outcome)] + (f" {len(of)}" if len(of_kind) > 1 else "")
+        note = outcome.partition(": ")[2].replace(f"{name}: ", "")
+        if note:
+            if note not in notes:
+                notes.append(note)
+            cell += f" <sup>{notes.index(note) + 1}</sup>"
+        cells.append(cell)
+    return ", ".join(cells)
+
+
+def used_versions() -> dict[str, str]:
+    return {name: versions()[name] for name in ("torch", "transformers")}
+
+
+def write(families: dict[str, Found]) -> dict[str, int]:
+    """Write both files; the totals."""
+    ordered = {name: families[name] for name in causal_classes() if name in families}
+    result = {"versions": used_versions(), "totals": totals_of(ordered), "families": ordered}
+    JSON.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    MARKDOWN.write_text(page(result), encoding="utf-8")
+    return totals_of(ordered)
+
+
+def full_name(name: str) -> str:
+    """The class that a name stands for, with or without its ForCausalLM."""
+    known = causal_classes()
+    found = name if name in known else f"{name}ForCausalLM"
+    if found not in known:
+        near = difflib.get_close_matches(found, known, 3)
+        raise SystemExit(f"{name}: no causal class of this Transformers; near: {', '.join(near) or 'none'}")
     return found
 
 
+def main(arguments: list[str]) -> None:
+    """Measure every class, or the classes of these names, print a line for each, and write."""
+    parser = argparse.ArgumentParser(description="Every causal class of Transformers with every method.")
+    parser.add_argument("families", nargs="*", help="names of classes, with or without ForCausalLM; none for all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    options = parser.parse_args(arguments)
+    names = [full_name(name) for name in options.families]
+    kept: dict[str, Found] = {}
+    if names:
+        before = json.loads(JSON.read_text(encoding="utf-8")) if JSON.exists() else {"versions": used_versions()}
+        if before["versions"]["transformers"] != used_versions()["transformers"]:
+            raise SystemExit(
+                f"{JSON.name} is of Transformers {before['versions']['transformers']}; measure every class"
+            )
+        kept = before.get("families", {})
+    started = time.monotonic()
+    for name, found in sweep(names or list(causal_classes()), options.jobs):
+        kept[name] = found
+        print(f"{status_of(found):10} {name}: {said(found)}", flush=True)
+    totals = write(kept)
+    print(f"{said_totals(totals)} {time.monotonic() - started:.0f} s")
+    if any(totals[fault] for fault in FAULTS):
+        raise SystemExit("there are faults; they are marked in docs/families.md")
+
+
+def said(found: Found) -> str:
+    """What was found, in a line."""
+    if "not shrunk" in found:
+        return str(found["not shrunk"])
+    return "; ".join(f"{len(methods)} {outcome}" for outcome, methods in found["methods"].items())
+
+
 if __name__ == "__main__":
-    names=[n if n in causal_classes() else n+"ForCausalLM" for n in sys.argv[1:]] or list(causal_classes())
-    from concurrent.futures import ThreadPoolExecutor
-    t=time.time()
-    out={}
-    with ThreadPoolExecutor(2) as pool:
-        for n,r in zip(names,pool.map(in_a_process,names)):
-            out[n]=r
-            print(n, json.dumps(r), flush=True)
-    json.dump(out, open("/tmp/sw_out.json","w"), indent=1)
-    print(time.time()-t)
+    main(sys.argv[1:])

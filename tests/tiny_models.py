@@ -149,7 +149,7 @@ class _Layers:
     lists: dict[str, Any]
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> "_Layers":
+    def of(cls, values: dict[str, Any]) -> _Layers:
         """Three layers, or every kind of layer twice; three times where the last layers read the keys of others."""
         before = next((value for key, value in values.items() if LAYERS.match(str(key)) and _is_size(value)), 0)
         lists = {key: value for key, value in values.items() if before > 1 and _is_by_layer(key, value, before)}
@@ -279,7 +279,9 @@ SPECIAL: dict[str, Callable[[Any, dict[str, Any], _Layers], Any]] = {
     "attention_types": lambda value, _, layers: [[value[0][0], layers.number // len(value[0][0])]],
     "num_heads": lambda value, values, _: min(value, 2 * HEADS if "state_size" in values else HEADS),
     "head_dim": lambda value, values, _: HEAD_DIM * (2 if value > (values.get("qk_rope_head_dim") or value) else 1),
-    "rope_parameters": lambda value, values, _: value or {kind: dict(ROPE) for kind in set(values["layer_types"] or ())},
+    "rope_parameters": lambda value, values, _: (
+        value or {kind: dict(ROPE) for kind in set(values["layer_types"] or ())}
+    ),
     "attn_config": lambda value, *_: {**value, **ROPE},
     "qk_dim_factor": lambda *_: 1.0,
     "num_layers_per_stack": lambda *_: None,  # made of the number of layers
