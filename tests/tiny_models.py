@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB = 96
@@ -24,6 +26,8 @@ HIDDEN, HEADS, HEAD_DIM = 64, 4, 16  # HIDDEN = HEADS * HEAD_DIM
 WINDOW = 48  # shorter than the prompts
 STD = 0.2  # with the usual 0.02 attention is almost uniform, and a wrong mask hardly moves the logits
 
+# Kinds of layers that a class may have beside those of its default config.
+LAYER_KINDS = sorted(kind for kind in ALLOWED_LAYER_TYPES if re.search(r"_attention$|_sparse$|^hybrid|^conv", kind))
 KV_HEADS = -1  # as many as are asked for
 # What the size of a name becomes; the first pattern that a name matches counts. A size that is 0 or None stays so.
 SIZES: tuple[tuple[str, int], ...] = (
@@ -102,22 +106,31 @@ def causal_classes() -> dict[str, str]:
 def tiny_models(name: str) -> list[Callable[[], PreTrainedModel]]:
     """What makes tiny models of a class, seeded, in float32 and eval mode; the first that works is meant.
 
-    They differ in what not every class takes: two KV heads for four query heads, or as many as query heads.
+    They differ in what not every class takes: all kinds of layers that its code names where its config has one, or that
+    one; two KV heads for four query heads, or as many as query heads.
     """
-    return [partial(tiny_model, name, kv_heads) for kv_heads in (2, HEADS)]
+    source = Path(sys.modules[_class_of(name).__module__].__file__ or "").read_text(encoding="utf-8")
+    named = tuple(kind for kind in LAYER_KINDS if f'"{kind}"' in source)
+    return [partial(tiny_model, name, kv_heads, kinds) for kinds in (named, ()) for kv_heads in (2, HEADS)]
 
 
-def tiny_model(name: str, kv_heads: int) -> PreTrainedModel:
-    model_class = getattr(importlib.import_module(causal_classes()[name]), name)
+def tiny_model(name: str, kv_heads: int, kinds: tuple[str, ...]) -> PreTrainedModel:
+    """One of them."""
+    model_class = _class_of(name)
     torch.manual_seed(0)
-    return randomised(model_class(tiny_config(model_class.config_class, kv_heads)).float().eval())
+    return randomised(model_class(tiny_config(model_class.config_class, kv_heads, kinds)).float().eval())
 
 
-def tiny_config(config_class: type[PreTrainedConfig], kv_heads: int = 2) -> PreTrainedConfig:
+def tiny_config(
+    config_class: type[PreTrainedConfig], kv_heads: int = 2, kinds: tuple[str, ...] = ()
+) -> PreTrainedConfig:
     """The default config of a class with every size made small."""
-    values = _shrunk(config_class().to_dict(), kv_heads)
-    config: PreTrainedConfig = config_class.from_dict(values)
+    config: PreTrainedConfig = config_class.from_dict(_shrunk(config_class().to_dict(), kv_heads, kinds))
     return config
+
+
+def _class_of(name: str) -> Any:
+    return getattr(importlib.import_module(causal_classes()[name]), name)
 
 
 @torch.no_grad()
@@ -184,10 +197,8 @@ def _distinct(items: Any) -> list[Any]:
 
 
 def _cycled(items: Any, number: int) -> list[Any]:
-    """Each distinct item in turn, `number` of them. Where all layers are linear every other one is not."""
+    """Each distinct item in turn, `number` of them."""
     kinds = _distinct(items)
-    if kinds == ["linear_attention"]:
-        kinds.append("full_attention")
     return [kinds[i % len(kinds)] for i in range(number)]
 
 
@@ -195,8 +206,19 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _shrunk(values: dict[str, Any], kv_heads: int) -> dict[str, Any]:
+def _of_all_kinds(values: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
+    """The fields with layers of these kinds too, if there is one kind."""
+    return {
+        key: _cycled([*value, *kinds], len(value))
+        if key in ("layer_types", "layers_block_type") and value and len(_distinct(value)) == 1
+        else value
+        for key, value in values.items()
+    }
+
+
+def _shrunk(values: dict[str, Any], kv_heads: int, kinds: tuple[str, ...] = ()) -> dict[str, Any]:
     """The fields of a config, or of a config within it."""
+    values = _of_all_kinds(values, kinds)
     layers = _Layers.of(values)
     small: dict[str, Any] = {}
     for key, value in values.items():
@@ -212,7 +234,7 @@ def _shrunk(values: dict[str, Any], kv_heads: int) -> dict[str, Any]:
             like = {layer: layers.like(layer) for layer in range(layers.number)}
             small[key] = {layer: of_old[old] for layer, old in like.items() if old in of_old}
         else:
-            small[key] = _field(key, value, values, layers, kv_heads)
+            small[key] = _field(key, value, values, layers, kv_heads, kinds)
     return small
 
 
@@ -222,14 +244,16 @@ def _of_layer(key: str, item: Any, kv_heads: int) -> Any:
     return _size(key.removesuffix("_per_layer"), item, kv_heads) if _is_size(item) else item
 
 
-def _field(key: str, value: Any, values: dict[str, Any], layers: _Layers, kv_heads: int) -> Any:
+def _field(key: str, value: Any, values: dict[str, Any], layers: _Layers, kv_heads: int, kinds: tuple[str, ...]) -> Any:
     """One field that is not about single layers."""
     if key in OTHERS:
         return OTHERS[key]
+    if key in ("sliding_window", "use_sliding_window") and "sliding_attention" in kinds:
+        return WINDOW if key == "sliding_window" else True
     if value is None:
         return FILLED.get(key)
     if isinstance(value, dict):
-        value = _rope(_shrunk(value, kv_heads)) if "rope" in key else _shrunk(value, kv_heads)
+        value = _rope(_shrunk(value, kv_heads)) if "rope" in key else _shrunk(value, kv_heads, kinds)
         return SPECIAL[key](value, values, layers) if key in SPECIAL else value
     if DROPOUT.search(key) and isinstance(value, int | float) and not isinstance(value, bool):
         return type(value)(0)
