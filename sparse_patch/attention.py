@@ -9,28 +9,38 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
-from sparse_patch.caches import RingLayer, copies, max_length_of, memory_of, ring_of
-from sparse_patch.call import AttentionCall, Phase
+from sparse_patch.caches import (
+    RingLayer,
+    copies,
+    keep_all,
+    max_length_of,
+    memory_of,
+    ordinary_tensors,
+    ring_of,
+)
+from sparse_patch.call import PHASES, AttentionCall, Phase
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import PatchError, UnsupportedCallError
+from sparse_patch.forward import PatchMark
 from sparse_patch.head_shard import HeadShard
 from sparse_patch.masks import DECODE_MAX_QUERIES, LazyMask, lazy_mask, lazy_mask_for_kernels
 from sparse_patch.memory import LayerMemory
 from sparse_patch.methods.base import DecodeMethod, Method
+from sparse_patch.names import HOOK, ON_KERNELS, hook_name, is_hook, unpatched_name
 from sparse_patch.ops import block_sparse, page_decode, span, span_ring, token_blocks
 from sparse_patch.ops import dense as dense_kernels
 from sparse_patch.plans import BlockPlan, Dense, PagePlan, Plan, SpanPlan, SparsePlan, TokenBlockPlan
-from sparse_patch.report import LayerCounts, Work
+from sparse_patch.precision import as_autocast, without_autocast
+from sparse_patch.report import COUNTING, LayerCounts, Work
 
-NAME = "sparse_patch"
-ON_KERNELS = "sparse_patch_on_kernels"  # the same hook, on a model whose decode steps need no masks
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Tensors among the keyword arguments that leave the arithmetic of attention as it is. Any other one makes a call dense.
 _HARMLESS_TENSORS = frozenset({"position_ids", "cache_position", "text_position_ids", "labels", "input_ids"})
@@ -42,24 +52,23 @@ AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 class LayerState:
     """What a patched attention module carries, as its attribute `sparse_patch`.
 
+    It is the same for all forwards; what belongs to one travels with that forward's mask and cache. The counts are the
+    only thing that a forward changes.
+
     Attributes:
         name: dotted path of the module in its model.
         layer: index of the layer.
         cache_layer: index of the layer whose keys it reads: its own, but where layers share keys.
         kind: its attention in the model itself, "full", "sliding", ...
         config: the configuration; shared by all layers.
+        patch: tells this patch of the model from others; shared by all layers.
         phases: phases in which this layer uses the configured method; it is dense in the others.
-        original_config: the Transformers config that the module had before.
+        original_config: the Transformers config that the module has without the patch.
         dense: the attention function of the implementation that the model had before.
         warned: reasons that were warned about; shared by all layers.
         shard: the heads that this process has, where tensor parallelism splits them; shared by all layers.
         counts: what was computed, for the report.
         captured: when not None, the plans of the calls that ran, newest last.
-        memory: what the cache of the running forward keeps for this layer; set by `note_cache`, taken by the hook.
-        copies: whether that cache copies its keys for every token.
-        ring: this layer of that cache, if it is a ring; taken by the hook as the memory is.
-        max_length: tokens that the cache is made for, where it says so.
-        compiled: whether calls ran inside `torch.compile` graphs, which `counts` leaves out.
     """
 
     name: str
@@ -67,6 +76,7 @@ class LayerState:
     cache_layer: int
     kind: str
     config: PatchConfig
+    patch: PatchMark
     phases: frozenset[Phase]
     original_config: Any
     dense: AttentionFunction
@@ -74,11 +84,11 @@ class LayerState:
     shard: HeadShard
     counts: LayerCounts = field(default_factory=LayerCounts)
     captured: list[tuple[Phase, Plan]] | None = None
-    memory: LayerMemory | None = None
-    copies: bool = False
-    ring: RingLayer | None = None
-    max_length: int | None = None
-    compiled: bool = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A patched model was loaded whole, maybe where nothing was patched yet."""
+        vars(self).update(state)
+        register(self.original_config._attn_implementation)
 
     @property
     def remembers(self) -> bool:
@@ -103,21 +113,41 @@ class _Unpatched:
         return getattr(self._module, name)
 
 
-def register() -> None:
-    """Register the hook with Transformers; registering it again changes nothing."""
-    for name, mask_function in {NAME: lazy_mask, ON_KERNELS: lazy_mask_for_kernels}.items():
-        AttentionInterface.register(name, sparse_attention)
-        AttentionMaskInterface.register(name, mask_function)
+def register(unpatched: str | None) -> None:
+    """Register the hook with Transformers, for models that had an implementation; doing it again changes nothing."""
+    for kind, mask_function in {HOOK: lazy_mask, ON_KERNELS: lazy_mask_for_kernels}.items():
+        AttentionInterface.register(hook_name(unpatched, kind), sparse_attention)
+        AttentionMaskInterface.register(hook_name(unpatched, kind), mask_function)
 
 
-def note_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before the forward of an attention module: which cache it uses. The attention function is not told."""
+def join_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the forward of an attention module: tell the mask which cache is used. The hook is told the mask only.
+
+    The arguments have other names in some models (`layer_past`, ...), so they are known by what they are.
+    """
     state: LayerState = module.sparse_patch  # type: ignore[assignment]
-    cache = kwargs.get("past_key_values")
-    state.memory = memory_of(cache, state.cache_layer)
-    state.copies = copies(cache, state.cache_layer)
-    state.ring = ring_of(cache, state.cache_layer)
-    state.max_length = max_length_of(cache, state.cache_layer)
+    cache = mask = None
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, LazyMask):
+            mask = value
+        elif isinstance(value, Cache):
+            cache = value
+    if mask is not None:
+        mask.forward.join(cache, state.patch)
+    if cache is not None:
+        _announce(cache, state.cache_layer, mask)
+
+
+def _announce(cache: Cache, layer: int, mask: LazyMask | None) -> None:
+    """Tell a layer of a cache that a forward is coming; without a lazy mask nobody will know of it in the hook."""
+    ring = ring_of(cache, layer)
+    if ring is not None:
+        if ring.is_left_behind or (ring.is_empty and mask is None):
+            keep_all(cache, layer)
+        else:
+            ring.expect()
+    elif mask is None and (memory := memory_of(cache, layer)) is not None:
+        memory.clear()
 
 
 def dispatch_scope(module: nn.Module) -> dict[str, Any] | None:
@@ -141,7 +171,7 @@ def sparse_attention(
     """The attention function that is registered with Transformers (see its AttentionInterface).
 
     Args:
-        module: the attention module, patched.
+        module: the attention module. One without a patch, of a model made from a patched one's config, is dense.
         query: `[B, Hq, Sq, D]`.
         key: `[B, Hkv, Skv, D]`, everything the cache returns.
         value: `[B, Hkv, Skv, Dv]`.
@@ -152,17 +182,50 @@ def sparse_attention(
         The output `[B, Sq, Hq, Dv]`, and the attention weights where the implementation that the model had gives them.
 
     Raises:
-        PatchError: the module was not patched, or the cache is a paged one, which goes around the mask.
+        PatchError: the cache is a paged one, which goes around the mask, or the model was patched anew or unpatched
+            while the forward ran.
         UnsupportedCallError: the method cannot serve the call, and the configuration says `on_unsupported: error`, or a
             ring has forgotten the keys that a dense call needs.
     """
-    state: LayerState | None = getattr(module, "sparse_patch", None)
-    if state is None:
-        raise PatchError(f"{type(module).__name__} runs the hook without a patch; call patch_model on its model")
     if kwargs.get("cache") is not None:
         raise PatchError("continuous batching does not work on a patched model; use generate, or unpatch_model first")
+    state: LayerState | None = getattr(module, "sparse_patch", None)
+    if state is None:
+        return _attend_unpatched(module, (query, key, value), attention_mask, scaling=scaling, **kwargs)
     with _on_device_of(query):
         return _dispatch(state, module, (query, key, value), attention_mask, scaling, kwargs)
+
+
+def _attend_unpatched(
+    module: nn.Module, tensors: tuple[torch.Tensor, ...], mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a module computes that was made from a patched model's config and has no patch itself."""
+    if isinstance(mask, LazyMask):
+        mask.forward.check_patched()
+    config = unpatched_config(module.config)  # type: ignore[arg-type]
+    function = unpatched_function(module, config)
+    if isinstance(mask, LazyMask):
+        mask = mask.build(config._attn_implementation)
+    return function(_Unpatched(module, config), *tensors, mask, **kwargs)
+
+
+def unpatched_config(config: Any) -> Any:
+    """A config as it is without the patch: itself, or a copy with the implementation that the hook's name says."""
+    if not is_hook(config._attn_implementation):
+        return config
+    config, name = copy(config), unpatched_name(config._attn_implementation)
+    config._attn_implementation_internal = name
+    return config
+
+
+def unpatched_function(module: nn.Module, config: Any) -> AttentionFunction:
+    """The attention function of the implementation that a config of no patch names."""
+    scope = dispatch_scope(module)
+    assert scope is not None, "a module that reached the hook asks the attention interface"
+    function: AttentionFunction = scope["ALL_ATTENTION_FUNCTIONS"].get_interface(
+        config._attn_implementation, scope.get("eager_attention_forward")
+    )
+    return function
 
 
 def _on_device_of(x: torch.Tensor) -> AbstractContextManager[None]:
@@ -179,18 +242,66 @@ def _dispatch(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`sparse_attention`, once the device of its tensors is the current one."""
-    ring, state.ring = state.ring, None
-    if ring is None:
+    lazy = attention_mask if isinstance(attention_mask, LazyMask) else None
+    if lazy is None:
         return _attend(state, module, tensors, attention_mask, scaling, kwargs)
+    ring = ring_of(lazy.forward.cache, state.cache_layer)
+    if ring is None:
+        queries = lazy.queries_of_prompt
+        if queries is not None and _decides_in_some_phase(state, lazy, kwargs):
+            return _attend_in_parts(state, module, tensors, lazy, scaling, kwargs, queries)
+        return _attend(state, module, tensors, lazy, scaling, kwargs)
     if not ring.is_empty:
-        return _attend_to_ring(state, ring, module, tensors, attention_mask, scaling, kwargs), None
-    state.max_length = ring.max_length  # it may have grown since
-    if isinstance(attention_mask, LazyMask):
-        attention_mask = attention_mask.alone
-    attended = _attend(state, module, tensors, attention_mask, scaling, kwargs)
-    if isinstance(attention_mask, LazyMask) and attention_mask.has_left_padding_only:  # else nobody knows what is real
-        ring.write(*tensors[1:], attention_mask.tokens_before, state.config.backend)
+        return _attend_to_ring(state, ring, module, tensors, lazy, scaling, kwargs), None
+    attended = _attend(state, module, tensors, lazy.alone, scaling, kwargs)
+    _fill(state, ring, module, tensors, lazy.alone, kwargs)
     return attended
+
+
+def _fill(
+    state: LayerState,
+    ring: RingLayer,
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: LazyMask,
+    kwargs: dict[str, Any],
+) -> None:
+    """After the first forward: begin the ring, or keep every token if a ring could not serve the forwards to come."""
+    serves = ring.hands_over(*tensors[1:]) and _unservable(module, tensors, mask, kwargs) is None
+    if torch.compiler.is_compiling() or serves:
+        ring.write(*as_autocast(*tensors[1:]), mask.tokens_before, state.config.backend)
+    else:
+        keep_all(mask.forward.cache, state.cache_layer)
+
+
+def _attend_in_parts(
+    state: LayerState,
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: LazyMask,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+    queries: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A forward that begins with the last `queries` tokens of a prompt and goes on with candidates to verify.
+
+    The prompt comes out as it does without candidates, and those are decoded.
+    """
+    query, key, value = tensors
+    of_prompt, of_candidates = mask.parted(queries)
+    keys = of_prompt.kv_length
+    first = query[:, :, :queries], key[:, :, :keys], value[:, :, :keys]
+    others = query[:, :, queries:], key, value
+    prompt, _ = _attend(state, module, first, of_prompt, scaling, kwargs)
+    candidates, _ = _attend(state, module, others, of_candidates, scaling, kwargs)
+    return torch.cat([prompt, candidates], dim=1), None
+
+
+def _decides_in_some_phase(state: LayerState, mask: LazyMask, kwargs: dict[str, Any]) -> bool:
+    """Whether a method of the configuration has a say in calls of this layer."""
+    return not kwargs.get("output_attentions") and any(
+        _dense_by_design(state, phase, mask, kwargs) is None for phase in PHASES
+    )
 
 
 def _attend(
@@ -202,14 +313,32 @@ def _attend(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`sparse_attention` where all keys are at hand."""
-    phase: Phase = _phase(attention_mask, tensors[0].shape[2])
-    memory, state.memory = state.memory, None  # of this forward alone
-    dense, unserved = _dense_by_design(state, phase, attention_mask, kwargs), None
+    with without_autocast(tensors[0].device):
+        output = _attend_by_plan(state, module, as_autocast(*tensors), attention_mask, scaling, kwargs)
+    if output is not None:
+        return output, None
+    return _attend_densely(state, module, tensors, attention_mask, scaling=scaling, **kwargs)
+
+
+def _attend_by_plan(
+    state: LayerState,
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, ...],
+    mask: Any,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor | None:
+    """What the plan of a call gives, `[B, Sq, Hq, Dv]`; None for what the model did before it was patched."""
+    phase: Phase = _phase(mask, tensors[0].shape[2])
+    memory = memory_of(mask.forward.cache, state.cache_layer) if isinstance(mask, LazyMask) else None
+    dense, unserved = _dense_by_design(state, phase, mask, kwargs), None
+    if dense is None and memory is not None and memory.at_rest:
+        dense = Dense("cache correction")
     call = None
-    if dense is None or state.remembers or _may_be_best(state, attention_mask, kwargs):
-        unserved = _unsupported(module, tensors, attention_mask, kwargs)
+    if dense is None or state.remembers or _may_be_best(state, mask, kwargs):
+        unserved = _unsupported(module, tensors, mask, kwargs)
         if unserved is None:
-            call = _attention_call(state, phase, tensors, attention_mask, scaling, kwargs, memory)
+            call = _attention_call(state, phase, tensors, mask, scaling, kwargs, memory)
     _remember(state, call, memory)
     if dense is None and call is not None:
         plan = _method(state, phase).plan(call)
@@ -218,13 +347,11 @@ def _attend(
         else:
             unserved = _why_unserved(call, plan, state.config.backend)
             if unserved is None:
-                return _attend_sparsely(state, call, plan, attention_mask), None
-    _count_dense(state, phase, tensors, attention_mask, dense, unserved)
-    if dense is not None and call is not None and _may_be_best(state, attention_mask, kwargs):
-        output = _attend_at_best(state, call)
-        if output is not None:
-            return output, None
-    return _attend_densely(state, module, tensors, attention_mask, scaling=scaling, **kwargs)
+                return _attend_sparsely(state, call, plan, mask)
+    _count_dense(state, phase, tensors, mask, dense, unserved)
+    if dense is not None and call is not None and _may_be_best(state, mask, kwargs):
+        return _attend_at_best(state, call)
+    return None
 
 
 def _attend_to_ring(
@@ -232,7 +359,7 @@ def _attend_to_ring(
     ring: RingLayer,
     module: nn.Module,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    mask: Any,
+    mask: LazyMask,
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
@@ -241,17 +368,19 @@ def _attend_to_ring(
     The ring says what is read, whatever the method of the phase: nothing else is there.
     """
     phase, backend = _phase(mask, tensors[0].shape[2]), state.config.backend
-    unserved = _unsupported(module, tensors, mask, kwargs, ring)
-    if unserved is not None:
-        raise _refusal(state, ring, phase, unserved.reason)
-    call = _attention_call(state, phase, tensors, mask, scaling, kwargs, memory=None)
-    if reason := span_ring.unsupported(call, backend):
-        raise _refusal(state, ring, phase, reason)
-    output = ring.attend(call, mask.tokens_before, backend)
-    if torch.compiler.is_compiling():
-        state.compiled = True
-    else:
-        _count_sparse(state, call, _ring_plan(ring, call, mask), mask)
+    with without_autocast(tensors[0].device):
+        tensors = as_autocast(*tensors)  # type: ignore[assignment]
+        unserved = _unsupported(module, tensors, mask, kwargs, ring)
+        if unserved is not None:
+            raise _refusal(state, ring, phase, unserved.reason)
+        call = _attention_call(state, phase, tensors, mask, scaling, kwargs, memory=None)
+        if reason := span_ring.unsupported(call, backend):
+            raise _refusal(state, ring, phase, reason)
+        output = ring.attend(call, mask.tokens_before, backend)
+        if torch.compiler.is_compiling():
+            state.counts.compiled = True
+        else:
+            _count_sparse(state, call, _ring_plan(ring, call, mask), mask)
     return output.transpose(1, 2).contiguous()
 
 
@@ -269,11 +398,11 @@ def _ring_plan(ring: RingLayer, call: AttentionCall, mask: LazyMask) -> SpanPlan
     assert ring.layout is not None
     sinks, windows = ring.layout.sinks, ring.layout.windows
     key = f"spans of {call.q.shape[1]} heads: {sinks} {windows} on {call.q.device}"
-    if key not in mask.carried:
+    if key not in mask.forward.carried:
         _, heads, q_length, _ = call.q.shape
         of_rows = mask.tokens_before + q_length, call.row_starts()
-        mask.carried[key] = SpanPlan(sinks, windows, heads, q_length, mask.kv_length, *of_rows)
-    plan: SpanPlan = mask.carried[key]
+        mask.forward.carried[key] = SpanPlan(sinks, windows, heads, q_length, mask.kv_length, *of_rows)
+    plan: SpanPlan = mask.forward.carried[key]
     return plan
 
 
@@ -308,8 +437,23 @@ def _unsupported(
     ring: RingLayer | None = None,
 ) -> Dense | None:
     """Dense because no sparse path can serve the call; with a ring its keys are those of the forward alone."""
+    if reason := _unservable(module, tensors, mask, kwargs, ring):
+        return reason
+    if torch.compiler.is_compiling() and not mask.is_decode:
+        return Dense("prefill inside torch.compile")
+    return None
+
+
+def _unservable(
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, ...],
+    mask: Any,
+    kwargs: dict[str, Any],
+    ring: RingLayer | None = None,
+) -> Dense | None:
+    """`_unsupported` by what the call is, whoever runs it."""
     if not isinstance(mask, LazyMask):
-        return Dense("no mask was built" if mask is None else "mask tensor passed by the caller")
+        return Dense("no mask was built" if mask is None else "a mask tensor of the caller's or the model's making")
     if not mask.is_plain_causal:
         return Dense("mask is more than causal (packed sequences, prefix-LM or bidirectional blocks)")
     if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
@@ -325,16 +469,25 @@ def _unsupported(
     for name, value in kwargs.items():
         if torch.is_tensor(value) and name not in _HARMLESS_TENSORS:
             return Dense(f"argument {name}")
-    if any(tensor.dtype not in _DTYPES for tensor in tensors):
-        return Dense(f"dtype {tensors[0].dtype}")
-    if torch.compiler.is_compiling() and not mask.is_decode:
-        return Dense("prefill inside torch.compile")
+    if reason := _unserved_dtypes(tensors, ring):
+        return reason
     keys = mask.kv_length if ring is None else mask.q_length
     described = mask.kv_length if ring is None else ring.get_mask_sizes(mask.q_length)[0]
     if (tensors[1].shape[2], mask.kv_length) != (keys, described) or not mask.fits:
         return Dense("the cache returns other keys than the mask describes")
     if not mask.has_left_padding_only:
         return Dense("padding that is not on the left")
+    return None
+
+
+def _unserved_dtypes(tensors: tuple[torch.Tensor, ...], ring: RingLayer | None) -> Dense | None:
+    dtypes = [tensor.dtype for tensor in tensors]
+    if ring is not None and ring.keys is not None and ring.values is not None:
+        dtypes += [ring.keys.dtype, ring.values.dtype]
+    if dtypes[0] not in _DTYPES:
+        return Dense(f"dtype {dtypes[0]}")
+    if len(set(dtypes)) > 1:
+        return Dense(f"queries, keys and values in several dtypes ({', '.join(map(str, dict.fromkeys(dtypes)))})")
     return None
 
 
@@ -348,6 +501,7 @@ def _attention_call(
     memory: LayerMemory | None,
 ) -> AttentionCall:
     query, key, value = tensors
+    cache = mask.forward.cache
     call = AttentionCall(
         q=query,
         k=key,
@@ -357,9 +511,9 @@ def _attention_call(
         phase=phase,
         kv_start=mask.real_row_starts,
         softcap=kwargs.get("softcap"),
-        carried=mask.carried,
+        carried=mask.forward.carried,
         memory=memory,
-        max_length=state.max_length,
+        max_length=max_length_of(cache, state.cache_layer),
         split=state.shard.of_layer(query.shape[1], state.original_config.num_attention_heads),
     )
     if phase == "decode" and mask.end_on_device is not None:
@@ -375,7 +529,8 @@ def _remember(state: LayerState, call: AttentionCall | None, memory: LayerMemory
     if call is None:
         memory.clear()
     elif state.decoder is not None:
-        state.decoder.remember(call)
+        with ordinary_tensors():
+            state.decoder.remember(call)
 
 
 def _method(state: LayerState, phase: Phase) -> Method:
@@ -423,17 +578,19 @@ def _attend_sparsely(state: LayerState, call: AttentionCall, plan: SparsePlan, m
 def _count_sparse(state: LayerState, call: AttentionCall, plan: SparsePlan, mask: LazyMask) -> None:
     """Record a call that ran a sparse plan."""
     if torch.compiler.is_compiling():  # a graph would be compiled anew for every value of a Python counter
-        state.compiled = True
+        state.counts.compiled = True
         return
-    counts = state.counts.of(call.phase)
     decided = plan.decided_pairs if isinstance(plan, BlockPlan) else None
-    counts.add_sparse(mask.work, plan.pairs_by_head, decided)
-    if isinstance(plan, SpanPlan):
-        everything_kept = plan.capacity == call.kv_length  # not so where a ring keeps the others
-        counts.keeping_calls += call.phase == "decode" and everything_kept
-    else:
-        counts.copying_calls += state.copies
-    _capture(state, call.phase, plan)
+    work, by_head = mask.work, plan.pairs_by_head
+    with COUNTING:
+        counts = state.counts.of(call.phase)
+        counts.add_sparse(work, by_head, decided)
+        if isinstance(plan, SpanPlan):
+            everything_kept = plan.capacity == call.kv_length  # not so where a ring keeps the others
+            counts.keeping_calls += call.phase == "decode" and everything_kept
+        else:
+            counts.copying_calls += copies(mask.forward.cache, state.cache_layer)
+        _capture(state, call.phase, plan)
 
 
 def _count_dense(
@@ -450,11 +607,13 @@ def _count_dense(
     if dense is None:
         _complain(state, phase, reason.reason)
     if torch.compiler.is_compiling():
-        state.compiled = True
-    else:
+        state.counts.compiled = True
+        return
+    work = mask.work if isinstance(mask, LazyMask) else _full_work(*tensors[:2])
+    with COUNTING:
         counts = state.counts.of(phase)
         (counts.fallbacks if dense is None else counts.dense)[reason.reason] += 1
-        counts.add_dense(mask.work if isinstance(mask, LazyMask) else _full_work(*tensors[:2]))
+        counts.add_dense(work)
         _capture(state, phase, reason)
 
 
@@ -476,7 +635,8 @@ def _attend_at_best(state: LayerState, call: AttentionCall) -> torch.Tensor | No
     if kernel is None or output is None:
         return None
     if not torch.compiler.is_compiling():
-        state.counts.of(call.phase).dense_kernels[kernel] += 1
+        with COUNTING:
+            state.counts.of(call.phase).dense_kernels[kernel] += 1
     return output.transpose(1, 2).contiguous()
 
 

@@ -5,14 +5,18 @@ A `RingLayer` keeps what the spans of a layer's heads have, and forgets the rest
 A `DynamicCache` copies all its keys and values for every token; a `GrowingLayer` copies the token. A `FixedLayer` is
 the static layer, with what that lacks: cropping, and reordering in place. Both have room for what a decode method
 keeps beside the keys (`LayerMemory`) and keep it in step when the rows of the batch or the end of the text change.
+
+What a layer writes in place are ordinary tensors even if it was filled under `torch.inference_mode`, so a cache can be
+used outside of it (`ordinary_tensors`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from sparse_patch.call import AttentionCall
@@ -21,6 +25,7 @@ from sparse_patch.memory import LayerMemory
 from sparse_patch.ops import span_ring
 from sparse_patch.ops.span_ring import Ring, RingLayout
 from sparse_patch.plans import Window
+from sparse_patch.precision import as_autocast
 
 # Sinks and windows of a layer's KV heads, of rows that become so long (tokens) and of so many heads.
 SpansOf = Callable[[int, int], tuple[Sequence[int], Sequence[Window]]]
@@ -39,17 +44,27 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values `[B, Hkv, S, D]`; all of them, `[B, Hkv, length, D]`, views of what is kept."""
+        """Append keys and values `[B, Hkv, S, D]`; all of them, `[B, Hkv, length, D]`, views of what is kept.
+
+        Where gradients are recorded they are copies, as those of a `DynamicLayer`.
+        """
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            self._room = None
+            return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         length = self.get_seq_length()
         end = length + key_states.shape[-2]
-        if self._room is None or not _lies_in(self.keys, self._room[0], end):
-            self._room = (
-                _with_room(self.keys, key_states, length, end),
-                _with_room(self.values, value_states, length, end),
-            )
+        new = key_states, value_states
+        if self._room is None or not all(map(_lies_in, (self.keys, self.values), self._room, new)):
+            with ordinary_tensors():
+                keys, values = (
+                    _with_room(old, states, length, end)
+                    for old, states in zip((self.keys, self.values), new, strict=True)
+                )
+            self._room = keys, values
+            self.dtype = keys.dtype
         keys, values = self._room
         keys[..., length:end, :] = key_states
         values[..., length:end, :] = value_states
@@ -70,23 +85,32 @@ class GrowingLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self.memory.change_rows(_selected(beam_idx))
+        self._change_memory(_selected(beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self.memory.change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._change_memory(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self.memory.change_rows(lambda tensor: tensor[indices])
+        self._change_memory(lambda tensor: tensor[indices])
+
+    def _change_memory(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        with ordinary_tensors():
+            self.memory.change_rows(change)
 
 
 class FixedLayer(StaticLayer):
     """A `StaticLayer` whose tensors stay where they are as long as the batch has its size, as CUDA graphs need it."""
 
     def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
-        super().__init__(max_cache_len, **kwargs)
+        with ordinary_tensors():
+            super().__init__(max_cache_len, **kwargs)
         self.memory = LayerMemory()
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        with ordinary_tensors():
+            super().lazy_initialization(key_states, value_states)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; the number is negative, as Transformers has it.
@@ -114,17 +138,19 @@ class FixedLayer(StaticLayer):
         if not self.is_initialized:
             return
         assert self.keys is not None and self.values is not None
-        self.keys, self.values = _in_place(self.keys, change), _in_place(self.values, change)
+        with ordinary_tensors():
+            self.keys, self.values = _in_place(self.keys, change), _in_place(self.values, change)
+            self.memory.change_rows(lambda tensor: _in_place(tensor, change))
         self.batch_size = len(self.keys)
-        self.memory.change_rows(lambda tensor: _in_place(tensor, change))
 
 
 class RingLayer(CacheLayerMixin):
     """A layer that keeps of each KV head the first tokens of a row and a ring of its last ones: what its span has.
 
     `update` hands back the keys and values of the forward alone. The hook attends to them and to the ring and writes
-    them (`attend`; after a forward with nothing before it, `write`), so a ring serves patched models only. Nothing else
-    keeps keys or values: what no span has any more is gone, and what needs it is refused.
+    them (`attend`; after a forward with nothing before it, `write`), so a ring serves patched models only: each forward
+    is announced by `expect`. Nothing else keeps keys or values: what no span has any more is gone, and what needs it is
+    refused. A first forward that a ring cannot serve has lost nothing yet: `keeping_all` is the layer to go on with.
 
     The spans are those of a length. A text that becomes longer makes the ring larger where a head's span is the whole
     length: such heads then have their spans at the new length, the others the ones that they had.
@@ -148,11 +174,14 @@ class RingLayer(CacheLayerMixin):
         self.seen: Any = 0
         self.is_empty = True
         self.layout: RingLayout | None = None
-        self._awaits_write = False
+        self._expected = False
+        self._unwritten: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.layout = self._layout(key_states.shape[1])
-        ring = Ring.empty(self.layout, key_states, value_states)
+        keys, values = as_autocast(key_states, value_states)  # as the hook attends to them
+        with ordinary_tensors():
+            ring = Ring.empty(self.layout, keys, values)
         self.keys, self.values = ring.k, ring.v
         self.dtype, self.device = ring.k.dtype, ring.k.device
         self.is_initialized = True
@@ -163,18 +192,42 @@ class RingLayer(CacheLayerMixin):
         """The same keys and values `[B, Hkv, S, D]`, for the hook to attend to and to write.
 
         Raises:
-            UnsupportedCallError: those of the forward before were never written.
+            UnsupportedCallError: no patched attention module announced the forward, or the keys of the forward before
+                were never written.
         """
-        if self._awaits_write:
+        if not self._expected or self._unwritten is not None:
             raise UnsupportedCallError(
-                "the span cache has not kept the keys of the forward before: that one ran on a model without the "
-                "patch, or with a mask that is more than left padding; start again with a new cache"
+                "a span cache serves the model that it was made for while it is patched, one forward at a time; "
+                "start again with a new cache"
             )
         self._outgrow(key_states.shape[-2])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._awaits_write = True
+        self._expected, self._unwritten = False, (key_states, value_states)
         return key_states, value_states
+
+    def expect(self) -> None:
+        """A patched attention module is about to `update`."""
+        self._expected = True
+
+    @property
+    def is_left_behind(self) -> bool:
+        """Whether the first forward went by without the hook: its keys are still those that `update` was given."""
+        return self.is_empty and self._unwritten is not None
+
+    def hands_over(self, k: torch.Tensor, v: torch.Tensor) -> bool:
+        """Whether keys and values are the very ones of `update`, not made of them: only those can be written."""
+        return self._unwritten is not None and k is self._unwritten[0] and v is self._unwritten[1]
+
+    def keeping_all(self) -> "GrowingLayer | FixedLayer":
+        """A layer that keeps every token, to take the place of a ring that has forgotten nothing yet."""
+        layer = self._new_keeping_all()
+        if self._unwritten is not None:
+            layer.update(*self._unwritten)
+        return layer
+
+    def _new_keeping_all(self) -> "GrowingLayer | FixedLayer":
+        return GrowingLayer()
 
     def attend(self, call: AttentionCall, before: torch.Tensor, backend: str) -> torch.Tensor:
         """Attention to the ring and to the forward's own keys, and their writing: the output `[B, Hq, Sq, Dv]`.
@@ -196,11 +249,11 @@ class RingLayer(CacheLayerMixin):
         """Keep what the spans of later tokens have of a forward's keys and values; see `span_ring.write`."""
         span_ring.write(self._ring, k, v, before, backend)
         self.seen += k.shape[2]  # of a static cache in place
-        self.is_empty = self._awaits_write = False
+        self.is_empty, self._unwritten = False, None
 
     def take_back(self) -> None:
         """Undo an `update` that nothing was written after."""
-        self._awaits_write = False
+        self._unwritten = None
 
     def make_room(self, length: int) -> None:
         """Be the ring of rows that become so long; not of shorter ones than before."""
@@ -211,7 +264,8 @@ class RingLayer(CacheLayerMixin):
             return
         assert self.keys is not None and self.values is not None
         old, self.layout = self.layout, self._layout(len(self.layout.sinks), self.layout)
-        self.keys, self.values = (_moved(kept, old, self.layout) for kept in (self.keys, self.values))
+        with ordinary_tensors():
+            self.keys, self.values = (_moved(kept, old, self.layout) for kept in (self.keys, self.values))
 
     def get_seq_length(self) -> Any:
         """Tokens seen, not those kept: positions follow from it."""
@@ -239,8 +293,8 @@ class RingLayer(CacheLayerMixin):
             )
 
     def reset(self) -> None:
-        self.keys = self.values = self.layout = None
-        self.is_initialized = self._awaits_write = False
+        self.keys = self.values = self.layout = self._unwritten = None
+        self.is_initialized = False
         self.is_empty, self.seen = True, 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -253,7 +307,8 @@ class RingLayer(CacheLayerMixin):
 
     def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = change(self.keys), change(self.values)
+            with ordinary_tensors():
+                self.keys, self.values = change(self.keys), change(self.values)
 
     def _outgrow(self, tokens: int) -> None:
         """Make room for so many more tokens, and some, where a head has to keep them all."""
@@ -289,7 +344,8 @@ class FixedRingLayer(RingLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
+        with ordinary_tensors():
+            self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
         for tensor in (self.keys, self.values, self.seen):
             torch._dynamo.mark_static_address(tensor)
         span_ring.prepare(self._ring)
@@ -305,7 +361,10 @@ class FixedRingLayer(RingLayer):
         CacheLayerMixin.reset(self)
         if self.is_initialized:
             self.seen.zero_()
-        self.is_empty, self._awaits_write = True, False
+        self.is_empty, self._unwritten = True, None
+
+    def _new_keeping_all(self) -> FixedLayer:
+        return FixedLayer(self.max_length)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._change_rows(_selected(beam_idx))
@@ -369,10 +428,41 @@ def cache_bytes(cache: Cache) -> CacheBytes:
     return CacheBytes(allocated, planned, dense)
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What `generate` reads into a cache before it decodes.
+
+    Attributes:
+        end: tokens of the prompt, those that were in the cache before and padding included.
+        verifies: whether it decodes by candidates, of which one forward verifies several (assisted decoding).
+    """
+
+    end: int
+    verifies: bool
+
+
+def note_prompt(cache: Cache, prompt: Prompt | None) -> None:
+    """Tell a cache what `generate` is about to read into it; None if that is not known."""
+    cache.sparse_patch_prompt = prompt  # type: ignore[attr-defined]
+
+
+def prompt_of(cache: Any) -> Prompt | None:
+    """What the last `generate` with a cache read into it; None if there was none."""
+    prompt: Prompt | None = getattr(cache, "sparse_patch_prompt", None)
+    return prompt
+
+
 def ring_of(cache: Any, layer: int) -> RingLayer | None:
     """The ring that is one layer of a cache, if it is one."""
     found = _layer(cache, layer)
     return found if isinstance(found, RingLayer) else None
+
+
+def keep_all(cache: Any, layer: int) -> None:
+    """Put a layer that keeps every token in the place of a ring that has forgotten nothing yet."""
+    ring = ring_of(cache, layer)
+    assert ring is not None and ring.is_empty
+    cache.layers[layer] = ring.keeping_all()
 
 
 def max_length_of(cache: Any, layer: int) -> int | None:
@@ -395,6 +485,8 @@ def copies(cache: Any, layer: int) -> bool:
 
 
 def _layer(cache: Any, layer: int) -> Any:
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
     layers = getattr(cache, "layers", ())
     return layers[layer] if layer < len(layers) else None
 
@@ -429,13 +521,29 @@ def _in_place(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tenso
     return changed
 
 
-def _lies_in(keys: torch.Tensor, room: torch.Tensor, end: int) -> bool:
-    """Whether the keys still lie in the room (beam search and the like replace them), and `end` tokens do too."""
-    return room.shape[-2] >= end and keys.data_ptr() == room.data_ptr() and len(keys) == len(room)
+def _lies_in(kept: torch.Tensor, room: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether what is kept still lies in the room (beam search and the like replace it), and the new tokens fit in."""
+    still = kept.data_ptr() == room.data_ptr() and len(kept) == len(room) and kept.dtype == room.dtype
+    fits = room.shape[-2] >= kept.shape[-2] + new.shape[-2] and torch.promote_types(room.dtype, new.dtype) == room.dtype
+    return still and fits
 
 
 def _with_room(old: torch.Tensor, new: torch.Tensor, length: int, end: int) -> torch.Tensor:
-    room = new.new_empty((*new.shape[:-2], end + _SPARE + end // 8, new.shape[-1]))
+    """Room for more than `end` tokens, the first `length` filled, in a dtype that holds old and new ones."""
+    dtype = torch.promote_types(old.dtype, new.dtype) if length else new.dtype
+    room = new.new_empty((*new.shape[:-2], end + _SPARE + end // 8, new.shape[-1]), dtype=dtype)
     if length:
         room[..., :length, :] = old
     return room
+
+
+def ordinary_tensors() -> AbstractContextManager[None]:
+    """In a `with` block new tensors can be written in place later on, inside `torch.inference_mode` and outside."""
+    inside = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    return _outside_inference_mode() if inside else nullcontext()
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield

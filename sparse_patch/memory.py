@@ -13,10 +13,12 @@ class LayerMemory:
     Attributes:
         tensors: by name, each with the batch as its first dimension.
         covered: tokens that the tensors know of, where the host knows (a growing cache); 0 for none.
+        at_rest: whether the running forward reads everything, because it corrects what was decoded sparsely.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     covered: int = 0
+    at_rest: bool = False
 
     def clear(self) -> None:
         """Forget everything; the method starts again from the keys."""

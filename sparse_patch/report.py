@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from sparse_patch.call import PHASES, Phase
 
+COUNTING = Lock()  # threads may share a model
 Count = int | torch.Tensor  # a device tensor where the number is known on the device only; read when a report is made
 
 
@@ -95,10 +97,11 @@ class PhaseCounts:
 
 @dataclass
 class LayerCounts:
-    """The totals of one layer."""
+    """The totals of one layer, and whether it also ran inside `torch.compile` graphs, whose calls they leave out."""
 
     prefill: PhaseCounts = field(default_factory=PhaseCounts)
     decode: PhaseCounts = field(default_factory=PhaseCounts)
+    compiled: bool = False
 
     def of(self, phase: Phase) -> PhaseCounts:
         return self.prefill if phase == "prefill" else self.decode

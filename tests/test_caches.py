@@ -9,8 +9,9 @@ from families import gemma3, gemma3n, gemma4, llama
 from transformers import DynamicCache, PreTrainedModel
 
 from sparse_patch import caches, patched, sparsity_report
-from sparse_patch.attention import note_cache
-from sparse_patch.caches import CacheBytes, GrowingLayer, cache_bytes, growing_cache
+from sparse_patch.attention import join_forward
+from sparse_patch.caches import CacheBytes, GrowingLayer, cache_bytes, growing_cache, memory_of
+from sparse_patch.masks import LazyMask
 from sparse_patch.patching import state_of
 
 
@@ -97,7 +98,9 @@ def test_layers_that_share_keys_share_what_is_kept_of_them(build: Callable[[], P
             steps = [model(part, past_key_values=cache).logits for part in ids.split([120, *[1] * 10], 1)]
             logits.append(torch.cat(steps, 1))
             last = model.get_submodule(sparsity_report(model).layers[5].name)
-            note_cache(last, (), {"past_key_values": cache})
-            assert state_of(last).memory is getattr(cache.layers[3], "memory", None)
+            mask = LazyMask({})
+            join_forward(last, (), {"past_key_values": cache, "attention_mask": mask})
+            memory = memory_of(mask.forward.cache, state_of(last).cache_layer)
+            assert memory is getattr(cache.layers[3], "memory", None)
         assert [sparsity_report(model).layers[i].decode.sparse_calls for i in (3, 5)] == [20, 20]
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)

@@ -9,7 +9,7 @@ from families import FAMILIES, llama
 from method_table import DECODE_METHODS, SPAN_METHODS, TOKEN_METHODS, MethodCase
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
-from sparse_patch.attention import NAME, ON_KERNELS
+from sparse_patch.names import HOOK, ON_KERNELS, hook_name
 from sparse_patch.caches import FixedLayer, GrowingLayer, adopt, growing_cache
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import PatchConfig
@@ -323,14 +323,14 @@ def test_a_step_without_masks_made_ahead(pad: int, monkeypatch: pytest.MonkeyPat
         expected = steps(model, batch, cache_implementation="static")
     monkeypatch.setattr("sparse_patch.patching.takes_triton", lambda _: True)
     with patched(model, best):
-        assert model.config._attn_implementation == ON_KERNELS and sparsity_report(model).hook_active
+        assert model.config._attn_implementation == hook_name("sdpa", ON_KERNELS) and sparsity_report(model).hook_active
         for more in ({}, {"compile_config": options}):
             found = steps(model, batch, cache_implementation="static", **more)
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         assert sparsity_report(model).layers[0].compiled
     assert model.config._attn_implementation == "sdpa"
     with patched(FAMILIES["gemma2"](), best) as windowed:
-        assert windowed.config._attn_implementation == NAME, "layers with a window need masks"
+        assert windowed.config._attn_implementation == hook_name("sdpa", HOOK), "layers with a window need masks"
     torch._dynamo.reset()
 
 

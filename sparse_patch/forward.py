@@ -1,0 +1,56 @@
+"""What the layers of one forward share. It travels with the mask of the forward, so threads never meet in it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sparse_patch.caches import Prompt, prompt_of
+from sparse_patch.errors import PatchError
+
+
+@dataclass(eq=False)
+class PatchMark:
+    """Tells one patch of a model from the next.
+
+    Attributes:
+        active: whether the model still has it.
+    """
+
+    active: bool = True
+
+
+@dataclass
+class Forward:
+    """One forward pass of a decoder.
+
+    Attributes:
+        cache: the cache that it uses; None without one, and before the first attention module is reached.
+        patch: the patch that its layers run under.
+        carried: what methods pass on from layer to layer, by name.
+    """
+
+    cache: Any = None
+    patch: PatchMark | None = None
+    carried: dict[str, Any] = field(default_factory=dict)
+
+    def join(self, cache: Any, patch: PatchMark) -> None:
+        """An attention module is about to run in this forward.
+
+        Raises:
+            PatchError: the model was patched anew since the forward began.
+        """
+        self.cache = cache
+        if not torch.compiler.is_compiling() and self.patch is not None and self.patch is not patch:
+            raise PatchError("the model was patched anew while a forward ran; run the forward again")
+        self.patch = patch
+
+    def check_patched(self) -> None:
+        """Raise PatchError if the model was unpatched since the forward began."""
+        if self.patch is not None and not self.patch.active:
+            raise PatchError("the model was unpatched while a forward ran; run the forward again")
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """What `generate` reads first, if it made the forward; never inside a compiled graph, which serves any."""
+        return None if torch.compiler.is_compiling() else prompt_of(self.cache)
