@@ -5,7 +5,6 @@ Whatever a sparse path cannot serve goes, counted with its reason, to the implem
 the very mask that this implementation would have got.
 """
 
-import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +27,7 @@ from sparse_patch.caches import (
 )
 from sparse_patch.call import PHASES, AttentionCall, Phase
 from sparse_patch.config import PatchConfig
+from sparse_patch.discovery import dispatch_scope
 from sparse_patch.errors import PatchError, UnsupportedCallError
 from sparse_patch.forward import PatchMark
 from sparse_patch.head_shard import HeadShard
@@ -148,15 +148,6 @@ def _announce(cache: Cache, layer: int, mask: LazyMask | None) -> None:
             ring.expect()
     elif mask is None and (memory := memory_of(cache, layer)) is not None:
         memory.clear()
-
-
-def dispatch_scope(module: nn.Module) -> dict[str, Any] | None:
-    """The globals of the module's forward if that forward asks Transformers' attention interface, else None."""
-    forward = inspect.unwrap(module.forward)  # past the hooks of accelerate
-    code, scope = getattr(forward, "__code__", None), getattr(forward, "__globals__", None)
-    if code is None or not isinstance(scope, dict):
-        return None
-    return scope if {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= set(code.co_names) else None
 
 
 def sparse_attention(
