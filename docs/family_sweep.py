@@ -9,7 +9,7 @@ does not generate unpatched, is listed with the reason. Every other one runs eve
 - settings that leave keys out, on two prompts of which one is padded on the left, with the cache that `generate` makes;
   the logits must be those of the model's own eager attention under the masks of the very plans that ran;
 - settings that keep everything, on the same prompts, where the logits must be those of the unpatched model;
-- the same on one prompt with a static cache, where the unpatched model takes one.
+- the same on one prompt with a static cache, where the unpatched model answers with one as it does without.
 
 All runs of a class are made to write the same tokens, so that logits can be compared step by step. A class runs in a
 process of its own with a limit of time: its crash is a row of the table.
@@ -146,14 +146,13 @@ class Probe:
         self.alone, self.alone_way = self._alone()
 
     def _alone(self) -> tuple[torch.Tensor, Way]:
-        """The unpatched logits of one prompt, on a static cache where the model takes one."""
+        """The unpatched logits of one prompt, on a static cache where the model answers the same with one."""
+        alone = logits_of(self.model, ALONE)
         try:
-            logits = logits_of(self.model, STATIC)
-            if bool(logits.isfinite().all()):
-                return logits, STATIC
+            static = logits_of(self.model, STATIC)
         except Exception:  # what the class says of static caches is its own affair
-            pass
-        return logits_of(self.model, ALONE), ALONE
+            return alone, ALONE
+        return (static, STATIC) if distance(static, alone) <= TOLERANCE else (alone, ALONE)
 
     def method(self, name: str) -> str:
         """What one method does: an outcome, and the reason where it has one."""
@@ -461,8 +460,8 @@ builds a tiny random model of each class by rules about the names of config fiel
 {tolerance}:
 
 - of settings that leave keys out, those of the model's own eager attention under the masks of the very plans that ran;
-- of settings that keep everything, those of the unpatched model, also for one prompt alone on a static cache where the
-  class takes one;
+- of settings that keep everything, those of the unpatched model, also for one prompt alone, on a static cache if the
+  unpatched class answers with one as it does without;
 - after all patches are undone, those of before, bit for bit.
 
 {totals}
