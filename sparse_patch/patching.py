@@ -1,4 +1,4 @@
-"""Patching: find a model's attention modules, attach the hook, detach it again.
+"""Patching: attach the hook to a model's attention modules (`discovery.py` finds them), detach it again.
 
 A patch gives the model its own copies of the Transformers configs that its attention reads, with a name of the hook for
 the implementation, and a `LayerState` on every attention module. Another model that was built from the same config
@@ -28,14 +28,13 @@ from sparse_patch.caches import Prompt, adopt, note_prompt, prompt_of
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.config import ConfigSource, PatchConfig, load_config
 from sparse_patch.correction import Correction
-from sparse_patch.discovery import dispatch_scope
+from sparse_patch.discovery import attention_modules, dispatch_scope
 from sparse_patch.errors import PatchError
 from sparse_patch.forward import PatchMark
 from sparse_patch.head_shard import HeadShard
 from sparse_patch.layer_state import LayerState
 from sparse_patch.methods.base import DecodeMethod
 from sparse_patch.methods.spans import SpanMethod, Spans
-from sparse_patch.minicpm import MODEL_TYPE as MINICPM
 from sparse_patch.model_shape import (
     ModelShape,
     attention_kind,
@@ -110,7 +109,7 @@ def patch_model(
     settings = _settings(config, overrides)
     with _PATCHING:
         root = transformers_model(model)
-        attention = _attention_modules(root)
+        attention = attention_modules(root)
         states = _states(root, settings, attention)
         _attach(model, root, attention, states)
     return model
@@ -395,51 +394,6 @@ def _patch_of(root: PreTrainedModel) -> Patch:
     if not isinstance(patch, Patch):
         raise PatchError(f"{type(root).__name__} is not patched; call patch_model first")
     return patch
-
-
-def _attention_modules(root: PreTrainedModel) -> dict[str, nn.Module]:
-    """The causal self-attention modules of the decoder by name; the hook can reach every one of them."""
-    decoder_config = root.config.get_text_config(decoder=True)
-    found: dict[str, nn.Module] = {}
-    unreachable: list[str] = []
-    for name, module in root.named_modules():
-        if hasattr(module, "sparse_patch"):
-            raise PatchError(f"{type(root).__name__} is patched already; call unpatch_model first")
-        if not _is_self_attention(module, decoder_config):
-            continue
-        if dispatch_scope(module) is None:
-            unreachable.append(f"{name} ({type(module).__module__}.{type(module).__qualname__})")
-        found[name] = module
-    if unreachable:
-        raise PatchError(
-            f"{type(root).__name__}: {len(unreachable)} of {len(found)} attention modules do not ask Transformers' "
-            f"attention interface, first {unreachable[0]}; {_way_in(root)}, or undo the other patch of its forward"
-        )
-    if not found:
-        raise PatchError(
-            f"{type(root).__name__}: found no causal self-attention; sparse_patch needs a decoder-only model "
-            "of Transformers 5.5 or later"
-        )
-    return found
-
-
-def _way_in(root: PreTrainedModel) -> str:
-    """How to load a model so that its attention can be reached."""
-    if root.config.model_type == MINICPM:
-        return "load it with sparse_patch.load_minicpm, which needs no remote code"
-    return "load the model without trust_remote_code"
-
-
-def _is_self_attention(module: nn.Module, decoder_config: PreTrainedConfig) -> bool:
-    name = type(module).__name__.lower()
-    return (
-        "attention" in name
-        and "cross" not in name  # to an image, to an encoder
-        and isinstance(getattr(module, "layer_idx", None), int)
-        and getattr(module, "config", None) is decoder_config
-        and getattr(module, "is_causal", True)
-        and not getattr(module, "is_cross_attention", False)
-    )
 
 
 def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.Module]) -> list[LayerState]:

@@ -143,11 +143,13 @@ class RingLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> Any:
         """Tokens seen, not those kept: positions follow from it."""
+        if self.is_empty and self._unwritten is not None:  # nothing wrote the first forward, see `is_left_behind`
+            return self.seen + self._unwritten[0].shape[-2]
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys of the mask and its offset; the mask describes all tokens, kept or not."""
-        return self.seen + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         return self.max_length
