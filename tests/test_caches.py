@@ -8,7 +8,7 @@ import torch
 from families import gemma3, gemma3n, gemma4, llama
 from transformers import DynamicCache, PreTrainedModel
 
-from sparse_patch import caches, patched, sparsity_report
+from sparse_patch import cache_layers, patched, sparsity_report
 from sparse_patch.attention import join_forward
 from sparse_patch.cache_layers import GrowingLayer
 from sparse_patch.caches import CacheBytes, cache_bytes, growing_cache, memory_of
@@ -26,7 +26,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 @torch.no_grad()
 def test_logits_are_those_of_a_dynamic_cache(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt, chunk and tokens, through several growths; a copy goes its own way."""
-    monkeypatch.setattr(caches, "_SPARE", 3)
+    monkeypatch.setattr(cache_layers, "SPARE", 3)
     ids = torch.randint(3, 90, (2, 80))
     growing, dynamic = growing_cache(model.config), DynamicCache(config=model.config)
     assert any(isinstance(layer, GrowingLayer) for layer in growing.layers)
@@ -52,7 +52,7 @@ def test_tokens_are_appended_in_place() -> None:
 
 @torch.no_grad()
 def test_cropping_and_reordering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caches, "_SPARE", 8)
+    monkeypatch.setattr(cache_layers, "SPARE", 8)
     model = llama()
     ids = torch.randint(3, 90, (2, 40))
     results = []
