@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparse_patch.call import PHASES, Phase
+from sparse_patch.writing import write_file
 
 COUNTING = Lock()  # threads may share a model
 Count = int | torch.Tensor  # a device tensor where the number is known on the device only; read when a report is made
@@ -204,8 +205,8 @@ class SparsityReport(BaseModel):
         return _sum(layer.phase(name).fallbacks for layer in self.layers for name in phases)
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Write the report as JSON; raises WriteError if it cannot be written."""
+        write_file(Path(path), self.model_dump_json(indent=2) + "\n")
 
     def __str__(self) -> str:
         console = Console(width=100, color_system=None)

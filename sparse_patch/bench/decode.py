@@ -39,7 +39,7 @@ from sparse_patch.bench.common import (
 from sparse_patch.caches import cache_bytes
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import PatchConfig
-from sparse_patch.errors import TaskError, UnsupportedCallError
+from sparse_patch.errors import TaskError, UnsupportedCallError, reason
 from sparse_patch.evaluation.generation import machine
 from sparse_patch.memory import LayerMemory
 from sparse_patch.methods.base import DecodeMethod
@@ -211,15 +211,15 @@ class _Bench:
         )
 
     def other(self, kernel: str) -> Row:
-        if reason := decode_kernels.unsupported(self.calls[0], kernel):
-            raise UnsupportedCallError(reason)
+        if problem := decode_kernels.unsupported(self.calls[0], kernel):
+            raise UnsupportedCallError(problem)
         attends = [decode_kernels.prepared(call, self.length, kernel) for call in self.calls]
         try:
             attends[0]()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # not ours: it must not end the run
-            raise UnsupportedCallError(str(error).splitlines()[0]) from None
+            raise UnsupportedCallError(reason(error)) from None
 
         def step() -> None:
             for attend in attends:

@@ -14,13 +14,13 @@ from typing_extensions import Self
 
 from sparse_patch.call import PHASES, AttentionCall
 from sparse_patch.head_shard import HeadShard
-from sparse_patch.methods.base import Method
+from sparse_patch.methods.base import MOST, Method
 from sparse_patch.methods.span_plans import MAKE_ONE, SpanRules
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.plans import Dense, GrowingWindow, Plan, SpanPlan, Window
 
 Spans = tuple[tuple[int, ...], tuple[Window, ...]]  # sinks and windows, see `SpanPlan`
-Length = Annotated[int, Field(gt=0)]
+Length = Annotated[int, Field(gt=0, le=MOST)]
 SAID_AT = 16384  # tokens at which a density is named where none are given
 
 
