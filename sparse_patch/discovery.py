@@ -42,7 +42,7 @@ def attention_modules(root: PreTrainedModel) -> dict[str, nn.Module]:
     # What has no layer beside others that have one (Kosmos-2's pooling of an image) is not a layer's attention.
     found = {name: module for name, module in causal.items() if _layer_of(module) is not None}
     if reason := _why_unserved(found or causal):
-        raise PatchError(f"{model} cannot be patched: {reason}")
+        raise PatchError(f"{model} cannot be patched, run it as it is: {reason}")
     return found
 
 
