@@ -442,11 +442,15 @@ class Job:
     def found(self, pipe: Connection) -> Found:
         """What it sent, or how it ended."""
         try:
-            found: Found = pipe.recv() if pipe.poll() else {"not shrunk": f"took more than {LIMIT} s"}
+            if pipe.poll():
+                return self._ended(pipe.recv())
+            outcome = f"{RAW}: took more than {LIMIT} s"
         except EOFError:
             self.process.join()
             outcome = f"{RAW}: the process ended with exit code {self.process.exitcode}"
-            found = {"model": "", "static cache": False, "methods": {outcome: list(METHODS)}}
+        return self._ended({"model": "", "static cache": False, "methods": {outcome: list(METHODS)}})
+
+    def _ended(self, found: Found) -> Found:
         self.process.kill()
         self.process.join()
         return found
