@@ -32,6 +32,7 @@ from sparse_patch import patched, sparsity_report
 from sparse_patch.bench.common import DTYPES, describe_machine
 from sparse_patch.evaluation.generation import encode
 from sparse_patch.evaluation.tasks import TASKS
+from sparse_patch.writing import check_writable, write_file
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "needle-llama"
@@ -74,12 +75,13 @@ def main() -> int:
     options = _options()
     if options.rank_files:
         return _as_rank(options)
+    check_writable(options.json)
     outcomes: dict[str, list[dict[str, Outcome]]] = {}
-    outcomes[ONE] = [dict(_measured(_load(options, {"": _first_device()}), options))]
+    outcomes[ONE] = [dict(_measured(_load(options, {"": _first_device()}), options, ONE))]
     spread = _load(options, "auto")
     places = {str(part): str(place) for part, place in getattr(spread, "hf_device_map", {}).items()}
     if len(set(places.values())) > 1:
-        outcomes[SPREAD] = [dict(_measured(spread, options))]
+        outcomes[SPREAD] = [dict(_measured(spread, options, SPREAD))]
     else:
         print(f"no {SPREAD}: everything fits on one device", file=sys.stderr)
     del spread
@@ -98,8 +100,7 @@ def main() -> int:
             "device_map": places,
             "rows": rows,
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_file(options.json, json.dumps(result, indent=1) + "\n")
     return 0 if all(row["same_tokens"] for row in rows) else 1
 
 
@@ -124,13 +125,15 @@ def _load(options: argparse.Namespace, device_map: Any = None, **how: Any) -> Pr
     return load(options.model, dtype=DTYPES[options.dtype], device_map=device_map, **how).eval()
 
 
-def _measured(model: PreTrainedModel, options: argparse.Namespace) -> Iterator[tuple[str, Outcome]]:
-    """The outcome of every configuration, and of none."""
+def _measured(model: PreTrainedModel, options: argparse.Namespace, way: str) -> Iterator[tuple[str, Outcome]]:
+    """The outcome of every configuration, and of none; the first rank says which one it has begun."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     samples = {name: TASKS[name].sample(tokenizer, options.length) for name in NEW_TOKENS}
     prompts = {name: encode(tokenizer, sample.prompt, sample.answer)[0] for name, sample in samples.items()}
     for config in (None, *options.config):
         name = UNPATCHED if config is None else Path(config).stem
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{way}: {name}, kernels are compiled when they first run ...", file=sys.stderr, flush=True)
         try:
             yield name, _outcome(model, config, prompts, {"cache_implementation": "static"} if options.static else {})
         except Exception as error:  # the others shall run all the same
@@ -171,14 +174,17 @@ def _under_torchrun(options: argparse.Namespace) -> list[dict[str, Outcome]]:
         command += ["--master-addr", "127.0.0.1", "--master-port", "29571", __file__, "--rank-files", folder]
         command += ["--model", str(options.model), "--length", str(options.length), "--dtype", options.dtype]
         command += ["--static"] if options.static else []
-        process = subprocess.Popen([*command, "--config", *options.config])
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # the ranks import what this process did
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        process = subprocess.Popen([*command, "--config", *options.config], env=environment)
         try:
             process.wait(timeout=LIMIT)
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun ends its processes
             process.wait(timeout=30)
         files = [Path(folder) / f"{rank}.pt" for rank in range(2)]
-        return [torch.load(file, weights_only=False) if file.exists() else {} for file in files]
+        found = [torch.load(file, weights_only=True) if file.exists() else {} for file in files]
+        return [{name: Outcome(**fields) for name, fields in each.items()} for each in found]
 
 
 def _as_rank(options: argparse.Namespace) -> int:
@@ -187,9 +193,9 @@ def _as_rank(options: argparse.Namespace) -> int:
     if on_gpu:
         torch.cuda.set_device(rank)
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=PATIENCE))
-    file, outcomes = options.rank_files / f"{rank}.pt", dict[str, Outcome]()
-    for name, outcome in _measured(_load(options, tp_plan="auto"), options):
-        outcomes[name] = outcome
+    file, outcomes = options.rank_files / f"{rank}.pt", dict[str, dict[str, Any]]()
+    for name, outcome in _measured(_load(options, tp_plan="auto"), options, TENSOR):
+        outcomes[name] = vars(outcome)  # no class of ours, so that no code has to be loaded
         torch.save(outcomes, file.with_suffix(".tmp"))
         file.with_suffix(".tmp").rename(file)
     torch.distributed.destroy_process_group()

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sparse_patch.writing import write_file
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -250,7 +252,7 @@ def updated(readme: str) -> str:
 def main() -> None:
     """Rewrite README.md."""
     path = ROOT / "README.md"
-    path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+    write_file(path, updated(path.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ def main() -> None:
 
     document = needle_document(tokenizer, length=6000, needles=4)
     question = document.questions[0]
-    prompt = torch.tensor([document.tokens + question.tokens])
+    inputs = tokenizer(document.text + question.text, return_tensors="pt", return_token_type_ids=False)
 
     with patched(model, "flexprefill.yaml", prefill={"gamma": 0.9}):
-        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         print(sparsity_report(model))
-    answer = tokenizer.decode(output[0, prompt.shape[1] :])
-    print(f"asked for {question.key}: answered {answer!r}, expected {question.answer}")
+    answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+    print(f"asked for {document.keys[0]}: answered {answer!r}, expected {question.outputs[0]!r}")
 
 
 if __name__ == "__main__":

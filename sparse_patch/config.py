@@ -22,15 +22,17 @@ from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 from sparse_patch.call import PHASES, Phase
-from sparse_patch.errors import ConfigError
+from sparse_patch.errors import ConfigError, one_line, reason, short
 from sparse_patch.methods.base import Method, registry
 from sparse_patch.model_shape import ModelShape
+from sparse_patch.reading import read_yaml
 
 ConfigSource = str | PathLike[str] | Mapping[str, Any]
 Asked = TypeVar("Asked")
 Answer = TypeVar("Answer")
 Backend = Literal["auto", "triton", "flash", "torch", "reference"]
 BOTH = "both"  # the key that stands for every phase
+_LONGEST_WORD = 60  # that can be a known one mistyped
 
 
 class PatchConfig(BaseModel):
@@ -66,7 +68,8 @@ class PatchConfig(BaseModel):
             theirs, ours = getattr(self.prefill, field), getattr(self.decode, field)
             if theirs != ours:
                 raise ValueError(
-                    f"decode.{field}: {ours} is not that of prefill, {theirs}; name one, under `{BOTH}` for instance"
+                    f"decode.{field}: {one_line(ours)} is not that of prefill, {one_line(theirs)}; "
+                    f"name one, under `{BOTH}` for instance"
                 )
         return self
 
@@ -135,7 +138,7 @@ def load_config(source: ConfigSource | Sequence[ConfigSource], /, **overrides: A
     if not sources:
         raise ConfigError("config: the list is empty; give at least one file, name or dict")
     parts = [_read(part) for part in sources]
-    name = "+".join(part_name for part_name, _ in parts)
+    name = one_line("+".join(part_name for part_name, _ in parts))
     merged: dict[str, Any] = {}
     for part_name, data in parts:
         _merge_part(merged, part_name, data)
@@ -144,23 +147,11 @@ def load_config(source: ConfigSource | Sequence[ConfigSource], /, **overrides: A
     return _validate(name, merged)
 
 
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds.
-
-    Raises:
-        ConfigError: the file cannot be read, or is no YAML.
-    """
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-
-
 def nearest(word: Any, known: Iterable[str]) -> str:
     """The end of a message about an unknown word: the known one that is meant, or nothing."""
-    match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    if not isinstance(word, str) or len(word) > _LONGEST_WORD:
+        return ""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f", did you mean {match[0]!r}?" if match else ""
 
 
@@ -168,13 +159,13 @@ def _read(source: ConfigSource) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Mapping):
         return "dict", _for_each_phase("dict", source)
     if not isinstance(source, str | PathLike):
-        raise ConfigError(f"config: expected a path, a packaged name or a dict, got {type(source).__name__} {source!r}")
-    path = _find(Path(source))
+        raise ConfigError(f"config: expected a path, a packaged name or a dict, got {_short(source)}")
+    path = _find(source)
     data = read_yaml(path)
     if not isinstance(data, dict):
         kind = "an empty file" if data is None else f"a {type(data).__name__}"
-        raise ConfigError(f"{path}: expected a mapping with the keys {_known_keys()}, got {kind}")
-    name = path.name if path in packaged_configs().values() else str(source)
+        raise ConfigError(f"{one_line(path)}: expected a mapping with the keys {_known_keys()}, got {kind}")
+    name = path.name if path in packaged_configs().values() else one_line(source)
     of_phases = _for_each_phase(name, data).items()
     return name, {key: _beside(path.parent, value) if key in PHASES else value for key, value in of_phases}
 
@@ -190,7 +181,8 @@ def _for_each_phase(name: str, data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _beside(folder: Path, data: Any) -> Any:
     """The settings of a phase, files that they name looked for in the folder of their YAML."""
-    method = registry().get(str(data.get("method"))) if isinstance(data, dict) else None
+    name = data.get("method") if isinstance(data, dict) else None
+    method = registry().get(name) if isinstance(name, str) else None
     if method is None:
         return data
     return {
@@ -199,37 +191,50 @@ def _beside(folder: Path, data: Any) -> Any:
     }
 
 
-def _find(path: Path) -> Path:
-    if path.is_file():
-        return path
+def _find(source: str | PathLike[str]) -> Path:
+    try:
+        path = Path(source)
+        if path.exists() and not path.is_dir():
+            return path
+    except (OSError, TypeError, ValueError) as error:  # too long, bytes, a NUL
+        raise ConfigError(f"{one_line(source)}: cannot be read: {reason(error)}") from None
     packaged = packaged_configs()
     if path.parent == Path("."):
         for name in (path.name, f"{path.name}.yaml"):
             if name in packaged:
                 return packaged[name]
     hint = nearest(path.stem, [name.removesuffix(".yaml") for name in packaged])
-    raise ConfigError(f"{path}: no such file{hint}; packaged configs: {', '.join(packaged)}")
+    raise ConfigError(f"{one_line(path)}: no such file{hint}; packaged configs: {', '.join(packaged)}")
 
 
 def _merge_part(merged: dict[str, Any], name: str, data: dict[str, Any]) -> None:
     for key, value in data.items():
         if key in merged:
-            raise ConfigError(f"{name}: {key}: an earlier config of the list sets it too; keep it in one of them")
+            raise ConfigError(
+                f"{name}: {one_line(key)}: an earlier config of the list sets it too; keep it in one of them"
+            )
         merged[key] = value
 
 
 def _override(old: Any, new: Any) -> Any:
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return new
-    if new.get("method", old.get("method")) != old.get("method"):
+    named = new.get("method", old.get("method"))
+    if not isinstance(named, str) or named != old.get("method"):
         return dict(new)
     return {**old, **new}
 
 
+def _check_keys(problem: str, data: Mapping[Any, Any]) -> None:
+    if wrong := [key for key in data if not isinstance(key, str)]:
+        raise ConfigError(f"{problem}; got {_short(wrong[0])}")
+
+
 def _validate(name: str, data: dict[str, Any]) -> PatchConfig:
+    _check_keys(f"{name}: expected keys that are strings, {_known_keys()}", data)
     if "source" in data:
         raise ConfigError(f"{name}: source: unknown key; known keys: {_known_keys()}")
-    if not any(data.get(phase) for phase in PHASES) and not data.keys() - PatchConfig.model_fields.keys():
+    if all(data.get(phase) is None for phase in PHASES) and not data.keys() - PatchConfig.model_fields.keys():
         raise ConfigError(f"{name}: sets neither prefill nor decode; give at least one of them a `method`")
     resolved = dict(data)
     for phase in PHASES:
@@ -239,20 +244,20 @@ def _validate(name: str, data: dict[str, Any]) -> PatchConfig:
         return PatchConfig(**resolved, source=name)
     except ValidationError as error:
         raise ConfigError(f"{name}: {_explain(error.errors()[0], (), PatchConfig)}") from None
-    except TypeError:
-        raise ConfigError(f"{name}: expected keys that are strings, {_known_keys()}; got {list(data)}") from None
 
 
 def _validate_method(name: str, phase: Phase, data: Any) -> Method:
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{name}: {phase}: expected a mapping with a `method`, got {data!r}")
+        raise ConfigError(f"{name}: {phase}: expected a mapping with a `method`, got {short(data)}")
+    _check_keys(f"{name}: {phase}: expected keys that are strings", data)
     methods = {key: method for key, method in registry().items() if phase in method.phases}
     known = f"expected one of {', '.join(methods)}"
     if "method" not in data:
         raise ConfigError(f"{name}: {phase}.method: missing; {known}")
     method = methods.get(data["method"]) if isinstance(data["method"], str) else None
     if method is None:
-        raise ConfigError(f"{name}: {phase}.method: {known}, got {data['method']!r}{nearest(data['method'], methods)}")
+        got = data["method"]
+        raise ConfigError(f"{name}: {phase}.method: {known}, got {short(got)}{nearest(got, methods)}")
     try:
         return method.model_validate(dict(data))
     except ValidationError as error:
@@ -261,7 +266,7 @@ def _validate_method(name: str, phase: Phase, data: Any) -> Method:
 
 def _explain(error: ErrorDetails, prefix: tuple[str, ...], model: type[BaseModel]) -> str:
     """One line for the first problem that pydantic found."""
-    field = str(error["loc"][0]) if error["loc"] else ""
+    field = one_line(error["loc"][0]) if error["loc"] else ""
     path = ".".join((*prefix, field)) if field else ".".join(prefix)
     if field == "layers" and issubclass(model, Method):
         return f"{path}: expected {model.layers_form}, got {_short(error['input'])}"
@@ -280,5 +285,4 @@ def _known_keys() -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return f"{one_line(type(value).__name__)} {short(value)}"

@@ -1,8 +1,21 @@
-"""The exceptions of this package. Every message is one line that names what is wrong and the way out."""
+"""The exceptions of this package, and what their messages show of a user's values and of other exceptions.
+
+Every message is one line that names what is wrong and the way out.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+LONGEST_MESSAGE = 480  # characters: with "error: " before it a line has fewer than 500
+LONGEST_NAME = 160  # of a path or a key
+LONGEST_VALUE = 60
 
 
 class SparsePatchError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base of everything this package raises on purpose. Its message is made one line of 480 characters at most."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message, LONGEST_MESSAGE))
 
 
 class ConfigError(SparsePatchError, ValueError):
@@ -19,3 +32,78 @@ class UnsupportedCallError(SparsePatchError, RuntimeError):
 
 class TaskError(SparsePatchError, ValueError):
     """An evaluation cannot be made or run: a task, length, haystack or model that does not fit."""
+
+
+def one_line(text: object, most: int = LONGEST_NAME) -> str:
+    """Text as one line of at most `most` characters, such as a path: controls escaped, the middle of a long one out."""
+    whole = str(text)
+    head, tail = _escaped(whole[: most + 1]), _escaped(whole[-most:])
+    if len(head) <= most:
+        return head
+    kept = most - len(" ... ")
+    return f"{head[: kept - kept // 2]} ... {tail[len(tail) - kept // 2 :]}"
+
+
+def short(value: Any, most: int = LONGEST_VALUE) -> str:
+    """The repr of a value in one line of at most `most` characters; no more of it is made than is shown."""
+    text = ""
+    for piece in _pieces(value, most):
+        text += piece
+        if len(text) > most:
+            return f"{text[: most - 3]}..."
+    return text
+
+
+def quoted(value: Any) -> str:
+    """`short`, in quotes whatever the value is: as text that stands in a file."""
+    text = short(value)
+    return text if isinstance(value, str) else f"'{text}'"
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of other software says, in one line: the system's words, or else the first line of its text."""
+    said = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+    return one_line(said or type(error).__name__)
+
+
+def _escaped(text: str) -> str:
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode("ascii") for x in text)
+
+
+def _pieces(value: Any, most: int) -> Iterator[str]:
+    """The parts of a repr, one after the other, so that who reads them can stop."""
+    if isinstance(value, str | bytes):
+        yield repr(value[: most + 1])
+    elif isinstance(value, int) and value.bit_length() > 4 * most:
+        yield f"<{value.bit_length()} bits>"  # Python refuses to write thousands of digits
+    elif isinstance(value, dict):
+        yield from _row("{}", (_pair(key, item, most) for key, item in dict.items(value)))
+    elif isinstance(value, list | tuple):
+        yield from _row("()" if isinstance(value, tuple) else "[]", (_pieces(item, most) for item in value))
+    elif isinstance(value, set | frozenset):
+        yield from _row("{}", (_pieces(item, most) for item in value))
+    else:
+        yield _own_repr(value)
+
+
+def _row(brackets: str, items: Iterator[Iterator[str]]) -> Iterator[str]:
+    yield brackets[0]
+    for number, item in enumerate(items):
+        if number:
+            yield ", "
+        yield from item
+    yield brackets[1]
+
+
+def _pair(key: Any, item: Any, most: int) -> Iterator[str]:
+    yield from _pieces(key, most)
+    yield ": "
+    yield from _pieces(item, most)
+
+
+def _own_repr(value: Any) -> str:
+    """What an object says of itself: it may be long, have several lines, or raise."""
+    try:
+        return " ".join(repr(value)[:LONGEST_MESSAGE].split())
+    except Exception:
+        return f"<{type(value).__name__}>"

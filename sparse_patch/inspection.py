@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from sparse_patch.call import PHASES
 from sparse_patch.config import PatchConfig
-from sparse_patch.errors import SparsePatchError
+from sparse_patch.evaluation.generation import check_config, loading
 from sparse_patch.methods.spans import SpanMethod
 from sparse_patch.minicpm import is_minicpm, minicpm_config
 from sparse_patch.model_shape import ModelShape, attention_kind, can_forget, config_of_layer, kv_heads_of
@@ -49,13 +49,11 @@ def inspect(
     Raises:
         SparsePatchError: the model is not there, or cannot be patched.
     """
-    try:
+    check_config("--model", model)
+    with loading("--model", model):
         config = minicpm_config(model) if is_minicpm(model) else AutoConfig.from_pretrained(model)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise SparsePatchError(f"--model: {model}: cannot be loaded: {reason}") from None
     text = skeleton.config.get_text_config(decoder=True)
     with patched(skeleton, settings):
         layers = sparsity_report(skeleton).layers

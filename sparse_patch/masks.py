@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from sparse_patch.call import causal_pairs
 from sparse_patch.forward import Forward
 from sparse_patch.names import unpatched_name
+from sparse_patch.once import once
 from sparse_patch.ops.span_ring import tokens_before
 from sparse_patch.report import Work
 
@@ -56,7 +56,8 @@ def _operator(name: str) -> Any:
 
 
 _BINARY = ("add", "sub", "mul", "truediv", "and", "or", "xor")
-_COMPARED = ("__lt__", "__le__", "__gt__", "__ge__")
+_COMPARED = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
+TensorInWaiting.__hash__ = object.__hash__  # type: ignore[method-assign]
 for _name in (*(f"__{r}{name}__" for name in _BINARY for r in ("", "r")), *_COMPARED, "__neg__", "__invert__"):
     setattr(TensorInWaiting, _name, _operator(_name))
 
@@ -70,8 +71,9 @@ class LazyMask(TensorInWaiting):
     """
 
     arguments: dict[str, Any]
+    forward: Forward
     parent: "tuple[LazyMask, slice] | None" = None  # the mask that this one is some query rows of
-    forward: Forward = field(default_factory=Forward)
+    is_prepared: bool = False  # for a graph, see `prepare_for_a_graph`
     _built: dict[str, torch.Tensor | None] = field(default_factory=dict)
     _derived: dict[Any, "LazyMask"] = field(default_factory=dict)  # on other devices, of other query rows
 
@@ -140,7 +142,7 @@ class LazyMask(TensorInWaiting):
                 key: value.to(device) if torch.is_tensor(value) else value for key, value in self.arguments.items()
             }
             parent = None if self.parent is None else (self.parent[0].to(device), self.parent[1])
-            self._derived[device] = LazyMask({**moved, "device": device}, parent, self.forward)
+            self._derived[device] = LazyMask({**moved, "device": device}, self.forward, parent)
         return self._derived[device]
 
     def __getitem__(self, index: Any) -> Any:
@@ -149,7 +151,7 @@ class LazyMask(TensorInWaiting):
             return self.tensor()[index]
         start, stop, _ = index[2].indices(self.q_length)
         rows = {"q_offset": self.arguments["q_offset"] + start, "q_length": max(stop - start, 0)}
-        return LazyMask({**self.arguments, **rows}, (self, slice(start, stop)), self.forward)
+        return LazyMask({**self.arguments, **rows}, self.forward, (self, slice(start, stop)))
 
     def build(self, implementation: str) -> torch.Tensor | None:
         """The mask that Transformers would have built for `implementation`, kept for the other layers."""
@@ -177,10 +179,12 @@ class LazyMask(TensorInWaiting):
         return function(**{**self.arguments, "allow_is_causal_skip": False})
 
     def prepare_for_a_graph(self, implementations: Sequence[str]) -> None:
-        """Compute what a compiled forward asks for: inside the graph it would tie that to the objects of this step."""
-        for implementation in implementations:
+        """Compute what a compiled forward asks for: a graph cannot read it, or ties it to the objects of this step."""
+        for implementation in implementations if self.is_decode else ():
             self.build(implementation)
         _ = self.end_on_device, self.real_row_starts, self.tokens_before
+        if not self.is_decode:
+            _ = self.q_start
 
     @property
     def is_plain_causal(self) -> bool:
@@ -224,15 +228,15 @@ class LazyMask(TensorInWaiting):
         for part in (first, others):
             key = tuple(part.items())
             if key not in self._derived:
-                self._derived[key] = LazyMask({**self.arguments, **part}, forward=self.forward)
+                self._derived[key] = LazyMask({**self.arguments, **part}, self.forward)
         return self._derived[tuple(first.items())], self._derived[tuple(others.items())]
 
-    @cached_property
+    @once
     def q_start(self) -> int:
         """Absolute position of the first query. With a static cache it is read from the device, once per forward."""
         return int(self.arguments["q_offset"])
 
-    @cached_property
+    @once
     def end_on_device(self) -> torch.Tensor | None:
         """Valid keys, int64 `[]`, where the cache is static and counts them on the device; None elsewhere."""
         offset = self.arguments["q_offset"]
@@ -245,12 +249,12 @@ class LazyMask(TensorInWaiting):
             return True
         return self.q_start + self.q_length <= self.kv_length
 
-    @cached_property
+    @once
     def row_starts(self) -> torch.Tensor | None:
         """First real key of each row, int64 `[B]`; None when the batch came without a padding mask."""
         return None if self.padding is None else self.padding.to(torch.uint8).argmax(-1)
 
-    @cached_property
+    @once
     def _padding_facts(self) -> tuple[bool, bool]:
         """(each row is padding and then tokens, some row is padded); read from the device, once per forward."""
         if self.padding is None or self.row_starts is None:
@@ -270,20 +274,20 @@ class LazyMask(TensorInWaiting):
         """`row_starts`, or None when no row turns out to be padded."""
         return self.row_starts if self._padding_facts[1] else None
 
-    @cached_property
+    @once
     def tokens_before(self) -> torch.Tensor:
         """Tokens that each row had before the forward, int64 `[B]`; see `span_ring.tokens_before`."""
         seen = self.q_start if self.end_on_device is None else self.end_on_device - self.q_length
         return tokens_before(seen, self.real_row_starts, self.shape[0], self.device)
 
-    @cached_property
+    @once
     def alone(self) -> "LazyMask":
         """The mask of a forward with nothing before it, over its own keys; no tail of a static cache."""
         if self.kv_length == self.q_length:
             return self
-        return LazyMask({**self.arguments, "q_offset": 0, "kv_length": self.q_length}, forward=self.forward)
+        return LazyMask({**self.arguments, "q_offset": 0, "kv_length": self.q_length}, self.forward)
 
-    @cached_property
+    @once
     def work(self) -> Work:
         """How much a dense call of this forward does; on the host where that needs no reading from the device."""
         batch, offset = self.shape[0], self.arguments["q_offset"]
@@ -343,9 +347,10 @@ def _lazy_mask(arguments: dict[str, Any], ahead: Sequence[str]) -> LazyMask:
         # Tokens of an image see each other both ways; for a last token there is nothing behind it to see.
         arguments = {**arguments, "mask_function": causal_mask_function}
     if not isinstance(arguments["q_offset"], torch.Tensor):
-        return LazyMask(arguments)
+        return LazyMask(arguments, Forward())
     # With a static cache this is the cache's own counter, which moves on before attention runs.
-    mask = LazyMask({**arguments, "q_offset": arguments["q_offset"].clone()})
-    if mask.is_decode and not torch.compiler.is_compiling():
+    is_made_outside = not torch.compiler.is_compiling()
+    mask = LazyMask({**arguments, "q_offset": arguments["q_offset"].clone()}, Forward(), is_prepared=is_made_outside)
+    if is_made_outside:
         mask.prepare_for_a_graph(ahead)
     return mask

@@ -23,7 +23,6 @@ max_position_embeddings / original. As Transformers does it,
 - cosines and sines are rounded to the model's type before they rotate; MiniCPM's code rotates in float32.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +37,6 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -46,8 +44,11 @@ from pydantic_core import ErrorDetails
 from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import load_state_dict
+from transformers.utils.hub import cached_file
 
-from sparse_patch.errors import SparsePatchError
+from sparse_patch.errors import SparsePatchError, one_line, reason, short
+from sparse_patch.methods.base import MOST
+from sparse_patch.reading import read_json
 
 MODEL_TYPE = "minicpm"
 _ARCHITECTURE = "MiniCPMForCausalLM"
@@ -55,11 +56,13 @@ _LM_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each alone, or in parts with an index; in Transformers' order
 _ROPE_TYPES = ("default", "linear", "dynamic", "longrope")
 
+Size = Annotated[int, Field(gt=0, le=2**24)]  # of a weight: the number of elements of two such sizes can be computed
+
 
 class _Rope(BaseModel):
     """A kind of rotary embedding; its fields are those of `rope_scaling` in the checkpoint."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     rope_theta: PositiveFloat
 
@@ -87,7 +90,7 @@ class _LongRope(_Rope):
     rope_type: Literal["longrope"]
     short_factor: list[PositiveFloat]
     long_factor: list[PositiveFloat]
-    original_max_position_embeddings: int = Field(gt=1)
+    original_max_position_embeddings: int = Field(gt=1, le=MOST)
 
     def parameters(self, max_position_embeddings: int) -> dict[str, Any]:
         original = self.original_max_position_embeddings
@@ -100,14 +103,14 @@ class _LongRope(_Rope):
 class _Carried(BaseModel):
     """Fields that MiniCPM and Granite have under the same name."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
 
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    max_position_embeddings: int = Field(gt=1)
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: int = Field(ge=1, le=10_000)
+    num_attention_heads: Size
+    max_position_embeddings: int = Field(gt=1, le=MOST)
     rms_norm_eps: PositiveFloat
     hidden_act: str = "silu"
     attention_bias: bool = False
@@ -126,8 +129,8 @@ class _MiniCPM(_Carried):
     """A checkpoint's config.json, as far as it decides what the model computes."""
 
     architectures: list[str] | None = None
-    num_key_value_heads: PositiveInt | None = None
-    head_dim: PositiveInt | None = None
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
     scale_emb: PositiveFloat
     scale_depth: PositiveFloat
     dim_model_base: PositiveFloat
@@ -152,14 +155,14 @@ class _MiniCPM(_Carried):
     def _fits(self) -> "_MiniCPM":
         """What one field asks of another, and what Granite has no place for."""
         if self.architectures and _ARCHITECTURE not in self.architectures:
-            raise ValueError(f"architectures: expected {_ARCHITECTURE}, got {', '.join(self.architectures)}")
+            raise ValueError(f"architectures: expected {_ARCHITECTURE}, got {short(self.architectures)}")
         if self.num_experts:
             raise ValueError(f"num_experts: {self.num_experts}: a mixture of experts; only dense MiniCPM can be loaded")
         if self.quantization_config is not None:
             raise ValueError("quantization_config: quantized weights cannot be loaded; take the unquantized checkpoint")
         if self.hidden_act not in ACT2FN:
             raise ValueError(
-                f"hidden_act: {self.hidden_act!r} is not known to Transformers; only dense MiniCPM can be loaded"
+                f"hidden_act: {short(self.hidden_act)} is not known to Transformers; only dense MiniCPM can be loaded"
             )
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -260,8 +263,9 @@ def load_minicpm(
 def is_minicpm(path: str | Path) -> bool:
     """Whether a folder or hub id has a config.json of MiniCPM's own, so that `load_minicpm` is the way to load it."""
     try:
-        return _config_json(path).get("model_type") == MODEL_TYPE
-    except SparsePatchError:
+        data, _ = PreTrainedConfig.get_config_dict(path)
+        return data.get("model_type") == MODEL_TYPE
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # no such file, or no JSON object
         return False
 
 
@@ -289,28 +293,33 @@ def _folder(path: str | Path, revision: str | None) -> Path:
         if not any(folder.glob("*.safetensors")):  # pickled weights are often there too: only if need be
             snapshot_download(str(path), revision=revision, allow_patterns=["*.json", "*.bin"])
     except (OSError, ValueError) as error:
-        raise SparsePatchError(
-            f"{path}: no such folder, and not to be had from the hub: {_first_line(error)}"
-        ) from None
+        raise SparsePatchError(f"{path}: no such folder, and not to be had from the hub: {reason(error)}") from None
     return folder
 
 
 def _config_json(path: str | Path) -> dict[str, Any]:
-    try:
-        data, _ = PreTrainedConfig.get_config_dict(path)
-    except (OSError, ValueError, TypeError) as error:  # TypeError: it is no JSON object
-        raise SparsePatchError(f"{path}: config.json cannot be read: {_first_line(error)}") from None
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir():
+        try:
+            file = Path(str(cached_file(str(path), "config.json")))
+        except (OSError, ValueError) as error:
+            raise SparsePatchError(f"{one_line(path)}: config.json cannot be read: {reason(error)}") from None
+    data = read_json(file) if file.exists() else None
     if not data:
-        raise SparsePatchError(f"{path}: has no config.json, or an empty one; name the folder of a checkpoint")
+        raise SparsePatchError(
+            f"{one_line(path)}: has no config.json, or an empty one; name the folder of a checkpoint"
+        )
+    if not isinstance(data, dict):
+        raise SparsePatchError(f"{one_line(file)}: expected a JSON object, got {short(data)}")
     return data
 
 
 def _fields_of(path: str | Path) -> _MiniCPM:
-    data, file = _config_json(path), f"{path}/config.json"
+    data, file = _config_json(path), f"{one_line(path)}/config.json"
     if data.get("model_type") != MODEL_TYPE:
         raise SparsePatchError(
-            f"{file}: model_type: expected {MODEL_TYPE!r}, got {data.get('model_type')!r}; load other architectures, "
-            "MiniCPM3 among them, with Transformers' AutoModelForCausalLM"
+            f"{file}: model_type: expected {MODEL_TYPE!r}, got {short(data.get('model_type'))}; load other "
+            "architectures, MiniCPM3 among them, with Transformers' AutoModelForCausalLM"
         )
     try:
         return _MiniCPM.model_validate(data)
@@ -320,7 +329,7 @@ def _fields_of(path: str | Path) -> _MiniCPM:
 
 def _explain(error: ErrorDetails) -> str:
     """One line for the first problem that pydantic found."""
-    path = ".".join(str(part) for part in error["loc"] if part not in _ROPE_TYPES)
+    path = one_line(".".join(str(part) for part in error["loc"] if part not in _ROPE_TYPES))
     if error["type"] == "value_error":  # raised by `_fits`, which names the field first
         return str(error["ctx"]["error"])
     if error["type"] == "missing":
@@ -329,8 +338,8 @@ def _explain(error: ErrorDetails) -> str:
         return f"{path}: MiniCPM's RoPE has no such field; remove it if it is meant for other software"
     if error["type"].startswith("union_tag"):
         kind = error["input"].get("rope_type") if isinstance(error["input"], Mapping) else error["input"]
-        return f"{path}: expected a rope_type of {', '.join(_ROPE_TYPES)}, got {kind!r}"
-    return f"{path}: expected {error['msg'].removeprefix('Input should be ')}, got {error['input']!r}"
+        return f"{path}: expected a rope_type of {', '.join(_ROPE_TYPES)}, got {short(kind)}"
+    return f"{path}: expected {error['msg'].removeprefix('Input should be ')}, got {short(error['input'])}"
 
 
 def _weights_in(folder: Path) -> dict[str, _Weight]:
@@ -341,7 +350,7 @@ def _weights_in(folder: Path) -> dict[str, _Weight]:
             tensors = load_state_dict(str(file), map_location="meta", weights_only=True)
             found |= {name: _Weight(file, tuple(tensor.shape)) for name, tensor in tensors.items()}
         except Exception as error:  # every format has exceptions of its own
-            raise SparsePatchError(f"{file}: cannot be read as weights: {_first_line(error)}") from None
+            raise SparsePatchError(f"{file}: cannot be read as weights: {reason(error)}") from None
     return found
 
 
@@ -358,9 +367,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _parts_of(index: Path) -> list[Path]:
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json(index)["weight_map"].values())
         files = [index.parent / name for name in sorted(names)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # ValueError: it is no JSON
         raise SparsePatchError(f"{index}: expected a weight_map of names and files; download it again") from None
     for file in files:
         if not file.is_file():
@@ -393,7 +402,3 @@ def _check_weights(folder: Path, weights: Mapping[str, _Weight], config: Granite
             raise SparsePatchError(
                 f"{folder}/config.json: tie_word_embeddings: true, but {_LM_HEAD} is not {_EMBEDDINGS}; set it to false"
             )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,8 +1,8 @@
 """The names under which the hook is registered with Transformers as an attention implementation.
 
-A name has in it which implementation the model had before: a config that carries it still says what a model built from
-it computes, with nothing else at hand. Letters change their case in it (`sparse_patch:SDPA`), because Transformers takes
-any name with "flash" in it for a kernel of that kind.
+A name has in it which implementation the model had before: a config that carries it still says what a model built
+from it computes, with nothing else at hand. Letters change their case in it (`sparse_patch:SDPA`), because Transformers
+takes any name with "flash" in it for a kernel of that kind.
 """
 
 HOOK = "sparse_patch"

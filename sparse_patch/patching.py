@@ -23,14 +23,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from sparse_patch.attention import (
-    LayerState,
-    join_forward,
-    register,
-    unpatched_config,
-    unpatched_function,
-)
-from sparse_patch.caches import Prompt, RingLayer, SpansOf, adopt, note_prompt, prompt_of
+from sparse_patch.attention import join_forward, register
+from sparse_patch.caches import Prompt, adopt, note_prompt, prompt_of
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.config import ConfigSource, PatchConfig, load_config
 from sparse_patch.correction import Correction
@@ -38,6 +32,7 @@ from sparse_patch.discovery import attention_modules, dispatch_scope
 from sparse_patch.errors import PatchError
 from sparse_patch.forward import PatchMark
 from sparse_patch.head_shard import HeadShard
+from sparse_patch.layer_state import LayerState
 from sparse_patch.methods.base import DecodeMethod
 from sparse_patch.methods.spans import SpanMethod, Spans
 from sparse_patch.model_shape import (
@@ -52,6 +47,8 @@ from sparse_patch.names import HOOK, ON_KERNELS, hook_name, is_hook
 from sparse_patch.ops.backends import takes_triton
 from sparse_patch.plans import Plan
 from sparse_patch.report import LayerCounts, LayerReport, SparsityReport
+from sparse_patch.rings import RingLayer, SpansOf
+from sparse_patch.unpatched import unpatched_config, unpatched_function
 from sparse_patch.version import __version__
 
 _PREPARE = "_prepare_cache_for_generation"  # the method of Transformers' models that makes the cache of `generate`

@@ -1,6 +1,8 @@
 """Pictures of what was computed: the block map of chosen heads, and the density of every layer and head."""
 
+from collections import Counter
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -8,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparse_patch.call import PHASES, Phase
-from sparse_patch.errors import SparsePatchError
+from sparse_patch.errors import SparsePatchError, one_line
 from sparse_patch.plans import BlockPlan, Plan, SpanPlan, TokenBlockPlan, in_span
 from sparse_patch.report import SparsityReport
+from sparse_patch.writing import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +41,7 @@ def plot_sparsity(
     figure_class, colors = require_matplotlib()
     sparse_plans = {layer: plan for layer in plans if (plan := last_sparse_plan(plans[layer])) is not None}
     if not sparse_plans:
-        raise SparsePatchError("plot: no sparse prefill was captured; run a prompt longer than min_length first")
+        raise SparsePatchError(f"plot: no sparse prefill was captured: {_why_dense(report)}")
     chosen = list(heads) if heads is not None else _spread_of_heads(sparse_plans)
     columns = 1 + -(-len(chosen) // 2)
     figure = figure_class(figsize=(3.1 * columns + 1, 6.6), layout="constrained")
@@ -48,7 +51,7 @@ def plot_sparsity(
     for number, (layer, head) in enumerate(chosen):
         axes = figure.add_subplot(grid[number % 2, 1 + number // 2])
         draw_blocks(axes, sparse_plans, layer, head, colors)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def plot_accuracy(result: dict[str, Any], path: str | Path) -> None:
@@ -82,7 +85,7 @@ def plot_accuracy(result: dict[str, Any], path: str | Path) -> None:
     panels[0].set_ylabel("score, mean over tasks")
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names))
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def _short(label: str, labels: Sequence[str]) -> str:
@@ -116,7 +119,7 @@ def plot_bench(result: dict[str, Any], path: str | Path) -> None:
     axes.set(xlabel="tokens", ylabel="speed-up over the fastest dense kernel", title=result["machine"]["device"])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def plot_layers(result: dict[str, Any], path: str | Path) -> None:
@@ -150,7 +153,7 @@ def plot_layers(result: dict[str, Any], path: str | Path) -> None:
     right.set(xlabel="re-selecting layer", ylim=(0, 1), title=f"full {result['full']}, select {result['select']}")
     right.grid(alpha=0.3)
     right.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def plot_spans(result: dict[str, Any], path: str | Path) -> None:
@@ -191,7 +194,7 @@ def plot_spans(result: dict[str, Any], path: str | Path) -> None:
     for axes in (predicted, validated):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def _lines(result: dict[str, Any], length: int) -> dict[str, list[tuple[float, float, str]]]:
@@ -209,6 +212,18 @@ def _lines(result: dict[str, Any], length: int) -> dict[str, list[tuple[float, f
             share = fmean(row["attended"] or 0 for row in mine) / fmean(row["attended"] or 0 for row in dense)
         lines.setdefault(method, []).append((share, fmean(row["score"] for row in mine), label))
     return lines
+
+
+def _why_dense(report: SparsityReport) -> str:
+    """What the report says of prefills that were not sparse; the three most frequent reasons."""
+    phases = [layer.prefill for layer in report.layers]
+    reasons = Counter(reason for phase in phases for reason in {**phase.dense, **phase.fallbacks})
+    total = len(report.layers)
+    said = [
+        f"{f'all {total}' if number == total else f'{number} of {total}'} layers were dense: {reason}"
+        for reason, number in reasons.most_common(3)
+    ]
+    return "; ".join(said) or "run a prompt in `with capture_plans(model)` of a model with a prefill method"
 
 
 def last_sparse_plan(plans: Sequence[tuple[Phase, Plan]]) -> PrefillPlan | None:
@@ -274,6 +289,29 @@ def _spread_of_heads(plans: dict[int, PrefillPlan], number: int = 6) -> list[tup
     )
     steps = torch.linspace(0, len(ranked) - 1, min(number, len(ranked))).round().int().tolist()
     return [(ranked[step][1], ranked[step][2]) for step in steps]
+
+
+def check_picture(path: Path | None) -> None:
+    """Raise before a long run if its picture cannot be drawn.
+
+    Raises:
+        SparsePatchError: matplotlib is not installed, or it draws no files with this ending.
+    """
+    if path is not None:
+        figure_class, _ = require_matplotlib()
+        known = figure_class().canvas.get_supported_filetypes()
+        if _format(path) not in known:
+            raise SparsePatchError(f"{one_line(path)}: cannot be drawn: expected one of .{', .'.join(sorted(known))}")
+
+
+def _save(figure: "Figure", path: str | Path) -> None:
+    picture = BytesIO()
+    figure.savefig(picture, dpi=110, format=_format(Path(path)))
+    write_file(Path(path), picture.getvalue())
+
+
+def _format(path: Path) -> str:
+    return path.suffix[1:].lower() or "png"
 
 
 def require_matplotlib() -> tuple["type[Figure]", Any]:

@@ -3,10 +3,10 @@
 import shlex
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sparse_patch.config import read_yaml
-from sparse_patch.errors import SparsePatchError
+from sparse_patch.errors import SparsePatchError, one_line, short
+from sparse_patch.reading import read_yaml
 
 
 class Recipe(BaseModel):
@@ -22,13 +22,28 @@ class Recipe(BaseModel):
 
     summary: str
     needs: str
-    commands: list[str]
+    commands: list[str] = Field(min_length=1)
 
     def arguments(self, path: Path) -> list[list[str]]:
-        """The commands, split as a shell splits them."""
-        return [
-            [word.replace("{here}", str(path.parent)) for word in shlex.split(command)] for command in self.commands
-        ]
+        """The commands, split as a shell splits them.
+
+        Raises:
+            SparsePatchError: a command is empty, or a quote in it is not closed.
+        """
+        return [_split(command, path, number) for number, command in enumerate(self.commands)]
+
+
+def _split(command: str, path: Path, number: int) -> list[str]:
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise SparsePatchError(
+            f"{one_line(path)}: commands[{number}]: {str(error).lower()} in {short(command)}; "
+            "close the quote or escape it"
+        ) from None
+    if not words:
+        raise SparsePatchError(f"{one_line(path)}: commands[{number}]: is empty; write what follows `sparse-patch`")
+    return [word.replace("{here}", str(path.parent)) for word in words]
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -42,6 +57,8 @@ def load_recipe(path: Path) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
+        field = one_line(".".join(map(str, first["loc"]))) or "the file"
         known = ", ".join(Recipe.model_fields)
-        raise SparsePatchError(f"{path}: {field}: {first['msg'].lower()}; a recipe has the keys {known}") from None
+        raise SparsePatchError(
+            f"{one_line(path)}: {field}: {first['msg'].lower()}; a recipe has the keys {known}"
+        ) from None

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparse_patch.call import PHASES, Phase
+from sparse_patch.writing import write_file
 
 COUNTING = Lock()  # threads may share a model
 Count = int | torch.Tensor  # a device tensor where the number is known on the device only; read when a report is made
@@ -49,6 +50,7 @@ class PhaseCounts:
     dense_kernels: Counter[str] = field(default_factory=Counter)
     copying_calls: int = 0
     keeping_calls: int = 0
+    fallback_in_graph: str | None = None  # the last reason that a graph of torch.compile noted
 
     def add_dense(self, work: Work) -> None:
         self._add(work)
@@ -86,7 +88,7 @@ class PhaseCounts:
             density_by_head=[pairs / causal for pairs in attended] if causal and self.sparse_calls else [],
             attended=mean / queries if queries else None,
             dense=dict(self.dense),
-            fallbacks=dict(self.fallbacks),
+            fallbacks=dict(self.fallbacks + Counter([self.fallback_in_graph] if self.fallback_in_graph else [])),
             dense_kernels=dict(self.dense_kernels),
             copying_calls=self.copying_calls,
             keeping_calls=self.keeping_calls,
@@ -118,7 +120,8 @@ class PhaseReport(BaseModel):
         density_by_head: the same for each query head; empty when no call was sparse.
         attended: keys read per query token, mean over heads; None without calls.
         dense: dense calls by the configuration or by the model's design, by reason.
-        fallbacks: dense calls because the method could not serve them, by reason.
+        fallbacks: dense calls because the method could not serve them, by reason. What runs inside `torch.compile`
+            graphs counts as one call.
         dense_kernels: how many of the calls in `dense` ran on a faster kernel than the model's own, by kernel; with
             `dense: best` only.
         copying_calls: how many of `sparse_calls` read a cache that copies all its keys for every token.
@@ -202,8 +205,8 @@ class SparsityReport(BaseModel):
         return _sum(layer.phase(name).fallbacks for layer in self.layers for name in phases)
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Write the report as JSON; raises WriteError if it cannot be written."""
+        write_file(Path(path), self.model_dump_json(indent=2) + "\n")
 
     def __str__(self) -> str:
         console = Console(width=100, color_system=None)

@@ -9,11 +9,12 @@ from families import FAMILIES, llama
 from method_table import DECODE_METHODS, SPAN_METHODS, TOKEN_METHODS, MethodCase
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
-from sparse_patch.names import HOOK, ON_KERNELS, hook_name
-from sparse_patch.caches import FixedLayer, GrowingLayer, adopt, growing_cache
+from sparse_patch.cache_layers import FixedLayer, GrowingLayer
+from sparse_patch.caches import adopt, growing_cache
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import PatchConfig
 from sparse_patch.methods.base import DecodeMethod, registry
+from sparse_patch.names import HOOK, ON_KERNELS, hook_name
 from sparse_patch.patching import capture_plans, patched, reset_report, sparsity_report
 from sparse_patch.plans import PagePlan, Plan
 
@@ -329,8 +330,10 @@ def test_a_step_without_masks_made_ahead(pad: int, monkeypatch: pytest.MonkeyPat
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         assert sparsity_report(model).layers[0].compiled
     assert model.config._attn_implementation == "sdpa"
-    with patched(FAMILIES["gemma2"](), best) as windowed:
-        assert windowed.config._attn_implementation == hook_name("sdpa", HOOK), "layers with a window need masks"
+    windowed = FAMILIES["gemma2"]()
+    unpatched = windowed.config._attn_implementation
+    with patched(windowed, best):
+        assert windowed.config._attn_implementation == hook_name(unpatched, HOOK), "layers with a window need masks"
     torch._dynamo.reset()
 
 

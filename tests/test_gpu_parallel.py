@@ -39,7 +39,7 @@ def test_a_model_on_a_gpu_that_is_not_the_current_one() -> None:
 
 def test_two_gpus_give_what_one_gives(tmp_path: Path) -> None:
     """`device_map` bit for bit, tensor parallelism but for the order of its sums."""
-    file, environment = tmp_path / "result.json", {**os.environ, "PYTHONPATH": str(ROOT)}
+    file, environment = tmp_path / "result.json", {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     command = [sys.executable, str(ROOT / "benchmarks" / "two_gpus.py"), "--json", str(file)]
     subprocess.run(command, check=True, timeout=500, env=environment)
     rows = json.loads(file.read_text())["rows"]

@@ -49,7 +49,7 @@ def test_patch_model_works_from_the_wheel_in_a_fresh_environment(wheel: Path, tm
     site = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
     # A .pth line adds the folder but not the .pth files in it, so the editable install stays out of sight.
     (Path(site.strip()) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    result = subprocess.run([python, "-c", SCRIPT], capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run([python, "-I", "-c", SCRIPT], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(str(tmp_path / "env"))
     assert "flexprefill.yaml" in result.stdout and result.stdout.strip().endswith(" 1")

@@ -36,10 +36,10 @@ from sparse_patch.bench.common import (
     rows_of,
     skipped_notes,
 )
-from sparse_patch.caches import FixedRingLayer, cache_bytes
+from sparse_patch.caches import cache_bytes
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import PatchConfig
-from sparse_patch.errors import TaskError, UnsupportedCallError
+from sparse_patch.errors import TaskError, UnsupportedCallError, reason
 from sparse_patch.evaluation.generation import machine
 from sparse_patch.memory import LayerMemory
 from sparse_patch.methods.base import DecodeMethod
@@ -49,6 +49,7 @@ from sparse_patch.ops.page_scores import page_scores
 from sparse_patch.ops.top_pages import top_pages
 from sparse_patch.plans import Dense, PagePlan
 from sparse_patch.progress import Step
+from sparse_patch.rings import FixedRingLayer
 
 OURS = "page_decode"
 _SPARE = 256  # tokens of room behind the valid ones, as a static cache has while it generates
@@ -210,15 +211,15 @@ class _Bench:
         )
 
     def other(self, kernel: str) -> Row:
-        if reason := decode_kernels.unsupported(self.calls[0], kernel):
-            raise UnsupportedCallError(reason)
+        if problem := decode_kernels.unsupported(self.calls[0], kernel):
+            raise UnsupportedCallError(problem)
         attends = [decode_kernels.prepared(call, self.length, kernel) for call in self.calls]
         try:
             attends[0]()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # not ours: it must not end the run
-            raise UnsupportedCallError(str(error).splitlines()[0]) from None
+            raise UnsupportedCallError(reason(error)) from None
 
         def step() -> None:
             for attend in attends:

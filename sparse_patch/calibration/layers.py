@@ -37,10 +37,11 @@ from transformers import PreTrainedModel
 from sparse_patch.call import AttentionCall, apply_softcap
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.generation import check_context, encode
-from sparse_patch.evaluation.journal import Journal, write_atomically
+from sparse_patch.evaluation.journal import Journal
 from sparse_patch.evaluation.tasks import TASKS, Sample
 from sparse_patch.observe import observed
 from sparse_patch.progress import Step
+from sparse_patch.writing import write_file
 
 PROMPTS = ("recite", "niah_multikey_1", "niah_multikey_2", "niah_multivalue")
 POSITIONS = 16  # tokens of each answer whose attention is looked at
@@ -379,7 +380,7 @@ def write_layers(data: dict[str, Any], path: Path) -> None:
                 yield f"{indent}{key}: {_flow(value)}"
 
     text = "# Which layers of a model select keys for decode, by `sparse-patch calibrate layers`.\n"
-    write_atomically(path, text + "\n".join(lines(data, "")) + "\n")
+    write_file(path, text + "\n".join(lines(data, "")) + "\n")
 
 
 def _flow(value: Any) -> str:
@@ -399,4 +400,4 @@ def model_of(model: PreTrainedModel) -> dict[str, Any]:
 
 def journal_of(path: Path, about: dict[str, Any]) -> Journal[Measured]:
     """The journal beside a file that is to be written."""
-    return Journal(path.with_name(f"{path.name}.unfinished"), about, lambda data: Measured(**data), "--out")
+    return Journal.beside(path, about, Measured, "--out")

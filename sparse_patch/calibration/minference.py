@@ -23,12 +23,13 @@ from transformers import PreTrainedModel
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.generation import prefill
-from sparse_patch.evaluation.journal import Journal, write_atomically
+from sparse_patch.evaluation.journal import Journal
 from sparse_patch.methods.minference import FORCED_COLUMNS, FORCED_DISTANCES, MInference, Pattern
 from sparse_patch.observe import observed
 from sparse_patch.ops.block_sparse import attend
 from sparse_patch.plans import BlockPlan, Dense
 from sparse_patch.progress import Step
+from sparse_patch.writing import write_file
 
 PAPER_LENGTH = 30_000
 PAPER_CANDIDATES = (
@@ -138,7 +139,7 @@ def write_patterns(found: Sequence[LayerPatterns], num_layers: int, path: Path) 
     for layer in found:
         heads[layer.layer] = {str(head): list(entry) for head, entry in enumerate(layer.heads)}
     lines = ",\n".join(json.dumps(layer) for layer in heads)
-    write_atomically(path, f"[\n{lines}\n]\n")
+    write_file(path, f"[\n{lines}\n]\n")
 
 
 def table(found: Sequence[LayerPatterns], length: int) -> Table:
@@ -155,8 +156,4 @@ def table(found: Sequence[LayerPatterns], length: int) -> Table:
 
 def journal_of(path: Path, about: dict[str, Any]) -> Journal[LayerPatterns]:
     """The journal beside a file that is to be written."""
-    return Journal(path.with_name(f"{path.name}.unfinished"), about, _layer, "--out")
-
-
-def _layer(data: dict[str, Any]) -> LayerPatterns:
-    return LayerPatterns(data["layer"], [tuple(entry) for entry in data["heads"]], data["densities"])
+    return Journal.beside(path, about, LayerPatterns, "--out")

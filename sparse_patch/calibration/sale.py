@@ -193,4 +193,4 @@ def table(found: Sequence[LayerThresholds], error: float) -> Table:
 
 def journal_of(path: Path, about: dict[str, Any]) -> Journal[LayerThresholds]:
     """The journal beside a file that is to be written."""
-    return Journal(path.with_name(f"{path.name}.unfinished"), about, lambda data: LayerThresholds(**data), "--out")
+    return Journal.beside(path, about, LayerThresholds, "--out")

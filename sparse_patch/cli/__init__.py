@@ -1,5 +1,7 @@
 """The command line, `sparse-patch COMMAND`. Errors are one line and exit 2; `--debug` traces them."""
 
+import os
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +16,14 @@ from sparse_patch.cli.options import (
     JsonOption,
     ModelOption,
     PlotOption,
-    check_writable,
+    check_outputs,
     shipped_model,
     write_json,
+    write_picture,
 )
-from sparse_patch.errors import SparsePatchError
+from sparse_patch.errors import LONGEST_MESSAGE, SparsePatchError, one_line
+
+_UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's copy of it
 
 app = typer.Typer(
     help="Training-free sparse attention for long prompts in Hugging Face Transformers.",
@@ -35,11 +40,17 @@ def main() -> None:
     """Entry point of the `sparse-patch` command."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app(arguments, prog_name="sparse-patch")
-    except SparsePatchError as error:
+        try:
+            app(arguments, prog_name="sparse-patch")
+        finally:
+            sys.stdout.flush()
+    except (SparsePatchError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # whoever read it has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         if len(arguments) < len(sys.argv) - 1:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error, LONGEST_MESSAGE)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -66,16 +77,14 @@ def demo(
     from sparse_patch.plots import plot_sparsity
     from sparse_patch.progress import progress_steps
 
-    check_writable(json_file, plot)
+    check_outputs(json_file, plot=plot)
     transformers_logging.disable_progress_bar()
     console = Console()
     with progress_steps(console, total=3 + 2 * repeats) as step:
         result = run_demo(model or shipped_model(), config, length, seed, needles, repeats, step)
     show(result, console)
     write_json(json_file, result.summary())
-    if plot is not None:
-        plot_sparsity(result.prefill_report, result.plans, plot)
-        console.print(f"picture: {plot}")
+    write_picture(plot, lambda path: plot_sparsity(result.prefill_report, result.plans, path), json_file)
 
 
 @app.command()
@@ -84,6 +93,7 @@ def methods(json_file: JsonOption = None) -> None:
     from sparse_patch.config import packaged_configs
     from sparse_patch.methods.base import registry
 
+    check_outputs(json_file)
     configs = packaged_configs()
     rows = [
         {
@@ -117,6 +127,7 @@ def show(
 
     from sparse_patch.config import load_config
 
+    check_outputs(json_file)
     settings = load_config(config)
     console = Console()
     console.print(yaml.safe_dump(settings.settings(), sort_keys=False).rstrip(), markup=False, highlight=False)
@@ -147,9 +158,61 @@ def run(
     dry: Annotated[bool, typer.Option("--dry-run", help="Print the commands and run none.")] = False,
 ) -> None:
     """Run the commands of a recipe: one command reproduces one table."""
-    from sparse_patch.recipes import load_recipe
-
-    for arguments in load_recipe(recipe).arguments(recipe):
-        print(f"sparse-patch {' '.join(arguments)}", flush=True)
+    for arguments in checked_commands(recipe):
+        print(shlex.join(["sparse-patch", *arguments]), flush=True)
         if not dry:
             app(arguments, prog_name="sparse-patch", standalone_mode=False)
+
+
+def checked_commands(recipe: Path, above: tuple[Path, ...] = ()) -> list[list[str]]:
+    """The commands of a recipe, each looked at before the first one runs: its options, and where its results go.
+
+    Args:
+        recipe: the file.
+        above: recipes that run this one.
+
+    Raises:
+        SparsePatchError: the recipe is not valid, a command of it or of a recipe that it runs is not, a result cannot
+            be written, or recipes run each other in a circle.
+    """
+    from sparse_patch.recipes import load_recipe
+
+    if recipe.resolve() in above:
+        raise SparsePatchError(f"{recipe}: runs itself, directly or through another recipe; remove that command")
+    commands = load_recipe(recipe).arguments(recipe)
+    for number, arguments in enumerate(commands):
+        place = f"{recipe}: commands[{number}]"
+        name, options = parsed(arguments, place)
+        if name == "run":
+            checked_commands(options["recipe"], (*above, recipe.resolve()))
+        try:
+            check_outputs(*(options.get(key) for key in ("json_file", "out", "file")), plot=options.get("plot"))
+        except SparsePatchError as error:
+            raise SparsePatchError(f"{place}: {error}") from None
+    return commands
+
+
+def parsed(arguments: list[str], place: str) -> tuple[str, dict[str, Any]]:
+    """The name of the command that arguments of `sparse-patch` call, and its options; nothing runs.
+
+    Args:
+        arguments: what follows `sparse-patch`.
+        place: where they stand, for the message.
+
+    Raises:
+        SparsePatchError: there is no such command or option, or a value does not fit it.
+    """
+    command: Any = typer.main.get_command(app)
+    name, context = "sparse-patch", None
+    try:
+        while True:
+            context = command.make_context(name, list(arguments), parent=context)
+            if not hasattr(command, "resolve_command"):  # no group
+                return name, context.params
+            first = context._protected_args if hasattr(context, "_protected_args") else context.protected_args
+            name, command, arguments = command.resolve_command(context, [*first, *context.args])
+    except _UsageError as error:
+        text = one_line(" ".join(error.format_message().split()), 200) or "names no command"
+        raise SparsePatchError(f"{place}: {text}") from None
+    except typer.Exit:
+        raise SparsePatchError(f"{place}: asks for help, which is no command to run") from None

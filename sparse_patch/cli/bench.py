@@ -18,11 +18,12 @@ from sparse_patch.cli.options import (
     LayersOption,
     LengthsOption,
     PlotOption,
-    check_writable,
+    check_outputs,
     lengths_of,
     names_of,
     shipped_model,
     write_json,
+    write_picture,
 )
 from sparse_patch.errors import SparsePatchError
 
@@ -63,12 +64,10 @@ def bench_prefill(
     from sparse_patch.bench import common
     from sparse_patch.bench import prefill as benches
     from sparse_patch.evaluation.recording import file_inputs, random_inputs, recorded_inputs
-    from sparse_patch.plots import plot_bench, require_matplotlib
+    from sparse_patch.plots import plot_bench
     from sparse_patch.progress import progress_steps
 
-    check_writable(json_file, plot)
-    if plot is not None:
-        require_matplotlib()
+    check_outputs(json_file, plot=plot)
     transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     number_type = common.dtype_of(dtype or common.default_dtype(device))
@@ -92,9 +91,7 @@ def bench_prefill(
     _show_bench(console, benches.table(result, benchmark, number_type), benches.notes(result))
     data = benches.as_json(result, benchmark, number_type)
     write_json(json_file, data)
-    if plot is not None:
-        plot_bench(data, plot)
-        console.print(f"picture: {plot}")
+    write_picture(plot, lambda path: plot_bench(data, path), json_file)
 
 
 @app.command("decode")
@@ -120,7 +117,7 @@ def bench_decode(
     from sparse_patch.bench import decode as benches
     from sparse_patch.progress import progress_steps
 
-    check_writable(json_file)
+    check_outputs(json_file)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     architecture = common.architecture_of(shape, layers)
     benchmark = benches.Benchmark(
@@ -161,7 +158,7 @@ def bench_model(
     from sparse_patch.bench import model as benches
     from sparse_patch.progress import progress_steps
 
-    check_writable(json_file)
+    check_outputs(json_file)
     if cache not in ("static", "dynamic"):
         raise SparsePatchError(f"--cache: expected static or dynamic, got {cache!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,11 +13,12 @@ from sparse_patch.cli.options import (
     ModelOption,
     PlotOption,
     SeedOption,
-    check_writable,
+    check_outputs,
     lengths_of,
     names_of,
     shipped_model,
     write_json,
+    write_picture,
 )
 
 app = typer.Typer(
@@ -42,20 +43,19 @@ def calibrate_minference(
     from sparse_patch.evaluation.tasks import TASKS
     from sparse_patch.progress import progress_steps
 
-    check_writable(out)
+    check_outputs(out)
     name = str(model or shipped_model())
-    journal = journal_of(out, {"model": name, "length": length, "seed": seed})
     transformers_logging.disable_progress_bar()
-    loaded, tokenizer = load_model(name)
-    check_context(loaded, length, 0, "--length")
-    sample = TASKS["kv_retrieval"].sample(tokenizer, length, seed)
-    layers = loaded.config.get_text_config(decoder=True).num_hidden_layers
     console = Console()
-    with progress_steps(console, layers - len(journal.records)) as step:
-        found = search(loaded, encode(tokenizer, sample.prompt, sample.answer)[0], journal, step)
-    write_patterns(found, layers, out)
-    journal.remove()
-    console.print(table(found, length))
+    with journal_of(out, {"model": name, "length": length, "seed": seed}) as journal:
+        loaded, tokenizer = load_model(name)
+        check_context(loaded, length, 0, "--length")
+        sample = TASKS["kv_retrieval"].sample(tokenizer, length, seed)
+        layers = loaded.config.get_text_config(decoder=True).num_hidden_layers
+        with progress_steps(console, layers - len(journal.records)) as step:
+            found = search(loaded, encode(tokenizer, sample.prompt, sample.answer)[0], journal, step)
+        console.print(table(found, length))
+        write_patterns(found, layers, out)
     console.print(f"patterns: {out}; use them with prefill.calibration: {out}", soft_wrap=True)
 
 
@@ -93,7 +93,7 @@ def calibrate_sale(
     from sparse_patch.model_shape import ModelShape
     from sparse_patch.progress import progress_steps
 
-    check_writable(out)
+    check_outputs(out)
     settings = {"numerics": numerics, "local_window": local_window, "block_size": block_size}
     method = load_config({"prefill": {"method": "sale", "min_length": 0, **settings}}).prefill
     assert isinstance(method, Sale)
@@ -101,24 +101,23 @@ def calibrate_sale(
     settings["error"] = error
     about = {"model": name, **settings, "highest": highest, "lengths": lengths, "samples": samples, "tasks": tasks}
     about |= {"seed": seed, "text": None if text is None else str(text)}
-    journal = sale.journal_of(out, about)
     transformers_logging.disable_progress_bar()
-    loaded, tokenizer = load_model(name)
-    if text is None:
-        prompts = sale.generated_prompts(loaded, tokenizer, names_of(tasks), lengths_of(lengths), samples, seed)
-    else:
-        prompts = sale.text_prompts(loaded, tokenizer, text, lengths_of(lengths), samples)
-    shape = ModelShape.of(loaded.config, loaded.config.get_text_config(decoder=True).num_hidden_layers)
     console = Console()
-    with progress_steps(console, shape.num_layers * len(prompts) - len(journal.records)) as step:
-        found = sale.search(loaded, prompts, error, journal, step, method, highest)
-    tau = sale.thresholds(found, shape.num_layers, shape.num_heads)
-    more = {key: str(value) for key, value in about.items() if key not in settings}
-    write_thresholds(
-        out, tau, shape, numerics=numerics, local_window=local_window, block_size=block_size, error=error, more=more
-    )
-    journal.remove()
-    console.print(sale.table(found, error))
+    with sale.journal_of(out, about) as journal:
+        loaded, tokenizer = load_model(name)
+        if text is None:
+            prompts = sale.generated_prompts(loaded, tokenizer, names_of(tasks), lengths_of(lengths), samples, seed)
+        else:
+            prompts = sale.text_prompts(loaded, tokenizer, text, lengths_of(lengths), samples)
+        shape = ModelShape.of(loaded.config, loaded.config.get_text_config(decoder=True).num_hidden_layers)
+        with progress_steps(console, shape.num_layers * len(prompts) - len(journal.records)) as step:
+            found = sale.search(loaded, prompts, error, journal, step, method, highest)
+        tau = sale.thresholds(found, shape.num_layers, shape.num_heads)
+        more = {key: str(value) for key, value in about.items() if key not in settings}
+        console.print(sale.table(found, error))
+        write_thresholds(
+            out, tau, shape, numerics=numerics, local_window=local_window, block_size=block_size, error=error, more=more
+        )
     console.print(f"thresholds: {out}; use them with prefill.calibration: {out}", soft_wrap=True)
 
 
@@ -141,36 +140,31 @@ def calibrate_layers(
 
     from sparse_patch.calibration import layers
     from sparse_patch.evaluation.generation import load_model
-    from sparse_patch.plots import plot_layers, require_matplotlib
+    from sparse_patch.plots import plot_layers
     from sparse_patch.progress import progress_steps
 
-    check_writable(out, json_file, plot)
-    if plot is not None:
-        require_matplotlib()
+    check_outputs(out, json_file, plot=plot)
     name = str(model or shipped_model())
     name = Path(name).resolve().name if Path(name).is_dir() else name
     about = {"model": name, "length": length, "seed": seed, "budget": budget}
-    journal = layers.journal_of(out, about)
     transformers_logging.disable_progress_bar()
-    loaded, tokenizer = load_model(model or shipped_model())
-    layers.check_number(select, layers.model_of(loaded)["num_layers"])
-    prompts = layers.samples_of(tokenizer, length, samples, seed)
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    with progress_steps(console, sum(number not in journal.records for number in range(samples))) as step:
-        measured = layers.measure(loaded, tokenizer, prompts, budget, journal, step)
-    curves = layers.Curves.of(measured)
-    choice = layers.choose(curves, select)
-    about |= {"samples": samples}
-    layers.write_layers(layers.as_yaml(curves, choice, layers.model_of(loaded), about), out)
-    data = layers.as_json(curves, choice, layers.model_of(loaded), about, measured)
-    console.print(layers.table(curves, choice, about))
-    console.print(layers.summary(choice), highlight=False)
-    console.print(f"layers: {out}; use them with decode.calibration: {out}", soft_wrap=True)
-    write_json(json_file, data)
-    if plot is not None:
-        plot_layers(data, plot)
-        console.print(f"picture: {plot}")
-    journal.remove()
+    with layers.journal_of(out, about) as journal:
+        loaded, tokenizer = load_model(model or shipped_model())
+        layers.check_number(select, layers.model_of(loaded)["num_layers"])
+        prompts = layers.samples_of(tokenizer, length, samples, seed)
+        with progress_steps(console, sum(number not in journal.records for number in range(samples))) as step:
+            measured = layers.measure(loaded, tokenizer, prompts, budget, journal, step)
+        curves = layers.Curves.of(measured)
+        choice = layers.choose(curves, select)
+        about |= {"samples": samples}
+        console.print(layers.table(curves, choice, about))
+        console.print(layers.summary(choice), highlight=False)
+        layers.write_layers(layers.as_yaml(curves, choice, layers.model_of(loaded), about), out)
+        console.print(f"layers: {out}; use them with decode.calibration: {out}", soft_wrap=True)
+        data = layers.as_json(curves, choice, layers.model_of(loaded), about, measured)
+        write_json(json_file, data)
+        write_picture(plot, lambda path: plot_layers(data, path), json_file)
 
 
 @app.command("moa")
@@ -219,13 +213,11 @@ def calibrate_moa(
     from sparse_patch.calibration.moa.search import search
     from sparse_patch.evaluation.generation import load_model
     from sparse_patch.methods.span_plans import write_span_rules
-    from sparse_patch.plots import plot_spans, require_matplotlib
+    from sparse_patch.plots import plot_spans
     from sparse_patch.progress import progress_steps
 
-    check_writable(out, json_file, plot)
+    check_outputs(out, json_file, plot=plot)
     require_scipy()
-    if plot is not None:
-        require_matplotlib()
     settings = Settings(
         lengths=tuple(sorted(lengths_of(lengths))),
         density=density,
@@ -242,20 +234,17 @@ def calibrate_moa(
         seed=seed,
     )
     name = str(model or shipped_model())
-    journal = journal_of(out, {"model": name, **settings.measured})
     transformers_logging.disable_progress_bar()
-    loaded, tokenizer = load_model(name)
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    with progress_steps(console, settings.steps - len(journal.records)) as step:
-        found = search(loaded, tokenizer, settings, journal, step)
-    write_span_rules(out, found.chosen.rules)
-    console.print(table(found))
-    console.print(spans_table(found))
-    console.print(f"plan: {out}; use it with both.calibration: {out}", soft_wrap=True)
-    if json_file is not None or plot is not None:
-        data = as_json(found)
-        write_json(json_file, data)
-        if plot is not None:
-            plot_spans(data, plot)
-            console.print(f"picture: {plot}")
-    journal.remove()
+    with journal_of(out, {"model": name, **settings.measured}) as journal:
+        loaded, tokenizer = load_model(name)
+        with progress_steps(console, settings.steps - len(journal.records)) as step:
+            found = search(loaded, tokenizer, settings, journal, step)
+        console.print(table(found))
+        console.print(spans_table(found))
+        write_span_rules(out, found.chosen.rules)
+        console.print(f"plan: {out}; use it with both.calibration: {out}", soft_wrap=True)
+        if json_file is not None or plot is not None:
+            data = as_json(found)
+            write_json(json_file, data)
+            write_picture(plot, lambda path: plot_spans(data, path), json_file)

@@ -1,6 +1,5 @@
 """`sparse-patch eval`, `tasks`, `export` and `lm-eval`: what sparsity costs in answers."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,13 +19,15 @@ from sparse_patch.cli.options import (
     SeedOption,
     SuiteOption,
     TasksOption,
-    check_writable,
+    check_outputs,
     lengths_of,
     names_of,
     shipped_model,
     write_json,
+    write_picture,
 )
-from sparse_patch.errors import SparsePatchError
+from sparse_patch.errors import SparsePatchError, one_line
+from sparse_patch.reading import read_json
 
 app = typer.Typer()
 
@@ -60,12 +61,10 @@ def evaluate(
     from sparse_patch.evaluation.suite import Evaluation, configurations, header
     from sparse_patch.evaluation.suite import evaluate as run_evaluation
     from sparse_patch.evaluation.tasks import tasks_of
-    from sparse_patch.plots import plot_accuracy, require_matplotlib
+    from sparse_patch.plots import plot_accuracy
     from sparse_patch.progress import progress_steps
 
-    check_writable(json_file, plot)
-    if plot is not None:
-        require_matplotlib()
+    check_outputs(json_file, plot=plot)
     evaluation = Evaluation(
         configs=configurations(config or []),
         tasks=tasks_of(suite, names_of(tasks)),
@@ -83,23 +82,20 @@ def evaluate(
     old = _earlier_result(json_file) if add else None
     if old is not None and json_file is not None:
         add_to(old, as_json([], about, evaluation.configs), json_file)  # whether they go together, before the work
-    journal: Journal[Record] = Journal(json_file and json_file.with_name(f"{json_file.name}.unfinished"), about)
     transformers_logging.disable_progress_bar()
-    loaded, tokenizer = load_model(name)
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    with progress_steps(console, evaluation.missing(journal)) as step:
-        rows = run_evaluation(loaded, tokenizer, evaluation, journal, step)
-    for length in evaluation.lengths:
-        console.print(table(rows, length))
-    console.print(summary(rows))
-    data = as_json(rows, about, evaluation.configs)
-    if json_file is not None:
-        data = data if old is None else add_to(old, data, json_file)
+    with Journal[Record].beside(json_file, about) as journal:
+        loaded, tokenizer = load_model(name)
+        with progress_steps(console, evaluation.missing(journal)) as step:
+            rows = run_evaluation(loaded, tokenizer, evaluation, journal, step)
+        for length in evaluation.lengths:
+            console.print(table(rows, length))
+        console.print(summary(rows))
+        data = as_json(rows, about, evaluation.configs)
+        if old is not None and json_file is not None:
+            data = add_to(old, data, json_file)
         write_json(json_file, data)
-        journal.remove()
-    if plot is not None:
-        plot_accuracy(data, plot)
-        console.print(f"picture: {plot}")
+        write_picture(plot, lambda path: plot_accuracy(data, path), json_file)
 
 
 @app.command()
@@ -107,6 +103,7 @@ def tasks(json_file: JsonOption = None) -> None:
     """List the offline tasks and the suites that they are in."""
     from sparse_patch.evaluation.tasks import SUITES, TASKS
 
+    check_outputs(json_file)
     rows = [
         {"task": name, "asked": task.summary, "suites": [suite for suite, names in SUITES.items() if name in names]}
         for name, task in TASKS.items()
@@ -135,7 +132,7 @@ def export(
     from sparse_patch.evaluation.suite import Evaluation
     from sparse_patch.evaluation.tasks import export_jsonl, tasks_of
 
-    check_writable(file)
+    check_outputs(file)
     text = None if haystack is None else read_haystack(haystack)
     evaluation = Evaluation({}, tasks_of(suite, names_of(tasks)), lengths_of(lengths), samples, seed, text)
     counter = load_tokenizer(tokenizer or shipped_model(), "--tokenizer")
@@ -162,8 +159,11 @@ def _earlier_result(path: Path | None) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        data["rows"], data["configs"]
-    except (ValueError, KeyError, TypeError):
-        raise SparsePatchError(f"{path}: --add: is no result of `sparse-patch eval`; name another file") from None
+        data: dict[str, Any] = read_json(path)
+        _ = [config["fingerprint"] for config in data["configs"].values()]
+        _ = {(row["config"], row["task"], row["length"]): row for row in data["rows"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SparsePatchError(
+            f"{one_line(path)}: --add: is no result of `sparse-patch eval`; name another file"
+        ) from None
     return data

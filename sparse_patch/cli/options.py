@@ -1,6 +1,7 @@
 """What several commands have in common: options, how they are read, and where results go."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,19 +62,46 @@ def lengths_of(text: str, option: str = "--lengths") -> list[int]:
     return list(dict.fromkeys(lengths))
 
 
-def check_writable(*paths: Path | None) -> None:
-    """Raise before a long run if what it makes cannot be written."""
-    for path in paths:
-        if path is not None and not path.absolute().parent.is_dir():
-            raise SparsePatchError(f"{path}: cannot be written: {path.absolute().parent} is not a folder")
-        if path is not None and path.is_dir():
-            raise SparsePatchError(f"{path}: cannot be written: it is a folder")
+def check_outputs(*files: Path | None, plot: Path | None = None) -> None:
+    """Raise before a long run if what it makes cannot be written, or its picture not be drawn.
+
+    Raises:
+        SparsePatchError: see `check_writable` and `check_picture`.
+    """
+    from sparse_patch.plots import check_picture
+    from sparse_patch.writing import check_writable
+
+    check_writable(*files, plot)
+    check_picture(plot)
 
 
 def write_json(path: Path | None, data: Any) -> None:
-    """Write a result: all of it, or nothing."""
-    from sparse_patch.evaluation.journal import write_atomically
+    """Write a result whose table stands above: all of it, or nothing.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    from sparse_patch.writing import WriteError, write_file
 
     if path is not None:
-        check_writable(path)
-        write_atomically(path, json.dumps(data, indent=1) + "\n")
+        try:
+            write_file(path, json.dumps(data, indent=1) + "\n")
+        except WriteError as error:
+            raise WriteError(f"{error}; the table above is the result") from error
+
+
+def write_picture(path: Path | None, draw: Callable[[Path], None], json_file: Path | None) -> None:
+    """Draw a picture of a result, if it is asked for, and say where it is.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    from sparse_patch.writing import WriteError
+
+    if path is None:
+        return
+    try:
+        draw(path)
+    except WriteError as error:
+        raise WriteError(f"{error}; {json_file or 'the table above'} has the result") from error
+    print(f"picture: {path}")

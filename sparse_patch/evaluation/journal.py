@@ -1,87 +1,109 @@
 """The records of a run in a file, so that a run that was killed goes on where it stopped."""
 
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from sparse_patch.errors import TaskError
+from pydantic import TypeAdapter
+from typing_extensions import Self
+
+from sparse_patch.errors import TaskError, one_line, short
 from sparse_patch.evaluation.results import Record
+from sparse_patch.writing import WriteError, append_file, check_writable, is_replaced, write_file
 
 R = TypeVar("R", bound=Any)  # a dataclass with a `key`
-
-
-def _record(data: dict[str, Any]) -> Any:
-    pairs = {key: tuple(data[key]) for key in ("found", "right", "prefill", "decode")}
-    return Record(**{**data, **pairs})
 
 
 @dataclass
 class Journal(Generic[R]):
     """The records of a run in a file, one JSON object a line after a header that says what run it is.
 
-    A line that a killed run left unfinished is dropped. Without a path, records are kept in memory only.
+    A line that a killed run left unfinished is dropped. A `with` block of it lasts until the result is written: its end
+    removes the file, and a result that cannot be written says that the records are kept. Without a path, records are
+    kept in memory only.
 
     Attributes:
         path: the file.
         header: what two runs must have in common for their records to go together.
-        parse: makes a record of its JSON object; by default one of an evaluation.
+        record: what a record is, a dataclass or a union of them.
         option: the option of the command line that names the result, for messages.
         records: by their `key`.
 
     Raises:
         TaskError: the file is no journal, or of another run.
+        WriteError: it cannot be written.
     """
 
     path: Path | None
     header: dict[str, Any]
-    parse: Callable[[dict[str, Any]], R] = _record
+    record: Any = Record
     option: str = "--json"
     records: dict[Any, R] = field(default_factory=dict)
 
+    @classmethod
+    def beside(cls, result: Path | None, header: dict[str, Any], record: Any = Record, option: str = "--json") -> Self:
+        """The journal beside a file that is to be written, if it is one: a pipe or a device has none."""
+        if result is None or not is_replaced(result):
+            return cls(None, header, record, option)
+        return cls(result.with_name(f"{result.name}.unfinished"), header, record, option)
+
     def __post_init__(self) -> None:
+        check_writable(self.path)
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            data = self.path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            header, *records = whole.decode().splitlines() or [json.dumps(self.header)]
+            adapter: TypeAdapter[R] = TypeAdapter(self.record)
+            self.records = {record.key: record for record in map(adapter.validate_python, map(json.loads, records))}
+            known = json.loads(header)
+            differences = list(_differences(known, json.loads(json.dumps(self.header))))
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            raise TaskError(
+                f"{one_line(self.path)}: is no journal of an unfinished run; delete it or write {self.option} elsewhere"
+            ) from None
+        if differences:
+            raise TaskError(
+                f"{one_line(self.path)}: is of an unfinished run with {differences[0]}; "
+                f"delete it or write {self.option} to another file"
+            )
+        if whole != data:
+            write_file(self.path, whole)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.path is None:
             return
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        whole = text[: text.rfind("\n") + 1]
-        try:
-            header, *records = (json.loads(line) for line in whole.splitlines()) if whole else (self.header,)
-            self.records = {record.key: record for record in map(self.parse, records)}
-            self._check(header)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, TaskError):
-                raise
-            raise TaskError(
-                f"{self.path}: is no journal of an unfinished run; delete it or write {self.option} elsewhere"
-            ) from None
-        if whole != text:
-            write_atomically(self.path, whole)
+        if error is None:
+            self.path.unlink(missing_ok=True)
+        elif isinstance(error, WriteError) and self.records:
+            raise WriteError(
+                f"{error}; what was measured is kept in {one_line(self.path)}, the same command goes on from there"
+            ) from error
 
     def add(self, record: R) -> None:
+        """Keep a record.
+
+        Raises:
+            WriteError: it cannot be written. Those before it are kept.
+        """
+        if self.path is not None:
+            lines = [] if self.path.exists() and self.path.stat().st_size else [self.header]
+            append_file(self.path, "".join(json.dumps(line) + "\n" for line in [*lines, asdict(record)]))
         self.records[record.key] = record
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                if file.tell() == 0:
-                    file.write(json.dumps(self.header) + "\n")
-                file.write(json.dumps(asdict(record)) + "\n")
-
-    def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-    def _check(self, header: dict[str, Any]) -> None:
-        for key, value in self.header.items():
-            if header.get(key) != value:
-                raise TaskError(
-                    f"{self.path}: is of an unfinished run with {key} {header.get(key)!r}, this one has {value!r}; "
-                    f"delete it or write {self.option} to another file"
-                )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file at once: a reader, or a kill, sees the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _differences(theirs: Any, ours: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """What the headers of two runs do not have in common."""
+    for key, value in ours.items():
+        their = theirs.get(key)
+        if isinstance(value, dict) and isinstance(their, dict):
+            yield from _differences(their, value, f"{prefix}{key}.")
+        elif their != value:
+            yield f"{prefix}{key} {short(their)}, this one has {short(value)}"

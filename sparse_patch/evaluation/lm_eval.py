@@ -7,6 +7,7 @@ Importing this module registers the model with lm-eval; lm-eval itself scans no 
 """
 
 import copy
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,9 +27,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sparse_patch.config import ConfigSource, PatchConfig, load_config
-from sparse_patch.errors import ConfigError, SparsePatchError, TaskError
+from sparse_patch.errors import ConfigError, SparsePatchError, TaskError, short
+from sparse_patch.evaluation.generation import check_config, loading
 from sparse_patch.patching import is_patched, patch_model, sparsity_report, transformers_model, uncounted
 from sparse_patch.report import SparsityReport, merged
+from sparse_patch.writing import WriteError, check_writable
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 _LOGITS_BYTES = 256 * 2**20  # of logits that are held at once
@@ -48,6 +51,9 @@ class SparseLM(HFLM):
       which leaves padding as the last queries, from which sparse methods choose;
     - logits are made for the tokens that are scored and no others, a slice at a time;
     - a prompt that is too long for the model raises, before anything runs; `truncation=True` cuts and counts instead;
+    - what cannot be answered at all (no room for a prompt, nothing to score) raises likewise, with the way out;
+    - continuations that share a row are each scored where they stand: `hf` scores a shorter one at the row's first
+      positions;
     - the trial runs of `batch_size=auto` do not count in the report;
     - data parallel under `accelerate launch` works on CPUs too.
     """
@@ -81,7 +87,10 @@ class SparseLM(HFLM):
             )
         settings = _settings(config)  # before a large model is loaded
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        super().__init__(pretrained, device=device, truncation=False, **kwargs)
+        if isinstance(pretrained, str):
+            check_config("hf-sparse: pretrained", pretrained)
+        with loading("hf-sparse: pretrained", pretrained if isinstance(pretrained, str) else "a model"):
+            super().__init__(pretrained, device=device, truncation=False, **kwargs)
         if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
             raise ConfigError("hf-sparse: peft: prompt tuning adds tokens of its own, which is not supported; use hf")
         self._cut = truncation
@@ -94,6 +103,10 @@ class SparseLM(HFLM):
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        for request in requests:
+            context, continuation = request.args
+            if not context and not self.tok_encode(continuation, add_special_tokens=False):
+                raise _refused("a request", "has neither a context nor a continuation; leave it out")
         with self._report_of_all_ranks():
             return super().loglikelihood(requests, disable_tqdm)
 
@@ -102,12 +115,57 @@ class SparseLM(HFLM):
             return super().loglikelihood_rolling(requests, disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        for request in requests:
-            text, settings = request.args
-            room = self.max_length - normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
-            self._check_length(len(self.tok_encode(text)), room, request.task_name)
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        for request, tokens in zip(requests, lengths, strict=True):
+            name = request.task_name or "a request"
+            if not tokens:
+                raise _refused(name, "a prompt is empty, and the tokenizer puts no token in front; give it a text")
+            room = self._room(request.args[1], name, max(lengths))
+            self._check_length(tokens, room, name, f"{_TOO_LONG} or fewer new tokens")
         with self._report_of_all_ranks():
             return super().generate_until(requests, disable_tqdm)
+
+    def _room(self, settings: dict[str, Any], name: str, longest: int) -> int:
+        """Tokens that a prompt may have beside those that a request wants generated.
+
+        Args:
+            settings: of the generation.
+            name: of the task, for messages.
+            longest: tokens of the longest prompt of all requests.
+
+        Raises:
+            TaskError: nothing can be generated with these settings.
+        """
+        try:
+            asked: int = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+        except (ValueError, TypeError) as error:
+            raise _refused(name, f"generation_kwargs: {error}") from None
+        until = settings.get("until", [])
+        if not all(isinstance(text, str) for text in (until if isinstance(until, list) else [until])):
+            raise _refused(name, f"until: expected texts, got {short(until)}; leave it out for none")
+        if asked < 1:
+            raise _refused(name, f"asks for {asked} new tokens; ask for 1 or more: --gen_kwargs max_gen_toks=1")
+        if asked >= self.max_length:
+            raise _refused(name, self._no_room(asked, longest))
+        whole, read = settings.get("max_length"), min(longest, self.max_length - asked)
+        if whole is not None and read >= whole:
+            raise _refused(
+                name, f"max_length of {whole} leaves no room after a prompt of {read} tokens; give max_gen_toks instead"
+            )
+        return self.max_length - asked
+
+    def _no_room(self, asked: int, longest: int) -> str:
+        """That so many new tokens leave no room for a prompt, and what would."""
+        context = self.max_length
+        if context < 2:
+            return f"a context of {context} has no room for a prompt and a new token; raise max_length"
+        way_out = f"--gen_kwargs max_gen_toks={context - longest if longest < context else context // 2}"
+        if longest >= context:
+            way_out += f", and pass truncation=True, for the longest prompt has {longest} tokens"
+        return (
+            f"asks for {asked} new tokens, which leave no room for a prompt in the model's context of {context}; "
+            f"ask for fewer: {way_out}"
+        )
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's, and under `sparse_patch` what ran: lm-eval puts it into the results."""
@@ -131,8 +189,17 @@ class SparseLM(HFLM):
         self, requests: list[Tokens], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         for texts, context, continuation in requests:
-            name = f"the request {texts[0][:40]!r}" if texts else "a window"
-            self._check_length(len(context) + len(continuation), self.max_length + 1, name)
+            name = f"the request {short(texts[0])}" if texts else "a window"
+            for part, tokens in (("context", context), ("continuation", continuation)):
+                if not tokens:
+                    raise _refused(name, f"its {part} has no tokens; give it a text, or leave the request out")
+            if len(continuation) > self.max_length:
+                raise _refused(
+                    name,
+                    f"its continuation of {len(continuation)} tokens is longer than the model's context of "
+                    f"{self.max_length}; shorten it, or raise max_length if the model takes more",
+                )
+            self._check_length(len(context) + len(continuation), self.max_length + 1, name, _TOO_LONG)
         ordered = Collator(
             requests,
             sort_fn=lambda request: (-len(request[1]) - len(request[2]), (*request[1], *request[2])),
@@ -202,13 +269,12 @@ class SparseLM(HFLM):
         with uncounted(self.model):
             return super()._detect_batch_size(requests, pos)
 
-    def _check_length(self, tokens: int, room: int, name: str | None) -> None:
+    def _check_length(self, tokens: int, room: int, name: str, way_out: str) -> None:
         if tokens <= room:
             return
         if not self._cut:
-            raise TaskError(
-                f"hf-sparse: {name or 'a request'}: {tokens} tokens do not fit, the model's context of "
-                f"{self.max_length} leaves {room}; {_TOO_LONG}"
+            raise _refused(
+                name, f"{tokens} tokens do not fit, the model's context of {self.max_length} leaves {room}; {way_out}"
             )
         self._cut_here += 1
 
@@ -240,13 +306,41 @@ def main(arguments: Sequence[str]) -> None:
         parsed = harness.parse_args()
         if hasattr(parsed, "include_path"):
             parsed.include_path = _include_paths(parsed.include_path)
-        harness.execute(parsed)
-    except (ValueError, FileNotFoundError, KeyError) as error:
+        with _results_in(getattr(parsed, "output_path", None)):
+            harness.execute(parsed)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         if isinstance(error, SparsePatchError):
             raise
-        raise SparsePatchError(f"lm-eval: {' '.join(str(error).split())}") from error
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise SparsePatchError(f"lm-eval: {kind}{' '.join(str(error).split())}") from error
     finally:
         sys.argv = before
+
+
+@contextmanager
+def _results_in(path: str | None) -> Iterator[None]:
+    """For a `with` block in which lm-eval writes results; it only logs it if it cannot.
+
+    Raises:
+        WriteError: they could not be written; where this can be seen before the block, it is.
+    """
+    if path is None or int(os.environ.get("RANK", 0)) != 0:
+        yield
+        return
+    folder = Path(path).parent if Path(path).suffix == ".json" else Path(path)
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    try:
+        check_writable(existing / "results.json")
+    except WriteError as error:
+        raise WriteError(f"--output_path: {path}: cannot be written: {str(error).rpartition(': ')[2]}") from None
+
+    def written() -> set[Path]:
+        return {*folder.glob("*.json"), *folder.glob("*/*.json")}
+
+    before = written()
+    yield
+    if written() <= before:
+        raise WriteError(f"--output_path: {path}: no results could be written; the table above is the result")
 
 
 def _include_paths(path: str | None) -> list[str]:
@@ -260,6 +354,10 @@ def _settings(config: ConfigSource | Sequence[ConfigSource] | PatchConfig | None
     if config is None or isinstance(config, PatchConfig):
         return config
     return load_config(config.split("+") if isinstance(config, str) else config)
+
+
+def _refused(name: str, problem: str) -> TaskError:
+    return TaskError(f"hf-sparse: {name}: {problem}")
 
 
 class _Read:

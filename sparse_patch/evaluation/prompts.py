@@ -12,11 +12,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from sparse_patch.errors import TaskError
+from sparse_patch.errors import ConfigError, TaskError, one_line
+from sparse_patch.reading import read_text
 
 NOISE = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."  # RULER's
 
 _SENTENCE_END = re.compile(r"[.!?](?=\s)|[。！？]|\n")  # noqa: RUF001
+_MOST_BYTES = 2**30  # of a haystack
 _REACH = 120  # characters around the best cut that are tried one by one
 
 Count = Callable[[str], int]
@@ -61,11 +63,11 @@ def read_haystack(path: str | Path, option: str = "--haystack") -> str:
         TaskError: the file is not there, is no text or is empty; the message begins with the option that named it.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"{option}: {path}: cannot be read as UTF-8 text: {error}") from None
+        text = read_text(path, _MOST_BYTES)
+    except ConfigError as error:
+        raise TaskError(f"{option}: {one_line(path)}: cannot be read as UTF-8 text: {error}") from None
     if not text.strip():
-        raise TaskError(f"{option}: {path}: the file is empty")
+        raise TaskError(f"{option}: {one_line(path)}: the file is empty")
     return text.replace("\r", "")
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.errors import SparsePatchError
+from sparse_patch.errors import SparsePatchError, one_line, reason
 from sparse_patch.evaluation.generation import load_model, load_tokenizer
 from sparse_patch.evaluation.tasks import TASKS
 from sparse_patch.observe import observed
@@ -156,11 +156,13 @@ def _read_call(path: Path) -> AttentionCall:
     from safetensors import SafetensorError, safe_open
 
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no regular file")
         with safe_open(path, framework="pt") as file:
             q, k, v = (file.get_tensor(name) for name in ("q", "k", "v"))
             scale = float((file.metadata() or {}).get("scale", q.shape[-1] ** -0.5))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise SparsePatchError(f"--qkv: {path}: cannot be read: {str(error).splitlines()[0]}") from None
+    except (OSError, SafetensorError, ValueError, ZeroDivisionError) as error:
+        raise SparsePatchError(f"--qkv: {one_line(path)}: cannot be read: {reason(error)}") from None
     shapes = [tuple(x.shape) for x in (q, k, v)]
     fits = all(len(s) == 4 and s[0] == 1 for s in shapes) and shapes[1] == shapes[2]
     if not fits or q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from sparse_patch.config import PatchConfig
-from sparse_patch.errors import TaskError
+from sparse_patch.errors import TaskError, one_line, short
 from sparse_patch.evaluation.scoring import interval
 
 Pairs = tuple[float, int, int]
@@ -109,10 +109,13 @@ def add_to(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, An
     """
     for key in new.keys() - {"configs", "rows"}:
         if old.get(key) != new[key]:
-            raise TaskError(f"{path}: --add: has {key} {old.get(key)!r}, this run has {new[key]!r}; write another file")
+            raise TaskError(
+                f"{one_line(path)}: --add: has {key} {short(old.get(key))}, this run has {short(new[key])}; "
+                "write another file"
+            )
     for label in old["configs"].keys() & new["configs"].keys():
         if old["configs"][label]["fingerprint"] != new["configs"][label]["fingerprint"]:
-            raise TaskError(f"{path}: --add: {label!r} was another configuration there; rename this one")
+            raise TaskError(f"{one_line(path)}: --add: {label!r} was another configuration there; rename this one")
     measured = {(row["config"], row["task"], row["length"]) for row in new["rows"]}
     kept = [row for row in old["rows"] if (row["config"], row["task"], row["length"]) not in measured]
     return {**new, "configs": {**old["configs"], **new["configs"]}, "rows": [*kept, *new["rows"]]}

@@ -31,6 +31,7 @@ from sparse_patch.evaluation.prompts import (
     hide,
     token_counter,
 )
+from sparse_patch.writing import write_file
 
 Kind = Literal["numbers", "words", "uuids"]
 Hay = Literal["noise", "text", "needles"]
@@ -352,7 +353,7 @@ def as_json(sample: Sample) -> dict[str, Any]:
 def export_jsonl(samples: Iterable[Sample], path: str | Path) -> int:
     """Write samples, one JSON object a line, with their prompts; the number of lines. All of them, or no file."""
     lines = [json.dumps(as_json(sample), ensure_ascii=False) for sample in samples]
-    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_file(Path(path), "".join(f"{line}\n" for line in lines))
     return len(lines)
 
 

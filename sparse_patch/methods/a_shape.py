@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base import PrefillMethod, Tokens
+from sparse_patch.methods.base import MOST, PrefillMethod, Tokens
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
 
 
@@ -35,7 +35,7 @@ class AShape(PrefillMethod):
 
     method: Literal["a_shape"] = "a_shape"
     sink: Tokens = 1024
-    window: Annotated[int, Field(ge=1)] = 4096
+    window: Annotated[int, Field(ge=1, le=MOST)] = 4096
     last: Tokens = 0
     block_size: Literal[16, 32, 64, 128] = 128
 

@@ -23,8 +23,9 @@ from sparse_patch.errors import ConfigError
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.plans import Dense, Plan
 
-Tokens = Annotated[int, Field(ge=0)]
-LayerIndex = Annotated[int, Field(description="layer from 0; negative counts from the last")]
+MOST = 2**31 - 1  # of any count: what int32 holds
+Tokens = Annotated[int, Field(ge=0, le=MOST)]
+LayerIndex = Annotated[int, Field(ge=-MOST, le=MOST, description="layer from 0; negative counts from the last")]
 
 
 class Excluded(BaseModel):

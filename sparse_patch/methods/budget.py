@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base import DecodeMethod
+from sparse_patch.methods.base import MOST, DecodeMethod
 from sparse_patch.ops.top_pages import top_pages
 from sparse_patch.plans import Dense
 
@@ -25,7 +25,7 @@ class BudgetedMethod(DecodeMethod):
         budget_ratio: the same as a share of the row's keys, in (0, 1]. Its selection sorts, which is slower.
     """
 
-    budget: Annotated[int, Field(gt=0)] | None = 2048
+    budget: Annotated[int, Field(gt=0, le=MOST)] | None = 2048
     budget_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @model_validator(mode="before")

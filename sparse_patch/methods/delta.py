@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.methods.base import MOST
 from sparse_patch.methods.budget import Count
 from sparse_patch.methods.layer_roles import LayeredMethod, Preset, Roles
 from sparse_patch.model_shape import ModelShape
@@ -51,10 +52,10 @@ class Delta(LayeredMethod):
     presets = _PRESETS
 
     method: Literal["delta"] = "delta"
-    budget: Annotated[int, Field(gt=0)] | None = 1024
+    budget: Annotated[int, Field(gt=0, le=MOST)] | None = 1024
     page_size: Literal[1, 2, 4, 8, 16, 32, 64] = 16
-    recency_pages: Annotated[int, Field(ge=1)] = 8
-    position_bias: Annotated[float, Field(ge=0)] = 0.0
+    recency_pages: Annotated[int, Field(ge=1, le=MOST)] = 8
+    position_bias: Annotated[float, Field(ge=0, le=1e6)] = 0.0
 
     @property
     def fewest(self) -> int:

@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base import PrefillMethod, Tokens
+from sparse_patch.methods.base import MOST, PrefillMethod, Tokens
 from sparse_patch.ops.block_means import key_means
 from sparse_patch.ops.lines import LineRule, QueryAware, choose_lines, plan_of_lines
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
@@ -53,7 +53,7 @@ class FlexPrefill(PrefillMethod):
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.8
     tau: Annotated[float, Field(ge=0, le=1)] = 0.1
     min_budget: Tokens = 512
-    max_budget: Annotated[int, Field(gt=0)] | None = None
+    max_budget: Annotated[int, Field(gt=0, le=MOST)] | None = None
     block_size: Literal[16, 32, 64, 128] = 128
     selection: Literal["coverage", "reference"] = "coverage"
 

@@ -31,14 +31,15 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from sparse_patch.call import PHASES, AttentionCall
-from sparse_patch.methods.base import DecodeMethod, Tokens
+from sparse_patch.errors import short
+from sparse_patch.methods.base import MOST, DecodeMethod, Tokens
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.ops.compressed_keys import BLOCK, STRIDE, BlockRule, block_scores, choose_blocks
 from sparse_patch.ops.page_statistics import page_means
 from sparse_patch.ops.top_pages import top_pages
 from sparse_patch.plans import Dense, PagePlan, Plan
 
-Number = Annotated[int, Field(ge=0)]
+Number = Annotated[int, Field(ge=0, le=MOST)]
 _PUBLISHED = {"topk": 64, "init_blocks": 1, "window_size": 2048, "min_length": 8192}
 _THEIR_NAMES = {"min_length": "dense_len"}  # of what a `sparse_config` calls otherwise
 _ONLY = {"kernel_size": 2 * STRIDE, "kernel_stride": STRIDE, "block_size": BLOCK, "use_nope": False}  # what is served
@@ -65,7 +66,7 @@ class InfLLMv2(DecodeMethod):
     method: Literal["infllmv2"] = "infllmv2"
     topk: Number | None = None
     init_blocks: Number | None = None
-    window_size: Annotated[int, Field(ge=BLOCK, multiple_of=BLOCK)] | None = None
+    window_size: Annotated[int, Field(ge=BLOCK, le=MOST, multiple_of=BLOCK)] | None = None
     min_length: Tokens | None = None  # type: ignore[assignment]
 
     @model_validator(mode="after")
@@ -84,11 +85,15 @@ class InfLLMv2(DecodeMethod):
     def for_model(self, shape: ModelShape) -> Self:
         """The method with the checkpoint's settings where it has none of its own; see `Method.for_model`."""
         theirs = shape.sparse_config or {}
+        if not isinstance(theirs, Mapping):
+            raise ValueError(
+                f"method: expected a sparse_config of names and values in config.json, got {short(theirs)}"
+            )
         for key, value in _ONLY.items():
             if theirs.get(key, value) != value:
                 raise ValueError(
-                    f"method: the checkpoint's sparse_config has {key} {theirs[key]!r}, and infllmv2 serves {value} "
-                    "alone; take another method, or sparse_config out of config.json"
+                    f"method: the checkpoint's sparse_config has {key} {short(theirs[key])}, and infllmv2 serves "
+                    f"{value} alone; take another method, or sparse_config out of config.json"
                 )
         missing = [field for field in _PUBLISHED if getattr(self, field) is None]
         resolved = self.model_copy(update={field: _setting(field, theirs) for field in missing})
@@ -163,10 +168,10 @@ def _setting(field: str, theirs: Mapping[str, Any]) -> int:
     """
     key = _THEIR_NAMES.get(field, field)
     value = theirs.get(key, _PUBLISHED[field])
-    if type(value) is not int or (field == "window_size" and (value < BLOCK or value % BLOCK)):
-        expected = f"a multiple of {BLOCK}" if field == "window_size" else "a whole number"
+    if type(value) is not int or value > MOST or (field == "window_size" and (value < BLOCK or value % BLOCK)):
+        expected = f"a multiple of {BLOCK}" if field == "window_size" else f"a whole number, at most {MOST}"
         raise ValueError(
-            f"{field}: expected {expected}, and the checkpoint's sparse_config has {key} {value!r}; "
+            f"{field}: expected {expected}, and the checkpoint's sparse_config has {key} {short(value)}; "
             f"set {field} in the configuration"
         )
     return max(value, 0)  # a dense_len of -1 is 0: sparse from the first token on

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base import Excluded, LayerIndex, Tokens
+from sparse_patch.methods.base import MOST, Excluded, LayerIndex, Tokens
 from sparse_patch.methods.budget import BudgetedMethod, Count
 from sparse_patch.ops.page_statistics import mean_scores, page_means
 from sparse_patch.plans import PagePlan, Plan
@@ -43,10 +43,10 @@ class Kinetics(BudgetedMethod):
 
     method: Literal["kinetics"] = "kinetics"
     layers: Literal["all"] | list[LayerIndex] | Excluded = Excluded(exclude=[0])
-    budget: Annotated[int, Field(gt=0)] | None = 1024
+    budget: Annotated[int, Field(gt=0, le=MOST)] | None = 1024
     block_size: Literal[4, 8, 16, 32, 64] = 16
     sinks: Tokens = 4
-    local: Annotated[int, Field(ge=1)] = 64
+    local: Annotated[int, Field(ge=1, le=MOST)] = 64
 
     @property
     def fewest(self) -> int:

@@ -20,12 +20,12 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from typing_extensions import Self
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.config import read_yaml
-from sparse_patch.errors import ConfigError
-from sparse_patch.methods.base import LayerIndex, layer_numbers
+from sparse_patch.errors import ConfigError, one_line, quoted
+from sparse_patch.methods.base import MOST, LayerIndex, layer_numbers
 from sparse_patch.methods.budget import BudgetedMethod
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.plans import Dense, PagePlan, Plan
+from sparse_patch.reading import read_yaml
 
 _MAKE_ONE = 'run "sparse-patch calibrate layers --model M --out layers.yaml"'
 _COMPARED = {"model_type": str, "num_layers": int, "num_heads": int, "hidden_size": int}
@@ -141,8 +141,9 @@ class LayeredMethod(BudgetedMethod):
         if self.layers is not None:
             roles, place = self.layers, "layers."
         elif self.calibrated is not None:
-            _check_shape(self.calibrated, shape, f"calibration: {self.calibration}")
-            roles, place = self.calibrated.layers, f"calibration: {self.calibration}: "
+            place = f"calibration: {one_line(self.calibration)}"
+            _check_shape(self.calibrated, shape, place)
+            roles, place = self.calibrated.layers, f"{place}: "
         else:
             roles, place = self._published(shape), "layers."
         return self.model_copy(update={"layers": roles.resolved(shape, place)})
@@ -209,36 +210,41 @@ def read_calibration(path: str | Path) -> Calibration:
     """What a file of `sparse-patch calibrate layers` holds: `model`, `full` and `select`; it may hold more.
 
     Raises:
-        ValueError: the file cannot be read or is none of this format; the message names field, file and place.
+        ConfigError: the file cannot be read or is none of this format; the message names field, file and place.
     """
-    place = f"calibration: {path}"
+    place = f"calibration: {one_line(path)}"
     try:
-        data = read_yaml(Path(path))
+        data = read_yaml(path)
     except ConfigError as error:
-        raise ValueError(f"calibration: {error}; {_MAKE_ONE}") from None
+        raise ConfigError(f"calibration: {error}; {_MAKE_ONE}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{place}: expected a mapping with model, full and select; {_MAKE_ONE}")
+        raise ConfigError(f"{place}: expected a mapping with model, full and select; {_MAKE_ONE}")
     for key in ("model", "full", "select"):
         if key not in data:
-            raise ValueError(f"{place}: {key}: missing; {_MAKE_ONE}")
-    model, full, select = data["model"], data["full"], data["select"]
+            raise ConfigError(f"{place}: {key}: missing; {_MAKE_ONE}")
+    model = data["model"]
     if not isinstance(model, dict):
-        raise ValueError(f"{place}: model: expected a mapping of {', '.join(_COMPARED)}, got {str(model)[:60]!r}")
+        raise ConfigError(f"{place}: model: expected a mapping of {', '.join(_COMPARED)}, got {quoted(model)}")
     for key, kind in _COMPARED.items():
-        if type(model.get(key)) is not kind:
+        if type(value := model.get(key)) is not kind:
             expected = "a name" if kind is str else "a number"
-            raise ValueError(f"{place}: model.{key}: expected {expected}, got {str(model.get(key))[:60]!r}")
-    for key, layers in (("full", full), ("select", select)):
-        if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-            raise ValueError(f"{place}: {key}: expected a list of layer numbers, got {str(layers)[:60]!r}")
-    return Calibration({key: model[key] for key in _COMPARED}, Roles(full=full, select=select))
+            raise ConfigError(f"{place}: model.{key}: expected {expected}, got {quoted(value)}")
+        if isinstance(value, int) and not 0 < value <= MOST:
+            raise ConfigError(f"{place}: model.{key}: expected 1 to {MOST}, got {quoted(value)}")
+    for key in ("full", "select"):
+        layers = data[key]
+        if not isinstance(layers, list) or not all(type(layer) is int and abs(layer) <= MOST for layer in layers):
+            raise ConfigError(f"{place}: {key}: expected a list of layer numbers, got {quoted(layers)}")
+    return Calibration({key: model[key] for key in _COMPARED}, Roles(full=data["full"], select=data["select"]))
 
 
 def _check_shape(calibration: Calibration, shape: ModelShape, place: str) -> None:
     """Raise ValueError if a calibration was made for another model."""
     here = {key: getattr(shape, key) for key in _COMPARED}
     if dict(calibration.model) != here:
-        theirs, ours = (", ".join(f"{key} {value}" for key, value in of.items()) for of in (calibration.model, here))
+        theirs, ours = (
+            ", ".join(f"{key} {one_line(value, 60)}" for key, value in of.items()) for of in (calibration.model, here)
+        )
         raise ValueError(f"{place}: was made for another model ({theirs}), this one has {ours}; {_MAKE_ONE}")
 
 

@@ -23,7 +23,6 @@ arXiv 2407.02490; code: microsoft/MInference. This differs from the public code 
 Selection looks at the last queries of the call, so a token's output depends on tokens after it.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -35,13 +34,15 @@ from pydantic import model_validator
 from typing_extensions import Self
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.errors import ConfigError, one_line, quoted, short
 from sparse_patch.methods.a_shape import a_shape_blocks
-from sparse_patch.methods.base import PrefillMethod, Tokens
+from sparse_patch.methods.base import MOST, PrefillMethod, Tokens
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.ops.block_means import key_means
 from sparse_patch.ops.pooling import pooled_attention
 from sparse_patch.ops.profiles import last_query_profiles
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
+from sparse_patch.reading import read_json
 
 LAST_QUERIES = 64
 FORCED_COLUMNS = 30
@@ -105,15 +106,13 @@ class MInference(PrefillMethod):
         """Raises if the calibration is one of another model; see `Method.for_model`."""
         if self.heads is None:
             return self
+        place = f"calibration: {one_line(self.calibration)}"
         if len(self.heads) != shape.num_layers:
-            raise ValueError(
-                f"calibration: {self.calibration} has {len(self.heads)} layers and the model {shape.num_layers}; "
-                f"{_MAKE_ONE}"
-            )
+            raise ValueError(f"{place} has {len(self.heads)} layers and the model {shape.num_layers}; {_MAKE_ONE}")
         for layer, patterns in enumerate(self.heads):
             if patterns and max(patterns) >= shape.num_heads:
                 raise ValueError(
-                    f"calibration: {self.calibration}: layer {layer} has a head {max(patterns)}, the model has "
+                    f"{place}: layer {layer} has a head {max(patterns)}, the model has "
                     f"heads 0 to {shape.num_heads - 1}; {_MAKE_ONE}"
                 )
         return self
@@ -256,35 +255,37 @@ def read_patterns(path: str | Path) -> list[dict[int, Pattern]]:
     """The patterns of a file in MInference's format, by layer and head.
 
     Raises:
-        ValueError: the file cannot be read or is none of this format; the message names field, file and place.
+        ConfigError: the file cannot be read or is none of this format; the message names field, file and place.
     """
+    place = f"calibration: {one_line(path)}"
     try:
-        layers = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"calibration: {path}: cannot be read: {error.strerror}; {_MAKE_ONE}") from None
-    except ValueError:
-        raise ValueError(f"calibration: {path}: is no JSON; {_MAKE_ONE}") from None
+        layers = read_json(path)
+    except ConfigError as error:
+        raise ConfigError(f"calibration: {error}; {_MAKE_ONE}") from None
     if not isinstance(layers, list) or not all(isinstance(heads, dict) for heads in layers):
-        raise ValueError(f"calibration: {path}: expected a list with a mapping of heads for each layer; {_MAKE_ONE}")
+        raise ConfigError(f"{place}: expected a list with a mapping of heads for each layer; {_MAKE_ONE}")
     return [
-        {_head(path, layer, head): _pattern(path, layer, head, entry) for head, entry in heads.items()}
+        {_head(place, layer, head): _pattern(place, layer, head, entry) for head, entry in heads.items()}
         for layer, heads in enumerate(layers)
     ]
 
 
-def _head(path: str | Path, layer: int, head: str) -> int:
-    if not head.isdecimal():
-        raise ValueError(f"calibration: {path}: layer {layer}: expected the index of a head, got {head!r}")
+def _head(place: str, layer: int, head: str) -> int:
+    """Written in one way only, so that no head is set twice."""
+    if not (head.isdecimal() and len(head) < 10 and head == str(int(head))):
+        raise ConfigError(f"{place}: layer {layer}: expected the index of a head, got {short(head)}")
     return int(head)
 
 
-def _pattern(path: str | Path, layer: int, head: str, entry: Any) -> Pattern:
-    place = f"calibration: {path}: layer {layer}, head {head}"
+def _pattern(place: str, layer: int, head: str, entry: Any) -> Pattern:
+    place = f"{place}: layer {layer}, head {head}"
     if not isinstance(entry, list) or len(entry) < 3:
-        raise ValueError(f"{place}: expected [pattern, columns, diagonals, score], got {str(entry)[:60]}")
+        raise ConfigError(f"{place}: expected [pattern, columns, diagonals, score], got {short(entry)}")
     kind, *sizes = entry[:3]
     if kind not in get_args(Kind):
-        raise ValueError(f"{place}: expected one of the patterns {', '.join(get_args(Kind))}, got {str(kind)[:60]!r}")
+        raise ConfigError(f"{place}: expected one of the patterns {', '.join(get_args(Kind))}, got {quoted(kind)}")
     if not all(type(size) is int and size >= 0 for size in sizes):
-        raise ValueError(f"{place}: expected two numbers of tokens, 0 or more, got {str(sizes)[:60]}")
+        raise ConfigError(f"{place}: expected two numbers of tokens, 0 or more, got {short(sizes)}")
+    if max(sizes) > MOST:
+        raise ConfigError(f"{place}: expected at most {MOST} tokens, got {short(max(sizes))}")
     return Pattern(cast(Kind, kind), *sizes)

@@ -32,7 +32,8 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from sparse_patch.call import AttentionCall, causal_pairs
-from sparse_patch.methods.base import PrefillMethod
+from sparse_patch.errors import one_line
+from sparse_patch.methods.base import MOST, PrefillMethod
 from sparse_patch.methods.sale_thresholds import MAKE_ONE, Thresholds, check_shape, read_thresholds
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.ops.scores import DENSE_BELOW, Numerics, ScoreRule, decided_pairs, decisions, tiles
@@ -58,25 +59,26 @@ class Sale(PrefillMethod):
 
     method: Literal["sale"] = "sale"
     numerics: Numerics = "int8"
-    tau: Annotated[float, Field(ge=0)] = 0.004
+    tau: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.004
     calibration: str | None = None
-    local_window: Annotated[int, Field(ge=32, multiple_of=32)] = 128
+    local_window: Annotated[int, Field(ge=32, le=MOST, multiple_of=32)] = 128
     block_size: Literal[64, 128] = 128
 
     @model_validator(mode="after")
     def _calibration_fits(self) -> Self:
         if self.thresholds is None:
             return self
+        place = f"calibration: {one_line(self.calibration)}"
         for field in ("numerics", "local_window"):
-            theirs, ours = getattr(self.thresholds, field), getattr(self, field)
+            theirs, ours = one_line(getattr(self.thresholds, field), 60), str(getattr(self, field))
             if theirs != ours:
                 raise ValueError(
-                    f"calibration: {self.calibration}: was made with {field} {theirs}, the configuration has {ours}; "
+                    f"{place}: was made with {field} {theirs}, the configuration has {ours}; "
                     f"set {field}: {theirs}, or {MAKE_ONE}"
                 )
         if self.thresholds.block_size > self.block_size:
             raise ValueError(
-                f"calibration: {self.calibration}: was made with block_size {self.thresholds.block_size}, and the "
+                f"{place}: was made with block_size {self.thresholds.block_size}, and the "
                 f"configuration's {self.block_size} computes less; set block_size: {self.thresholds.block_size}, or "
                 f"{MAKE_ONE}"
             )
@@ -95,7 +97,7 @@ class Sale(PrefillMethod):
     def for_model(self, shape: ModelShape) -> Self:
         """Raises if the calibration is one of another model; see `Method.for_model`."""
         if self.thresholds is not None:
-            check_shape(self.thresholds, shape, f"calibration: {self.calibration}")
+            check_shape(self.thresholds, shape, f"calibration: {one_line(self.calibration)}")
         return self
 
     def role(self, layer: int) -> str:

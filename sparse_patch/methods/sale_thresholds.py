@@ -5,17 +5,20 @@ has no others. A threshold of 0 makes its head dense.
 """
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
+from sparse_patch.errors import ConfigError, one_line, reason, short
+from sparse_patch.methods.base import MOST
 from sparse_patch.model_shape import ModelShape
+from sparse_patch.reading import LONGEST_NUMBER, parse_json, read_bytes
 from sparse_patch.version import __version__
+from sparse_patch.writing import write_file
 
 MAKE_ONE = 'run "sparse-patch calibrate sale --model M --out FILE"'
 _OF_MODEL = {"model_type": str, "num_layers": int, "num_heads": int, "num_kv_heads": int, "hidden_size": int}
@@ -76,57 +79,61 @@ def write_thresholds(
     settings |= {"sparse_patch": __version__}
     sizes = {key: getattr(shape, key) for key in _OF_MODEL}
     metadata = {**(more or {}), **{key: str(value) for key, value in (sizes | settings).items()}}
-    temporary = Path(path).with_name(f"{Path(path).name}.tmp")
-    save_file({"tau": tau.cpu().contiguous()}, temporary, metadata)
-    os.replace(temporary, path)
+    write_file(Path(path), save({"tau": tau.cpu().contiguous()}, metadata))
 
 
 def read_thresholds(path: str | Path) -> Thresholds:
     """What a file that `write_thresholds` wrote holds.
 
     Raises:
-        ValueError: the file cannot be read or is none of this format; the message names field, file and place.
+        ConfigError: the file cannot be read or is none of this format; the message names field, file and place.
     """
-    place = f"calibration: {path}"
+    place = f"calibration: {one_line(path)}"
     try:
-        with Path(path).open("rb"), safe_open(str(path), framework="pt") as file:
-            metadata, names = dict(file.metadata() or {}), list(file.keys())
-            tau = file.get_tensor("tau") if names == ["tau"] else None
-    except OSError as error:
-        raise ValueError(f"{place}: cannot be read: {error.strerror}; {MAKE_ONE}") from None
-    except SafetensorError as error:
-        raise ValueError(f"{place}: is no safetensors file ({error}); {MAKE_ONE}") from None
-    if tau is None:
-        found = ", ".join(names) or "none"
-        raise ValueError(f"{place}: expected one tensor, tau, got {found[:60]}; {MAKE_ONE}")
+        data = read_bytes(path)
+        tensors = load(data)
+        header = parse_json(
+            data[8 : 8 + int.from_bytes(data[:8], "little")].decode("utf-8"), f"{one_line(path)}: header"
+        )
+    except ConfigError as error:
+        raise ConfigError(f"calibration: {error}; {MAKE_ONE}") from None
+    except (SafetensorError, KeyError) as error:  # KeyError: a type that this version of safetensors does not make
+        raise ConfigError(f"{place}: is no safetensors file ({reason(error)}); {MAKE_ONE}") from None
+    if list(tensors) != ["tau"]:
+        raise ConfigError(
+            f"{place}: expected one tensor, tau, got {one_line(', '.join(tensors) or 'none')}; {MAKE_ONE}"
+        )
+    metadata = header.get("__metadata__") or {}
     values = {key: _value(place, metadata, key, kind) for key, kind in (_OF_MODEL | _OF_SEARCH).items()}
-    if problem := _problem(tau, (values["num_layers"], values["num_heads"])):
-        raise ValueError(f"{place}: tau: {problem}; {MAKE_ONE}")
+    if problem := _problem(tensors["tau"], (values["num_layers"], values["num_heads"])):
+        raise ConfigError(f"{place}: tau: {problem}; {MAKE_ONE}")
     model = {key: values[key] for key in _OF_MODEL}
     settings = {key: values[key] for key in _OF_SEARCH if key != "sparse_patch"}
-    return Thresholds(tau, model, **settings, metadata=metadata)
+    return Thresholds(tensors["tau"], model, **settings, metadata=metadata)
 
 
 def check_shape(thresholds: Thresholds, shape: ModelShape, place: str) -> None:
-    """Raise ValueError if a calibration was made for another model; the message begins with `place`."""
+    """Raise ConfigError if a calibration was made for another model; the message begins with `place`."""
     for key, theirs in thresholds.model.items():
         if theirs != getattr(shape, key):
-            raise ValueError(
-                f"{place}: was made for another model: {key} {theirs}, this one has {getattr(shape, key)}; {MAKE_ONE}"
-            )
+            made, here = one_line(theirs, 60), getattr(shape, key)
+            raise ConfigError(f"{place}: was made for another model: {key} {made}, this one has {here}; {MAKE_ONE}")
 
 
 def _value(place: str, metadata: Mapping[str, str], key: str, kind: type) -> Any:
     """A field of the metadata as what it is."""
     if key not in metadata:
-        raise ValueError(f"{place}: metadata {key}: missing; {MAKE_ONE}")
+        raise ConfigError(f"{place}: metadata {key}: missing; {MAKE_ONE}")
+    text = metadata[key]
     try:
-        value = kind(metadata[key])
+        value = kind(text if kind is str or len(text) < LONGEST_NUMBER else "")
     except ValueError:
         value = math.nan
-    if kind is not str and not (math.isfinite(value) and value >= 0):
+    if kind is not str and not value >= 0:
         expected = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{place}: metadata {key}: expected {expected}, got {metadata[key][:60]!r}; {MAKE_ONE}")
+        raise ConfigError(f"{place}: metadata {key}: expected {expected}, got {short(text)}; {MAKE_ONE}")
+    if kind is not str and value > MOST:
+        raise ConfigError(f"{place}: metadata {key}: expected at most {MOST}, got {short(text)}; {MAKE_ONE}")
     return value
 
 

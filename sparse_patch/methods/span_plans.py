@@ -28,17 +28,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from sparse_patch.evaluation.journal import write_atomically
+from sparse_patch.errors import ConfigError, one_line, quoted, short
+from sparse_patch.methods.base import MOST
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.plans import GrowingWindow
+from sparse_patch.reading import read_json, read_text
+from sparse_patch.writing import write_file
 
 MAKE_ONE = 'run "sparse-patch calibrate moa --model M --out FILE"'
 PUBLISHED_LENGTHS = (2048, 16384)  # shortest and longest that MoA's published plans were searched for
 _OF_MODEL = {"model_type": "model_type", "num_layers": "num_layers", "num_query_heads": "num_heads"}
 _OF_MODEL |= {"num_kv_heads": "num_kv_heads"}  # field of the file: field of `ModelShape`
 
-Size = Annotated[int, Field(ge=1)]
-Tokens = Annotated[float, Field(allow_inf_nan=False)]
+Size = Annotated[int, Field(ge=1, le=MOST)]
+Tokens = Annotated[float, Field(ge=-MOST, le=MOST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -74,7 +77,7 @@ class SpanRules(BaseModel):
     num_query_heads: Size
     num_kv_heads: Size
     granularity: Literal["kv_head"] = "kv_head"
-    sink: Annotated[int, Field(ge=0)] = 64
+    sink: Annotated[int, Field(ge=0, le=MOST)] = 64
     block: Size = 64
     min_span: Size = 128
     span_includes_sink: Literal[True] = True
@@ -141,7 +144,7 @@ def write_span_rules(path: str | Path, rules: SpanRules) -> None:
     """Write a plan, in place of an older one at once; the rules of a layer in one line."""
     data = rules.model_dump()
     lines = [f" {json.dumps(key)}: {_layers(value)}" for key, value in data.items()]
-    write_atomically(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
+    write_file(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _layers(value: Any) -> str:
@@ -155,16 +158,16 @@ def read_span_rules(path: str | Path) -> SpanRules:
     """What a plan file holds.
 
     Raises:
-        ValueError: the file cannot be read or is none of this format; the message names field, file and place.
+        ConfigError: the file cannot be read or is none of this format; the message names field, file and place.
     """
-    place = f"calibration: {path}"
-    data = _read_json(path, place)
+    place = f"calibration: {one_line(path)}"
+    data = _read_json(path)
     if "format" not in data:
-        raise ValueError(f"{place}: format: missing, expected per-head-span/1; {MAKE_ONE}")
+        raise ConfigError(f"{place}: format: missing, expected per-head-span/1; {MAKE_ONE}")
     try:
         return SpanRules.model_validate(data)
     except ValidationError as error:
-        raise ValueError(f"{place}: {_first_problem(error)}; {MAKE_ONE}") from None
+        raise ConfigError(f"{place}: {_first_problem(error)}; {MAKE_ONE}") from None
 
 
 def rules_for(path: str | Path, shape: ModelShape) -> tuple[SpanRules, str]:
@@ -174,10 +177,10 @@ def rules_for(path: str | Path, shape: ModelShape) -> tuple[SpanRules, str]:
         The plan, and what reading MoA's made of it, in one line; empty for this format.
 
     Raises:
-        ValueError: the file cannot be read, is of neither format or of another model.
+        ConfigError: the file cannot be read, is of neither format or of another model.
     """
-    place = f"calibration: {path}"
-    if _read_json(path, place).keys() == {"alphas", "betas"}:
+    place = f"calibration: {one_line(path)}"
+    if _read_json(path).keys() == {"alphas", "betas"}:
         return rules_of_moa(path, shape)
     rules = read_span_rules(path)
     check_shape(rules, shape, place)
@@ -185,11 +188,12 @@ def rules_for(path: str | Path, shape: ModelShape) -> tuple[SpanRules, str]:
 
 
 def check_shape(rules: SpanRules, shape: ModelShape, place: str) -> None:
-    """Raise ValueError if a plan was made for another model; the message begins with `place`."""
+    """Raise ConfigError if a plan was made for another model; the message begins with `place`."""
     for field, theirs in _OF_MODEL.items():
         made, here = getattr(rules, field), getattr(shape, theirs)
         if made != here:
-            raise ValueError(f"{place}: was made for another model: {field} {made}, this one has {here}; {MAKE_ONE}")
+            made = one_line(made, 60)
+            raise ConfigError(f"{place}: was made for another model: {field} {made}, this one has {here}; {MAKE_ONE}")
 
 
 def rules_of_moa(path: str | Path, shape: ModelShape) -> tuple[SpanRules, str]:
@@ -207,17 +211,20 @@ def rules_of_moa(path: str | Path, shape: ModelShape) -> tuple[SpanRules, str]:
         The plan, and what the reduction made of its density, in one line.
 
     Raises:
-        ValueError: the file cannot be read, is none of this format or of another model.
+        ConfigError: the file cannot be read, is none of this format or of another model.
     """
-    place = f"calibration: {path}"
-    data = _read_json(path, place)
+    place = f"calibration: {one_line(path)}"
+    data = _read_json(path)
     if set(data) != {"alphas", "betas"}:
-        raise ValueError(f"{place}: expected alphas and betas alone, as MoA's plans have, got {', '.join(data)[:60]}")
+        got = one_line(", ".join(data))
+        raise ConfigError(f"{place}: expected alphas and betas alone, as MoA's plans have, got {got}")
     heads = len(data["alphas"][0]) if _is_table(data["alphas"]) and data["alphas"] else 0
     heads = heads if heads in (shape.num_heads, shape.num_kv_heads) else shape.num_heads
     for field, rows in data.items():
         if problem := _wrong_size(rows, shape.num_layers, heads):
-            raise ValueError(f"{place}: {field}: {problem}; the plan is of another model")
+            raise ConfigError(f"{place}: {field}: {problem}; the plan is of another model")
+        if problem := _out_of_range(rows):
+            raise ConfigError(f"{place}: {field}: {problem}")
     of_heads = [list(zip(*rows, strict=True)) for rows in zip(data["alphas"], data["betas"], strict=True)]
     group = heads // shape.num_kv_heads
     rules = [[_longest(row[head : head + group]) for head in range(0, heads, group)] for row in of_heads]
@@ -262,20 +269,15 @@ def rules_of_duo(
         The plan, and how many heads are full, in one line.
 
     Raises:
-        ValueError: the file cannot be read, is none of this format or of another model, or `sparsity` is no share.
+        ConfigError: the file cannot be read, is none of this format or of another model, or `sparsity` is no share.
     """
-    place = f"calibration: {path}"
+    place = f"calibration: {one_line(path)}"
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity: expected a share from 0 to 1, got {sparsity}")
-    try:
-        lines = _read_text(path, place).split("\n")
-        gates = [[_gate(number) for number in line.split()] for line in lines if line.strip()]
-    except ValueError as error:
-        if str(error).startswith(place):
-            raise
-        raise ValueError(f"{place}: expected a line of numbers for each layer with tabs between: {error}") from None
+    rows = [line.split() for line in _read_text(path).split("\n") if line.strip()]
+    gates = [[_gate(place, layer, number) for number in row] for layer, row in enumerate(rows)]
     if problem := _wrong_size(gates, shape.num_layers, shape.num_kv_heads):
-        raise ValueError(f"{place}: {problem}; the pattern is of another model")
+        raise ConfigError(f"{place}: {problem}; the pattern is of another model")
     heads = [(layer, head) for layer in range(shape.num_layers) for head in range(shape.num_kv_heads)]
     ranked = sorted(heads, key=lambda at: -gates[at[0]][at[1]])  # stable: of equal gates the first
     number = 0 if sparsity == 1 else len(heads) - math.ceil(sparsity * (len(heads) - 1))
@@ -283,9 +285,14 @@ def rules_of_duo(
     return plan, f"{path}: {number} of {len(heads)} KV heads are full, the others keep {sink} + {recent} tokens"
 
 
-def _gate(text: str) -> float:
-    if not math.isfinite(gate := float(text)):
-        raise ValueError(f"{text} is not finite")
+def _gate(place: str, layer: int, text: str) -> float:
+    try:
+        problem = "" if math.isfinite(gate := float(text)) else f"{one_line(text)} is not finite"
+    except ValueError:
+        problem = f"could not convert {short(text)}"
+    if problem:
+        expected = "a line of numbers for each layer with tabs between"
+        raise ConfigError(f"{place}: expected {expected}: {problem}, in that of layer {layer}")
     return max(gate, 0.0)
 
 
@@ -304,25 +311,24 @@ def _checked(place: str, shape: ModelShape, rules: Sequence[Sequence[tuple[float
     try:
         return SpanRules.of(shape, alphas, betas, **more)
     except ValidationError as error:
-        raise ValueError(f"{place}: {_first_problem(error)}") from None
+        raise ConfigError(f"{place}: {_first_problem(error)}") from None
 
 
-def _read_text(path: str | Path, place: str) -> str:
+def _read_text(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{place}: cannot be read: {error.strerror}; {MAKE_ONE}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{place}: is no text; {MAKE_ONE}") from None
+        return read_text(path)
+    except ConfigError as error:
+        raise ConfigError(f"calibration: {error}; {MAKE_ONE}") from None
 
 
-def _read_json(path: str | Path, place: str) -> dict[str, Any]:
+def _read_json(path: str | Path) -> dict[str, Any]:
     try:
-        data = json.loads(_read_text(path, place))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: is no JSON: {error}; {MAKE_ONE}") from None
+        data = read_json(path)
+    except ConfigError as error:
+        raise ConfigError(f"calibration: {error}; {MAKE_ONE}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{place}: expected a JSON object, got {type(data).__name__}; {MAKE_ONE}")
+        kind = type(data).__name__
+        raise ConfigError(f"calibration: {one_line(path)}: expected a JSON object, got {kind}; {MAKE_ONE}")
     return data
 
 
@@ -335,7 +341,7 @@ def _is_table(rows: Any) -> bool:
 def _wrong_size(rows: Any, layers: int, heads: int) -> str | None:
     """What is wrong with a table that should have a number for each layer and head."""
     if not _is_table(rows):
-        return f"expected {layers} lists of {heads} numbers, got {str(rows)[:60]!r}"
+        return f"expected {layers} lists of {heads} numbers, got {quoted(rows)}"
     if len(rows) != layers:
         return f"expected {layers} layers, got {len(rows)}"
     for layer, row in enumerate(rows):
@@ -344,13 +350,22 @@ def _wrong_size(rows: Any, layers: int, heads: int) -> str | None:
     return None
 
 
+def _out_of_range(rows: list[list[float]]) -> str | None:
+    """What is wrong with the numbers of a table: infinite, not a number, or beyond every count."""
+    for layer, row in enumerate(rows):
+        for head, number in enumerate(row):
+            if not -MOST <= number <= MOST:
+                return f"layer {layer}, head {head}: expected a number from -{MOST} to {MOST}, got {short(number)}"
+    return None
+
+
 def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
-    path = ".".join(map(str, first["loc"]))
+    path = one_line(".".join(map(str, first["loc"])))
     if first["type"] == "value_error":  # raised by our own validator, which names the field first
         return str(first["ctx"]["error"])
     if first["type"] == "extra_forbidden":
         return f"{path}: unknown key; known keys: {', '.join(SpanRules.model_fields)}"
     if first["type"] == "missing":
         return f"{path}: missing"
-    return f"{path}: expected {first['msg'].removeprefix('Input should be ')}, got {str(first['input'])[:60]!r}"
+    return f"{path}: expected {first['msg'].removeprefix('Input should be ')}, got {quoted(first['input'])}"

@@ -2,7 +2,7 @@
 
 Which ones is known before a token is: nothing looks at queries or keys. Therefore what a head reads no more can be
 forgotten, and where a layer decodes with such a method, `generate` keeps its keys in a ring that has room for no more
-(`sparse_patch.caches.RingLayer`). With a cache that keeps everything the answers are the same.
+(`sparse_patch.rings.RingLayer`). With a cache that keeps everything the answers are the same.
 """
 
 from abc import abstractmethod
@@ -14,13 +14,13 @@ from typing_extensions import Self
 
 from sparse_patch.call import PHASES, AttentionCall
 from sparse_patch.head_shard import HeadShard
-from sparse_patch.methods.base import Method
+from sparse_patch.methods.base import MOST, Method
 from sparse_patch.methods.span_plans import MAKE_ONE, SpanRules
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.plans import Dense, GrowingWindow, Plan, SpanPlan, Window
 
 Spans = tuple[tuple[int, ...], tuple[Window, ...]]  # sinks and windows, see `SpanPlan`
-Length = Annotated[int, Field(gt=0)]
+Length = Annotated[int, Field(gt=0, le=MOST)]
 SAID_AT = 16384  # tokens at which a density is named where none are given
 
 

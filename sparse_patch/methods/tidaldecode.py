@@ -24,6 +24,7 @@ import torch
 from pydantic import Field
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.methods.base import MOST
 from sparse_patch.methods.layer_roles import TIDAL_PRESETS, LayeredMethod
 from sparse_patch.ops.page_scores import page_scores
 
@@ -44,10 +45,10 @@ class TidalDecode(LayeredMethod):
     presets = TIDAL_PRESETS
 
     method: Literal["tidaldecode"] = "tidaldecode"
-    budget: Annotated[int, Field(gt=0)] | None = 4096
+    budget: Annotated[int, Field(gt=0, le=MOST)] | None = 4096
     force_current: bool = True
     index_sharing: Literal["q_head", "kv_group", "all"] = "q_head"
-    correction_period: Annotated[int, Field(gt=0)] | None = None
+    correction_period: Annotated[int, Field(gt=0, le=MOST)] | None = None
 
     @property
     def correct_every(self) -> int | None:

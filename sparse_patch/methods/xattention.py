@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base import PrefillMethod
+from sparse_patch.methods.base import MOST, PrefillMethod
 from sparse_patch.ops.antidiagonal import block_masses
 from sparse_patch.ops.slices import slices
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
@@ -52,7 +52,7 @@ class XAttention(PrefillMethod):
 
     method: Literal["xattention"] = "xattention"
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
-    stride: Annotated[int, Field(gt=0)] = 16
+    stride: Annotated[int, Field(gt=0, le=MOST)] = 16
     block_size: Literal[16, 32, 64, 128] = 128
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,10 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sparse_patch import ConfigError, SparsePatchError, TaskError, patch_model, sparsity_report
-from sparse_patch.evaluation.lm_eval import TASKS, SparseLM, _answering, _Read
+from sparse_patch.evaluation.lm_eval import TASKS, SparseLM, _answering, _Read, _results_in, main
 from sparse_patch.evaluation.tasks import TASKS as OFFLINE
 from sparse_patch.patching import is_patched
+from sparse_patch.writing import WriteError
 
 SPARSE = {"prefill": {"method": "flexprefill", "block_size": 32, "min_budget": 64, "min_length": 256, "gamma": 0.6}}
 
@@ -242,6 +244,130 @@ def test_truncation_is_asked_for_and_counted(path: str, generation: list[Instanc
     assert lm.get_model_info()["sparse_patch"]["truncated_prompts"] == 2
 
 
+SHORT = 128  # tokens of the context that the edges are about
+
+
+def text_of(tokenizer: Any, tokens: int, begin: int = 1) -> str:
+    """A text of that many tokens, the one that is put in front counted."""
+    ids = tokenizer(OFFLINE["niah_single_2"].sample(tokenizer, 400).prompt)["input_ids"]
+    return str(tokenizer.decode(ids[begin : begin + tokens - 1]))
+
+
+def edge_requests(tokenizer: Any) -> list[tuple[str, tuple[Any, ...]]]:
+    """Requests at the edges of what stock `hf` answers."""
+    exact, long = text_of(tokenizer, 100), text_of(tokenizer, 300)
+    end = tokenizer.decode([tokenizer.eos_token_id])
+    return [
+        ("generate_until", (exact, {"until": ["\n"], "max_gen_toks": SHORT - 100})),
+        ("generate_until", ("", {"until": ["\n"], "max_gen_toks": 4})),
+        ("generate_until", ("The grass is", {"until": [], "max_gen_toks": 4})),
+        ("generate_until", ("The grass is", {"until": "", "max_gen_toks": 4})),
+        ("generate_until", ("The grass is", {"max_gen_toks": 4})),
+        ("generate_until", ("", {"until": ["."], "max_gen_toks": SHORT - 1})),
+        ("generate_until", ("The grass is", {"max_gen_toks": 300, "max_length": 20})),
+        ("loglikelihood", ("", " green")),
+        ("loglikelihood", (" ", "green")),
+        ("loglikelihood", ("The grass is ", "green")),
+        ("loglikelihood", (" ", "")),
+        ("loglikelihood", ("", end)),
+        ("loglikelihood", (text_of(tokenizer, SHORT), text_of(tokenizer, 2, begin=SHORT))),
+        ("loglikelihood", ("The", text_of(tokenizer, SHORT, begin=2))),
+        ("loglikelihood", ("The", long)),
+        ("loglikelihood", ("The grass", "")),
+        ("loglikelihood", ("", "")),
+        ("loglikelihood_rolling", ("",)),
+        ("loglikelihood_rolling", (text_of(tokenizer, SHORT),)),
+        ("loglikelihood_rolling", (text_of(tokenizer, SHORT + 1),)),
+        ("loglikelihood_rolling", (long,)),
+    ]
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["refuses", "truncates"])
+def test_edges_are_those_of_stock_hf_or_one_line(path: str, tokenizer: Any, cut: bool) -> None:
+    """Each alone, and those that stock answers together in a batch, an empty one among them."""
+    stock = HFLM(model(path), tokenizer=tokenizer, batch_size=3, max_length=SHORT, device="cpu")
+    ours = SparseLM(model(path), "dense.yaml", tokenizer=tokenizer, batch_size=3, max_length=SHORT, truncation=cut)
+    answered: dict[str, list[tuple[Any, ...]]] = {}
+    for kind, arguments in edge_requests(tokenizer):
+        try:
+            expected = getattr(stock, kind)(requests(kind, [arguments]))
+        except Exception:
+            with pytest.raises(TaskError, match=r"^hf-sparse: .+; ") as error:
+                getattr(ours, kind)(requests(kind, [arguments]))
+            assert len(str(error.value)) < 500 and "\n" not in str(error.value)
+            continue
+        answered.setdefault(kind, []).append(arguments)
+        same(getattr(ours, kind)(requests(kind, [arguments])), expected)
+    assert {kind: len(rows) for kind, rows in answered.items()} == {
+        "generate_until": 6,
+        "loglikelihood": 7,
+        "loglikelihood_rolling": 4,
+    }
+    for kind, rows in answered.items():
+        same(getattr(ours, kind)(requests(kind, rows)), getattr(stock, kind)(requests(kind, rows)))
+        assert getattr(ours, kind)([]) == []
+
+
+def same(ours: list[Any], stock: list[Any]) -> None:
+    for one, other in zip(ours, stock, strict=True):
+        if isinstance(one, tuple):
+            assert one[1] == other[1] and one[0] == pytest.approx(other[0], abs=2e-3, rel=1e-5)
+        else:
+            assert one == other if isinstance(one, str) else one == pytest.approx(other, abs=1e-3, rel=1e-5)
+
+
+NO_ROOM = r"asks for (\d+) new tokens, which leave no room .* context of 128; ask for fewer: --gen_kwargs max_gen_toks="
+
+
+@pytest.fixture(scope="module")
+def dense(path: str) -> PreTrainedModel:
+    return patch_model(model(path), "dense.yaml")
+
+
+@pytest.mark.parametrize("asked", [{"max_gen_toks": 300}, {"max_new_tokens": SHORT}, {}, {"max_gen_toks": 0}])
+@pytest.mark.parametrize("cut", [False, True], ids=["refuses", "truncates"])
+@pytest.mark.parametrize("tokens", [5, 60, 200])
+def test_the_advice_works_when_it_is_followed(
+    dense: PreTrainedModel, tokenizer: Any, asked: dict[str, int], cut: bool, tokens: int
+) -> None:
+    """More new tokens than the context has: what the message says to pass is what then runs."""
+    prompts = [text_of(tokenizer, 5), text_of(tokenizer, tokens)]
+    lm = SparseLM(dense, tokenizer=tokenizer, batch_size=1, max_length=SHORT, truncation=cut)
+    with pytest.raises(TaskError) as error:
+        lm.generate_until(requests("generate_until", [(prompt, {"until": ["."], **asked}) for prompt in prompts]))
+    message = str(error.value)
+    assert len(message.splitlines()) == 1 and "leaves -" not in message
+    if asked == {"max_gen_toks": 0}:
+        assert message == "hf-sparse: task: asks for 0 new tokens; ask for 1 or more: --gen_kwargs max_gen_toks=1"
+    else:
+        assert re.search(NO_ROOM, message), message
+        assert ("truncation=True" in message) == (tokens > SHORT)
+    (most,) = re.findall(r"max_gen_toks=(\d+)", message)
+    lm = SparseLM(dense, tokenizer=tokenizer, batch_size=1, max_length=SHORT, truncation=cut or tokens > SHORT)
+    followed = [(prompt, {"until": [" "], **asked, "max_gen_toks": int(most)}) for prompt in prompts]
+    assert len(lm.generate_until(requests("generate_until", followed))) == 2
+
+
+def test_settings_of_the_generation_that_mean_nothing(dense: PreTrainedModel, tokenizer: Any) -> None:
+    lm = SparseLM(dense, tokenizer=tokenizer, max_length=SHORT)
+    for settings, message in (
+        ({"max_gen_toks": "many"}, "task: generation_kwargs: invalid literal for int"),
+        ({"until": [None]}, r"task: until: expected texts, got \[None\]; leave it out for none"),
+        ({"max_length": 3, "max_gen_toks": 4}, "task: max_length of 3 leaves no room after a prompt of 5 tokens; give"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            lm.generate_until(requests("generate_until", [("The grass is", settings)]))
+
+
+def test_choices_that_share_a_row_are_scored_where_they_stand(dense: PreTrainedModel, tokenizer: Any) -> None:
+    """The same tokens, cut into context and continuation at several places."""
+    lm = SparseLM(dense, tokenizer=tokenizer, batch_size=4)
+    rows = [("The grass", " is green"), ("The grass is", " green"), ("The", " grass is green")]
+    together = [answer for answer, _ in lm.loglikelihood(requests("loglikelihood", rows))]
+    alone = [lm.loglikelihood(requests("loglikelihood", [row]))[0][0] for row in rows]
+    assert together == pytest.approx(alone, abs=1e-4) and together[1] > together[0] > together[2]
+
+
 def test_trials_of_batch_sizes_are_not_reported(path: str, choices: list[Instance]) -> None:
     lm = SparseLM(path, SPARSE, dtype="float32", batch_size="auto", max_batch_size=2, max_length=600)
     automatic = lm.loglikelihood(choices)
@@ -281,6 +407,27 @@ def test_bad_arguments_are_one_line(path: str, arguments: list[str], message: st
     assert result.returncode == 2, result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith(message), result.stderr
     assert "Traceback" not in result.stderr and not list(tmp_path.rglob("results_*.json"))
+
+
+def test_results_that_cannot_be_written(path: str, tmp_path: Path) -> None:
+    """Seen before the run if it can be; lm-eval itself only logs that it failed."""
+    (tmp_path / "file").write_text("no folder")
+    arguments = ["--model", "hf-sparse", "--model_args", f"pretrained={path},config=dense", "--tasks", "needle_vt"]
+    for output in (tmp_path / "file", tmp_path / "file" / "deep" / "r.json"):
+        with pytest.raises(WriteError, match=rf"^--output_path: {output}: cannot be written: .* is not a folder$"):
+            main([*arguments, "--output_path", str(output)])
+    unwritten = pytest.raises(WriteError, match="out: no results could be written; the table above")
+    with unwritten, _results_in(str(tmp_path / "out")):
+        pass
+    with _results_in(str(tmp_path / "out")):
+        (tmp_path / "out" / "model").mkdir(parents=True)
+        (tmp_path / "out" / "model" / "results_1.json").touch()
+
+
+def test_models_that_cannot_be_loaded(tmp_path: Path) -> None:
+    for name, message in (("no-such-model", "no such folder"), (str(tmp_path), "has no config.json")):
+        with pytest.raises(SparsePatchError, match=rf"^hf-sparse: pretrained: {name}: cannot be loaded: {message}"):
+            SparseLM(name, "dense.yaml")
 
 
 def test_prompts_that_cannot_be_made_or_read(path: str) -> None:

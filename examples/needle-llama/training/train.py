@@ -244,7 +244,7 @@ class Trainer:
         return muon, adamw
 
     def _resume(self) -> None:
-        checkpoint = torch.load(self.args.ckpt, map_location=self.args.dev)
+        checkpoint = torch.load(self.args.ckpt, map_location=self.args.dev, weights_only=True)
         self.model.load_state_dict(checkpoint["m"])
         self.muon.load_state_dict(checkpoint["o1"])
         self.adamw.load_state_dict(checkpoint["o2"])

@@ -134,12 +134,7 @@ def profiled(length: int, number: int, task: str, found: dict[int, Influence], l
 
 def journal_of(path: Path, about: dict[str, Any]) -> Journal[Any]:
     """The journal beside a file that is to be written."""
-    return Journal(path.with_name(f"{path.name}.unfinished"), about, _parse, "--out")
-
-
-def _parse(data: dict[str, Any]) -> Any:
-    kind: Any = Profiled if "moa" in data else Scored if "plan" in data else Answered
-    return kind(**data)
+    return Journal.beside(path, about, Profiled | Scored | Answered, "--out")
 
 
 def _short(row: list[float]) -> list[float]:
