@@ -70,7 +70,7 @@ KINDS = {
 METHODS = [method for methods in KINDS.values() for method in methods]
 LENGTH, PADDING, NEW = 200, 30, 5
 TOLERANCE = 1e-4  # relative RMS
-LIMIT = 120  # seconds for a class
+LIMIT = 300  # seconds for a class
 ORACLE = "sweep_oracle"
 SPARSE, DENSE, REFUSED, WRONG, RAW, LATE, UNTRUE = "sparse", "dense", "refused", "WRONG", "RAW", "LATE", "UNTRUE"
 JSON, MARKDOWN = ROOT / "docs" / "families.json", ROOT / "docs" / "families.md"
@@ -286,7 +286,8 @@ def layers_of(model: PreTrainedModel) -> list[int]:
     """The layers whose attention asks Transformers' attention interface."""
     text = model.config.get_text_config(decoder=True)
     of = [module for module in model.modules() if asks_the_interface(module) and module.config is text]
-    return sorted({module.layer_idx for module in of if isinstance(getattr(module, "layer_idx", None), int)})
+    layers: set[Any] = {getattr(module, "layer_idx", None) for module in of}
+    return sorted(layer for layer in layers if isinstance(layer, int) and layer >= 0)
 
 
 def kind_of(model: PreTrainedModel, layer: int) -> str:
@@ -358,20 +359,56 @@ def attends(module: torch.nn.Module) -> bool:
     return any(word in source for word in ("softmax", "logsumexp", "scaled_dot_product_attention"))
 
 
+def _all_of(model: PreTrainedModel, name: str, holds: Callable[[Any], bool]) -> bool:
+    """Whether something holds for all modules of a class, and there are any."""
+    modules = [module for module in model.modules() if type(module).__name__ == name]
+    return bool(modules) and all(holds(module) for module in modules)
+
+
+def _written(pattern: str) -> Callable[[Any], bool]:
+    """Whether the code of a module's class has something in it."""
+    return lambda module: re.search(pattern, inspect.getsource(type(module))) is not None
+
+
+Claim = Callable[[PreTrainedModel, re.Match[str]], bool]
+# What refusals say, and whether that is so; the first pattern that a message has in it counts.
+CLAIMS: dict[str, Claim] = {
+    r"trust_remote_code|other patch": lambda *_: False,  # all classes are Transformers' own, and nobody changed them
+    r"do not ask .* first \S+ \(\S+\.(\w+)\)": lambda model, says: _all_of(
+        model, says[1], lambda module: not asks_the_interface(module)
+    ),
+    r"has no attention": lambda model, _: not any(attends(module) for module in model.modules()),
+    r"decoder-only": lambda model, _: model.config.is_encoder_decoder,
+    r"(\w+) says that it is not causal": lambda model, says: _all_of(model, says[1], lambda it: not it.is_causal),
+    r"(\w+) has another config": lambda model, says: _all_of(
+        model, says[1], lambda it: it.config is not model.config.get_text_config(decoder=True)
+    ),
+    r"(\w+) computes by the name": lambda model, says: _all_of(
+        model, says[1], _written(r"_attn_implementation (in|not in|==|!=) ")
+    ),
+    r"(\w+) changes its mask only if": lambda model, says: _all_of(
+        model, says[1], _written(r"isinstance\(attention_mask, torch\.Tensor\)")
+    ),
+    r"(\w+) does not say .*\(layer_idx is (\S+)\)": lambda model, says: _all_of(
+        model,
+        says[1],
+        lambda it: str(it.layer_idx) == says[2] and "layer_idx" in inspect.signature(it.forward).parameters,
+    ),
+    r"(\S+) and (\S+) are both of layer (\d+)": lambda model, says: (
+        says[1] != says[2] and {model.get_submodule(name).layer_idx for name in says.groups()[:2]} == {int(says[3])}
+    ),
+    r"layer (\d+) has no full attention": lambda model, says: kind_of(model, int(says[1])) != "full",
+    r"every layer .* has local attention": lambda model, _: "full" not in {kind_of(model, i) for i in layers_of(model)},
+    r"no layer of \d+ is left": lambda model, _: [kind_of(model, i) for i in layers_of(model)].count("full") < 2,
+}
+
+
 def what_is_untrue(message: str, model: PreTrainedModel) -> str | None:
-    """What a refusal claims and the model does not bear out; None if nothing is found."""
-    attention = [module for module in model.modules() if attends(module)]
-    inside = [module for module in attention if asks_the_interface(module)]
-    if "decoder-only" in message and not model.config.is_encoder_decoder:
-        return "the model is decoder-only"
-    if re.search(r"(found|has) no (causal self-)?attention", message) and attention:
-        return f"it has {type(attention[0]).__name__}"
-    layer = re.search(r"layer (\d+) has no full attention", message)
-    if layer and kind_of(model, int(layer[1])) == "full":
-        return f"layer {layer[1]} has full attention"
-    if "attention interface" in message and len(inside) == len(attention):
-        return "all its attention asks the interface"
-    return None
+    """What a refusal claims and the model does not bear out; None if it does."""
+    for pattern, holds in CLAIMS.items():
+        if says := re.search(pattern, message):
+            return None if holds(model, says) else f"not so: {says[0]}"
+    return "nothing checks whether that is so"
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------
@@ -405,11 +442,15 @@ class Job:
     def found(self, pipe: Connection) -> Found:
         """What it sent, or how it ended."""
         try:
-            found: Found = pipe.recv() if pipe.poll() else {"not shrunk": f"took more than {LIMIT} s"}
+            if pipe.poll():
+                return self._ended(pipe.recv())
+            outcome = f"{RAW}: took more than {LIMIT} s"
         except EOFError:
             self.process.join()
             outcome = f"{RAW}: the process ended with exit code {self.process.exitcode}"
-            found = {"model": "", "static cache": False, "methods": {outcome: list(METHODS)}}
+        return self._ended({"model": "", "static cache": False, "methods": {outcome: list(METHODS)}})
+
+    def _ended(self, found: Found) -> Found:
         self.process.kill()
         self.process.join()
         return found
@@ -574,11 +615,11 @@ def write(families: dict[str, Found]) -> dict[str, int]:
 def full_name(name: str) -> str:
     """The class that a name stands for, with or without its ForCausalLM."""
     known = causal_classes()
-    found = name if name in known else f"{name}ForCausalLM"
-    if found not in known:
-        near = difflib.get_close_matches(found, known, 3)
-        raise SystemExit(f"{name}: no causal class of this Transformers; near: {', '.join(near) or 'none'}")
-    return found
+    for found in (name, f"{name}ForCausalLM", f"{name}LMHeadModel"):
+        if found in known:
+            return found
+    near = difflib.get_close_matches(f"{name}ForCausalLM", known, 3)
+    raise SystemExit(f"{name}: no causal class of this Transformers; near: {', '.join(near) or 'none'}")
 
 
 def main(arguments: list[str]) -> None:
@@ -590,7 +631,7 @@ def main(arguments: list[str]) -> None:
     names = [full_name(name) for name in options.families]
     kept: dict[str, Found] = {}
     if names:
-        before = json.loads(JSON.read_text(encoding="utf-8")) if JSON.exists() else {"versions": used_versions()}
+        before: Any = json.loads(JSON.read_text(encoding="utf-8")) if JSON.exists() else {"versions": used_versions()}
         if before["versions"]["transformers"] != used_versions()["transformers"]:
             raise SystemExit(
                 f"{JSON.name} is of Transformers {before['versions']['transformers']}; measure every class"

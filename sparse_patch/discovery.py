@@ -39,10 +39,10 @@ def attention_modules(root: PreTrainedModel) -> dict[str, nn.Module]:
         )
     if not causal:
         raise PatchError(f"{model}: {_why_none(root, decoder)}")
-    # What has no layer beside others that have one (Kosmos-2's pooling of an image) is not a layer's attention.
+    # What has no layer, beside others that have one, is not a layer's attention: it may pool an image.
     found = {name: module for name, module in causal.items() if _layer_of(module) is not None}
     if reason := _why_unserved(found or causal):
-        raise PatchError(f"{model} cannot be patched: {reason}")
+        raise PatchError(f"{model} cannot be patched, run it as it is: {reason}")
     return found
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-# Attention of layers that have a recurrent or convolutional mixer beside it (Falcon-H1, Zaya).
-_BESIDE_RECURRENCE = {"hybrid": "full", "hybrid_sliding": "sliding"}
+# Kinds by other names: of older configs, and of layers with a recurrence or a convolution beside their attention.
+_KINDS = {"attention": "full", "hybrid": "full", "hybrid_sliding": "sliding"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def attention_kind(config: PreTrainedConfig, layer: int) -> str:
     kinds = getattr(config, "layer_types", None)
     if kinds:
         kind = str(kinds[layer]).removesuffix("_attention")
-        return _BESIDE_RECURRENCE.get(kind, kind)
+        return _KINDS.get(kind, kind)
     return "sliding" if getattr(config, "sliding_window", None) else "full"
 
 
