@@ -159,7 +159,7 @@ def ranks(folder: Path) -> Iterator[list[dict[str, Any]]]:
     finally:
         for process in context.processes:
             process.kill()
-    yield [torch.load(folder / f"rank{number}.pt") for number in range(2)]
+    yield [torch.load(folder / f"rank{number}.pt", weights_only=True) for number in range(2)]
 
 
 def check(found: dict[str, Any], expected: dict[str, Any]) -> None:

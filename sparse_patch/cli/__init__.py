@@ -41,9 +41,16 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         try:
-            app(arguments, prog_name="sparse-patch")
+            sys.exit(app(arguments, prog_name="sparse-patch", standalone_mode=False))
         finally:
             sys.stdout.flush()
+    except _UsageError as error:
+        if said := _problem(error):  # else it has shown the help of a group
+            command = error.ctx.command_path if error.ctx else "sparse-patch"
+            print(f"error: {said}; see `{command} --help`", file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(1)
     except (SparsePatchError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # whoever read it has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,6 +59,11 @@ def main() -> None:
             raise
         print(f"error: {one_line(error, LONGEST_MESSAGE)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _problem(error: Any) -> str:
+    """What is wrong with arguments, in one line; empty if there were none."""
+    return one_line(" ".join(error.format_message().split()), 200).rstrip(".")
 
 
 @app.callback()
@@ -212,7 +224,6 @@ def parsed(arguments: list[str], place: str) -> tuple[str, dict[str, Any]]:
             first = context._protected_args if hasattr(context, "_protected_args") else context.protected_args
             name, command, arguments = command.resolve_command(context, [*first, *context.args])
     except _UsageError as error:
-        text = one_line(" ".join(error.format_message().split()), 200) or "names no command"
-        raise SparsePatchError(f"{place}: {text}") from None
+        raise SparsePatchError(f"{place}: {_problem(error) or 'names no command'}") from None
     except typer.Exit:
         raise SparsePatchError(f"{place}: asks for help, which is no command to run") from None
