@@ -1,4 +1,4 @@
-"""`torch.compile` of a whole patched model, `fullgraph`: sparse where its plan can be traced, else dense and counted."""
+"""`torch.compile` of a whole patched model: sparse where its plan can be traced, else dense and counted."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +143,6 @@ def test_generate_with_a_compiled_forward(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def test_on_unsupported_error_inside_a_graph(model: PreTrainedModel) -> None:
-    with patched(model, {"prefill": {"method": "a_shape", "min_length": 0}, "on_unsupported": "error"}):
-        with pytest.raises(Exception, match="without Triton"):
-            compiled(model)(prompts())
+    strict = {"prefill": {"method": "a_shape", "min_length": 0}, "on_unsupported": "error"}
+    with patched(model, strict), pytest.raises(Exception, match="without Triton"):
+        compiled(model)(prompts())

@@ -1,6 +1,5 @@
 """The command line, `sparse-patch COMMAND`. Errors are one line and exit 2; `--debug` traces them."""
 
-import os
 import shlex
 import sys
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from sparse_patch.cli.options import (
     write_json,
     write_picture,
 )
-from sparse_patch.errors import LONGEST_MESSAGE, SparsePatchError, one_line
+from sparse_patch.errors import SparsePatchError, one_line, said_in_one_line
 
 _UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's copy of it
 
@@ -39,26 +38,16 @@ app.add_typer(calibrate.app, name="calibrate")
 def main() -> None:
     """Entry point of the `sparse-patch` command."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    try:
+    with said_in_one_line(debug=len(arguments) < len(sys.argv) - 1):
         try:
             sys.exit(app(arguments, prog_name="sparse-patch", standalone_mode=False))
-        finally:
-            sys.stdout.flush()
-    except _UsageError as error:
-        if said := _problem(error):  # else it has shown the help of a group
-            command = error.ctx.command_path if error.ctx else "sparse-patch"
-            print(f"error: {said}; see `{command} --help`", file=sys.stderr)
-        sys.exit(2)
-    except typer.Abort:
-        sys.exit(1)
-    except (SparsePatchError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # whoever read it has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except _UsageError as error:
+            said, command = _problem(error), error.ctx.command_path if error.ctx else "sparse-patch"
+            if not said:  # it has shown the help of a group
+                sys.exit(2)
+            raise SparsePatchError(f"{said}; see `{command} --help`") from None
+        except typer.Abort:
             sys.exit(1)
-        if len(arguments) < len(sys.argv) - 1:
-            raise
-        print(f"error: {one_line(error, LONGEST_MESSAGE)}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _problem(error: Any) -> str:
