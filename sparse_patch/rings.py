@@ -222,8 +222,9 @@ class FixedRingLayer(RingLayer):
         super().lazy_initialization(key_states, value_states)
         with ordinary_tensors():
             self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
-        for tensor in (self.keys, self.values, self.seen):
-            torch._dynamo.mark_static_address(tensor)
+        if not torch.compiler.is_compiling():  # a graph knows where the tensors are that it makes
+            for tensor in (self.keys, self.values, self.seen):
+                torch._dynamo.mark_static_address(tensor)
         span_ring.prepare(self._ring)
 
     def make_room(self, length: int) -> None:

@@ -74,7 +74,7 @@ def test_spans_are_sparse_in_a_graph(case: MethodCase, model: PreTrainedModel, t
 def test_lengths_may_change(model: PreTrainedModel) -> None:
     """The second length makes a graph of any length; the third has no graph of its own."""
     frames = torch._dynamo.testing.CompileCounter()
-    spans = {"method": "streamingllm", "sink": 3, "window": 40, "min_length": 0}
+    spans = {"method": "streamingllm", "sink": 3, "window": 40}
     with patched(model, {"both": spans}):
         run = torch.compile(model, backend=frames, fullgraph=True)
         for length in (150, 170, 190):
@@ -103,7 +103,7 @@ def test_a_static_cache_of_the_callers_making(model: PreTrainedModel) -> None:
     cache = StaticCache(config=model.config, max_cache_len=200)
     expected = [model(ids, past_key_values=cache).logits, model(ids[:, :1], past_key_values=cache).logits]
     method = {"method": "quest", "budget": 400, "page_size": 8, "min_length": 0}
-    with patched(model, {"both": {"method": "streamingllm", "sink": 3, "window": 400}, "decode": method}):
+    with patched(model, {"prefill": {"method": "streamingllm", "sink": 3, "window": 40}, "decode": method}):
         run, cache = compiled(model), StaticCache(config=model.config, max_cache_len=200)
         found = [run(ids, past_key_values=cache).logits, run(ids[:, :1], past_key_values=cache).logits]
         assert list(sparsity_report(model).fallbacks("prefill")) == ["prompt of a static cache inside torch.compile"]
