@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sparse_patch import patched, sparsity_report
 from sparse_patch.bench.common import DTYPES, describe_machine
+from sparse_patch.errors import said_in_one_line
 from sparse_patch.evaluation.generation import encode
 from sparse_patch.evaluation.tasks import TASKS
 from sparse_patch.writing import check_writable, write_file
@@ -257,4 +258,5 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with said_in_one_line():
+        sys.exit(main())

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sparse_patch.errors import said_in_one_line
 from sparse_patch.writing import write_file
 
 ROOT = Path(__file__).parent.parent
@@ -256,4 +257,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with said_in_one_line():
+        main()

@@ -35,12 +35,14 @@ from method_table import DECODE_METHODS, PREFILL_METHODS, SPAN_METHODS, TOKEN_ME
 from sparse_patch import SparsePatchError, capture_plans, patched, sparsity_report  # noqa: E402
 from sparse_patch.call import PHASES, Phase  # noqa: E402
 from sparse_patch.discovery import dispatch_scope  # noqa: E402
+from sparse_patch.errors import said_in_one_line  # noqa: E402
 from sparse_patch.methods.base import registry  # noqa: E402
 from sparse_patch.methods.layer_roles import LayeredMethod  # noqa: E402
 from sparse_patch.model_shape import ModelShape, attention_kind, layer_with_keys  # noqa: E402
 from sparse_patch.patching import versions  # noqa: E402
 from sparse_patch.plans import Dense, Plan  # noqa: E402
 from sparse_patch.report import PhaseReport, SparsityReport  # noqa: E402
+from sparse_patch.writing import write_file  # noqa: E402
 
 Settings = dict[str, Any]
 Inputs = dict[str, torch.Tensor]
@@ -447,8 +449,8 @@ def write(found: dict[str, Any]) -> None:
     text = json.dumps({"versions": used_versions(), "families": found}, indent=1, ensure_ascii=False)
     if WRONG in text:
         raise SystemExit(f"wrong answers, they are not written:\n{text}")
-    JSON.write_text(text + "\n", encoding="utf-8")
-    MARKDOWN.write_text(page(json.loads(text)), encoding="utf-8")
+    write_file(JSON, text + "\n")
+    write_file(MARKDOWN, page(json.loads(text)))
 
 
 def used_versions() -> dict[str, str]:
@@ -456,4 +458,5 @@ def used_versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with said_in_one_line():
+        main(sys.argv[1:])

@@ -39,12 +39,16 @@ def register(unpatched: str | None) -> None:
         AttentionMaskInterface.register(hook_name(unpatched, kind), mask_function)
 
 
-def join_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def join_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
     """Before the forward of an attention module: tell the mask which cache is used. The hook is told the mask only.
 
-    The arguments have other names in some models (`layer_past`, ...), so they are known by what they are.
+    The arguments have other names in some models (`layer_past`, ...), so they are known by what they are. While another
+    thread patches or unpatches the model PyTorch may call this without `kwargs`, or when the state is gone: attention
+    is not patched then.
     """
-    state: LayerState = module.sparse_patch  # type: ignore[assignment]
+    state: LayerState | None = getattr(module, "sparse_patch", None)
+    if state is None or kwargs is None:
+        return
     cache = mask = None
     for value in (*args, *kwargs.values()):
         if isinstance(value, LazyMask):
@@ -52,7 +56,8 @@ def join_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         elif isinstance(value, Cache):
             cache = value
     if mask is not None:
-        mask.forward.join(cache, state.patch)
+        mask.forward.join(state.patch)
+        mask.forward.cache = cache
     if cache is not None:
         _announce(cache, state.cache_layer, mask)
 
@@ -123,6 +128,7 @@ def _dispatch(
     lazy = attention_mask if isinstance(attention_mask, LazyMask) else None
     if lazy is None:
         return _attend(state, module, tensors, attention_mask, scaling, kwargs)
+    lazy.forward.join(state.patch)  # again: the model may have been patched since the module was called
     ring = ring_of(lazy.forward.cache, state.cache_layer)
     if ring is None:
         queries = lazy.queries_of_prompt

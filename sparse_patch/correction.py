@@ -33,8 +33,10 @@ class Correction:
         self.period = period
         self.layer = layer
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See `torch.nn.Module.register_forward_pre_hook` with `with_kwargs`."""
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """See `torch.nn.Module.register_forward_pre_hook` with `with_kwargs`, and `join_forward` for calls without."""
+        if kwargs is None:
+            return
         cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
         memory = None if torch.compiler.is_compiling() else memory_of(cache, self.layer)
         length = getattr(cache, "get_seq_length", int)() if memory is not None else None

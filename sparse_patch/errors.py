@@ -3,7 +3,10 @@
 Every message is one line that names what is wrong and the way out.
 """
 
+import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 LONGEST_MESSAGE = 480  # characters: with "error: " before it a line has fewer than 500
@@ -32,6 +35,37 @@ class UnsupportedCallError(SparsePatchError, RuntimeError):
 
 class TaskError(SparsePatchError, ValueError):
     """An evaluation cannot be made or run: a task, length, haystack or model that does not fit."""
+
+
+@contextmanager
+def said_in_one_line(debug: bool = False) -> Iterator[None]:
+    """For a `with` block that is all of a command: an error of ours or of the system is one line and exit code 2.
+
+    Args:
+        debug: raise it instead.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has read enough
+        _drop_output()
+        sys.exit(1)
+    except (SparsePatchError, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {one_line(error, LONGEST_MESSAGE)}", file=sys.stderr)
+        _drop_output()
+        sys.exit(2)
+
+
+def _drop_output() -> None:
+    """Forget what cannot be written, or Python tries it again when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(text: object, most: int = LONGEST_NAME) -> str:

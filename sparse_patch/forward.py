@@ -7,6 +7,9 @@ import torch
 
 from sparse_patch.caches import Prompt, prompt_of
 from sparse_patch.errors import PatchError
+from sparse_patch.names import is_hook
+
+_ANEW = "the model was patched or unpatched while a forward ran; run the forward again"
 
 
 @dataclass(eq=False)
@@ -25,30 +28,33 @@ class Forward:
     """One forward pass of a decoder.
 
     Attributes:
+        config: the config that its masks were made by; unpatching takes the hook's name out of it.
         cache: the cache that it uses; None without one, and before the first attention module is reached.
         patch: the patch that its layers run under.
         carried: what methods pass on from layer to layer, by name.
     """
 
+    config: Any = None
     cache: Any = None
     patch: PatchMark | None = None
     carried: dict[str, Any] = field(default_factory=dict)
 
-    def join(self, cache: Any, patch: PatchMark) -> None:
-        """An attention module is about to run in this forward.
+    def join(self, patch: PatchMark) -> None:
+        """An attention module with a patch is about to run in this forward.
 
         Raises:
-            PatchError: the model was patched anew since the forward began.
+            PatchError: the model was unpatched, maybe patched anew, since the forward began.
         """
-        self.cache = cache
-        if not torch.compiler.is_compiling() and self.patch is not None and self.patch is not patch:
-            raise PatchError("the model was patched anew while a forward ran; run the forward again")
+        if not torch.compiler.is_compiling():
+            same = patch.active and self.patch in (None, patch)
+            if not same or not (self.config is None or is_hook(self.config._attn_implementation)):
+                raise PatchError(_ANEW)
         self.patch = patch
 
     def check_patched(self) -> None:
-        """Raise PatchError if the model was unpatched since the forward began."""
+        """Raise PatchError if the model was unpatched since an attention module with a patch ran in this forward."""
         if self.patch is not None and not self.patch.active:
-            raise PatchError("the model was unpatched while a forward ran; run the forward again")
+            raise PatchError(_ANEW)
 
     @property
     def prompt(self) -> Prompt | None:

@@ -346,11 +346,12 @@ def _lazy_mask(arguments: dict[str, Any], ahead: Sequence[str]) -> LazyMask:
     if arguments["q_length"] == 1 and not torch.compiler.is_compiling() and _adds_to_causal(arguments["mask_function"]):
         # Tokens of an image see each other both ways; for a last token there is nothing behind it to see.
         arguments = {**arguments, "mask_function": causal_mask_function}
+    forward = Forward(arguments.get("config"))
     if not isinstance(arguments["q_offset"], torch.Tensor):
-        return LazyMask(arguments, Forward())
+        return LazyMask(arguments, forward)
     # With a static cache this is the cache's own counter, which moves on before attention runs.
     is_made_outside = not torch.compiler.is_compiling()
-    mask = LazyMask({**arguments, "q_offset": arguments["q_offset"].clone()}, Forward(), is_prepared=is_made_outside)
+    mask = LazyMask({**arguments, "q_offset": arguments["q_offset"].clone()}, forward, is_prepared=is_made_outside)
     if is_made_outside:
         mask.prepare_for_a_graph(ahead)
     return mask

@@ -43,10 +43,10 @@ from sparse_patch.model_shape import (
     kv_heads_of,
     layer_with_keys,
 )
-from sparse_patch.names import HOOK, ON_KERNELS, hook_name, is_hook
+from sparse_patch.names import HOOK, ON_KERNELS, hook_name, is_hook, unpatched_name
 from sparse_patch.ops.backends import takes_triton
 from sparse_patch.plans import Plan
-from sparse_patch.report import LayerCounts, LayerReport, SparsityReport
+from sparse_patch.report import COUNTING, LayerCounts, LayerReport, SparsityReport
 from sparse_patch.rings import RingLayer, SpansOf
 from sparse_patch.unpatched import unpatched_config, unpatched_function
 from sparse_patch.version import __version__
@@ -160,6 +160,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
                 module.config = originals[id(module.config)]  # type: ignore[assignment]
         for own in patch.own_configs:
             own.carry_over_changes()
+            own.copy._attn_implementation_internal = unpatched_name(own.copy._attn_implementation)
         for hook in patch.hooks:
             hook.remove()
         for module in patch.attention:
@@ -186,15 +187,19 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
     Raises:
         PatchError: the model is not patched.
     """
-    patch = _patch_of(transformers_model(model))
+    with _PATCHING:
+        patch, states = _patch_of(transformers_model(model)), _states_on(model)
+        active = all(is_hook(_config_of(module)._attn_implementation) for module in patch.attention)
+    with COUNTING:
+        layers = [_layer_report(state) for state in states]
     return SparsityReport(
         config=patch.config.settings(),
         source=patch.config.source,
         fingerprint=patch.config.fingerprint(),
-        hook_active=all(is_hook(_config_of(module)._attn_implementation) for module in patch.attention),
+        hook_active=active,
         versions=versions(),
-        layers=[_layer_report(state_of(module)) for module in patch.attention],
-        remarks=_remarks(state_of(patch.attention[0])),
+        layers=layers,
+        remarks=_remarks(states[0]),
     )
 
 
@@ -229,11 +234,11 @@ def span_cache(model: nn.Module, max_length: int) -> DynamicCache:
 def _spans_of(root: PreTrainedModel) -> dict[int, SpansOf]:
     """The spans of the layers that decode by spans and can have a ring, by layer."""
     config = root.config.get_text_config(decoder=True)
-    if not is_patched(root) or not can_forget(config):
-        return {}
+    with _PATCHING:
+        modules = _patch_of(root).attention if is_patched(root) and can_forget(config) else []
+        states = [state_of(module) for module in modules]
     spans: dict[int, SpansOf] = {}
-    for module in _patch_of(root).attention:
-        state = state_of(module)
+    for module, state in zip(modules, states, strict=True):
         method = state.config.decode if "decode" in state.phases else None
         served = attention_kind(config, state.layer) == "full" and getattr(module, "sinks", None) is None
         if isinstance(method, SpanMethod) and served:
@@ -262,8 +267,8 @@ def reset_report(model: nn.Module) -> None:
     Raises:
         PatchError: the model is not patched.
     """
-    for module in _patch_of(transformers_model(model)).attention:
-        state_of(module).counts = LayerCounts()
+    for state in _states_on(model):
+        state.counts = LayerCounts()
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -278,7 +283,7 @@ def uncounted(model: nn.Module) -> Iterator[None]:
     Raises:
         PatchError: the model is not patched.
     """
-    states = [state_of(module) for module in _patch_of(transformers_model(model)).attention]
+    states = _states_on(model)
     counts = [state.counts for state in states]
     for state in states:
         state.counts = LayerCounts()
@@ -296,7 +301,7 @@ def capture_plans(model: nn.Module) -> Iterator[dict[int, list[tuple[Phase, Plan
     Raises:
         PatchError: the model is not patched.
     """
-    states = [state_of(module) for module in _patch_of(transformers_model(model)).attention]
+    states = _states_on(model)
     captured: dict[int, list[tuple[Phase, Plan]]] = {}
     for state in states:
         state.captured = captured.setdefault(state.layer, [])
@@ -305,6 +310,12 @@ def capture_plans(model: nn.Module) -> Iterator[dict[int, list[tuple[Phase, Plan
     finally:
         for state in states:
             state.captured = None
+
+
+def _states_on(model: nn.Module) -> list[LayerState]:
+    """The states of a patched model's layers, while no other thread unpatches it."""
+    with _PATCHING:
+        return [state_of(module) for module in _patch_of(transformers_model(model)).attention]
 
 
 def state_of(module: nn.Module) -> LayerState:

@@ -318,6 +318,37 @@ def test_debug_shows_the_trace(tmp_path: Path) -> None:
     assert result.returncode == 1 and "Traceback" in result.stderr and "ConfigError" in result.stderr
 
 
-def test_usage_errors_exit_2() -> None:
-    assert run("demo", "--length", "many").returncode == 2
-    assert run("no-such-command").returncode == 2
+USAGE = [
+    (["demo", "--length", "many"], "error: Invalid value for '--length': "),
+    (["demo", "--length", "3"], "error: Invalid value for '--length': "),
+    (["demo", "--length"], "error: Option '--length' requires an argument; see `sparse-patch"),
+    (["demo", "--lenght", "3"], "error: No such option: --lenght"),
+    (["shw", "dense"], "error: No such command 'shw'. Did you mean 'show'?; see `sparse-patch --help`"),
+    (["bench", "x" * 100_000], "error: No such command 'xxx"),
+    (["show"], "error: Missing argument 'config'; see `sparse-patch show --help`"),
+    (["run", "a\nb\0"], "error: Invalid value for 'recipe': "),
+]
+
+
+@pytest.mark.parametrize("arguments, message", USAGE, ids=[" ".join(row[0])[:20] for row in USAGE])
+def test_usage_errors_are_one_line_and_exit_2(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sparse-patch", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(message) and len(error) <= 500, error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, code", [([], 2), (["bench"], 2), (["--help"], 0), (["bench", "decode", "--help"], 0)]
+)
+def test_help_is_shown(
+    arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sparse-patch", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == code and "Usage: sparse-patch" in capsys.readouterr().out

@@ -43,9 +43,16 @@ RECIPES = sorted(
     if "commands:" in path.read_text()
 )
 SMALL = {  # what makes a command quick; the last value of an option counts
-    **{"--length": "1024", "--lengths": "640", "--samples": "1", "--repeats": "1", "--tasks": "niah_single_1"},
+    **{
+        "--length": "1024",
+        "--lengths": "512",
+        "--samples": "1",
+        "--repeats": "1",
+        "--needles": "1",
+        "--tasks": "niah_single_1",
+    },
     **{"--batch": "1", "--budgets": "256", "--densities": "0.5", "--new-tokens": "3", "--chunk": "320"},
-    **{"--validate-length": "704", "--validate-samples": "1", "--plans": "1"},
+    **{"--validate-length": "512", "--validate-samples": "1", "--plans": "1"},
 }
 OFFLINE = "needle_niah_single_1"  # in place of lm-eval's tasks, whose data a hub has
 
@@ -149,7 +156,7 @@ def of_the_reader(needle_llama_path: Path, tokenizer: Any) -> dict[str, Any]:
     manager = TaskManager(
         include_path=[TASKS],
         include_defaults=False,
-        metadata={"max_seq_lengths": [640], "num_samples": 1, "tokenizer": str(needle_llama_path)},
+        metadata={"max_seq_lengths": [512], "num_samples": 1, "tokenizer": str(needle_llama_path)},
     )
     evaluate = partial(lm_eval.simple_evaluate, task_manager=manager, bootstrap_iters=0)
     return {
@@ -174,7 +181,9 @@ def test_what_a_page_shows(
 ) -> None:
     """From top to bottom in a folder of its own, with the imports of what stands above. Nothing may go dense unsaid."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.yaml").write_text("prefill: {method: flexprefill, gamma: 0.9}")
+    (tmp_path / "mine.yaml").write_text(
+        "prefill: {method: flexprefill, block_size: 32, min_budget: 256, min_length: 512}"
+    )
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))  # which take long
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     for block in SHOWN[page]:
@@ -205,7 +214,9 @@ def run_shown(command: list[str], path: str) -> None:
     words = [re.sub("PATH_OR_ID|PATH", path, word) for word in command]
     if words[0] == "lm-eval":
         words[words.index("--tasks") + 1] = OFFLINE
-        words += ["--limit", "1", "--metadata", '{"max_seq_lengths": [640], "num_samples": 1}']
+        words += ["--limit", "1", "--metadata", '{"max_seq_lengths": [512], "num_samples": 1}']
+    if words[0] == "demo":
+        words += ["--config", "mine.yaml"]  # the packaged one is for longer prompts
     if words[0] == "run" and "--dry-run" not in words:
         words.append("--dry-run")  # test_recipes_run runs them
     parsed(words, "page")

@@ -1,6 +1,5 @@
 """The command line, `sparse-patch COMMAND`. Errors are one line and exit 2; `--debug` traces them."""
 
-import os
 import shlex
 import sys
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from sparse_patch.cli.options import (
     write_json,
     write_picture,
 )
-from sparse_patch.errors import LONGEST_MESSAGE, SparsePatchError, one_line
+from sparse_patch.errors import SparsePatchError, one_line, said_in_one_line
 
 _UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's copy of it
 
@@ -39,19 +38,21 @@ app.add_typer(calibrate.app, name="calibrate")
 def main() -> None:
     """Entry point of the `sparse-patch` command."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    try:
+    with said_in_one_line(debug=len(arguments) < len(sys.argv) - 1):
         try:
-            app(arguments, prog_name="sparse-patch")
-        finally:
-            sys.stdout.flush()
-    except (SparsePatchError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # whoever read it has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(app(arguments, prog_name="sparse-patch", standalone_mode=False))
+        except _UsageError as error:
+            said, command = _problem(error), error.ctx.command_path if error.ctx else "sparse-patch"
+            if not said:  # it has shown the help of a group
+                sys.exit(2)
+            raise SparsePatchError(f"{said}; see `{command} --help`") from None
+        except typer.Abort:
             sys.exit(1)
-        if len(arguments) < len(sys.argv) - 1:
-            raise
-        print(f"error: {one_line(error, LONGEST_MESSAGE)}", file=sys.stderr)
-        sys.exit(2)
+
+
+def _problem(error: Any) -> str:
+    """What is wrong with arguments, in one line; empty if there were none."""
+    return one_line(" ".join(error.format_message().split()), 200).rstrip(".")
 
 
 @app.callback()
@@ -212,7 +213,6 @@ def parsed(arguments: list[str], place: str) -> tuple[str, dict[str, Any]]:
             first = context._protected_args if hasattr(context, "_protected_args") else context.protected_args
             name, command, arguments = command.resolve_command(context, [*first, *context.args])
     except _UsageError as error:
-        text = one_line(" ".join(error.format_message().split()), 200) or "names no command"
-        raise SparsePatchError(f"{place}: {text}") from None
+        raise SparsePatchError(f"{place}: {_problem(error) or 'names no command'}") from None
     except typer.Exit:
         raise SparsePatchError(f"{place}: asks for help, which is no command to run") from None

@@ -12,8 +12,10 @@ from typing_extensions import Self
 
 from sparse_patch.errors import TaskError, one_line, short
 from sparse_patch.evaluation.results import Record
+from sparse_patch.reading import read_bytes
 from sparse_patch.writing import WriteError, append_file, check_writable, is_replaced, write_file
 
+_MOST_BYTES = 2**30
 R = TypeVar("R", bound=Any)  # a dataclass with a `key`
 
 
@@ -55,7 +57,7 @@ class Journal(Generic[R]):
         if self.path is None or not self.path.exists():
             return
         try:
-            data = self.path.read_bytes()
+            data = read_bytes(self.path, _MOST_BYTES)
             whole = data[: data.rfind(b"\n") + 1]
             header, *records = whole.decode().splitlines() or [json.dumps(self.header)]
             adapter: TypeAdapter[R] = TypeAdapter(self.record)

@@ -14,9 +14,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sparse_patch.methods.base import Tokens
+from sparse_patch.methods.base import MOST
 from sparse_patch.methods.span_plans import SpanRules, rules_for, rules_of_duo
-from sparse_patch.methods.spans import Length, RuledMethod
+from sparse_patch.methods.spans import RuledMethod
 from sparse_patch.model_shape import ModelShape
 
 
@@ -36,8 +36,8 @@ class DuoAttention(RuledMethod):
 
     method: Literal["duoattention"] = "duoattention"
     sparsity: Annotated[float, Field(ge=0, le=1)] = 0.5
-    sink: Tokens = 64
-    recent: Length = 256
+    sink: Annotated[int, Field(ge=0, le=MOST // 4)] = 64  # the rules count more than sink and recent together
+    recent: Annotated[int, Field(gt=0, le=MOST // 4)] = 256
 
     def read(self, path: str, shape: ModelShape) -> tuple[SpanRules, str]:
         """See `RuledMethod.read`."""

@@ -24,6 +24,7 @@ from sparse_patch.evaluation.scoring import found
 from sparse_patch.evaluation.suite import Asked, Evaluation, configurations, evaluate, header, measure
 from sparse_patch.evaluation.tasks import TASKS
 from sparse_patch.patching import is_patched
+from sparse_patch.writing import WriteError, write_file
 
 LENGTH = 600
 SPARSE = {"prefill": {"method": "flexprefill", "block_size": 32, "min_budget": 64, "min_length": 256, "gamma": 0.6}}
@@ -185,6 +186,53 @@ def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("hello\n")
     with pytest.raises(TaskError, match="other: is no journal of an unfinished run; delete it or write --json"):
         journal(tmp_path / "other")
+
+
+UNREADABLE = [
+    b"\xff\xfe\n", b"[1]\n", b"3\n", b"null\n", b"[" * 100_000 + b"\n", b'{"a": ' * 900 + b"1" + b"}" * 900 + b"\n",
+    b"\0\n", b"NaN\n", b'"' + b"x" * 100_000 + b'"\n',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", UNREADABLE, ids=[str(data[:12]) for data in UNREADABLE])
+@pytest.mark.parametrize("line", ["header", "record"])
+def test_a_journal_that_is_none_is_one_line(data: bytes, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "j\nx"
+    journal(path).add(record())
+    if line == "record":
+        data = path.read_bytes() + data
+    path.write_bytes(data)
+    with pytest.raises(TaskError) as error:
+        journal(path)
+    problem = r"j\nx: is no journal of an unfinished run; delete it or write --json elsewhere"
+    assert str(error.value) == f"{tmp_path}/{problem}"
+    assert path.read_bytes() == data, "left as it was"
+
+
+def test_a_journal_whose_header_is_long_is_bounded(tmp_path: Path) -> None:
+    journal(tmp_path / "j").add(record())
+    whole = (tmp_path / "j").read_text()
+    (tmp_path / "j").write_text(whole.replace('"seed": 5', f'"seed": "{"x" * 100_000}"', 1))
+    with pytest.raises(TaskError, match=r"j: is of an unfinished run with seed 'xxx.*\.\.\., this one has 5") as error:
+        journal(tmp_path / "j")
+    assert len(str(error.value)) <= 490
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_what_was_measured_is_kept_when_the_result_cannot_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    unwritten = pytest.raises(
+        WriteError,
+        match="^/dev/full: cannot be written: No space left on device; what was measured is kept in "
+        rf"{path}.unfinished, the same command goes on from there$",
+    )
+    with unwritten, Journal.beside(path, {"seed": 5}) as kept:
+        kept.add(record())
+        write_file(Path("/dev/full"), "{}")
+    with Journal.beside(path, {"seed": 5}) as again:
+        assert list(again.records.values()) == [record()]
+        write_file(path, "{}")
+    assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
 
 
 def test_nothing_is_measured_when_something_cannot_be(loaded: tuple[PreTrainedModel, Any]) -> None:

@@ -157,6 +157,9 @@ BAD_FILES: list[tuple[dict[str, Any], str]] = [
     ({"full": 3}, "full: expected a list of layer numbers, got '3'"),
     ({"select": [2, "x"]}, "select: expected a list of layer numbers, got "),
     ({"select": [2, True]}, "select: expected a list of layer numbers, got "),
+    ({"select": [2, 10**30]}, "select: expected a list of layer numbers, got "),
+    ({"model": GOOD["model"] | {"num_heads": 10**30}}, "model.num_heads: expected 1 to 2147483647, got '1000000"),  # type: ignore[operator]
+    ({"model": GOOD["model"] | {"model_type": "a\nb" * 9999}, "full": 3}, "full: expected a list of layer numbers"),  # type: ignore[operator]
     ({"model": "llama"}, "model: expected a mapping of model_type, num_layers, num_heads, hidden_size, got 'llama'"),
     ({"model": GOOD["model"] | {"num_heads": "8"}}, "model.num_heads: expected a number, got '8'"),  # type: ignore[operator]
     ({"model": GOOD["model"] | {"model_type": 1}}, "model.model_type: expected a name, got '1'"),  # type: ignore[operator]
@@ -173,7 +176,14 @@ def test_a_bad_calibration_is_one_line(tmp_path: Path, changes: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    "text, message", [(None, "cannot be read"), ("[1]", "expected a mapping"), ("a: [", "not valid YAML")], ids=str
+    "text, message",
+    [
+        (None, "cannot be read"),
+        ("[1]", "expected a mapping"),
+        ("a: [", "not valid YAML"),
+        ("full: 0x_", "full: line 1"),
+    ],
+    ids=str,
 )
 def test_a_file_that_is_no_calibration(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "layers.yaml"

@@ -100,17 +100,26 @@ BAD: list[tuple[Any, str]] = [
     ({**GOOD, "alphas": [[0, "x"], [0, 1]]}, "alphas.0.1: expected a valid number, got 'x'"),
     ({**GOOD, "betas": [[0, 1], [1.5, 0]]}, "betas.1.0: expected less than or equal to 1, got '1.5'"),
     ({**GOOD, "block": 0}, "block: expected greater than or equal to 1, got '0'"),
+    ({**GOOD, "block": 10**30}, "block: expected less than or equal to 2147483647, got '1000000"),
+    ({**GOOD, "sink": 2**31}, "sink: expected less than or equal to 2147483647, got '2147483648'"),
+    ({**GOOD, "alphas": [[0, 1e14], [0, 1]]}, "alphas.0.1: expected less than or equal to 2147483647, got '1000000"),
+    ({**GOOD, "alphas": [[0, -math.inf], [0, 1]]}, "alphas.0.1: expected "),
+    ({**GOOD, "betas": [[0, math.nan], [0, 1]]}, "betas.0.1: expected "),
+    ({**GOOD, "model_type": "x" * 100_000, "betas": 1}, "betas: expected a valid list, got '1'"),
+    ({**GOOD, "a\nb": 1}, r"a\nb: unknown key; known keys: format"),
+    ({**GOOD, "x" * 100_000: 1}, "xxx"),
+    (json.dumps(GOOD).replace('"sink"', '"sink": 4, "sink"'), "sink: is set twice, in line 1; keep one of them"),
 ]
 
 
-@pytest.mark.parametrize("data, message", BAD, ids=[message for _, message in BAD])
+@pytest.mark.parametrize("data, message", BAD, ids=[message[:40] for _, message in BAD])
 def test_a_wrong_file_is_one_line(data: Any, message: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(data if isinstance(data, str) else json.dumps(data))
     with pytest.raises(ValueError) as error:
         read_span_rules(path)
     text = str(error.value)
-    assert text.startswith(f"calibration: {path}: {message}") and "\n" not in text
+    assert text.startswith(f"calibration: {path}: {message}") and text.isprintable() and len(text) <= 490
     assert "sparse-patch calibrate moa" in text
 
 
@@ -154,6 +163,9 @@ def test_a_published_plan_of_moa(tmp_path: Path) -> None:
         ),
         ({"alphas": [[0] * 4] * 2, "betas": 1}, "betas: expected 2 lists of 4 numbers, got '1'"),
         ({"alphas": [[0] * 4] * 2, "betas": [[2] * 4] * 2}, "betas.0.0: expected less than or equal to 1, got '2.0'"),
+        ({"alphas": [[1e14] * 4] * 2, "betas": [[1] * 4] * 2}, "alphas: "),
+        ({"alphas": [[10**400] * 4] * 2, "betas": [[1] * 4] * 2}, "alphas: "),
+        ({"alphas": [[-math.inf] * 4] * 2, "betas": [[1] * 4] * 2}, "alphas: "),
     ],
 )
 def test_a_wrong_plan_of_moa(data: Any, message: str, tmp_path: Path) -> None:
@@ -184,6 +196,9 @@ def test_a_published_pattern_of_duoattention(tmp_path: Path) -> None:
     "text, sparsity, message",
     [
         ("0.1\tx\n0.2\t0.3", 0.5, "expected a line of numbers for each layer with tabs between: could not convert"),
+        ("0.1\t-Infinity\n0\t0", 0.5, "with tabs between: -Infinity is not finite"),
+        ("0.1\t1e999\n0\t0", 0.5, "with tabs between: 1e999 is not finite"),
+        (f"0.1\t{'x' * 100_000}\n0\t0", 0.5, "with tabs between: "),
         ("0.1\tnan\n0\t0", 0.5, "with tabs between: nan is not finite"),
         ("0.1\t0.2", 0.5, "expected 2 layers, got 1; the pattern is of another model"),
         ("0.1\t0.2\n0.1", 0.5, "layer 1: expected 2 heads, got 1"),
@@ -195,4 +210,4 @@ def test_a_wrong_pattern_of_duoattention(text: str, sparsity: float, message: st
     path.write_text(text)
     with pytest.raises(ValueError) as error:
         rules_of_duo(path, SHAPE, sparsity)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and str(error.value).isprintable() and len(str(error.value)) <= 490
