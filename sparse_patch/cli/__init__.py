@@ -1,7 +1,9 @@
 """The command line, `sparse-patch COMMAND`. Errors are one line and exit 2; `--debug` traces them."""
 
+import io
 import shlex
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -207,7 +209,8 @@ def parsed(arguments: list[str], place: str) -> tuple[str, dict[str, Any]]:
     name, context = "sparse-patch", None
     try:
         while True:
-            context = command.make_context(name, list(arguments), parent=context)
+            with redirect_stdout(io.StringIO()):  # which may be the help
+                context = command.make_context(name, list(arguments), parent=context)
             if not hasattr(command, "resolve_command"):  # no group
                 return name, context.params
             first = context._protected_args if hasattr(context, "_protected_args") else context.protected_args

@@ -189,7 +189,7 @@ def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 UNREADABLE = [
-    b"\xff\xfe\n", b"[1]\n", b"3\n", b"null\n", b"[" * 100_000 + b"\n", b'{"a": ' * 900 + b"1" + b"}" * 900 + b"\n",
+    b"\xff\xfe\n", b"[1]\n", b"3\n", b"null\n", b"[" * 100_000 + b"\n", b"[" * 900 + b"]" * 900 + b"\n",
     b"\0\n", b"NaN\n", b'"' + b"x" * 100_000 + b'"\n',
 ]  # fmt: skip
 
