@@ -21,13 +21,23 @@ SPARE = 256  # tokens of room beyond what is asked for
 
 
 class GrowingLayer(DynamicLayer):
-    """A `DynamicLayer` that keeps room behind its last token. For inference: it writes in place."""
+    """A `DynamicLayer` that keeps room behind its last token. For inference: it writes in place.
+
+    Attributes:
+        max_length: tokens of prompt and answer together; 0 where that is not known. Nothing stops there.
+        memory: what a decode method keeps beside the keys.
+    """
 
     _room: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, max_length: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.max_length = max_length
         self.memory = LayerMemory()
+
+    def make_room(self, length: int) -> None:
+        """Prompt and answer become so long, if it was known how long."""
+        self.max_length = max(self.max_length, length) if self.max_length else 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

@@ -101,7 +101,7 @@ class RingLayer(CacheLayerMixin):
         return layer
 
     def _new_keeping_all(self) -> "GrowingLayer | FixedLayer":
-        return GrowingLayer()
+        return GrowingLayer(self.max_length)
 
     def attend(self, call: AttentionCall, before: torch.Tensor, backend: str) -> torch.Tensor:
         """Attention to the ring and to the forward's own keys, and their writing: the output `[B, Hq, Sq, Dv]`.
