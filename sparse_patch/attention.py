@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
-from sparse_patch.cache_layers import ordinary_tensors
 from sparse_patch.caches import keep_all, max_length_of, memory_of, ring_of
 from sparse_patch.call import PHASES, AttentionCall, Phase
 from sparse_patch.counting import count_dense, count_dense_kernel, count_sparse
@@ -25,6 +24,7 @@ from sparse_patch.methods.base import DecodeMethod, Method
 from sparse_patch.names import HOOK, ON_KERNELS, hook_name
 from sparse_patch.ops import block_sparse, page_decode, span, span_ring, token_blocks
 from sparse_patch.ops import dense as dense_kernels
+from sparse_patch.ordinary import ordinary_tensors
 from sparse_patch.plans import Dense, PagePlan, SpanPlan, SparsePlan, TokenBlockPlan
 from sparse_patch.precision import as_autocast, without_autocast
 from sparse_patch.reasons import dense_by_design, has_window, unsupported, untraceable, why_unserved

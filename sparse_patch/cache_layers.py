@@ -5,29 +5,39 @@ A `DynamicCache` of Transformers copies all its keys and values for every token;
 statistics (`LayerMemory`) in step when the rows of the batch or the end of the text change.
 
 What a layer writes in place are ordinary tensors even if it was filled under `torch.inference_mode`, so a cache can be
-used outside of it (`ordinary_tensors`).
+used outside of it (`sparse_patch.ordinary`).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from sparse_patch.memory import LayerMemory
+from sparse_patch.ordinary import OrdinaryState, ordinary_tensors
 
 SPARE = 256  # tokens of room beyond what is asked for
 
 
-class GrowingLayer(DynamicLayer):
-    """A `DynamicLayer` that keeps room behind its last token. For inference: it writes in place."""
+class GrowingLayer(OrdinaryState, DynamicLayer):
+    """A `DynamicLayer` that keeps room behind its last token. For inference: it writes in place.
+
+    Attributes:
+        max_length: tokens of prompt and answer together; 0 where that is not known. Nothing stops there.
+        memory: what a decode method keeps beside the keys.
+    """
 
     _room: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, max_length: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.max_length = max_length
         self.memory = LayerMemory()
+
+    def make_room(self, length: int) -> None:
+        """Prompt and answer become so long, if it was known how long."""
+        self.max_length = max(self.max_length, length) if self.max_length else 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -88,7 +98,7 @@ class GrowingLayer(DynamicLayer):
             self.memory.change_rows(change)
 
 
-class FixedLayer(StaticLayer):
+class FixedLayer(OrdinaryState, StaticLayer):
     """A `StaticLayer` whose tensors stay where they are as long as the batch has its size, as CUDA graphs need it."""
 
     def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
@@ -159,15 +169,3 @@ def _with_room(old: torch.Tensor, new: torch.Tensor, length: int, end: int) -> t
     if length:
         room[..., :length, :] = old
     return room
-
-
-def ordinary_tensors() -> AbstractContextManager[None]:
-    """In a `with` block new tensors can be written in place later on, inside `torch.inference_mode` and outside."""
-    inside = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-    return _outside_inference_mode() if inside else nullcontext()
-
-
-@contextmanager
-def _outside_inference_mode() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():
-        yield

@@ -28,7 +28,7 @@ def adopt(cache: Cache, spans: Mapping[int, SpansOf] | None = None, max_length: 
     Args:
         cache: is changed.
         spans: those of layers that become rings, by number.
-        max_length: tokens that a ring is made for; a static cache knows that itself.
+        max_length: tokens of prompt and answer together; 0 where that is not known. A static cache knows it itself.
     """
     if not getattr(cache, "offloading", False):
         cache.layers = [_ours(layer, (spans or {}).get(i), max_length) for i, layer in enumerate(cache.layers)]
@@ -105,10 +105,10 @@ def keep_all(cache: Any, layer: int) -> None:
 
 
 def max_length_of(cache: Any, layer: int) -> int | None:
-    """Tokens that one layer of a cache is made for; None where it grows without an end."""
+    """Tokens of prompt and answer together that one layer of a cache is made for; None where it does not know."""
     found = _layer(cache, layer)
-    if isinstance(found, RingLayer):
-        return found.max_length
+    if isinstance(found, RingLayer | GrowingLayer):
+        return found.max_length or None
     return found.max_cache_len if isinstance(found, StaticLayer) else None
 
 
@@ -134,6 +134,6 @@ def _ours(layer: Any, spans: SpansOf | None, max_length: int) -> Any:
     if type(layer) not in (DynamicLayer, StaticLayer) or layer.is_initialized:
         return layer
     if type(layer) is DynamicLayer:
-        return GrowingLayer() if spans is None else RingLayer(spans, max_length)
+        return GrowingLayer(max_length) if spans is None else RingLayer(spans, max_length)
     length = layer.max_cache_len
     return FixedLayer(length) if spans is None else FixedRingLayer(spans, length)

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from sparse_patch.ordinary import OrdinaryState
+
 
 @dataclass
-class LayerMemory:
+class LayerMemory(OrdinaryState):
     """The tensors of one layer of one cache. The cache keeps them in step with its keys.
 
     Attributes:

@@ -24,6 +24,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig,
 from transformers.generation.configuration_utils import GenerationMode
 
 from sparse_patch.attention import join_forward, register
+from sparse_patch.cache_layers import GrowingLayer
 from sparse_patch.caches import Prompt, adopt, note_prompt, prompt_of
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.config import ConfigSource, PatchConfig, load_config
@@ -350,7 +351,7 @@ def _prepare_cache(
         end = _prompt_length(generation_config, model_kwargs)
         note_prompt(cache, None if end is None else Prompt(end, verifies))
     for layer in cache.layers:
-        if isinstance(layer, RingLayer):
+        if isinstance(layer, RingLayer | GrowingLayer):
             layer.make_room(max_cache_length)
 
 

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from sparse_patch.cache_layers import SPARE, FixedLayer, GrowingLayer, in_place, ordinary_tensors, selected
+from sparse_patch.cache_layers import SPARE, FixedLayer, GrowingLayer, in_place, selected
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import UnsupportedCallError
 from sparse_patch.ops import span_ring
 from sparse_patch.ops.span_ring import Ring, RingLayout
+from sparse_patch.ordinary import OrdinaryState, ordinary_tensors
 from sparse_patch.plans import Window
 from sparse_patch.precision import as_autocast
 
@@ -18,7 +19,7 @@ from sparse_patch.precision import as_autocast
 SpansOf = Callable[[int, int], tuple[Sequence[int], Sequence[Window]]]
 
 
-class RingLayer(CacheLayerMixin):
+class RingLayer(OrdinaryState, CacheLayerMixin):
     """A layer that keeps of each KV head the first tokens of a row and a ring of its last ones: what its span has.
 
     `update` hands back the keys and values of the forward alone. The hook attends to them and to the ring and writes
@@ -101,7 +102,7 @@ class RingLayer(CacheLayerMixin):
         return layer
 
     def _new_keeping_all(self) -> "GrowingLayer | FixedLayer":
-        return GrowingLayer()
+        return GrowingLayer(self.max_length)
 
     def attend(self, call: AttentionCall, before: torch.Tensor, backend: str) -> torch.Tensor:
         """Attention to the ring and to the forward's own keys, and their writing: the output `[B, Hq, Sq, Dv]`.
@@ -173,6 +174,9 @@ class RingLayer(CacheLayerMixin):
         self.is_initialized = False
         self.is_empty, self.seen = True, 0
 
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._change_rows(selected(beam_idx))
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
         self._change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
@@ -242,9 +246,6 @@ class FixedRingLayer(RingLayer):
 
     def _new_keeping_all(self) -> FixedLayer:
         return FixedLayer(self.max_length)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._change_rows(selected(beam_idx))
 
     def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super()._change_rows(lambda tensor: in_place(tensor, change))
