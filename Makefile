@@ -1,10 +1,12 @@
 # make demo: set up .venv and run the main job.   make test: the same set-up, then the tests.
 # make support: measure what runs sparsely on which model, and write docs/support.json and docs/models.md (15 minutes).
+# make families: try every method on every causal class of Transformers, and write docs/families.json and docs/families.md
+# (10 minutes).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test support lint check clean
+.PHONY: demo test support families lint check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sparse-patch demo --json demo.json --plot demo.png
@@ -14,6 +16,9 @@ test: $(VENV)/.installed
 
 support: $(VENV)/.installed
 	$(BIN)/python docs/support_table.py
+
+families: $(VENV)/.installed
+	$(BIN)/python docs/family_sweep.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -33,8 +33,8 @@ import families  # noqa: E402
 from method_table import DECODE_METHODS, PREFILL_METHODS, SPAN_METHODS, TOKEN_METHODS, write_plans  # noqa: E402
 
 from sparse_patch import SparsePatchError, capture_plans, patched, sparsity_report  # noqa: E402
-from sparse_patch.attention import dispatch_scope  # noqa: E402
 from sparse_patch.call import PHASES, Phase  # noqa: E402
+from sparse_patch.discovery import dispatch_scope  # noqa: E402
 from sparse_patch.errors import said_in_one_line  # noqa: E402
 from sparse_patch.methods.base import registry  # noqa: E402
 from sparse_patch.methods.layer_roles import LayeredMethod  # noqa: E402

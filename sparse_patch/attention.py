@@ -5,128 +5,73 @@ Whatever a sparse path cannot serve goes, counted with its reason, to the implem
 the very mask that this implementation would have got.
 """
 
-import inspect
-import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
-from sparse_patch.caches import RingLayer, copies, max_length_of, memory_of, ring_of
-from sparse_patch.call import AttentionCall, Phase
-from sparse_patch.config import PatchConfig
+from sparse_patch.caches import keep_all, max_length_of, memory_of, ring_of
+from sparse_patch.call import PHASES, AttentionCall, Phase
+from sparse_patch.counting import count_dense, count_dense_kernel, count_sparse
 from sparse_patch.errors import PatchError, UnsupportedCallError
-from sparse_patch.head_shard import HeadShard
+from sparse_patch.layer_state import LayerState
 from sparse_patch.masks import DECODE_MAX_QUERIES, LazyMask, lazy_mask, lazy_mask_for_kernels
 from sparse_patch.memory import LayerMemory
 from sparse_patch.methods.base import DecodeMethod, Method
+from sparse_patch.names import HOOK, ON_KERNELS, hook_name
 from sparse_patch.ops import block_sparse, page_decode, span, span_ring, token_blocks
 from sparse_patch.ops import dense as dense_kernels
-from sparse_patch.plans import BlockPlan, Dense, PagePlan, Plan, SpanPlan, SparsePlan, TokenBlockPlan
-from sparse_patch.report import LayerCounts, Work
-
-NAME = "sparse_patch"
-ON_KERNELS = "sparse_patch_on_kernels"  # the same hook, on a model whose decode steps need no masks
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Tensors among the keyword arguments that leave the arithmetic of attention as it is. Any other one makes a call dense.
-_HARMLESS_TENSORS = frozenset({"position_ids", "cache_position", "text_position_ids", "labels", "input_ids"})
-
-AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+from sparse_patch.ordinary import ordinary_tensors
+from sparse_patch.plans import Dense, PagePlan, SpanPlan, SparsePlan, TokenBlockPlan
+from sparse_patch.precision import as_autocast, without_autocast
+from sparse_patch.reasons import dense_by_design, has_window, unsupported, untraceable, why_unserved
+from sparse_patch.rings import RingLayer
+from sparse_patch.unpatched import attend_densely, attend_unpatched
 
 
-@dataclass
-class LayerState:
-    """What a patched attention module carries, as its attribute `sparse_patch`.
+def register(unpatched: str | None) -> None:
+    """Register the hook with Transformers, for models that had an implementation; doing it again changes nothing."""
+    for kind, mask_function in {HOOK: lazy_mask, ON_KERNELS: lazy_mask_for_kernels}.items():
+        AttentionInterface.register(hook_name(unpatched, kind), sparse_attention)
+        AttentionMaskInterface.register(hook_name(unpatched, kind), mask_function)
 
-    Attributes:
-        name: dotted path of the module in its model.
-        layer: index of the layer.
-        cache_layer: index of the layer whose keys it reads: its own, but where layers share keys.
-        kind: its attention in the model itself, "full", "sliding", ...
-        config: the configuration; shared by all layers.
-        phases: phases in which this layer uses the configured method; it is dense in the others.
-        original_config: the Transformers config that the module had before.
-        dense: the attention function of the implementation that the model had before.
-        warned: reasons that were warned about; shared by all layers.
-        shard: the heads that this process has, where tensor parallelism splits them; shared by all layers.
-        counts: what was computed, for the report.
-        captured: when not None, the plans of the calls that ran, newest last.
-        memory: what the cache of the running forward keeps for this layer; set by `note_cache`, taken by the hook.
-        copies: whether that cache copies its keys for every token.
-        ring: this layer of that cache, if it is a ring; taken by the hook as the memory is.
-        max_length: tokens that the cache is made for, where it says so.
-        compiled: whether calls ran inside `torch.compile` graphs, which `counts` leaves out.
+
+def join_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    """Before the forward of an attention module: tell the mask which cache is used. The hook is told the mask only.
+
+    The arguments have other names in some models (`layer_past`, ...), so they are known by what they are. While another
+    thread patches or unpatches the model PyTorch may call this without `kwargs`, or when the state is gone: attention
+    is not patched then.
     """
-
-    name: str
-    layer: int
-    cache_layer: int
-    kind: str
-    config: PatchConfig
-    phases: frozenset[Phase]
-    original_config: Any
-    dense: AttentionFunction
-    warned: set[str]
-    shard: HeadShard
-    counts: LayerCounts = field(default_factory=LayerCounts)
-    captured: list[tuple[Phase, Plan]] | None = None
-    memory: LayerMemory | None = None
-    copies: bool = False
-    ring: RingLayer | None = None
-    max_length: int | None = None
-    compiled: bool = False
-
-    @property
-    def remembers(self) -> bool:
-        """Whether the decode method keeps something beside the keys."""
-        return self.decoder is not None and type(self.decoder).remember is not DecodeMethod.remember
-
-    @property
-    def decoder(self) -> DecodeMethod | None:
-        """The sparse decode method of this layer."""
-        method = self.config.decode if "decode" in self.phases else None
-        return method if isinstance(method, DecodeMethod) else None
+    state: LayerState | None = getattr(module, "sparse_patch", None)
+    if state is None or kwargs is None:
+        return
+    cache = mask = None
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, LazyMask):
+            mask = value
+        elif isinstance(value, Cache):
+            cache = value
+    if mask is not None:
+        mask.forward.join(state.patch)
+        mask.forward.cache = cache
+    if cache is not None:
+        _announce(cache, state.cache_layer, mask)
 
 
-class _Unpatched:
-    """The module as its own attention function knows it: with the config it had before, everything else its own."""
-
-    def __init__(self, module: nn.Module, config: Any) -> None:
-        self._module = module
-        self.config = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-def register() -> None:
-    """Register the hook with Transformers; registering it again changes nothing."""
-    for name, mask_function in {NAME: lazy_mask, ON_KERNELS: lazy_mask_for_kernels}.items():
-        AttentionInterface.register(name, sparse_attention)
-        AttentionMaskInterface.register(name, mask_function)
-
-
-def note_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before the forward of an attention module: which cache it uses. The attention function is not told."""
-    state: LayerState = module.sparse_patch  # type: ignore[assignment]
-    cache = kwargs.get("past_key_values")
-    state.memory = memory_of(cache, state.cache_layer)
-    state.copies = copies(cache, state.cache_layer)
-    state.ring = ring_of(cache, state.cache_layer)
-    state.max_length = max_length_of(cache, state.cache_layer)
-
-
-def dispatch_scope(module: nn.Module) -> dict[str, Any] | None:
-    """The globals of the module's forward if that forward asks Transformers' attention interface, else None."""
-    forward = inspect.unwrap(module.forward)  # past the hooks of accelerate
-    code, scope = getattr(forward, "__code__", None), getattr(forward, "__globals__", None)
-    if code is None or not isinstance(scope, dict):
-        return None
-    return scope if {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= set(code.co_names) else None
+def _announce(cache: Cache, layer: int, mask: LazyMask | None) -> None:
+    """Tell a layer of a cache that a forward is coming; without a lazy mask nobody will know of it in the hook."""
+    ring = ring_of(cache, layer)
+    if ring is not None:
+        if ring.is_left_behind or (ring.is_empty and mask is None):
+            keep_all(cache, layer)
+        else:
+            ring.expect()
+    elif mask is None and (memory := memory_of(cache, layer)) is not None:
+        memory.clear()
 
 
 def sparse_attention(
@@ -141,7 +86,7 @@ def sparse_attention(
     """The attention function that is registered with Transformers (see its AttentionInterface).
 
     Args:
-        module: the attention module, patched.
+        module: the attention module. One without a patch, of a model made from a patched one's config, is dense.
         query: `[B, Hq, Sq, D]`.
         key: `[B, Hkv, Skv, D]`, everything the cache returns.
         value: `[B, Hkv, Skv, Dv]`.
@@ -152,15 +97,16 @@ def sparse_attention(
         The output `[B, Sq, Hq, Dv]`, and the attention weights where the implementation that the model had gives them.
 
     Raises:
-        PatchError: the module was not patched, or the cache is a paged one, which goes around the mask.
+        PatchError: the cache is a paged one, which goes around the mask, or the model was patched anew or unpatched
+            while the forward ran.
         UnsupportedCallError: the method cannot serve the call, and the configuration says `on_unsupported: error`, or a
             ring has forgotten the keys that a dense call needs.
     """
-    state: LayerState | None = getattr(module, "sparse_patch", None)
-    if state is None:
-        raise PatchError(f"{type(module).__name__} runs the hook without a patch; call patch_model on its model")
     if kwargs.get("cache") is not None:
         raise PatchError("continuous batching does not work on a patched model; use generate, or unpatch_model first")
+    state: LayerState | None = getattr(module, "sparse_patch", None)
+    if state is None:
+        return attend_unpatched(module, (query, key, value), attention_mask, scaling=scaling, **kwargs)
     with _on_device_of(query):
         return _dispatch(state, module, (query, key, value), attention_mask, scaling, kwargs)
 
@@ -179,18 +125,68 @@ def _dispatch(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`sparse_attention`, once the device of its tensors is the current one."""
-    ring, state.ring = state.ring, None
-    if ring is None:
+    lazy = attention_mask if isinstance(attention_mask, LazyMask) else None
+    if lazy is None:
         return _attend(state, module, tensors, attention_mask, scaling, kwargs)
+    lazy.forward.join(state.patch)  # again: the model may have been patched since the module was called
+    ring = ring_of(lazy.forward.cache, state.cache_layer)
+    if ring is None:
+        queries = lazy.queries_of_prompt
+        if queries is not None and _decides_in_some_phase(state, lazy, kwargs):
+            return _attend_in_parts(state, module, tensors, lazy, scaling, kwargs, queries)
+        return _attend(state, module, tensors, lazy, scaling, kwargs)
     if not ring.is_empty:
-        return _attend_to_ring(state, ring, module, tensors, attention_mask, scaling, kwargs), None
-    state.max_length = ring.max_length  # it may have grown since
-    if isinstance(attention_mask, LazyMask):
-        attention_mask = attention_mask.alone
-    attended = _attend(state, module, tensors, attention_mask, scaling, kwargs)
-    if isinstance(attention_mask, LazyMask) and attention_mask.has_left_padding_only:  # else nobody knows what is real
-        ring.write(*tensors[1:], attention_mask.tokens_before, state.config.backend)
+        return _attend_to_ring(state, ring, module, tensors, lazy, scaling, kwargs), None
+    attended = _attend(state, module, tensors, lazy.alone, scaling, kwargs)
+    _fill(state, ring, module, tensors, lazy.alone, kwargs)
     return attended
+
+
+def _fill(
+    state: LayerState,
+    ring: RingLayer,
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: LazyMask,
+    kwargs: dict[str, Any],
+) -> None:
+    """After the first forward: begin the ring, or keep every token if a ring could not serve the forwards to come."""
+    serves = torch.compiler.is_compiling() or ring.hands_over(*tensors[1:])  # a graph knows no identities
+    if serves and unsupported(module, tensors, mask, kwargs) is None:
+        key, value = as_autocast(*tensors[1:])
+        ring.write(key, value, mask.tokens_before, state.config.backend)
+    else:
+        keep_all(mask.forward.cache, state.cache_layer)
+
+
+def _attend_in_parts(
+    state: LayerState,
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: LazyMask,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+    queries: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A forward that begins with the last `queries` tokens of a prompt and goes on with candidates to verify.
+
+    The prompt comes out as it does without candidates, and those are decoded.
+    """
+    query, key, value = tensors
+    of_prompt, of_candidates = mask.parted(queries)
+    keys = of_prompt.kv_length
+    first = query[:, :, :queries], key[:, :, :keys], value[:, :, :keys]
+    others = query[:, :, queries:], key, value
+    prompt, _ = _attend(state, module, first, of_prompt, scaling, kwargs)
+    candidates, _ = _attend(state, module, others, of_candidates, scaling, kwargs)
+    return torch.cat([prompt, candidates], dim=1), None
+
+
+def _decides_in_some_phase(state: LayerState, mask: LazyMask, kwargs: dict[str, Any]) -> bool:
+    """Whether a method of the configuration has a say in calls of this layer."""
+    return not kwargs.get("output_attentions") and any(
+        dense_by_design(state, phase, mask, kwargs) is None for phase in PHASES
+    )
 
 
 def _attend(
@@ -202,29 +198,46 @@ def _attend(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`sparse_attention` where all keys are at hand."""
-    phase: Phase = _phase(attention_mask, tensors[0].shape[2])
-    memory, state.memory = state.memory, None  # of this forward alone
-    dense, unserved = _dense_by_design(state, phase, attention_mask, kwargs), None
+    with without_autocast(tensors[0].device):
+        query, key, value = as_autocast(*tensors)
+        output = _attend_by_plan(state, module, (query, key, value), attention_mask, scaling, kwargs)
+    if output is not None:
+        return output, None
+    return attend_densely(state, module, tensors, attention_mask, scaling=scaling, **kwargs)
+
+
+def _attend_by_plan(
+    state: LayerState,
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: Any,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor | None:
+    """What the plan of a call gives, `[B, Sq, Hq, Dv]`; None for what the model did before it was patched."""
+    phase: Phase = _phase(mask, tensors[0].shape[2])
+    memory = memory_of(mask.forward.cache, state.cache_layer) if isinstance(mask, LazyMask) else None
+    dense, unserved = dense_by_design(state, phase, mask, kwargs), None
+    if dense is None and memory is not None and memory.at_rest:
+        dense = Dense("cache correction")
     call = None
-    if dense is None or state.remembers or _may_be_best(state, attention_mask, kwargs):
-        unserved = _unsupported(module, tensors, attention_mask, kwargs)
+    if dense is None or state.remembers or _may_be_best(state, mask, kwargs):
+        unserved = unsupported(module, tensors, mask, kwargs) or untraceable(state, phase, tensors[0])
         if unserved is None:
-            call = _attention_call(state, phase, tensors, attention_mask, scaling, kwargs, memory)
+            call = _attention_call(state, phase, tensors, mask, scaling, kwargs, memory)
     _remember(state, call, memory)
     if dense is None and call is not None:
         plan = _method(state, phase).plan(call)
         if isinstance(plan, Dense):
             dense = plan
         else:
-            unserved = _why_unserved(call, plan, state.config.backend)
+            unserved = why_unserved(call, plan, state.config.backend)
             if unserved is None:
-                return _attend_sparsely(state, call, plan, attention_mask), None
-    _count_dense(state, phase, tensors, attention_mask, dense, unserved)
-    if dense is not None and call is not None and _may_be_best(state, attention_mask, kwargs):
-        output = _attend_at_best(state, call)
-        if output is not None:
-            return output, None
-    return _attend_densely(state, module, tensors, attention_mask, scaling=scaling, **kwargs)
+                return _attend_sparsely(state, call, plan, mask)
+    count_dense(state, phase, tensors, mask, dense, unserved)
+    if dense is not None and call is not None and _may_be_best(state, mask, kwargs):
+        return _attend_at_best(state, call)
+    return None
 
 
 def _attend_to_ring(
@@ -232,7 +245,7 @@ def _attend_to_ring(
     ring: RingLayer,
     module: nn.Module,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    mask: Any,
+    mask: LazyMask,
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
@@ -241,17 +254,16 @@ def _attend_to_ring(
     The ring says what is read, whatever the method of the phase: nothing else is there.
     """
     phase, backend = _phase(mask, tensors[0].shape[2]), state.config.backend
-    unserved = _unsupported(module, tensors, mask, kwargs, ring)
-    if unserved is not None:
-        raise _refusal(state, ring, phase, unserved.reason)
-    call = _attention_call(state, phase, tensors, mask, scaling, kwargs, memory=None)
-    if reason := span_ring.unsupported(call, backend):
-        raise _refusal(state, ring, phase, reason)
-    output = ring.attend(call, mask.tokens_before, backend)
-    if torch.compiler.is_compiling():
-        state.compiled = True
-    else:
-        _count_sparse(state, call, _ring_plan(ring, call, mask), mask)
+    with without_autocast(tensors[0].device):
+        tensors = as_autocast(*tensors)  # type: ignore[assignment]
+        unserved = unsupported(module, tensors, mask, kwargs, ring)
+        if unserved is not None:
+            raise _refusal(state, ring, phase, unserved.reason)
+        call = _attention_call(state, phase, tensors, mask, scaling, kwargs, memory=None)
+        if reason := span_ring.unsupported(call, backend):
+            raise _refusal(state, ring, phase, reason)
+        output = ring.attend(call, mask.tokens_before, backend)
+        count_sparse(state, call, None if torch.compiler.is_compiling() else _ring_plan(ring, call, mask), mask)
     return output.transpose(1, 2).contiguous()
 
 
@@ -269,73 +281,17 @@ def _ring_plan(ring: RingLayer, call: AttentionCall, mask: LazyMask) -> SpanPlan
     assert ring.layout is not None
     sinks, windows = ring.layout.sinks, ring.layout.windows
     key = f"spans of {call.q.shape[1]} heads: {sinks} {windows} on {call.q.device}"
-    if key not in mask.carried:
+    if key not in mask.forward.carried:
         _, heads, q_length, _ = call.q.shape
         of_rows = mask.tokens_before + q_length, call.row_starts()
-        mask.carried[key] = SpanPlan(sinks, windows, heads, q_length, mask.kv_length, *of_rows)
-    plan: SpanPlan = mask.carried[key]
+        mask.forward.carried[key] = SpanPlan(sinks, windows, heads, q_length, mask.kv_length, *of_rows)
+    plan: SpanPlan = mask.forward.carried[key]
     return plan
 
 
 def _phase(mask: Any, q_length: int) -> Phase:
     is_decode = mask.is_decode if isinstance(mask, LazyMask) else q_length <= DECODE_MAX_QUERIES
     return "decode" if is_decode else "prefill"
-
-
-def _dense_by_design(state: LayerState, phase: Phase, mask: Any, kwargs: dict[str, Any]) -> Dense | None:
-    """Dense because the configuration or the model wants it so."""
-    method = state.config.method(phase)
-    if method is None:
-        return Dense(f"no {phase} method")
-    if phase not in state.phases:
-        return Dense("layer not selected")
-    if method.method == "dense":
-        return Dense("method: dense")
-    if _window(mask, kwargs):
-        return Dense("chunked layer" if state.kind == "chunked" else "sliding-window layer")
-    return None
-
-
-def _window(mask: Any, kwargs: dict[str, Any]) -> bool:
-    return bool(kwargs.get("sliding_window")) or (isinstance(mask, LazyMask) and mask.window is not None)
-
-
-def _unsupported(
-    module: nn.Module,
-    tensors: tuple[torch.Tensor, ...],
-    mask: Any,
-    kwargs: dict[str, Any],
-    ring: RingLayer | None = None,
-) -> Dense | None:
-    """Dense because no sparse path can serve the call; with a ring its keys are those of the forward alone."""
-    if not isinstance(mask, LazyMask):
-        return Dense("no mask was built" if mask is None else "mask tensor passed by the caller")
-    if not mask.is_plain_causal:
-        return Dense("mask is more than causal (packed sequences, prefix-LM or bidirectional blocks)")
-    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
-        return Dense("attention is not causal")
-    if kwargs.get("output_attentions"):
-        return Dense("output_attentions")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return Dense("gradients are needed (use torch.no_grad for inference)")
-    if kwargs.get("dropout"):
-        return Dense("attention dropout")
-    if kwargs.get("s_aux") is not None or getattr(module, "sinks", None) is not None:
-        return Dense("attention sinks in the softmax")
-    for name, value in kwargs.items():
-        if torch.is_tensor(value) and name not in _HARMLESS_TENSORS:
-            return Dense(f"argument {name}")
-    if any(tensor.dtype not in _DTYPES for tensor in tensors):
-        return Dense(f"dtype {tensors[0].dtype}")
-    if torch.compiler.is_compiling() and not mask.is_decode:
-        return Dense("prefill inside torch.compile")
-    keys = mask.kv_length if ring is None else mask.q_length
-    described = mask.kv_length if ring is None else ring.get_mask_sizes(mask.q_length)[0]
-    if (tensors[1].shape[2], mask.kv_length) != (keys, described) or not mask.fits:
-        return Dense("the cache returns other keys than the mask describes")
-    if not mask.has_left_padding_only:
-        return Dense("padding that is not on the left")
-    return None
 
 
 def _attention_call(
@@ -348,6 +304,7 @@ def _attention_call(
     memory: LayerMemory | None,
 ) -> AttentionCall:
     query, key, value = tensors
+    cache = mask.forward.cache
     call = AttentionCall(
         q=query,
         k=key,
@@ -357,9 +314,9 @@ def _attention_call(
         phase=phase,
         kv_start=mask.real_row_starts,
         softcap=kwargs.get("softcap"),
-        carried=mask.carried,
+        carried=mask.forward.carried,
         memory=memory,
-        max_length=state.max_length,
+        max_length=max_length_of(cache, state.cache_layer),
         split=state.shard.of_layer(query.shape[1], state.original_config.num_attention_heads),
     )
     if phase == "decode" and mask.end_on_device is not None:
@@ -375,26 +332,14 @@ def _remember(state: LayerState, call: AttentionCall | None, memory: LayerMemory
     if call is None:
         memory.clear()
     elif state.decoder is not None:
-        state.decoder.remember(call)
+        with ordinary_tensors():
+            state.decoder.remember(call)
 
 
 def _method(state: LayerState, phase: Phase) -> Method:
     method = state.config.method(phase)
     assert method is not None, "a phase without a method is dense by design"
     return method
-
-
-def _why_unserved(call: AttentionCall, plan: SparsePlan, backend: str) -> Dense | None:
-    """Dense because the backend cannot execute the plan."""
-    if isinstance(plan, PagePlan):
-        reason = page_decode.unsupported(call, plan, backend)
-    elif isinstance(plan, SpanPlan):
-        reason = span.unsupported(call, plan, backend)
-    elif isinstance(plan, TokenBlockPlan):
-        reason = token_blocks.unsupported(call, plan, backend)
-    else:
-        reason = block_sparse.unsupported(call, plan, backend)
-    return None if reason is None else Dense(reason)
 
 
 def attend_pages(call: AttentionCall, plan: PagePlan, method: DecodeMethod, backend: str) -> torch.Tensor:
@@ -416,51 +361,13 @@ def _attend_sparsely(state: LayerState, call: AttentionCall, plan: SparsePlan, m
         output, _ = token_blocks.attend(call, plan, state.config.backend)
     else:
         output, _ = block_sparse.attend(call, plan, state.config.backend)
-    _count_sparse(state, call, plan, mask)
+    count_sparse(state, call, plan, mask)
     return output.transpose(1, 2).contiguous()
-
-
-def _count_sparse(state: LayerState, call: AttentionCall, plan: SparsePlan, mask: LazyMask) -> None:
-    """Record a call that ran a sparse plan."""
-    if torch.compiler.is_compiling():  # a graph would be compiled anew for every value of a Python counter
-        state.compiled = True
-        return
-    counts = state.counts.of(call.phase)
-    decided = plan.decided_pairs if isinstance(plan, BlockPlan) else None
-    counts.add_sparse(mask.work, plan.pairs_by_head, decided)
-    if isinstance(plan, SpanPlan):
-        everything_kept = plan.capacity == call.kv_length  # not so where a ring keeps the others
-        counts.keeping_calls += call.phase == "decode" and everything_kept
-    else:
-        counts.copying_calls += state.copies
-    _capture(state, call.phase, plan)
-
-
-def _count_dense(
-    state: LayerState,
-    phase: Phase,
-    tensors: tuple[torch.Tensor, ...],
-    mask: Any,
-    dense: Dense | None,
-    unserved: Dense | None,
-) -> None:
-    """Record a dense call: `dense` by design or by the method's choice, else one that was `unserved`."""
-    reason = dense or unserved
-    assert reason is not None
-    if dense is None:
-        _complain(state, phase, reason.reason)
-    if torch.compiler.is_compiling():
-        state.compiled = True
-    else:
-        counts = state.counts.of(phase)
-        (counts.fallbacks if dense is None else counts.dense)[reason.reason] += 1
-        counts.add_dense(mask.work if isinstance(mask, LazyMask) else _full_work(*tensors[:2]))
-        _capture(state, phase, reason)
 
 
 def _may_be_best(state: LayerState, mask: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call that is dense anyway may run on a faster kernel than the model's own."""
-    return state.config.dense == "best" and not _window(mask, kwargs)
+    return state.config.dense == "best" and not has_window(mask, kwargs)
 
 
 def _attend_at_best(state: LayerState, call: AttentionCall) -> torch.Tensor | None:
@@ -475,40 +382,5 @@ def _attend_at_best(state: LayerState, call: AttentionCall) -> torch.Tensor | No
         output = dense_kernels.attend(call, kernel) if kernel else None
     if kernel is None or output is None:
         return None
-    if not torch.compiler.is_compiling():
-        state.counts.of(call.phase).dense_kernels[kernel] += 1
+    count_dense_kernel(state, call.phase, kernel)
     return output.transpose(1, 2).contiguous()
-
-
-def _attend_densely(
-    state: LayerState, module: nn.Module, tensors: tuple[torch.Tensor, ...], mask: Any, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the model did before it was patched."""
-    if isinstance(mask, LazyMask):
-        mask = mask.build(state.original_config._attn_implementation)
-    unpatched: Any = _Unpatched(module, state.original_config)
-    return state.dense(unpatched, *tensors, mask, **kwargs)
-
-
-def _full_work(query: torch.Tensor, key: torch.Tensor) -> Work:
-    """The work of a call about whose mask nothing is known: the causal triangle."""
-    batch, _, queries, _ = query.shape
-    before = key.shape[2] - queries
-    causal = batch * (queries * before + queries * (queries + 1) // 2)
-    return Work(batch * queries, causal, causal)
-
-
-def _capture(state: LayerState, phase: Phase, plan: Plan) -> None:
-    if state.captured is not None:
-        state.captured.append((phase, plan))
-
-
-def _complain(state: LayerState, phase: Phase, reason: str) -> None:
-    """Do what `on_unsupported` says."""
-    if state.config.on_unsupported == "error":
-        raise UnsupportedCallError(
-            f"{state.name}: {phase}: {reason}: not supported by {state.config.source}; on_unsupported: warn goes dense"
-        )
-    if state.config.on_unsupported == "warn" and reason not in state.warned:
-        state.warned.add(reason)
-        warnings.warn(f"sparse_patch: {phase} falls back to dense attention: {reason}", stacklevel=2)

@@ -5,14 +5,13 @@ on KV cache correction; in neither of its public codes) recomputes them every so
 tokens since the last correction, at their own positions, writes their keys and values anew.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparse_patch.attention import LayerState
 from sparse_patch.caches import memory_of
 from sparse_patch.memory import LayerMemory
 
@@ -27,19 +26,21 @@ class Correction:
 
     Attributes:
         period: tokens between corrections.
-        states: of the attention modules, whose sparse methods rest meanwhile.
+        layer: index of the first attention layer, whose memory has the tokens.
     """
 
-    def __init__(self, period: int, states: Sequence[LayerState]) -> None:
+    def __init__(self, period: int, layer: int) -> None:
         self.period = period
-        self.states = states
+        self.layer = layer
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See `torch.nn.Module.register_forward_pre_hook` with `with_kwargs`."""
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """See `torch.nn.Module.register_forward_pre_hook` with `with_kwargs`, and `join_forward` for calls without."""
+        if kwargs is None:
+            return
         cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
-        memory = None if torch.compiler.is_compiling() else memory_of(cache, self.states[0].layer)
+        memory = None if torch.compiler.is_compiling() else memory_of(cache, self.layer)
         length = getattr(cache, "get_seq_length", int)() if memory is not None else None
-        if memory is None or ids is None or not isinstance(length, int):
+        if memory is None or memory.at_rest or ids is None or not isinstance(length, int):
             return
         if ids.shape[1] > 1 or length == 0:  # a prompt
             memory.tensors.pop(_TOKENS, None)
@@ -63,16 +64,18 @@ class Correction:
         if position is not None:
             position = position - ids.shape[1] + torch.arange(ids.shape[1], device=ids.device)
         cache.crop(-ids.shape[1])
-        with self._densely():
+        with _at_rest(cache):
             model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1)
 
-    @contextmanager
-    def _densely(self) -> Iterator[None]:
-        phases = [state.phases for state in self.states]
-        for state in self.states:
-            state.phases = frozenset()
-        try:
-            yield
-        finally:
-            for state, before in zip(self.states, phases, strict=True):
-                state.phases = before
+
+@contextmanager
+def _at_rest(cache: Any) -> Iterator[None]:
+    """The forward with this cache in a `with` block is dense; other forwards of the model are not concerned."""
+    memories = [memory for layer in range(len(cache.layers)) if (memory := memory_of(cache, layer)) is not None]
+    for memory in memories:
+        memory.at_rest = True
+    try:
+        yield
+    finally:
+        for memory in memories:
+            memory.at_rest = False

@@ -15,10 +15,10 @@ LONGEST_VALUE = 60
 
 
 class SparsePatchError(Exception):
-    """Base of everything this package raises on purpose. Its message is made one line of 480 characters at most."""
+    """Base of everything this package raises on purpose. It says one line of 480 characters at most."""
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__(one_line(message, LONGEST_MESSAGE))
+    def __str__(self) -> str:  # no `__init__`: torch.compile could not trace who raises
+        return one_line(super().__str__(), LONGEST_MESSAGE)
 
 
 class ConfigError(SparsePatchError, ValueError):

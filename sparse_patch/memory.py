@@ -5,18 +5,22 @@ from dataclasses import dataclass, field
 
 import torch
 
+from sparse_patch.ordinary import OrdinaryState
+
 
 @dataclass
-class LayerMemory:
+class LayerMemory(OrdinaryState):
     """The tensors of one layer of one cache. The cache keeps them in step with its keys.
 
     Attributes:
         tensors: by name, each with the batch as its first dimension.
         covered: tokens that the tensors know of, where the host knows (a growing cache); 0 for none.
+        at_rest: whether the running forward reads everything, because it corrects what was decoded sparsely.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     covered: int = 0
+    at_rest: bool = False
 
     def clear(self) -> None:
         """Forget everything; the method starts again from the keys."""

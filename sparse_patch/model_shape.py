@@ -6,6 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+# Kinds by other names: of older configs, and of layers with a recurrence or a convolution beside their attention.
+_KINDS = {"attention": "full", "hybrid": "full", "hybrid_sliding": "sliding"}
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -59,7 +62,8 @@ def attention_kind(config: PreTrainedConfig, layer: int) -> str:
         return "cross"
     kinds = getattr(config, "layer_types", None)
     if kinds:
-        return str(kinds[layer]).removesuffix("_attention")
+        kind = str(kinds[layer]).removesuffix("_attention")
+        return _KINDS.get(kind, kind)
     return "sliding" if getattr(config, "sliding_window", None) else "full"
 
 
@@ -73,7 +77,9 @@ def config_of_layer(config: PreTrainedConfig, layer: int) -> PreTrainedConfig:
 
 def kv_heads_of(config: PreTrainedConfig) -> int:
     """KV heads of a layer: as many as query heads where the config does not say."""
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    if getattr(config, "num_key_value_heads", None):
+        return int(config.num_key_value_heads)
+    return 1 if getattr(config, "multi_query", False) else int(config.num_attention_heads)
 
 
 def can_forget(config: PreTrainedConfig) -> bool:

@@ -1,8 +1,11 @@
-"""Patching: find a model's attention modules, attach the hook, detach it again.
+"""Patching: attach the hook to a model's attention modules (`discovery.py` finds them), detach it again.
 
-A patch gives the model its own copies of the Transformers configs that its attention reads, with the implementation
-name `sparse_patch`, and a `LayerState` on every attention module. Another model that was built from the same config
+A patch gives the model its own copies of the Transformers configs that its attention reads, with a name of the hook for
+the implementation, and a `LayerState` on every attention module. Another model that was built from the same config
 object is not touched, and unpatching puts the original config objects back.
+
+Models are patched and unpatched one at a time. Attention is patched first and unpatched last, the config that the masks
+are made by in between: a forward that runs meanwhile finishes as it began, or raises PatchError.
 """
 
 import copy
@@ -10,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import MethodType
+from threading import RLock
 from typing import Any
 
 import torch
@@ -20,16 +23,19 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from sparse_patch.attention import NAME, ON_KERNELS, LayerState, dispatch_scope, note_cache, register
-from sparse_patch.caches import RingLayer, SpansOf, adopt
+from sparse_patch.attention import join_forward, register
+from sparse_patch.cache_layers import GrowingLayer
+from sparse_patch.caches import Prompt, adopt, note_prompt, prompt_of
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.config import ConfigSource, PatchConfig, load_config
 from sparse_patch.correction import Correction
+from sparse_patch.discovery import attention_modules, dispatch_scope
 from sparse_patch.errors import PatchError
+from sparse_patch.forward import PatchMark
 from sparse_patch.head_shard import HeadShard
+from sparse_patch.layer_state import LayerState
 from sparse_patch.methods.base import DecodeMethod
 from sparse_patch.methods.spans import SpanMethod, Spans
-from sparse_patch.minicpm import MODEL_TYPE as MINICPM
 from sparse_patch.model_shape import (
     ModelShape,
     attention_kind,
@@ -38,12 +44,16 @@ from sparse_patch.model_shape import (
     kv_heads_of,
     layer_with_keys,
 )
+from sparse_patch.names import HOOK, ON_KERNELS, hook_name, is_hook, unpatched_name
 from sparse_patch.ops.backends import takes_triton
 from sparse_patch.plans import Plan
-from sparse_patch.report import LayerCounts, LayerReport, SparsityReport
+from sparse_patch.report import COUNTING, LayerCounts, LayerReport, SparsityReport
+from sparse_patch.rings import RingLayer, SpansOf
+from sparse_patch.unpatched import unpatched_config, unpatched_function
 from sparse_patch.version import __version__
 
 _PREPARE = "_prepare_cache_for_generation"  # the method of Transformers' models that makes the cache of `generate`
+_PATCHING = RLock()
 
 
 @dataclass
@@ -55,7 +65,8 @@ class Patch:
         attention: the patched attention modules, in the order of their layers.
         own_configs: the model's copies of Transformers configs.
         holders: the modules that were given one of them.
-        hooks: what tells a layer which cache a forward uses, and what corrects that cache.
+        hooks: what tells a forward which cache it uses, and what corrects that cache.
+        mark: tells forwards whether they still run under this patch.
     """
 
     config: PatchConfig
@@ -63,6 +74,7 @@ class Patch:
     own_configs: list["OwnConfig"]
     holders: list[nn.Module]
     hooks: list[RemovableHandle]
+    mark: PatchMark
 
 
 @dataclass
@@ -96,46 +108,65 @@ def patch_model(
         PatchError: the model is patched already, or its attention cannot be reached. The model is as it was.
     """
     settings = _settings(config, overrides)
-    root = transformers_model(model)
-    attention = _attention_modules(root)
-    states = _states(root, settings, attention)
-    register()
-    holders = [module for module in model.modules() if _takes_own_config(module, attention)]
-    own_configs = _give_own_configs(holders)
-    implementation = ON_KERNELS if _decodes_on_kernels(root, states, list(attention.values())) else NAME
-    for module, state in zip(attention.values(), states, strict=True):
-        _config_of(module)._attn_implementation = implementation
-        module.sparse_patch = state  # type: ignore[assignment]
-    hooks = [module.register_forward_pre_hook(note_cache, with_kwargs=True) for module in attention.values()]
-    if isinstance(settings.decode, DecodeMethod) and settings.decode.correct_every is not None:
-        correction = Correction(settings.decode.correct_every, states)
-        hooks.append(root.register_forward_pre_hook(correction, with_kwargs=True))
-    if isinstance(root, GenerationMixin):
-        vars(root)[_PREPARE] = MethodType(_prepare_cache, root)  # in the way of the class's own
-    root.sparse_patch = Patch(settings, list(attention.values()), own_configs, holders, hooks)  # type: ignore[assignment]
+    with _PATCHING:
+        root = transformers_model(model)
+        attention = attention_modules(root)
+        states = _states(root, settings, attention)
+        _attach(model, root, attention, states)
     return model
+
+
+def _attach(
+    model: nn.Module, root: PreTrainedModel, attention: dict[str, nn.Module], states: Sequence[LayerState]
+) -> None:
+    """Put the patch on a model: on its attention first, so that no forward meets half of it."""
+    modules, settings, mark = list(attention.values()), states[0].config, states[0].patch
+    kind = ON_KERNELS if _decodes_on_kernels(root, states, modules) else HOOK
+    holders = [module for module in model.modules() if _takes_own_config(module, attention)]
+    own_configs = _own_configs(holders)
+    for module, state in zip(modules, states, strict=True):
+        unpatched = state.original_config._attn_implementation
+        register(unpatched)
+        own_configs[id(_config_of(module))].copy._attn_implementation = hook_name(unpatched, kind)
+        module.sparse_patch = state  # type: ignore[assignment]
+    hooks = [module.register_forward_pre_hook(join_forward, with_kwargs=True) for module in modules]
+    if isinstance(settings.decode, DecodeMethod) and settings.decode.correct_every is not None:
+        correction = Correction(settings.decode.correct_every, states[0].layer)
+        hooks.append(root.register_forward_pre_hook(correction, with_kwargs=True))
+    patch = Patch(settings, modules, list(own_configs.values()), holders, hooks, mark)
+    root.sparse_patch = patch  # type: ignore[assignment]
+    for module in (*modules, *(holder for holder in holders if holder not in attention.values())):
+        module.config = own_configs[id(_config_of(module))].copy  # type: ignore[assignment]
+    if isinstance(root, GenerationMixin):
+        vars(root)[_PREPARE] = partial(_prepare_cache, root)  # in the way of the class's own
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
     """Undo `patch_model`: the model computes what it computed before, bit for bit. Returns the model.
 
+    A forward that runs meanwhile finishes as it began, or raises PatchError.
+
     Raises:
         PatchError: the model is not patched.
     """
-    root = transformers_model(model)
-    patch = _patch_of(root)
-    originals = {id(own.copy): own.original for own in patch.own_configs}
-    for module in (*patch.holders, *model.modules()):  # the model may have been wrapped since
-        if id(vars(module).get("config")) in originals:
-            module.config = originals[id(module.config)]  # type: ignore[assignment]
-    for own in patch.own_configs:
-        own.carry_over_changes()
-    for module in patch.attention:
-        del module.sparse_patch
-    for hook in patch.hooks:
-        hook.remove()
-    vars(root).pop(_PREPARE, None)
-    del root.sparse_patch
+    with _PATCHING:
+        root = transformers_model(model)
+        patch = _patch_of(root)
+        patch.mark.active = False
+        vars(root).pop(_PREPARE, None)
+        originals = {id(own.copy): own.original for own in patch.own_configs}
+        ordered = [module for module in (*patch.holders, *model.modules()) if module not in patch.attention]
+        for module in (*ordered, *patch.attention):  # the model may have been wrapped since
+            if id(vars(module).get("config")) in originals:
+                module.config = originals[id(module.config)]  # type: ignore[assignment]
+        for own in patch.own_configs:
+            own.carry_over_changes()
+            own.copy._attn_implementation_internal = unpatched_name(own.copy._attn_implementation)
+        for hook in patch.hooks:
+            hook.remove()
+        for module in patch.attention:
+            del module.sparse_patch
+        del root.sparse_patch
     return model
 
 
@@ -157,15 +188,19 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
     Raises:
         PatchError: the model is not patched.
     """
-    patch = _patch_of(transformers_model(model))
+    with _PATCHING:
+        patch, states = _patch_of(transformers_model(model)), _states_on(model)
+        active = all(is_hook(_config_of(module)._attn_implementation) for module in patch.attention)
+    with COUNTING:
+        layers = [_layer_report(state) for state in states]
     return SparsityReport(
         config=patch.config.settings(),
         source=patch.config.source,
         fingerprint=patch.config.fingerprint(),
-        hook_active=all(_config_of(module)._attn_implementation in (NAME, ON_KERNELS) for module in patch.attention),
+        hook_active=active,
         versions=versions(),
-        layers=[_layer_report(state_of(module)) for module in patch.attention],
-        remarks=_remarks(state_of(patch.attention[0])),
+        layers=layers,
+        remarks=_remarks(states[0]),
     )
 
 
@@ -200,22 +235,22 @@ def span_cache(model: nn.Module, max_length: int) -> DynamicCache:
 def _spans_of(root: PreTrainedModel) -> dict[int, SpansOf]:
     """The spans of the layers that decode by spans and can have a ring, by layer."""
     config = root.config.get_text_config(decoder=True)
-    if not is_patched(root) or not can_forget(config):
-        return {}
+    with _PATCHING:
+        modules = _patch_of(root).attention if is_patched(root) and can_forget(config) else []
+        states = [state_of(module) for module in modules]
     spans: dict[int, SpansOf] = {}
-    for module in _patch_of(root).attention:
-        state = state_of(module)
+    for module, state in zip(modules, states, strict=True):
         method = state.config.decode if "decode" in state.phases else None
         served = attention_kind(config, state.layer) == "full" and getattr(module, "sinks", None) is None
         if isinstance(method, SpanMethod) and served:
             in_all = kv_heads_of(config_of_layer(config, state.layer))
-            spans[state.layer] = partial(_spans_here, method, state, in_all)
+            spans[state.layer] = partial(_spans_here, method, state.shard, state.layer, in_all)
     return spans
 
 
-def _spans_here(method: SpanMethod, state: LayerState, in_all: int, length: int, kv_heads: int) -> Spans:
+def _spans_here(method: SpanMethod, shard: HeadShard, layer: int, in_all: int, length: int, kv_heads: int) -> Spans:
     """The spans of the `kv_heads` KV heads that this process has of a layer's `in_all`."""
-    return method.spans_of(state.shard.of_layer(kv_heads, in_all), state.layer, length, kv_heads)
+    return method.spans_of(shard.of_layer(kv_heads, in_all), layer, length, kv_heads)
 
 
 def versions() -> dict[str, str]:
@@ -233,9 +268,8 @@ def reset_report(model: nn.Module) -> None:
     Raises:
         PatchError: the model is not patched.
     """
-    for module in _patch_of(transformers_model(model)).attention:
-        state = state_of(module)
-        state.counts, state.compiled = LayerCounts(), False
+    for state in _states_on(model):
+        state.counts = LayerCounts()
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -250,7 +284,7 @@ def uncounted(model: nn.Module) -> Iterator[None]:
     Raises:
         PatchError: the model is not patched.
     """
-    states = [state_of(module) for module in _patch_of(transformers_model(model)).attention]
+    states = _states_on(model)
     counts = [state.counts for state in states]
     for state in states:
         state.counts = LayerCounts()
@@ -268,7 +302,7 @@ def capture_plans(model: nn.Module) -> Iterator[dict[int, list[tuple[Phase, Plan
     Raises:
         PatchError: the model is not patched.
     """
-    states = [state_of(module) for module in _patch_of(transformers_model(model)).attention]
+    states = _states_on(model)
     captured: dict[int, list[tuple[Phase, Plan]]] = {}
     for state in states:
         state.captured = captured.setdefault(state.layer, [])
@@ -277,6 +311,12 @@ def capture_plans(model: nn.Module) -> Iterator[dict[int, list[tuple[Phase, Plan
     finally:
         for state in states:
             state.captured = None
+
+
+def _states_on(model: nn.Module) -> list[LayerState]:
+    """The states of a patched model's layers, while no other thread unpatches it."""
+    with _PATCHING:
+        return [state_of(module) for module in _patch_of(transformers_model(model)).attention]
 
 
 def state_of(module: nn.Module) -> LayerState:
@@ -303,13 +343,27 @@ def _prepare_cache(
     cache = model_kwargs.get("past_key_values")
     if not isinstance(cache, Cache):
         return
+    is_assistant = bool(getattr(generation_config, "is_assistant", False))  # says who generates the candidates
+    verifies = generation_mode == GenerationMode.ASSISTED_GENERATION
     if given is None:
-        is_assistant = getattr(generation_config, "is_assistant", False)  # says who generates the candidates
-        takes_back = is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION
-        adopt(cache, None if takes_back else _spans_of(self), max_cache_length)
+        adopt(cache, None if is_assistant or verifies else _spans_of(self), max_cache_length)
+    if not (is_assistant and prompt_of(given)):  # an assistant is asked again and again about one text
+        end = _prompt_length(generation_config, model_kwargs)
+        note_prompt(cache, None if end is None else Prompt(end, verifies))
     for layer in cache.layers:
-        if isinstance(layer, RingLayer):
+        if isinstance(layer, RingLayer | GrowingLayer):
             layer.make_room(max_cache_length)
+
+
+def _prompt_length(generation_config: Any, model_kwargs: dict[str, Any]) -> int | None:
+    """Tokens of the prompt, with those that the cache has and padding; None where `generate` does not say."""
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        return int(mask.shape[1])
+    length: int | None = getattr(generation_config, "_mask_length", None)  # of a mask that was all ones
+    if length is None and generation_config.max_new_tokens is not None:
+        length = generation_config.max_length - generation_config.max_new_tokens
+    return length
 
 
 def _settings(config: ConfigSource | Sequence[ConfigSource] | PatchConfig, overrides: dict[str, Any]) -> PatchConfig:
@@ -354,63 +408,16 @@ def _patch_of(root: PreTrainedModel) -> Patch:
     return patch
 
 
-def _attention_modules(root: PreTrainedModel) -> dict[str, nn.Module]:
-    """The causal self-attention modules of the decoder by name; the hook can reach every one of them."""
-    decoder_config = root.config.get_text_config(decoder=True)
-    found: dict[str, nn.Module] = {}
-    unreachable: list[str] = []
-    for name, module in root.named_modules():
-        if hasattr(module, "sparse_patch"):
-            raise PatchError(f"{type(root).__name__} is patched already; call unpatch_model first")
-        if not _is_self_attention(module, decoder_config):
-            continue
-        if dispatch_scope(module) is None:
-            unreachable.append(f"{name} ({type(module).__module__}.{type(module).__qualname__})")
-        found[name] = module
-    if unreachable:
-        raise PatchError(
-            f"{type(root).__name__}: {len(unreachable)} of {len(found)} attention modules do not ask Transformers' "
-            f"attention interface, first {unreachable[0]}; {_way_in(root)}, or undo the other patch of its forward"
-        )
-    if not found:
-        raise PatchError(
-            f"{type(root).__name__}: found no causal self-attention; sparse_patch needs a decoder-only model "
-            "of Transformers 5.5 or later"
-        )
-    return found
-
-
-def _way_in(root: PreTrainedModel) -> str:
-    """How to load a model so that its attention can be reached."""
-    if root.config.model_type == MINICPM:
-        return "load it with sparse_patch.load_minicpm, which needs no remote code"
-    return "load the model without trust_remote_code"
-
-
-def _is_self_attention(module: nn.Module, decoder_config: PreTrainedConfig) -> bool:
-    name = type(module).__name__.lower()
-    return (
-        "attention" in name
-        and "cross" not in name  # to an image, to an encoder
-        and isinstance(getattr(module, "layer_idx", None), int)
-        and getattr(module, "config", None) is decoder_config
-        and getattr(module, "is_causal", True)
-        and not getattr(module, "is_cross_attention", False)
-    )
-
-
 def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.Module]) -> list[LayerState]:
     num_layers = 1 + max(int(module.layer_idx) for module in attention.values())  # type: ignore[arg-type]
     text = root.config.get_text_config(decoder=True)
     config = config.for_model(ModelShape.of(text, num_layers))
     selected = {phase: config.layers(phase, num_layers) for phase in PHASES}
     warned: set[str] = set()
-    shard = HeadShard.of(root)
+    shard, mark = HeadShard.of(root), PatchMark()
     states = []
     for name, module in attention.items():
-        scope = dispatch_scope(module)
-        assert scope is not None, "checked by _attention_modules"
-        layer, original = int(module.layer_idx), _config_of(module)  # type: ignore[arg-type]
+        layer, original = int(module.layer_idx), unpatched_config(_config_of(module))  # type: ignore[arg-type]
         states.append(
             LayerState(
                 name=name,
@@ -418,11 +425,10 @@ def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.
                 cache_layer=layer_with_keys(text, layer),
                 kind=attention_kind(text, layer),
                 config=config,
+                patch=mark,
                 phases=frozenset(phase for phase in PHASES if layer in selected[phase]),
                 original_config=original,
-                dense=scope["ALL_ATTENTION_FUNCTIONS"].get_interface(
-                    original._attn_implementation, scope.get("eager_attention_forward")
-                ),
+                dense=unpatched_function(module, original),
                 warned=warned,
                 shard=shard,
             )
@@ -439,16 +445,15 @@ def _takes_own_config(module: nn.Module, attention: dict[str, nn.Module]) -> boo
     return not of_decoder or module in attention.values() or dispatch_scope(module) is None
 
 
-def _give_own_configs(holders: list[nn.Module]) -> list[OwnConfig]:
-    """Replace the configs of modules by copies; configs that were one object stay one."""
+def _own_configs(holders: list[nn.Module]) -> dict[int, OwnConfig]:
+    """Copies of the configs of modules, by the id of the config now; configs that were one object stay one."""
     memo: dict[int, Any] = {}
     owned: dict[int, OwnConfig] = {}
     for module in holders:
         original = _config_of(module)
         own = copy.deepcopy(original, memo)
-        module.config = own  # type: ignore[assignment]
         owned[id(original)] = OwnConfig(original, own, dict(vars(own)))
-    return list(owned.values())
+    return owned
 
 
 def _layer_report(state: LayerState) -> LayerReport:
@@ -460,5 +465,5 @@ def _layer_report(state: LayerState) -> LayerReport:
         decode_method=method["decode"].method if method["decode"] else None,
         prefill=state.counts.prefill.report(),
         decode=state.counts.decode.report(),
-        compiled=state.compiled,
+        compiled=state.counts.compiled,
     )

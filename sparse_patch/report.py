@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from rich.table import Table
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.writing import write_file
 
+COUNTING = Lock()  # threads may share a model
 Count = int | torch.Tensor  # a device tensor where the number is known on the device only; read when a report is made
 
 
@@ -48,6 +50,7 @@ class PhaseCounts:
     dense_kernels: Counter[str] = field(default_factory=Counter)
     copying_calls: int = 0
     keeping_calls: int = 0
+    fallback_in_graph: str | None = None  # the last reason that a graph of torch.compile noted
 
     def add_dense(self, work: Work) -> None:
         self._add(work)
@@ -85,7 +88,7 @@ class PhaseCounts:
             density_by_head=[pairs / causal for pairs in attended] if causal and self.sparse_calls else [],
             attended=mean / queries if queries else None,
             dense=dict(self.dense),
-            fallbacks=dict(self.fallbacks),
+            fallbacks=dict(self.fallbacks + Counter([self.fallback_in_graph] if self.fallback_in_graph else [])),
             dense_kernels=dict(self.dense_kernels),
             copying_calls=self.copying_calls,
             keeping_calls=self.keeping_calls,
@@ -96,10 +99,11 @@ class PhaseCounts:
 
 @dataclass
 class LayerCounts:
-    """The totals of one layer."""
+    """The totals of one layer, and whether it also ran inside `torch.compile` graphs, whose calls they leave out."""
 
     prefill: PhaseCounts = field(default_factory=PhaseCounts)
     decode: PhaseCounts = field(default_factory=PhaseCounts)
+    compiled: bool = False
 
     def of(self, phase: Phase) -> PhaseCounts:
         return self.prefill if phase == "prefill" else self.decode
@@ -116,7 +120,8 @@ class PhaseReport(BaseModel):
         density_by_head: the same for each query head; empty when no call was sparse.
         attended: keys read per query token, mean over heads; None without calls.
         dense: dense calls by the configuration or by the model's design, by reason.
-        fallbacks: dense calls because the method could not serve them, by reason.
+        fallbacks: dense calls because the method could not serve them, by reason. What runs inside `torch.compile`
+            graphs counts as one call.
         dense_kernels: how many of the calls in `dense` ran on a faster kernel than the model's own, by kernel; with
             `dense: best` only.
         copying_calls: how many of `sparse_calls` read a cache that copies all its keys for every token.

@@ -117,6 +117,8 @@ DECODE_METHODS = [
     _decode("kinetics", 100, block_size=8, sinks=4, local=20),
 ]
 
+# TidalDecode that reads every token once more, densely, before the next one.
+CORRECTED = _decode("tidaldecode", 48, layers=_ROLES, correction_period=1)
 
 # Methods of spans, for prefill and decode; `write_plans` writes the files.
 SPAN_METHODS = [
@@ -143,3 +145,27 @@ def write_plans(folder: Path, shape: ModelShape) -> None:
     write_span_rules(folder / "full.json", duo_rules(shape, {(layer, head) for layer in layers for head in heads}))
     gates = "\t".join(("0.9", "0.1")[head % 2] for head in heads)
     (folder / "gates.tsv").write_text(f"{gates}\n" * shape.num_layers)
+
+
+def configurations(folder: Path, full: bool = False) -> dict[str, dict[str, Any]]:
+    """A configuration for each row of the tables, by name; the files that some name are in the folder.
+
+    Args:
+        folder: what `write_plans` wrote to.
+        full: with the settings that keep everything.
+    """
+    phases = {
+        "prefill": PREFILL_METHODS,
+        "decode": (*DECODE_METHODS, CORRECTED),
+        "both": (*SPAN_METHODS, *TOKEN_METHODS),
+    }
+    return {
+        case.name: {phase: in_folder(case.full if full else case.small, folder)}
+        for phase, cases in phases.items()
+        for case in cases
+    }
+
+
+def in_folder(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Settings whose file, if they name one, is in a folder."""
+    return {**settings, "calibration": str(folder / settings["calibration"])} if "calibration" in settings else settings

@@ -8,9 +8,12 @@ import torch
 from families import gemma3, gemma3n, gemma4, llama
 from transformers import DynamicCache, PreTrainedModel
 
-from sparse_patch import caches, patched, sparsity_report
-from sparse_patch.attention import note_cache
-from sparse_patch.caches import CacheBytes, GrowingLayer, cache_bytes, growing_cache
+from sparse_patch import cache_layers, patched, sparsity_report
+from sparse_patch.attention import join_forward
+from sparse_patch.cache_layers import GrowingLayer
+from sparse_patch.caches import CacheBytes, cache_bytes, growing_cache, memory_of
+from sparse_patch.forward import Forward
+from sparse_patch.masks import LazyMask
 from sparse_patch.patching import state_of
 
 
@@ -23,7 +26,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 @torch.no_grad()
 def test_logits_are_those_of_a_dynamic_cache(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt, chunk and tokens, through several growths; a copy goes its own way."""
-    monkeypatch.setattr(caches, "_SPARE", 3)
+    monkeypatch.setattr(cache_layers, "SPARE", 3)
     ids = torch.randint(3, 90, (2, 80))
     growing, dynamic = growing_cache(model.config), DynamicCache(config=model.config)
     assert any(isinstance(layer, GrowingLayer) for layer in growing.layers)
@@ -49,7 +52,7 @@ def test_tokens_are_appended_in_place() -> None:
 
 @torch.no_grad()
 def test_cropping_and_reordering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caches, "_SPARE", 8)
+    monkeypatch.setattr(cache_layers, "SPARE", 8)
     model = llama()
     ids = torch.randint(3, 90, (2, 40))
     results = []
@@ -64,6 +67,7 @@ def test_cropping_and_reordering(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(*results)
 
 
+@torch.no_grad()
 def test_bytes_of_layers_that_keep_everything(model: PreTrainedModel) -> None:
     """What is planned is what is kept, sliding windows included; room to grow is allocated beside it."""
     ids, kept = torch.randint(3, 90, (2, 40)), 0
@@ -97,7 +101,9 @@ def test_layers_that_share_keys_share_what_is_kept_of_them(build: Callable[[], P
             steps = [model(part, past_key_values=cache).logits for part in ids.split([120, *[1] * 10], 1)]
             logits.append(torch.cat(steps, 1))
             last = model.get_submodule(sparsity_report(model).layers[5].name)
-            note_cache(last, (), {"past_key_values": cache})
-            assert state_of(last).memory is getattr(cache.layers[3], "memory", None)
+            mask = LazyMask({}, Forward())
+            join_forward(last, (), {"past_key_values": cache, "attention_mask": mask})
+            memory = memory_of(mask.forward.cache, state_of(last).cache_layer)
+            assert memory is getattr(cache.layers[3], "memory", None)
         assert [sparsity_report(model).layers[i].decode.sparse_calls for i in (3, 5)] == [20, 20]
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)

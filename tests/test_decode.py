@@ -9,11 +9,12 @@ from families import FAMILIES, llama
 from method_table import DECODE_METHODS, SPAN_METHODS, TOKEN_METHODS, MethodCase
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
-from sparse_patch.attention import NAME, ON_KERNELS
-from sparse_patch.caches import FixedLayer, GrowingLayer, adopt, growing_cache
+from sparse_patch.cache_layers import FixedLayer, GrowingLayer
+from sparse_patch.caches import adopt, growing_cache
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import PatchConfig
 from sparse_patch.methods.base import DecodeMethod, registry
+from sparse_patch.names import HOOK, ON_KERNELS, hook_name
 from sparse_patch.patching import capture_plans, patched, reset_report, sparsity_report
 from sparse_patch.plans import PagePlan, Plan
 
@@ -323,14 +324,16 @@ def test_a_step_without_masks_made_ahead(pad: int, monkeypatch: pytest.MonkeyPat
         expected = steps(model, batch, cache_implementation="static")
     monkeypatch.setattr("sparse_patch.patching.takes_triton", lambda _: True)
     with patched(model, best):
-        assert model.config._attn_implementation == ON_KERNELS and sparsity_report(model).hook_active
+        assert model.config._attn_implementation == hook_name("sdpa", ON_KERNELS) and sparsity_report(model).hook_active
         for more in ({}, {"compile_config": options}):
             found = steps(model, batch, cache_implementation="static", **more)
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         assert sparsity_report(model).layers[0].compiled
     assert model.config._attn_implementation == "sdpa"
-    with patched(FAMILIES["gemma2"](), best) as windowed:
-        assert windowed.config._attn_implementation == NAME, "layers with a window need masks"
+    windowed = FAMILIES["gemma2"]()
+    unpatched = windowed.config._attn_implementation
+    with patched(windowed, best):
+        assert windowed.config._attn_implementation == hook_name(unpatched, HOOK), "layers with a window need masks"
     torch._dynamo.reset()
 
 

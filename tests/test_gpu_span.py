@@ -10,10 +10,10 @@ from ops.test_span_ring import assert_matches as assert_ring_matches
 from test_gpu import no_waits, on_gpu
 
 from sparse_patch import growing_cache, patched
-from sparse_patch.caches import FixedRingLayer, RingLayer
 from sparse_patch.ops import span
 from sparse_patch.ops.span_ring import Ring, RingLayout, attend, tokens_before, write
 from sparse_patch.plans import GrowingWindow, SpanPlan
+from sparse_patch.rings import FixedRingLayer, RingLayer
 
 pytestmark = pytest.mark.gpu
 GROWING = (4, 64), (GrowingWindow(-50 << 16, 1 << 15, 3, 600), GrowingWindow(100 << 16, 20000, 1, 450))

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
     and_masks,
     blockwise_overlay,
     causal_mask_function,
@@ -105,10 +107,28 @@ def test_slicing_rows(rows: slice, padding: torch.Tensor | None, skip: bool) -> 
         assert torch.equal(part.expand(full[:, :, rows].shape), full[:, :, rows])
 
 
-def test_other_slices_are_errors() -> None:
-    for index in ((slice(None), 0), (slice(None), slice(None), slice(None), slice(0, 3))):
-        with pytest.raises(TypeError, match="query rows only"):
-            make(0, 30)[index]
+@pytest.mark.parametrize("implementation, dtype", [("sdpa", torch.bool), ("eager", torch.float32)])
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["plain", "padded"])
+def test_what_a_model_computes_on_it_is_computed_on_the_tensor(
+    implementation: str, dtype: torch.dtype, padding: torch.Tensor | None
+) -> None:
+    """Also where the implementation itself would have done without a mask."""
+    config = LlamaConfig(attn_implementation=implementation)
+    mask = make(0, 30, padding, config=config, allow_is_causal_skip=True, dtype=torch.float32)
+    tensor = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**{**mask.arguments, "allow_is_causal_skip": False})
+    assert tensor is not None and tensor.dtype == dtype == mask.dtype
+    scores = torch.zeros(tensor.shape, dtype=dtype)
+    for given, expected in (
+        (mask[:, 0], tensor[:, 0]),
+        (mask[:, :, :, :3], tensor[:, :, :, :3]),
+        (mask != 0, tensor != 0),
+        (scores + mask, scores + tensor),
+        (mask + scores, tensor + scores),
+        (torch.where(mask == 0, 1, 2), torch.where(tensor == 0, 1, 2)),
+        (torch.cat([scores, mask], -1), torch.cat([scores, tensor], -1)),
+        (torch.nn.functional.pad(mask, (0, 2)), torch.nn.functional.pad(tensor, (0, 2))),
+    ):
+        assert torch.equal(given, expected)
 
 
 def test_it_passes_for_a_mask_tensor() -> None:

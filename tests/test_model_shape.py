@@ -1,13 +1,15 @@
 """What is known of a model before it runs: heads of its full layers, kinds of layers, whose keys a layer reads."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from families import FAMILIES, gemma3n, gemma4, llama4, mllama, qwen3_next
+from transformers import GPTBigCodeConfig, PreTrainedConfig
 
 from sparse_patch import load_config
 from sparse_patch.inspection import inspect
-from sparse_patch.model_shape import ModelShape, attention_kind, layer_with_keys
+from sparse_patch.model_shape import ModelShape, attention_kind, kv_heads_of, layer_with_keys
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,21 @@ def test_kinds_of_layers(build: object, kinds: list[str]) -> None:
     assert [attention_kind(config, layer) for layer in range(len(kinds))] == kinds
     shape = ModelShape.of(config, len(kinds))
     assert shape.local_layers == {layer for layer, kind in enumerate(kinds) if kind != "full"}
+
+
+def test_attention_beside_a_recurrence_is_full_or_sliding_as_any_other() -> None:
+    """Falcon-H1, Zaya; and the name that full layers had in older configs."""
+    kinds = ["hybrid", "hybrid_sliding", "conv", "attention", "full_attention", "indexed_attention"]
+    config = PreTrainedConfig(layer_types=kinds)
+    expected = ["full", "sliding", "conv", "full", "full", "indexed"]
+    assert [attention_kind(config, layer) for layer in range(6)] == expected
+
+
+def test_multi_query_attention_has_one_kv_head() -> None:
+    assert kv_heads_of(GPTBigCodeConfig(n_head=4, multi_query=True)) == 1
+    assert kv_heads_of(GPTBigCodeConfig(n_head=4, multi_query=False)) == 4
+    of_older_configs = SimpleNamespace(num_attention_heads=4, num_key_value_heads=None, multi_query=True)
+    assert kv_heads_of(of_older_configs) == 1  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("build", [gemma3n, gemma4])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from families import llama, phi3
-from method_table import DECODE_METHODS, PREFILL_METHODS, SMALL_MODEL, SPAN_METHODS, write_plans
+from method_table import DECODE_METHODS, PREFILL_METHODS, SMALL_MODEL, SPAN_METHODS, in_folder, write_plans
 from methods.test_sale import calibration
 from torch import distributed
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
@@ -36,21 +36,15 @@ _PATTERNS = {
 def configs(folder: Path) -> dict[str, dict[str, Any]]:
     """What is compared, by name: every row of the methods' table, and settings that differ from head to head."""
     phases = {"prefill": PREFILL_METHODS, "decode": DECODE_METHODS, "both": SPAN_METHODS}
-    found = {case.name: {phase: _found(case.small, folder)} for phase, cases in phases.items() for case in cases}
+    found = {case.name: {phase: in_folder(case.small, folder)} for phase, cases in phases.items() for case in cases}
     heads = {
         "sale-calibrated": {"method": "sale", "calibration": "sale.safetensors", "local_window": 32, "block_size": 64},
         "minference-calibrated": {
             "method": "minference", "calibration": "patterns.json", "block_budget": 48, "block_size": 16,
         },
     }  # fmt: skip
-    found |= {name: {"prefill": {**_found(each, folder), "min_length": 0}} for name, each in heads.items()}
+    found |= {name: {"prefill": {**in_folder(each, folder), "min_length": 0}} for name, each in heads.items()}
     return {"dense": {"both": {"method": "dense"}}} | found
-
-
-def _found(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    if "calibration" not in settings:
-        return settings
-    return {**settings, "calibration": str(folder / settings["calibration"])}
 
 
 CASES = list(configs(Path()))

@@ -74,7 +74,14 @@ def test_the_committed_run_has_dense_and_two_settings() -> None:
 
 
 def test_links_and_files_exist() -> None:
-    for page in ("README.md", "CONTRIBUTING.md", "examples/README.md", "recipes/README.md", "docs/models.md"):
+    for page in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "examples/README.md",
+        "recipes/README.md",
+        "docs/models.md",
+        "docs/families.md",
+    ):
         text = (ROOT / page).read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"

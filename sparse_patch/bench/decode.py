@@ -36,7 +36,7 @@ from sparse_patch.bench.common import (
     rows_of,
     skipped_notes,
 )
-from sparse_patch.caches import FixedRingLayer, cache_bytes
+from sparse_patch.caches import cache_bytes
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import TaskError, UnsupportedCallError, reason
@@ -49,6 +49,7 @@ from sparse_patch.ops.page_scores import page_scores
 from sparse_patch.ops.top_pages import top_pages
 from sparse_patch.plans import Dense, PagePlan
 from sparse_patch.progress import Step
+from sparse_patch.rings import FixedRingLayer
 
 OURS = "page_decode"
 _SPARE = 256  # tokens of room behind the valid ones, as a static cache has while it generates

@@ -2,7 +2,7 @@
 
 Which ones is known before a token is: nothing looks at queries or keys. Therefore what a head reads no more can be
 forgotten, and where a layer decodes with such a method, `generate` keeps its keys in a ring that has room for no more
-(`sparse_patch.caches.RingLayer`). With a cache that keeps everything the answers are the same.
+(`sparse_patch.rings.RingLayer`). With a cache that keeps everything the answers are the same.
 """
 
 from abc import abstractmethod

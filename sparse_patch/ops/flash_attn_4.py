@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import torch
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.ops.alignment import MISALIGNED, is_aligned
 
 _HEAD_DIMS = (64, 96, 128)
 
@@ -20,6 +21,10 @@ def unsupported(call: AttentionCall, name: str) -> str | None:
         return f"{name}: dtype {call.q.dtype}"
     if call.q.shape[-1] not in _HEAD_DIMS or call.v.shape[-1] != call.q.shape[-1]:
         return f"{name}: head_dim {call.q.shape[-1]} and {call.v.shape[-1]}"
+    if torch.compiler.is_compiling():
+        return f"{name}: torch.compile cannot trace the package"
+    if not all(is_aligned(x) for x in (call.q, call.k, call.v)):
+        return f"{name}: {MISALIGNED}"
     return None
 
 

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.ops.alignment import STEP, is_aligned
+
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
 LOG2_E = 1.4426950408889634  # brings logits to log2 units, in which an exponential is one instruction
@@ -84,11 +86,23 @@ def gpu(device: torch.device) -> tuple[int, tuple[int, int]]:
     return properties.multi_processor_count, (properties.major, properties.minor)
 
 
+def rows_in_one_piece(x: torch.Tensor) -> torch.Tensor:
+    """A tensor whose last stride is 1: itself, or a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def copyable(x: torch.Tensor) -> torch.Tensor:
-    """Keys or values that a tensor descriptor can describe: rows in one piece, steps of 16 bytes."""
-    step = 16 // x.element_size()
-    fits = x.stride(-1) == 1 and all(stride % step == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
-    return x if fits else x.contiguous()
+    """A tensor that a tensor descriptor can describe: itself, or a copy with room behind each row."""
+    if is_aligned(x):
+        return x
+    steps = STEP // x.element_size()
+    room = x.new_empty(*x.shape[:-1], -(-x.shape[-1] // steps) * steps)
+    return room[..., : x.shape[-1]].copy_(x)
+
+
+def by_row(numbers: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:
+    """Numbers of the rows, `[B]`, one after the other; `instead`, of which nothing is read, if there are none."""
+    return instead if numbers is None else numbers.contiguous()
 
 
 def attention_outputs(

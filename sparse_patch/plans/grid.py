@@ -1,11 +1,11 @@
 """The grid of blocks that a call is cut into."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.once import once
 
 
 @dataclass(frozen=True)
@@ -60,45 +60,45 @@ class BlockGrid:
         """Most key blocks that the first so many query blocks of a row can see (a host number)."""
         return min(self.q_start // self.block_size + query_blocks, self.num_key_blocks)
 
-    @cached_property
+    @once
     def lengths(self) -> torch.Tensor:
         """Real keys of each row, int64 `[B]`."""
         return self.kv_length - self.row_starts
 
-    @cached_property
+    @once
     def key_blocks_per_row(self) -> torch.Tensor:
         """Key blocks of each row, int64 `[B]`."""
         return -(-self.lengths // self.block_size)
 
-    @cached_property
+    @once
     def tail(self) -> torch.Tensor:
         """Tokens that each row's last key block lacks, int64 `[B]`."""
         return self.key_blocks_per_row * self.block_size - self.lengths
 
-    @cached_property
+    @once
     def key_block_tokens(self) -> torch.Tensor:
         """Real keys of each key block, int64 `[B, N]`; 0 for blocks that a row lacks."""
         begin = torch.arange(self.num_key_blocks, device=self.row_starts.device) * self.block_size
         return (self.lengths[:, None] - begin).clamp(0, self.block_size)
 
-    @cached_property
+    @once
     def has_key_block(self) -> torch.Tensor:
         """Which key blocks each row has, bool `[B, N]`."""
         key_block = torch.arange(self.num_key_blocks, device=self.row_starts.device)
         return key_block < self.key_blocks_per_row[:, None]
 
-    @cached_property
+    @once
     def first_query(self) -> torch.Tensor:
         """Position, within its row, of each row's first real query, int64 `[B]`."""
         return (self.q_start - self.row_starts).clamp(min=0)
 
-    @cached_property
+    @once
     def query_block_ids(self) -> torch.Tensor:
         """Grid index of every query block, int64 `[B, NQ]`; blocks past a row's end have no rows."""
         steps = torch.arange(self.num_query_blocks, device=self.row_starts.device)
         return self.first_query[:, None] // self.block_size + steps
 
-    @cached_property
+    @once
     def query_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """First and last-plus-one real query of each query block, as positions within the row, int64 `[B, NQ]` each."""
         begin = self.query_block_ids * self.block_size
@@ -106,7 +106,7 @@ class BlockGrid:
         begin = torch.maximum(begin, self.first_query[:, None])
         return begin, torch.maximum(begin, end)
 
-    @cached_property
+    @once
     def causal(self) -> torch.Tensor:
         """Blocks that hold at least one causal pair of real tokens, bool `[B, NQ, N]`."""
         key_block = torch.arange(self.num_key_blocks, device=self.row_starts.device)
@@ -119,20 +119,20 @@ class BlockGrid:
         index = distance.flatten(1)[:, None].expand(-1, chosen.shape[1], -1)
         return chosen.gather(-1, index).unflatten(-1, distance.shape[1:])
 
-    @cached_property
+    @once
     def has_queries(self) -> torch.Tensor:
         """Which query blocks hold a real query, bool `[B, NQ]`."""
         begin, end = self.query_bounds
         return end > begin
 
-    @cached_property
+    @once
     def query_index(self) -> torch.Tensor:
         """Index into the call's queries of every slot of every query block, int64 `[B, NQ, block]`; may lie outside."""
         slots = torch.arange(self.block_size, device=self.row_starts.device)
         in_row = self.query_block_ids[..., None] * self.block_size + slots
         return in_row + (self.row_starts - self.q_start)[:, None, None]
 
-    @cached_property
+    @once
     def query_is_real(self) -> torch.Tensor:
         """Which slots of `query_index` hold a real query, bool `[B, NQ, block]`."""
         first_index = (self.row_starts - self.q_start).clamp(min=0)[:, None, None]

@@ -1,11 +1,11 @@
 """Pages of keys for the last queries: what decode methods decide."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from sparse_patch.call import AttentionCall, causal_pairs
+from sparse_patch.once import once
 from sparse_patch.plans.lists import leading, marked
 
 
@@ -84,7 +84,7 @@ class PagePlan:
         pairs = (in_page.sum(-1) * leading(self.pages, self.counts)).sum(-1)
         return pairs.repeat_interleave(self.heads // pairs.shape[1], 1)
 
-    @cached_property
+    @once
     def pairs_by_head(self) -> torch.Tensor:
         """`computed_pairs`, summed over the batch, int64 `[Hq]`; kept, for a plan may serve several layers."""
         return self.computed_pairs().sum(0)

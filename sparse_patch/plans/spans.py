@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from sparse_patch.call import AttentionCall, causal_pairs
+from sparse_patch.once import once
 
 _EVERY = 1 << 40  # more keys than there are
 
@@ -100,7 +101,7 @@ class SpanPlan:
         of_kv_heads = keys.masked_fill(length[..., None] < 1, 0).sum(1)
         return of_kv_heads.repeat_interleave(self.heads // len(self.sinks), 1)
 
-    @cached_property
+    @once
     def pairs_by_head(self) -> torch.Tensor:
         """`computed_pairs`, summed over the batch, int64 `[Hq]`."""
         return self.computed_pairs().sum(0)

@@ -1,11 +1,11 @@
 """Blocks of keys for each token: what InfLLM-V2 decides."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from sparse_patch.call import causal_pairs
+from sparse_patch.once import once
 from sparse_patch.ops.compact import compact
 from sparse_patch.plans.grid import BlockGrid
 from sparse_patch.plans.lists import leading
@@ -102,7 +102,7 @@ class TokenBlockPlan:
         pairs = in_any_case[:, None] + listed
         return pairs.repeat_interleave(self.heads // pairs.shape[1], 1)
 
-    @cached_property
+    @once
     def pairs_by_head(self) -> torch.Tensor:
         """`computed_pairs`, summed over the batch, int64 `[Hq]`."""
         return self.computed_pairs().sum(0)
@@ -112,7 +112,7 @@ class TokenBlockPlan:
         causal = causal_pairs(self.grid.q_start, self.grid.kv_length, self.grid.row_starts)
         return self.computed_pairs().float() / causal[:, None].clamp(min=1).float()
 
-    @cached_property
+    @once
     def _between(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`listable_blocks` of the query blocks, int64 `[B, NQ]` both."""
         return listable_blocks(self.grid.query_block_ids, self.init_blocks, self.local_blocks, self.dense_blocks)

@@ -24,7 +24,8 @@ from sparse_patch.bench.model import (
     notes,
     table,
 )
-from sparse_patch.caches import CacheBytes, GrowingLayer
+from sparse_patch.cache_layers import GrowingLayer
+from sparse_patch.caches import CacheBytes
 from sparse_patch.evaluation.recording import Shape
 
 TINY = Architecture("llama", 4, 64, 128, 90, Shape(4, 2, 16), 1e4)

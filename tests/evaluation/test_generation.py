@@ -7,7 +7,6 @@ from tiny_tokenizers import byte_fallback_bpe, unigram
 from transformers import DynamicCache, PreTrainedModel
 
 from sparse_patch import patched
-from sparse_patch.caches import RingLayer
 from sparse_patch.errors import SparsePatchError, TaskError
 from sparse_patch.evaluation.generation import (
     check_context,
@@ -18,6 +17,7 @@ from sparse_patch.evaluation.generation import (
     prefill,
     stop_tokens,
 )
+from sparse_patch.rings import RingLayer
 
 
 @pytest.mark.parametrize("family", [llama, gemma3])

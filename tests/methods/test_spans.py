@@ -29,7 +29,7 @@ from sparse_patch import (
     sparsity_report,
     unpatch_model,
 )
-from sparse_patch.caches import FixedRingLayer, GrowingLayer, RingLayer
+from sparse_patch.cache_layers import GrowingLayer
 from sparse_patch.inspection import KVBytes, inspect
 from sparse_patch.methods.base import registry
 from sparse_patch.methods.span_plans import SpanRules, duo_rules, write_span_rules
@@ -37,6 +37,7 @@ from sparse_patch.methods.spans import SpanMethod
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.ops.span import attend
 from sparse_patch.plans import Dense, GrowingWindow, SpanPlan, Window
+from sparse_patch.rings import FixedRingLayer, RingLayer
 
 LENGTH, NEW = 70, 30  # with windows of 5 to 35 tokens, rings turn in the prompt and in the answer
 SIZES = {"sink": 3, "block": 4, "min_span": 8}
@@ -601,19 +602,32 @@ def test_what_a_ring_cannot_serve_is_refused_and_changes_nothing(tmp_path: Path)
 
 
 @torch.no_grad()
-def test_keys_that_were_never_kept(tmp_path: Path) -> None:
-    """A prompt with padding on the right, or a model that is not patched any more: said at the next forward."""
+def test_a_prompt_that_no_ring_serves_is_kept_whole(tmp_path: Path) -> None:
+    """Padding on the right: prompt and next token are what they are unpatched, the reason is counted."""
     model, ids = llama(), batch_of(60, pad=0)["input_ids"]
-    mask = torch.ones_like(ids)
-    mask[0, 50:] = 0
+    masks = [torch.ones(2, 60, dtype=torch.int64), torch.ones(2, 61, dtype=torch.int64)]
+    for mask in masks:
+        mask[0, 50:60] = 0
+
+    def logits(cache: DynamicCache) -> list[torch.Tensor]:
+        parts = zip((ids, ids[:, :1]), masks, strict=True)
+        return [model(part, attention_mask=mask, past_key_values=cache).logits for part, mask in parts]
+
+    expected = logits(DynamicCache(config=model.config))
     with patched(model, {**moa(tmp_path, model), "on_unsupported": "silent"}):
-        cache, other = span_cache(model, 80), span_cache(model, 80)
-        model(ids, attention_mask=mask, past_key_values=cache)
-        with pytest.raises(UnsupportedCallError, match="has not kept the keys of the forward before"):
-            model(ids[:, :1], past_key_values=cache)
-    model(ids, past_key_values=other)
+        cache = span_cache(model, 80)
+        torch.testing.assert_close(logits(cache), expected)
+        assert all(isinstance(layer, GrowingLayer) for layer in cache.layers)
+        assert sparsity_report(model).fallbacks("decode") == {"padding that is not on the left": len(cache.layers)}
+
+
+@torch.no_grad()
+def test_a_cache_of_a_model_that_is_not_patched_any_more(tmp_path: Path) -> None:
+    model, ids = llama(), batch_of(60, pad=0)["input_ids"]
+    with patched(model, moa(tmp_path, model)):
+        cache = span_cache(model, 80)
     with pytest.raises(UnsupportedCallError, match="start again with a new cache"):
-        model(ids[:, :1], past_key_values=other)
+        model(ids, past_key_values=cache)
 
 
 # Settings.

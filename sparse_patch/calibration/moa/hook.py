@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sparse_patch.attention import AttentionFunction, LayerState
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import load_config
 from sparse_patch.errors import TaskError
+from sparse_patch.layer_state import AttentionFunction, LayerState
 from sparse_patch.patching import Patch, patched, state_of, transformers_model
 
 # A call, and what computes it as the model does, `[B, Sq, Hq, Dv]`; the answer has that shape too.

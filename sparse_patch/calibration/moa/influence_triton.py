@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum
+from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, rows_in_one_piece
 
 
 def partial_influence(
@@ -32,7 +32,7 @@ def partial_influence(
     mean = (grad.float() * out.float()).sum(-1)
     sink = q.new_zeros(heads, blocks, dtype=torch.float32)
     alone, together = (q.new_zeros(heads, blocks, blocks, dtype=torch.float32) for _ in range(2))
-    q, k, v, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, grad))
+    q, k, v, grad = (rows_in_one_piece(x) for x in (q, k, v, grad))
     wide = max(head_dim, value_dim)
     _influence_kernel[(blocks, heads)](
         q,

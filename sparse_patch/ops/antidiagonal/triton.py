@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.kernels import launch_op, softcap_logits
+from sparse_patch.ops.kernels import by_row, launch_op, softcap_logits
 from sparse_patch.ops.slices import slices
 from sparse_patch.plans import BlockGrid
 
@@ -81,7 +81,7 @@ def antidiagonal_masses(
         q,
         k,
         masses,
-        kv_start if kv_start is not None else masses,
+        by_row(kv_start, masses),
         *q.stride(),
         *k.stride(),
         heads,

@@ -38,7 +38,8 @@ def query_means_and_similarities(q: torch.Tensor, grid: BlockGrid) -> tuple[torc
 
 def _of_keys(grid: BlockGrid) -> tuple[int, torch.Tensor, torch.Tensor]:
     """Number of key blocks; index of the first one's first slot in each row, and of its first real token, `[B]`."""
-    return grid.num_key_blocks, grid.row_starts, grid.row_starts
+    first = grid.row_starts.contiguous()
+    return grid.num_key_blocks, first, first
 
 
 def _of_queries(grid: BlockGrid) -> tuple[int, torch.Tensor, torch.Tensor]:

@@ -1,6 +1,5 @@
 """Choice of the backend: a module here with `attend`, and with `unsupported` if it does not serve every call."""
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -60,4 +59,19 @@ def unsupported(call: AttentionCall, plan: BlockPlan, backend: str) -> str | Non
 
 
 def _module(backend: str) -> Any:
-    return import_module(f"sparse_patch.ops.block_sparse.{backend}")
+    """The backend's module, by statements that torch.compile can trace."""
+    if backend == "triton":
+        from sparse_patch.ops.block_sparse import triton
+
+        return triton
+    if backend == "flash":
+        from sparse_patch.ops.block_sparse import flash
+
+        return flash
+    if backend == "torch":
+        from sparse_patch.ops.block_sparse import torch
+
+        return torch
+    from sparse_patch.ops.block_sparse import reference
+
+    return reference

@@ -50,7 +50,7 @@ def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> tu
             mask_block_cnt=on_diagonal,
             mask_block_idx=diagonal,
             full_block_cnt=plan.counts - on_diagonal,
-            full_block_idx=plan.indices,
+            full_block_idx=plan.indices.contiguous(),
             block_size=(_BLOCK, _BLOCK),
         ),
         return_lse=return_lse,

@@ -17,7 +17,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparse_patch.call import AttentionCall
 from sparse_patch.ops.backends import kernel_unsupported
 from sparse_patch.ops.block_sparse.tiles import tile_side
-from sparse_patch.ops.kernels import Tile, add_tile, attention_outputs, copyable, gpu, launch_op, tile_logits, tile_of
+from sparse_patch.ops.kernels import (
+    Tile,
+    add_tile,
+    attention_outputs,
+    by_row,
+    copyable,
+    gpu,
+    launch_op,
+    tile_logits,
+    tile_of,
+)
 from sparse_patch.plans import BlockPlan
 
 
@@ -90,9 +100,8 @@ def block_sparse_attention(
         tile = tile_that_may_be_left_out(tile, block_size)
     k, v = copyable(k), copyable(v)
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (head_dim, value_dim))
-    if columns is None or column_counts is None:
-        columns, column_counts = indices, counts
-    has_columns = columns is not indices
+    indices, counts = indices.contiguous(), counts.contiguous()
+    has_columns = columns is not None and column_counts is not None
     grid = (batch * heads * num_query_blocks * (block_size // tile.block_m),)
     _block_sparse_kernel[grid](
         q,
@@ -104,10 +113,10 @@ def block_sparse_attention(
         lse,
         indices,
         counts,
-        columns,
-        column_counts,
-        kv_start if kv_start is not None else counts,
-        *q.stride()[:3],
+        indices if columns is None else columns.contiguous(),
+        counts if column_counts is None else column_counts.contiguous(),
+        by_row(kv_start, counts),
+        *q.stride(),
         *k.stride()[:3],
         *v.stride()[:3],
         *out.stride()[:3],
@@ -116,8 +125,8 @@ def block_sparse_attention(
         num_query_blocks,
         q_length,
         q_start,
-        indices.stride(2),
-        columns.stride(2),
+        indices.shape[3],
+        0 if columns is None else columns.shape[3],
         scale,
         softcap,
         pv_threshold or 0.0,
@@ -154,7 +163,7 @@ def _is_near(s, m_i, to_log2, real, pv_threshold):
     return tl.max(above, 0) + pv_threshold > 0
 
 
-@triton.jit(do_not_specialize=["num_query_blocks", "q_length", "q_start", "stride_list", "stride_columns"])
+@triton.jit(do_not_specialize=["num_query_blocks", "q_length", "q_start", "num_entries", "num_columns"])
 def _block_sparse_kernel(
     q,
     k,
@@ -171,6 +180,7 @@ def _block_sparse_kernel(
     stride_qb,
     stride_qh,
     stride_qs,
+    stride_qd,
     stride_kb,
     stride_kh,
     stride_ks,
@@ -185,8 +195,8 @@ def _block_sparse_kernel(
     num_query_blocks,
     q_length,
     q_start,
-    stride_list,
-    stride_columns,
+    num_entries,
+    num_columns,
     scale,
     softcap,
     pv_threshold,
@@ -228,11 +238,12 @@ def _block_sparse_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     rows = offs_m.to(tl.int64)
-    p_q = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh + rows[:, None] * stride_qs + offs_d[None, :]
+    p_q = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh + rows[:, None] * stride_qs
+    p_q = p_q + offs_d.to(tl.int64)[None, :] * stride_qd
     b_q = tl.load(p_q, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
 
     i_list = (i_b * heads + i_h).to(tl.int64) * num_query_blocks + i_q
-    p_list = indices + i_list * stride_list
+    p_list = indices + i_list * num_entries
     count = tl.load(counts + i_list)
     last = tl.load(p_list + tl.maximum(count - 1, 0))
     on_diagonal = (count > 0) & (last == query_block)
@@ -257,7 +268,7 @@ def _block_sparse_kernel(
 
     if HAS_COLUMNS:
         number = tl.load(column_counts + i_list)
-        p_columns = columns + i_list * stride_columns
+        p_columns = columns + i_list * num_columns
         p_k = k + i_b.to(tl.int64) * stride_kb + i_hk.to(tl.int64) * stride_kh
         p_v = v + i_b.to(tl.int64) * stride_vb + i_hk.to(tl.int64) * stride_vh
         for c in tl.range(0, number, BLOCK_N):

@@ -28,7 +28,7 @@ def _compact_kernel(
     for i in tl.range(0, length, BLOCK):
         offs = i + tl.arange(0, BLOCK)
         taken = (tl.load(marked + pid * length + offs, mask=offs < length, other=0) != 0).to(tl.int32)
-        value = tl.load(p_values + offs * stride_n, mask=offs < length, other=0)
+        value = tl.load(p_values + offs.to(tl.int64) * stride_n, mask=offs < length, other=0)
         tl.store(lists + pid * length + count + tl.cumsum(taken, 0) - 1, value, mask=taken != 0)
         count += tl.sum(taken, 0)
     tl.store(counts + pid, count)

@@ -13,6 +13,7 @@ from torch.backends.cuda import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.ops.alignment import MISALIGNED, STEP, is_aligned
 
 # Each backend, and PyTorch's own check whether it serves a call. None: SDPA picks, and always finds one.
 BACKENDS: dict[str, tuple[SDPBackend, Callable[..., bool]] | None] = {
@@ -28,10 +29,14 @@ def unsupported(call: AttentionCall, kernel: str) -> str | None:
     if call.q_start > 0:
         return f"kernel {kernel}: a chunk that follows on others"  # `is_causal` aligns the triangle at the top left
     backend = BACKENDS[kernel]
+    if not call.q.is_cuda:
+        return None if backend is None else f"kernel {kernel} needs a CUDA device"
+    if torch.compiler.is_compiling():
+        return f"kernel {kernel}: torch.compile cannot trace the question whether it serves"
+    if not all(_is_read_right(x) for x in (call.q, call.k, call.v)):
+        return f"kernel {kernel}: {MISALIGNED}"
     if backend is None:
         return None
-    if not call.q.is_cuda:
-        return f"kernel {kernel} needs a CUDA device"
     # Asked for every call: PyTorch knows its own limits, which change with its version, cuDNN's and the GPU.
     parameters = SDPAParams(call.q, call.k, call.v, None, 0.0, True, call.group_size > 1)
     with _only(kernel):
@@ -39,6 +44,15 @@ def unsupported(call: AttentionCall, kernel: str) -> str | None:
             dims = f"head_dim {call.q.shape[-1]} and {call.v.shape[-1]}"
             return f"kernel {kernel}: PyTorch does not run it for {call.q.dtype}, {dims} on this GPU"
     return None
+
+
+def _is_read_right(x: torch.Tensor) -> bool:
+    """Whether the kernels read a tensor as it is.
+
+    PyTorch (2.11) does not ask: where rows begin elsewhere, cuDNN makes wrong numbers and FlashAttention-2 ends CUDA in
+    the process. Rows that are no multiple of 16 bytes PyTorch copies itself, if it runs the kernel on them.
+    """
+    return x.shape[-1] * x.element_size() % STEP != 0 or is_aligned(x)
 
 
 def attend(call: AttentionCall, kernel: str) -> torch.Tensor:

@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.kernels import add_split_tile, gpu, launch_op, merge_splits, softcap_logits
+from sparse_patch.ops.kernels import (
+    add_split_tile,
+    by_row,
+    gpu,
+    launch_op,
+    merge_splits,
+    rows_in_one_piece,
+    softcap_logits,
+)
 from sparse_patch.plans import PagePlan
 
 
@@ -84,13 +92,13 @@ def page_decode_attention(
     out, lse, logits = _outputs(q, k, v, wants_logits)
     batch, heads, q_length, head_dim = q.shape
     kv_heads, capacity, value_dim = k.shape[1], k.shape[2], v.shape[3]
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    k, v = rows_in_one_piece(k), rows_in_one_piece(v)
     every = pages is None or counts is None
     if pages is None or counts is None:
         pages = counts = lse  # any tensor; it is not read
         groups, tokens, list_strides = kv_heads, capacity, (0, 0, 0, 0)
     else:
-        pages = pages if pages.stride(-1) == 1 else pages.contiguous()
+        pages = rows_in_one_piece(pages)
         lists, tokens = pages.shape[1], pages.shape[2] * page_size
         groups = max(kv_heads, lists)  # of query heads that read the same
         step = int(lists > 1)
@@ -116,7 +124,7 @@ def page_decode_attention(
         logits,
         pages,
         counts,
-        kv_start if kv_start is not None else lse,
+        by_row(kv_start, lse),
         kv_end if kv_end is not None else lse,
         *q.stride(),
         *k.stride()[:3],
@@ -254,8 +262,8 @@ def _split_kernel(
     tokens = length
     p_list = pages
     if not EVERY:
-        tokens = tl.load(counts + i_b * stride_cb + i_g * stride_cl) * PAGE
-        p_list = pages + i_b * stride_pb + i_g * stride_pl
+        tokens = tl.load(counts + i_b * stride_cb + i_g.to(tl.int64) * stride_cl) * PAGE
+        p_list = pages + i_b * stride_pb + i_g.to(tl.int64) * stride_pl
     tiles = tl.cdiv(tokens, BLOCK_N)
     first = tiles * i_split // splits
     last = tiles * (i_split + 1) // splits

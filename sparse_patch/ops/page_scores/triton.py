@@ -68,7 +68,8 @@ def _score_kernel(
     top = tl.full([BLOCK], -float("inf"), dtype=tl.float32)  # largest log probability of each token
     for h in tl.range(0, tl.where(first < length, heads, 0), HEADS):
         offs_h = h + tl.arange(0, HEADS)
-        p_logits = logits + i_b * stride_b + offs_h.to(tl.int64)[:, None] * stride_h + offs_s[None, :] * stride_s
+        p_logits = logits + i_b * stride_b + offs_h.to(tl.int64)[:, None] * stride_h
+        p_logits = p_logits + offs_s.to(tl.int64)[None, :] * stride_s
         # What lies behind the row's end is loaded too: a mask that may end anywhere forbids wide loads.
         mask = (offs_h < heads)[:, None] & (offs_s < size)[None, :]
         b_logits = tl.load(p_logits, mask=mask, other=-float("inf"))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.kernels import launch_op
+from sparse_patch.ops.kernels import by_row, launch_op, rows_in_one_piece
 from sparse_patch.ops.page_statistics.kept import pages_of
 
 
@@ -17,11 +17,10 @@ def refresh(call: AttentionCall, tensors: list[torch.Tensor], tokens: int, page_
     """Compute, in place, the pages of each row that hold one of its last `tokens` tokens: bounds or means."""
     first, *second = tensors
     end = call.kv_length if call.kv_end is None else 0
-    k = call.k if call.k.stride(-1) == 1 else call.k.contiguous()
     if second:
-        refresh_bounds(first, second[0], k, call.kv_start, call.kv_end, end, tokens, page_size, offset)
+        refresh_bounds(first, second[0], call.k, call.kv_start, call.kv_end, end, tokens, page_size, offset)
     else:
-        refresh_means(first, k, call.kv_start, call.kv_end, end, tokens, page_size, offset)
+        refresh_means(first, call.k, call.kv_start, call.kv_end, end, tokens, page_size, offset)
 
 
 @launch_op("refresh_page_bounds", ("low", "high"))
@@ -76,16 +75,18 @@ def _refresh(
     page_size: int,
     offset: int,
 ) -> None:
+    k = rows_in_one_piece(k)
     batch, heads, _, head_dim = k.shape
     rows, block_d = min(32, triton.next_power_of_2(page_size)), triton.next_power_of_2(head_dim)
     _refresh_kernel[(min(pages_of(tokens, page_size), first.shape[2]), batch * heads)](
         k,
-        kv_start if kv_start is not None else k,
+        by_row(kv_start, k),
         kv_end if kv_end is not None else k,
         first,
         second if second is not None else first,
         *k.stride()[:3],
-        *first.stride()[:3],
+        *first.stride(),
+        *(second if second is not None else first).stride(),
         heads,
         end,
         tokens,
@@ -103,7 +104,8 @@ def _refresh(
 
 @triton.jit(do_not_specialize=["end", "tokens", "offset"])
 def _refresh_kernel(
-    k, kv_start, kv_end, first, second, stride_kb, stride_kh, stride_ks, stride_ob, stride_oh, stride_on,
+    k, kv_start, kv_end, first, second, stride_kb, stride_kh, stride_ks,
+    stride_1b, stride_1h, stride_1n, stride_1d, stride_2b, stride_2h, stride_2n, stride_2d,
     heads, end, tokens, offset,
     D: tl.constexpr, BLOCK_D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, HAS_START: tl.constexpr,
     HAS_END: tl.constexpr, BOUNDS: tl.constexpr,
@@ -139,11 +141,13 @@ def _refresh_kernel(
             low += tl.sum(b_k, 0)
     if not BOUNDS:
         low = low / tl.maximum(stop - begin, 1).to(tl.float32)
-    out = i_b * stride_ob + i_h * stride_oh + page.to(tl.int64) * stride_on + offs_d
+    i_n, offs_d = page.to(tl.int64), offs_d.to(tl.int64)
     mask = offs_d < tl.where(begin < end, D, 0)  # a page without a key may lie behind the tensors
-    tl.store(first + out, low.to(first.dtype.element_ty), mask=mask)
+    p_first = first + i_b * stride_1b + i_h * stride_1h + i_n * stride_1n + offs_d * stride_1d
+    tl.store(p_first, low.to(first.dtype.element_ty), mask=mask)
     if BOUNDS:
-        tl.store(second + out, high.to(second.dtype.element_ty), mask=mask)
+        p_second = second + i_b * stride_2b + i_h * stride_2h + i_n * stride_2n + offs_d * stride_2d
+        tl.store(p_second, high.to(second.dtype.element_ty), mask=mask)
 
 
 def bound_scores(
@@ -165,7 +169,7 @@ def score_pages(
     q: torch.Tensor, high: torch.Tensor, low: torch.Tensor | None, lengths: torch.Tensor, page_size: int, offset: int
 ) -> torch.Tensor:
     """The kernel's launch: bounds, or, without `low`, products with `high`."""
-    q = q if q.stride(-1) == 1 else q.contiguous()
+    q = rows_in_one_piece(q)
     if high.stride(-1) != 1 or (low is not None and low.stride() != high.stride()):
         high, low = high.contiguous(), None if low is None else low.contiguous()
     scores = _scores(q, high)

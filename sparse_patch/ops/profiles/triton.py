@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, softcap_logits
+from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, by_row, softcap_logits
 
 _PROGRAMS = 1056  # enough for every GPU; more tiles in a program share its queries
 
@@ -30,13 +30,12 @@ def stacked_profiles(call: AttentionCall, queries: int) -> torch.Tensor:
     splits = triton.cdiv(all_tiles, tiles)
     partial = call.q.new_empty(batch, heads, splits, queries, dtype=torch.float32)
     profiles = call.q.new_zeros(2, batch, heads, keys, dtype=torch.float32)
-    starts = call.kv_start if call.kv_start is not None else partial  # not read
     arguments = (
         call.q,
         call.k,
-        starts,
-        *call.q.stride()[:3],
-        *call.k.stride()[:3],
+        by_row(call.kv_start, partial),
+        *call.q.stride(),
+        *call.k.stride(),
         heads,
         call.group_size,
         keys,
@@ -65,7 +64,7 @@ def stacked_profiles(call: AttentionCall, queries: int) -> torch.Tensor:
 
 @triton.jit
 def _tile_logits(
-    b_q, p_k, stride_ks, keys, j, scale, softcap,
+    b_q, p_k, stride_ks, stride_kd, keys, j, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, W: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +76,8 @@ def _tile_logits(
     offs_d = tl.arange(0, BLOCK_D)
     rows = offs_j.to(tl.int64)
     mask = (offs_j < keys)[None, :] & (offs_d < D)[:, None]
-    b_k = tl.load(p_k + rows[None, :] * stride_ks + offs_d[:, None], mask=mask, other=0.0)
+    p_tile = p_k + rows[None, :] * stride_ks + offs_d.to(tl.int64)[:, None] * stride_kd
+    b_k = tl.load(p_tile, mask=mask, other=0.0)
     s = tl.dot(b_q, b_k, input_precision=PRECISION)
     s = softcap_logits(s, scale, softcap) if HAS_SOFTCAP else s * scale
     seen = offs_j[None, :] <= (keys - R + tl.arange(0, R))[:, None]
@@ -86,8 +86,8 @@ def _tile_logits(
 
 @triton.jit
 def _queries_and_split(
-    q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, heads, group, keys, first_query, splits,
-    tiles, D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, HAS_START: tl.constexpr,
+    q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, heads, group, keys, first_query,
+    splits, tiles, D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, HAS_START: tl.constexpr,
 ):  # fmt: skip
     """What a program works on: a head (of all rows), one split of its keys with their begin and end, the last queries.
 
@@ -101,8 +101,8 @@ def _queries_and_split(
         start = tl.load(kv_start + i_b).to(tl.int32)
     rows = (first_query + tl.arange(0, R)).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
-    p_q = q + i_b * stride_qb + i_h * stride_qh + rows[:, None] * stride_qs + offs_d[None, :]
-    b_q = tl.load(p_q, mask=(offs_d < D)[None, :], other=0.0)
+    p_q = q + i_b * stride_qb + i_h * stride_qh + rows[:, None] * stride_qs
+    b_q = tl.load(p_q + offs_d.to(tl.int64)[None, :] * stride_qd, mask=(offs_d < D)[None, :], other=0.0)
     p_k = k + i_b * stride_kb + (i_h // group) * stride_kh
     first = start + i_s * tiles * R
     return i_bh, i_s, first, tl.minimum(first + tiles * R, keys), b_q, p_k
@@ -110,34 +110,36 @@ def _queries_and_split(
 
 @triton.jit(do_not_specialize=["keys", "first_query", "splits", "tiles"])
 def _lse_kernel(
-    q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, heads, group, keys, first_query,
-    splits, tiles, scale, softcap, partial,
+    q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
+    heads, group, keys, first_query, splits, tiles, scale, softcap, partial,
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, HAS_START: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_bh, i_s, first, last, b_q, p_k = _queries_and_split(
-        q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, heads, group, keys, first_query, splits,
-        tiles, D, BLOCK_D, R, HAS_START,
+        q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, heads, group, keys,
+        first_query, splits, tiles, D, BLOCK_D, R, HAS_START,
     )  # fmt: skip
     offs_r = tl.arange(0, R)
     m_i = tl.full([R], -float("inf"), dtype=tl.float32)
     l_i = tl.zeros([R], dtype=tl.float32)
     for j in tl.range(first, last, R):
-        s = _tile_logits(b_q, p_k, stride_ks, keys, j, scale, softcap, D, BLOCK_D, R, R, HAS_SOFTCAP, PRECISION)
+        s = _tile_logits(
+            b_q, p_k, stride_ks, stride_kd, keys, j, scale, softcap, D, BLOCK_D, R, R, HAS_SOFTCAP, PRECISION
+        )
         m_i, l_i = add_to_exp_sum(m_i, l_i, s)
     tl.store(partial + (i_bh.to(tl.int64) * splits + i_s) * R + offs_r, m_i + tl.math.log2(l_i))
 
 
 @triton.jit(do_not_specialize=["keys", "first_query", "splits", "tiles"])
 def _profile_kernel(
-    q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, heads, group, keys, first_query,
-    splits, tiles, scale, softcap, partial, profiles,
+    q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
+    heads, group, keys, first_query, splits, tiles, scale, softcap, partial, profiles,
     D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, W: tl.constexpr, HAS_START: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_bh, _, first, last, b_q, p_k = _queries_and_split(
-        q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, heads, group, keys, first_query, splits,
-        tiles, D, BLOCK_D, R, HAS_START,
+        q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, heads, group, keys,
+        first_query, splits, tiles, D, BLOCK_D, R, HAS_START,
     )  # fmt: skip
     offs_r = tl.arange(0, R)
     p_partial = partial + i_bh.to(tl.int64) * splits * R + offs_r[:, None]
@@ -158,7 +160,9 @@ def _profile_kernel(
     middle = tl.zeros([W], dtype=tl.float32)
     nearest = tl.zeros([W], dtype=tl.float32)
     for j in tl.range(first, last, W):
-        s = _tile_logits(b_q, p_k, stride_ks, keys, j, scale, softcap, D, BLOCK_D, R, W, HAS_SOFTCAP, PRECISION)
+        s = _tile_logits(
+            b_q, p_k, stride_ks, stride_kd, keys, j, scale, softcap, D, BLOCK_D, R, W, HAS_SOFTCAP, PRECISION
+        )
         p = tl.math.exp2(s - b_lse[:, None])
         tl.store(p_key + j + offs_w, tl.sum(p, 0), mask=j + offs_w < keys)
         turned = tl.gather(p, turn, 1)

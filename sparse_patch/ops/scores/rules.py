@@ -1,12 +1,12 @@
 """What decides, and what every backend reads of a call before it decides."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.once import once
 from sparse_patch.ops.block_means import key_means, query_means
 from sparse_patch.ops.pooling import mean_of_rows
 from sparse_patch.plans import BlockGrid
@@ -73,14 +73,14 @@ class TileBounds:
         """Words of decisions that the longest possible row has."""
         return -(-self.grid.kv_length // WORD_KEYS)
 
-    @cached_property
+    @once
     def visible(self) -> torch.Tensor:
         """Key blocks that each tile sees, diagonal ones included, int64 `[B, NQ]`; 0 for tiles without a query."""
         of_row = -(-self.grid.lengths // KEY_BLOCK)
         visible = torch.minimum((self.grid.query_block_ids + 1) * (QUERY_TILE // KEY_BLOCK), of_row[:, None])
         return visible.masked_fill(~self.grid.has_queries, 0)
 
-    @cached_property
+    @once
     def local(self) -> torch.Tensor:
         """First local key block of each tile, int64 `[B, NQ]`."""
         return 1 + self.rule.candidates(self.visible)

@@ -22,6 +22,7 @@ from sparse_patch.ops.kernels import (
     LOWEST,
     add_tile,
     attention_outputs,
+    by_row,
     copyable,
     gpu,
     launch_op,
@@ -100,7 +101,6 @@ def span_attention(
     out, lse = _outputs(q, v, in_float32)
     batch, heads, q_length, head_dim = q.shape
     kv_heads, capacity, value_dim = k.shape[1], k.shape[2], v.shape[3]
-    q = q if q.stride(-1) == 1 else q.contiguous()
     k, v = copyable(k), copyable(v)
     tile = tile_of(max(head_dim, value_dim), q.dtype, _BLOCK, gpu(q.device)[1])
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (head_dim, value_dim))
@@ -111,9 +111,9 @@ def span_attention(
         out,
         lse,
         _longest_first(tuple(sinks), tuple(windows), q.device),
-        kv_start if kv_start is not None else lse,
+        by_row(kv_start, lse),
         kv_end if kv_end is not None else lse,
-        *q.stride()[:3],
+        *q.stride(),
         *out.stride()[:3],
         batch,
         heads,
@@ -175,6 +175,7 @@ def _span_kernel(
     stride_qb,
     stride_qh,
     stride_qs,
+    stride_qd,
     stride_ob,
     stride_oh,
     stride_os,
@@ -247,7 +248,8 @@ def _span_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     rows = offs_m.to(tl.int64)
-    p_q = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh + rows[:, None] * stride_qs + offs_d[None, :]
+    p_q = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh + rows[:, None] * stride_qs
+    p_q = p_q + offs_d.to(tl.int64)[None, :] * stride_qd
     b_q = tl.load(p_q, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
 
     to_log2 = 1.4426950408889634 * (1.0 if HAS_SOFTCAP else scale)

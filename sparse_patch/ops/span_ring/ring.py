@@ -104,8 +104,8 @@ class Ring:
 
     Attributes:
         layout: which slot keeps what.
-        k: `[B, total, D]`; rows in one piece.
-        v: `[B, total, Dv]`; rows in one piece. Slots that hold no token must be finite.
+        k: `[B, total, D]`.
+        v: `[B, total, Dv]`. Slots that hold no token must be finite.
     """
 
     layout: RingLayout

@@ -21,6 +21,7 @@ from sparse_patch.ops.kernels import (
     gpu,
     launch_op,
     merge_splits,
+    rows_in_one_piece,
     softcap_logits,
     window_at,
 )
@@ -119,8 +120,8 @@ def span_ring_attention(
         before.contiguous(),
         work,
         *q.stride(),
-        *ring_k.stride()[:2],
-        *ring_v.stride()[:2],
+        *ring_k.stride(),
+        *ring_v.stride(),
         *part.stride()[:3],
         *(own if own is not None else out).stride()[:3],
         heads,
@@ -170,7 +171,7 @@ def span_ring_write(
     """The kernel's launch; arguments as in `ops.span_ring`."""
     batch, kv_heads, length, head_dim = k.shape
     value_dim = v.shape[3]
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    k, v = rows_in_one_piece(k), rows_in_one_piece(v)
     block_s = 1 if length == 1 else 64
     _write_kernel[(triton.cdiv(length, block_s), kv_heads, batch)](
         k,
@@ -181,8 +182,8 @@ def span_ring_write(
         _heads(tuple(sinks), tuple(capacities), k.device),
         *k.stride()[:3],
         *v.stride()[:3],
-        *ring_k.stride()[:2],
-        *ring_v.stride()[:2],
+        *ring_k.stride(),
+        *ring_v.stride(),
         length,
         D=head_dim,
         DV=value_dim,
@@ -237,8 +238,10 @@ def _ring_kernel(
     stride_qd,
     stride_kb,
     stride_ks,
+    stride_kd,
     stride_vb,
     stride_vs,
+    stride_vd,
     stride_ob,
     stride_oh,
     stride_os,
@@ -300,8 +303,8 @@ def _ring_kernel(
     p_q = q + i_b * stride_qb + offs_h.to(tl.int64) * stride_qh + offs_q.to(tl.int64) * stride_qs
     mask_q = mask_m[:, None] & (offs_d < D)[None, :]
     b_q = tl.load(p_q[:, None] + (offs_d.to(tl.int64) * stride_qd)[None, :], mask=mask_q, other=0.0)
-    p_k = k + i_b * stride_kb + first_slot * stride_ks + offs_d
-    p_v = v + i_b * stride_vb + first_slot * stride_vs + offs_dv
+    p_k = k + i_b * stride_kb + first_slot * stride_ks + offs_d.to(tl.int64) * stride_kd
+    p_v = v + i_b * stride_vb + first_slot * stride_vs + offs_dv.to(tl.int64) * stride_vd
     mask_o = mask_m[:, None] & (offs_dv < DV)[None, :]
     p_lse = (i_b * heads + offs_h) * q_length + offs_q
 
@@ -366,8 +369,10 @@ def _write_kernel(
     stride_vs,
     stride_rkb,
     stride_rks,
+    stride_rkd,
     stride_rvb,
     stride_rvs,
+    stride_rvd,
     length,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -399,5 +404,7 @@ def _write_kernel(
     p_v = v + i_b * stride_vb + i_hk.to(tl.int64) * stride_vh + rows[:, None] * stride_vs + offs_dv[None, :]
     b_k = tl.load(p_k, mask=mask_k, other=0.0)
     b_v = tl.load(p_v, mask=mask_v, other=0.0)
-    tl.store(ring_k + i_b * stride_rkb + slots[:, None] * stride_rks + offs_d[None, :], b_k, mask=mask_k)
-    tl.store(ring_v + i_b * stride_rvb + slots[:, None] * stride_rvs + offs_dv[None, :], b_v, mask=mask_v)
+    p_k = ring_k + i_b * stride_rkb + slots[:, None] * stride_rks + offs_d.to(tl.int64)[None, :] * stride_rkd
+    p_v = ring_v + i_b * stride_rvb + slots[:, None] * stride_rvs + offs_dv.to(tl.int64)[None, :] * stride_rvd
+    tl.store(p_k, b_k, mask=mask_k)
+    tl.store(p_v, b_v, mask=mask_v)

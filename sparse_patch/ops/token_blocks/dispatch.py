@@ -1,6 +1,5 @@
 """Choice of the backend: a module here with `attend`."""
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -52,4 +51,15 @@ def unsupported(call: AttentionCall, plan: TokenBlockPlan, backend: str) -> str 
 
 
 def _module(backend: str) -> Any:
-    return import_module(f"sparse_patch.ops.token_blocks.{backend}")
+    """The backend's module, by statements that torch.compile can trace."""
+    if backend == "triton":
+        from sparse_patch.ops.token_blocks import triton
+
+        return triton
+    if backend == "torch":
+        from sparse_patch.ops.token_blocks import torch
+
+        return torch
+    from sparse_patch.ops.token_blocks import reference
+
+    return reference

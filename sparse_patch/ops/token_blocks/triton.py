@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.ops.backends import kernel_unsupported
-from sparse_patch.ops.kernels import attention_outputs, copyable, gpu, launch_op, tile_logits
+from sparse_patch.ops.kernels import attention_outputs, by_row, copyable, gpu, launch_op, tile_logits
 from sparse_patch.plans import BLOCK_BITS, TokenBlockPlan
 
 _BITS: tl.constexpr = tl.constexpr(BLOCK_BITS)
@@ -113,6 +113,7 @@ def token_block_attention(
     block_g = max(triton.next_power_of_2(group), 16 // token_tile)
     tile = tile_of(token_tile * block_g, max(head_dim, value_dim), q.dtype, gpu(q.device)[1])
     k, v = copyable(k), copyable(v)
+    entries, counts = entries.contiguous(), counts.contiguous()
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (head_dim, value_dim))
     tiles = entries.shape[2]
     _token_block_kernel[(batch * kv_heads * tiles,)](
@@ -123,7 +124,7 @@ def token_block_attention(
         lse,
         entries,
         counts,
-        kv_start if kv_start is not None else counts,
+        by_row(kv_start, counts),
         *q.stride(),
         *out.stride()[:3],
         heads,
@@ -131,7 +132,7 @@ def token_block_attention(
         tiles,
         q_length,
         q_start,
-        entries.stride(2),
+        entries.shape[3],
         init_blocks,
         local_blocks,
         dense_blocks,
@@ -172,7 +173,7 @@ def _next_block(u, inits, fixed, low, p_list, count):
     return block, tl.where(u < fixed, -1, listed)
 
 
-@triton.jit(do_not_specialize=["tiles", "q_length", "q_start", "stride_list", "init", "local", "dense"])
+@triton.jit(do_not_specialize=["tiles", "q_length", "q_start", "num_entries", "init", "local", "dense"])
 def _token_block_kernel(
     q,
     k_desc,
@@ -194,7 +195,7 @@ def _token_block_kernel(
     tiles,
     q_length,
     q_start,
-    stride_list,
+    num_entries,
     init,
     local,
     dense,
@@ -233,11 +234,11 @@ def _token_block_kernel(
         offs_d = tl.arange(0, BLOCK_D)
         offs_dv = tl.arange(0, BLOCK_DV)
         p_q = q + i_b.to(tl.int64) * stride_qb + offs_h[:, None] * stride_qh + index[:, None] * stride_qs
-        p_q = p_q + offs_d[None, :] * stride_qd
+        p_q = p_q + offs_d.to(tl.int64)[None, :] * stride_qd
         b_q = tl.load(p_q, mask=mask_r[:, None] & (offs_d < D)[None, :], other=0.0)
 
         i_list = (i_b * kv_heads + i_hk).to(tl.int64) * tiles + i_tile
-        p_list = entries + i_list * stride_list
+        p_list = entries + i_list * num_entries
         count = tl.load(counts + i_list)
         block = first // BLOCK
         low = tl.where(block < dense, 0, tl.maximum(block - local, 0))  # first block of the window

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparse_patch.call import AttentionCall
 from sparse_patch.ops.backends import kernel_unsupported
 from sparse_patch.ops.compressed_keys.rules import BLOCK, COLUMNS, BlockRule
-from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, copyable, gpu, launch_op, softcap_logits
+from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, by_row, copyable, gpu, launch_op, softcap_logits
 from sparse_patch.plans import BLOCK_BITS, BlockGrid
 
 _BITS: tl.constexpr = tl.constexpr(BLOCK_BITS)
@@ -111,7 +111,7 @@ def choose_token_blocks(
     block_g = max(block_g, 16 // cut.tokens)
     k1, k2 = copyable(k1), copyable(k2)
     descriptors = [TensorDescriptor.from_tensor(x, [1, 1, cut.columns, block_d]) for x in (k1, k2)]
-    starts = kv_start if kv_start is not None else counts
+    starts = by_row(kv_start, counts)
     width = -(-key_blocks // (cut.columns // COLUMNS)) * (cut.columns // COLUMNS)
     most = min(_blocks_at_once(batch * kv_heads, width, cut, gpu(q.device)[0]), query_blocks)
     scores = q.new_empty(2, batch * kv_heads * most * BLOCK * width, dtype=torch.float32)
@@ -258,7 +258,7 @@ def _score_kernel(
         real = (index >= tl.maximum(start - q_start, 0)) & (index < q_length) & (offs_g < GROUP)
         offs_d = tl.arange(0, BLOCK_D)
         p_q = q + i_b.to(tl.int64) * stride_qb + (i_h * GROUP + offs_g).to(tl.int64)[:, None] * stride_qh
-        p_q = p_q + index[:, None] * stride_qs + offs_d[None, :] * stride_qd
+        p_q = p_q + index[:, None] * stride_qs + offs_d.to(tl.int64)[None, :] * stride_qd
         b_q = tl.load(p_q, mask=real[:, None] & (offs_d < D)[None, :], other=0.0)
         to_log2 = _LOG2_E * (1.0 if HAS_SOFTCAP else scale)
 

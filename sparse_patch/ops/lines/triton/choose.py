@@ -20,15 +20,16 @@ def choose_lines(
     batch, heads, q_length, head_dim = call.q.shape
     blocks, block = grid.num_key_blocks, grid.block_size
     profiles = stacked_profiles(call, block)
-    counts = grid.row_starts if rule.reach else tokens_within(profiles, rule.gamma)
+    mean_k, row_starts = mean_k.contiguous(), grid.row_starts.contiguous()
+    counts = row_starts if rule.reach else tokens_within(profiles, rule.gamma)
     pooled = mean_k.new_empty(3, batch, heads, blocks)
     _pool_kernel[(batch * heads * triton.cdiv(blocks, 32),)](
         profiles,
         call.q,
         mean_k,
-        grid.row_starts,
+        row_starts,
         pooled,
-        *call.q.stride()[:3],
+        *call.q.stride(),
         batch,
         heads,
         call.group_size,
@@ -48,7 +49,7 @@ def choose_lines(
     _choose_kernel[(batch * heads,)](
         pooled,
         counts,
-        grid.row_starts,
+        row_starts,
         lines,
         aware,
         batch,
@@ -72,8 +73,8 @@ def choose_lines(
 
 @triton.jit(do_not_specialize=["batch", "heads", "first_query", "keys", "blocks"])
 def _pool_kernel(
-    profiles, q, mean_k, row_starts, pooled, stride_qb, stride_qh, stride_qs, batch, heads, group, first_query, keys,
-    blocks, scale, softcap, HAS_SOFTCAP: tl.constexpr, FROM_START: tl.constexpr, D: tl.constexpr,
+    profiles, q, mean_k, row_starts, pooled, stride_qb, stride_qh, stride_qs, stride_qd, batch, heads, group,
+    first_query, keys, blocks, scale, softcap, HAS_SOFTCAP: tl.constexpr, FROM_START: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Both profiles summed over blocks, and the logits of the last queries' mean against the mean keys."""
@@ -96,7 +97,8 @@ def _pool_kernel(
     mass = tl.load(profiles + distances * keys + far, mask=(far >= 0) & (far < keys), other=0.0)
     tl.store(pooled + distances * blocks + offs_n, tl.sum(mass, 1), mask=offs_n < blocks)
     p_q = q + i_b * stride_qb + i_h * stride_qh + (first_query + offs_s).to(tl.int64)[:, None] * stride_qs
-    b_q = tl.load(p_q + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0).to(tl.float32)
+    p_q = p_q + offs_d.to(tl.int64)[None, :] * stride_qd
+    b_q = tl.load(p_q, mask=(offs_d < D)[None, :], other=0.0).to(tl.float32)
     mean_q = tl.sum(b_q, 0) / BLOCK * scale
     kv_head = i_b * (heads // group) + i_h // group
     p_k = mean_k + (kv_head * blocks + offs_n[:, None]) * D + offs_d[None, :]

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, query_blocks_of_row, softcap_logits
 from sparse_patch.ops.lines.rules import QueryAware
-from sparse_patch.ops.lines.triton.search import search
+from sparse_patch.ops.lines.triton.search import search, warps_of
 from sparse_patch.ops.slices import slices
 from sparse_patch.plans import BlockGrid
 
@@ -30,6 +30,8 @@ class PooledCut:
     Attributes:
         aware: which heads are cut, and by what.
         grid: the grid of their call.
+        heads: those of `aware`, contiguous.
+        row_starts: those of `grid`, contiguous.
         order: every head of every row, the query-aware ones first, int64 `[B * Hq]`.
         attention: float32 `[heads of a slice, NQ, N]`; with `each_row` nothing is written above the diagonal.
         floors: int32 `[B * Hq, n]`; entries whose bits are above the floor are taken. With `each_row` one for each
@@ -38,6 +40,8 @@ class PooledCut:
 
     aware: QueryAware
     grid: BlockGrid
+    heads: torch.Tensor
+    row_starts: torch.Tensor
     order: torch.Tensor
     attention: torch.Tensor
     floors: torch.Tensor
@@ -51,6 +55,8 @@ class PooledCut:
         return cls(
             aware,
             grid,
+            heads=aware.heads.contiguous(),
+            row_starts=grid.row_starts.contiguous(),
             order=aware.heads.flatten().int().argsort(descending=True, stable=True),
             attention=aware.mean_k.new_empty(held, queries, num_blocks),
             floors=torch.empty(number, floors, dtype=torch.int32, device=aware.heads.device),
@@ -74,12 +80,12 @@ def _attend_pooled(cut: PooledCut, part: slice) -> None:
     queries = grid.num_query_blocks
     _pooled_kernel[((part.stop - part.start) * triton.cdiv(queries, block_i),)](
         call.q,
-        aware.mean_k,
-        aware.heads,
+        aware.mean_k.contiguous(),
+        cut.heads,
         cut.order,
         cut.attention,
-        grid.row_starts,
-        *call.q.stride()[:3],
+        cut.row_starts,
+        *call.q.stride(),
         call.q_start,
         call.kv_length,
         part.start,
@@ -109,9 +115,9 @@ def _find_floors(cut: PooledCut, part: slice) -> None:
     floors = cut.floors.shape[1]
     _floor_kernel[((part.stop - part.start) * floors,)](
         cut.attention,
-        aware.heads,
+        cut.heads,
         cut.order,
-        grid.row_starts,
+        cut.row_starts,
         grid.q_start,
         grid.kv_length,
         cut.floors,
@@ -125,7 +131,7 @@ def _find_floors(cut: PooledCut, part: slice) -> None:
         LIMITED=aware.max_blocks is not None,
         SIDE=grid.block_size,
         BLOCK=block,
-        num_warps=max(4, block // 512),
+        num_warps=warps_of(block),
     )
 
 
@@ -137,9 +143,9 @@ def _find_floors_of_long(cut: PooledCut, part: slice) -> None:
     for step in range(_LONG_STEPS):
         _digit_kernel[(number * chunks,)](
             cut.attention,
-            aware.heads,
+            cut.heads,
             cut.order,
-            grid.row_starts,
+            cut.row_starts,
             grid.q_start,
             grid.kv_length,
             sums[step % 2],
@@ -160,8 +166,8 @@ def _find_floors_of_long(cut: PooledCut, part: slice) -> None:
 
 @triton.jit(do_not_specialize=["q_start", "keys", "first", "heads", "queries", "blocks"])
 def _pooled_kernel(
-    q, mean_k, aware, order, attention, row_starts, stride_qb, stride_qh, stride_qs, q_start, keys, first, heads, group,
-    queries, blocks, scale, softcap, HAS_SOFTCAP: tl.constexpr, EACH_ROW: tl.constexpr, D: tl.constexpr,
+    q, mean_k, aware, order, attention, row_starts, stride_qb, stride_qh, stride_qs, stride_qd, q_start, keys, first,
+    heads, group, queries, blocks, scale, softcap, HAS_SOFTCAP: tl.constexpr, EACH_ROW: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, SIDE: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Causal attention of mean queries to mean keys, for some query blocks of a query-aware head.
@@ -181,7 +187,7 @@ def _pooled_kernel(
     query_block = first_block + offs_i
     start = tl.load(row_starts + i_b).to(tl.int32)
     low = tl.maximum(q_start - start, 0)
-    p_q = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh + offs_d[None, :]
+    p_q = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh + offs_d.to(tl.int64)[None, :] * stride_qd
     b_q = tl.zeros([BLOCK_I, BLOCK_D], dtype=tl.float32)
     for i in tl.range(0, SIDE, 8):
         for more in tl.static_range(8):  # eight loads at a time: one after another, each waits for the memory

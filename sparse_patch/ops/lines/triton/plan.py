@@ -18,14 +18,15 @@ def plan_of_lines(
     queries, device = grid.num_query_blocks, verticals.device
     indices = torch.empty(batch, heads, queries, num_blocks, dtype=torch.int32, device=device)
     counts = torch.empty(batch, heads, queries, dtype=torch.int32, device=device)
+    verticals, slashes, row_starts = verticals.contiguous(), slashes.contiguous(), grid.row_starts.contiguous()
     cut = None if aware is None else PooledCut.of(aware, grid)
-    of_aware = (counts,) * 4 if cut is None else (cut.aware.heads, cut.order, cut.attention, cut.floors)
+    of_aware = (counts,) * 4 if cut is None else (cut.heads, cut.order, cut.attention, cut.floors)
     for part in [slice(0, batch * heads)] if cut is None else cut.slices():
         _plan_kernel[((part.stop - part.start) * queries,)](
             verticals,
             slashes,
             *of_aware,  # not read without query-aware heads
-            grid.row_starts,
+            row_starts,
             grid.q_start,
             grid.kv_length,
             indices,

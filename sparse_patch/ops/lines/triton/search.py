@@ -11,11 +11,16 @@ import triton.language as tl
 
 def tokens_within(mass: torch.Tensor, gamma: float) -> torch.Tensor:
     """1 + how many of the largest entries of `mass` `[..., n]`, all in [0, 2), have a sum of at most `gamma`, int64."""
-    rows = mass.reshape(-1, mass.shape[-1])
+    rows = mass.reshape(-1, mass.shape[-1]).contiguous()
     counts = torch.empty(len(rows), dtype=torch.int64, device=mass.device)
     block = min(16384, triton.next_power_of_2(rows.shape[1]))
-    _count_kernel[(len(rows),)](rows, counts, gamma, rows.shape[1], BLOCK=block, num_warps=max(4, block // 512))
+    _count_kernel[(len(rows),)](rows, counts, gamma, rows.shape[1], BLOCK=block, num_warps=warps_of(block))
     return counts.view(mass.shape[:-1])
+
+
+def warps_of(block: int) -> int:
+    """Warps of a program that holds a block of entries; known to torch.compile for any length of a prompt."""
+    return next((warps for warps in (32, 16, 8) if block >= 512 * warps), 4)
 
 
 @triton.jit

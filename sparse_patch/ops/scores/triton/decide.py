@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, launch_op, softcap_logits
+from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, by_row, launch_op, softcap_logits
 from sparse_patch.ops.scores.rules import DENSE_BELOW, QUERY_TILE, SEGMENT
 from sparse_patch.ops.scores.triton.codes import EVEN, scale_of, smoothed, to_codes
 
@@ -87,11 +87,11 @@ def decide_blocks(
         TensorDescriptor.from_tensor(codes, [1, 1, tile.keys, block_d]),
         scales,
         mean_term,
-        mean_k,
-        mean_q if mean_q is not None else mean_k,
-        tau,
+        mean_k.contiguous(),
+        mean_k if mean_q is None else mean_q.contiguous(),
+        tau.contiguous(),
         words,
-        kv_start if kv_start is not None else words,
+        by_row(kv_start, words),
         *q.stride(),
         *k.stride(),
         heads,

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparse_patch.ops.kernels import launch_op
+from sparse_patch.ops.kernels import by_row, launch_op
 from sparse_patch.ops.scores.rules import KEY_BLOCK, WORD_KEYS
 from sparse_patch.ops.scores.triton.codes import scale_of, smoothed, to_codes
 
@@ -23,8 +23,8 @@ def quantise_keys(
 
     Args:
         k: `[B, Hkv, Skv, D]`.
-        mean_k: `[B, Hkv, D]`, contiguous.
-        mean_q: `[B, Hq, D]`, contiguous; None for int8.
+        mean_k: `[B, Hkv, D]`.
+        mean_q: `[B, Hq, D]`; None for int8.
         kv_start: int64 `[B]`, or None.
         largest_code: 7 or 127.
 
@@ -37,12 +37,12 @@ def quantise_keys(
     steps = slots // _KEYS
     _quantise_kernel[(batch * kv_heads * steps,)](
         k,
-        mean_k,
-        mean_q if mean_q is not None else mean_k,
+        mean_k.contiguous(),
+        mean_k if mean_q is None else mean_q.contiguous(),
         codes,
         scales,
         mean_term,
-        kv_start if kv_start is not None else codes,
+        by_row(kv_start, codes),
         *k.stride(),
         kv_heads,
         mean_q.shape[1] // kv_heads if mean_q is not None else 1,

@@ -1,0 +1,171 @@
+"""Layers of a KV cache that keep every token, with room for what a decode method keeps beside the keys.
+
+A `DynamicCache` of Transformers copies all its keys and values for every token; a `GrowingLayer` copies the token. A
+`FixedLayer` is the static layer, with what that lacks: cropping, and reordering in place. Both keep a decode method's
+statistics (`LayerMemory`) in step when the rows of the batch or the end of the text change.
+
+What a layer writes in place are ordinary tensors even if it was filled under `torch.inference_mode`, so a cache can be
+used outside of it (`sparse_patch.ordinary`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+from sparse_patch.memory import LayerMemory
+from sparse_patch.ordinary import OrdinaryState, ordinary_tensors
+
+SPARE = 256  # tokens of room beyond what is asked for
+
+
+class GrowingLayer(OrdinaryState, DynamicLayer):
+    """A `DynamicLayer` that keeps room behind its last token. For inference: it writes in place.
+
+    Attributes:
+        max_length: tokens of prompt and answer together; 0 where that is not known. Nothing stops there.
+        memory: what a decode method keeps beside the keys.
+    """
+
+    _room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __init__(self, max_length: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.max_length = max_length
+        self.memory = LayerMemory()
+
+    def make_room(self, length: int) -> None:
+        """Prompt and answer become so long, if it was known how long."""
+        self.max_length = max(self.max_length, length) if self.max_length else 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values `[B, Hkv, S, D]`; all of them, `[B, Hkv, length, D]`, views of what is kept.
+
+        Where gradients are recorded they are copies, as those of a `DynamicLayer`.
+        """
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            self._room = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        length = self.get_seq_length()
+        end = length + key_states.shape[-2]
+        new = key_states, value_states
+        if self._room is None or not all(map(_lies_in, (self.keys, self.values), self._room, new)):
+            with ordinary_tensors():
+                keys, values = (
+                    _with_room(old, states, length, end)
+                    for old, states in zip((self.keys, self.values), new, strict=True)
+                )
+            self._room = keys, values
+            self.dtype = keys.dtype
+        keys, values = self._room
+        keys[..., length:end, :] = key_states
+        values[..., length:end, :] = value_states
+        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        self.keys = self.values = None  # Transformers up to 5.17 would zero them, and keep their length
+        self.is_initialized = False
+        super().reset()
+        self._room = None
+        self.memory.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; the number is negative, as Transformers has it."""
+        super().crop(tokens_to_remove)
+        self.memory.covered = min(self.memory.covered, self.get_seq_length())
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._change_memory(selected(beam_idx))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._change_memory(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._change_memory(lambda tensor: tensor[indices])
+
+    def _change_memory(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        with ordinary_tensors():
+            self.memory.change_rows(change)
+
+
+class FixedLayer(OrdinaryState, StaticLayer):
+    """A `StaticLayer` whose tensors stay where they are as long as the batch has its size, as CUDA graphs need it."""
+
+    def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
+        with ordinary_tensors():
+            super().__init__(max_cache_len, **kwargs)
+        self.memory = LayerMemory()
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        with ordinary_tensors():
+            super().lazy_initialization(key_states, value_states)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; the number is negative, as Transformers has it.
+
+        Raises:
+            ValueError: the number is positive.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
+        if self.is_initialized:
+            self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._change_rows(selected(beam_idx))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch; the tensors become larger ones elsewhere."""
+        self._change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows of the batch; the tensors become smaller ones elsewhere."""
+        self._change_rows(lambda tensor: tensor[indices])
+
+    def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if not self.is_initialized:
+            return
+        assert self.keys is not None and self.values is not None
+        with ordinary_tensors():
+            self.keys, self.values = in_place(self.keys, change), in_place(self.values, change)
+            self.memory.change_rows(lambda tensor: in_place(tensor, change))
+        self.batch_size = len(self.keys)
+
+
+def selected(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: tensor.index_select(0, rows.to(tensor.device))
+
+
+def in_place(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The changed tensor where the old one was, if it has its shape still; else marked as one that stays there."""
+    changed = change(tensor)
+    if changed.shape == tensor.shape:
+        return tensor.copy_(changed)
+    torch._dynamo.mark_static_address(changed)
+    return changed
+
+
+def _lies_in(kept: torch.Tensor, room: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether what is kept still lies in the room (beam search and the like replace it), and the new tokens fit in."""
+    still = kept.data_ptr() == room.data_ptr() and len(kept) == len(room) and kept.dtype == room.dtype
+    fits = room.shape[-2] >= kept.shape[-2] + new.shape[-2] and torch.promote_types(room.dtype, new.dtype) == room.dtype
+    return still and fits
+
+
+def _with_room(old: torch.Tensor, new: torch.Tensor, length: int, end: int) -> torch.Tensor:
+    """Room for more than `end` tokens, the first `length` filled, in a dtype that holds old and new ones."""
+    dtype = torch.promote_types(old.dtype, new.dtype) if length else new.dtype
+    room = new.new_empty((*new.shape[:-2], end + SPARE + end // 8, new.shape[-1]), dtype=dtype)
+    if length:
+        room[..., :length, :] = old
+    return room

@@ -1,0 +1,62 @@
+"""What the layers of one forward share. It travels with the mask of the forward, so threads never meet in it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sparse_patch.caches import Prompt, prompt_of
+from sparse_patch.errors import PatchError
+from sparse_patch.names import is_hook
+
+_ANEW = "the model was patched or unpatched while a forward ran; run the forward again"
+
+
+@dataclass(eq=False)
+class PatchMark:
+    """Tells one patch of a model from the next.
+
+    Attributes:
+        active: whether the model still has it.
+    """
+
+    active: bool = True
+
+
+@dataclass
+class Forward:
+    """One forward pass of a decoder.
+
+    Attributes:
+        config: the config that its masks were made by; unpatching takes the hook's name out of it.
+        cache: the cache that it uses; None without one, and before the first attention module is reached.
+        patch: the patch that its layers run under.
+        carried: what methods pass on from layer to layer, by name.
+    """
+
+    config: Any = None
+    cache: Any = None
+    patch: PatchMark | None = None
+    carried: dict[str, Any] = field(default_factory=dict)
+
+    def join(self, patch: PatchMark) -> None:
+        """An attention module with a patch is about to run in this forward.
+
+        Raises:
+            PatchError: the model was unpatched, maybe patched anew, since the forward began.
+        """
+        if not torch.compiler.is_compiling():
+            same = patch.active and self.patch in (None, patch)
+            if not same or not (self.config is None or is_hook(self.config._attn_implementation)):
+                raise PatchError(_ANEW)
+        self.patch = patch
+
+    def check_patched(self) -> None:
+        """Raise PatchError if the model was unpatched since an attention module with a patch ran in this forward."""
+        if self.patch is not None and not self.patch.active:
+            raise PatchError(_ANEW)
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """What `generate` reads first, if it made the forward; never inside a compiled graph, which serves any."""
+        return None if torch.compiler.is_compiling() else prompt_of(self.cache)

@@ -1,0 +1,73 @@
+"""What a patched attention module carries."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sparse_patch.call import Phase
+from sparse_patch.config import PatchConfig
+from sparse_patch.forward import PatchMark
+from sparse_patch.head_shard import HeadShard
+from sparse_patch.methods.base import DecodeMethod
+from sparse_patch.plans import Plan
+from sparse_patch.report import LayerCounts
+
+AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass
+class LayerState:
+    """What a patched attention module carries, as its attribute `sparse_patch`.
+
+    It is the same for all forwards; what belongs to one travels with that forward's mask and cache. The counts are the
+    only thing that a forward changes.
+
+    Attributes:
+        name: dotted path of the module in its model.
+        layer: index of the layer.
+        cache_layer: index of the layer whose keys it reads: its own, but where layers share keys.
+        kind: its attention in the model itself, "full", "sliding", ...
+        config: the configuration; shared by all layers.
+        patch: tells this patch of the model from others; shared by all layers.
+        phases: phases in which this layer uses the configured method; it is dense in the others.
+        original_config: the Transformers config that the module has without the patch.
+        dense: the attention function of the implementation that the model had before.
+        warned: reasons that were warned about; shared by all layers.
+        shard: the heads that this process has, where tensor parallelism splits them; shared by all layers.
+        counts: what was computed, for the report.
+        captured: when not None, the plans of the calls that ran, newest last.
+    """
+
+    name: str
+    layer: int
+    cache_layer: int
+    kind: str
+    config: PatchConfig
+    patch: PatchMark
+    phases: frozenset[Phase]
+    original_config: Any
+    dense: AttentionFunction
+    warned: set[str]
+    shard: HeadShard
+    counts: LayerCounts = field(default_factory=LayerCounts)
+    captured: list[tuple[Phase, Plan]] | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A patched model was loaded whole, maybe where nothing was patched yet."""
+        from sparse_patch.attention import register  # which imports this module
+
+        vars(self).update(state)
+        register(self.original_config._attn_implementation)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the decode method keeps something beside the keys."""
+        return self.decoder is not None and type(self.decoder).remember is not DecodeMethod.remember
+
+    @property
+    def decoder(self) -> DecodeMethod | None:
+        """The sparse decode method of this layer."""
+        method = self.config.decode if "decode" in self.phases else None
+        return method if isinstance(method, DecodeMethod) else None

@@ -1,0 +1,124 @@
+"""Why a call is dense: the configuration wants it, the model does, or no sparse path can serve the call."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_patch.call import AttentionCall, Phase
+from sparse_patch.layer_state import LayerState
+from sparse_patch.masks import LazyMask
+from sparse_patch.methods.spans import SpanMethod
+from sparse_patch.ops import block_sparse, page_decode, span, token_blocks
+from sparse_patch.ops.backends import takes_triton
+from sparse_patch.plans import Dense, PagePlan, SpanPlan, SparsePlan, TokenBlockPlan
+from sparse_patch.rings import RingLayer
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Tensors among the keyword arguments that leave the arithmetic of attention as it is. Any other one makes a call dense.
+_HARMLESS_TENSORS = frozenset({"position_ids", "cache_position", "text_position_ids", "labels", "input_ids"})
+
+
+def dense_by_design(state: LayerState, phase: Phase, mask: Any, kwargs: dict[str, Any]) -> Dense | None:
+    """Dense because the configuration or the model wants it so."""
+    method = state.config.method(phase)
+    if method is None:
+        return Dense(f"no {phase} method")
+    if phase not in state.phases:
+        return Dense("layer not selected")
+    if method.method == "dense":
+        return Dense("method: dense")
+    if has_window(mask, kwargs):
+        return Dense("chunked layer" if state.kind == "chunked" else "sliding-window layer")
+    return None
+
+
+def has_window(mask: Any, kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.get("sliding_window")) or (isinstance(mask, LazyMask) and mask.window is not None)
+
+
+def unsupported(
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, ...],
+    mask: Any,
+    kwargs: dict[str, Any],
+    ring: RingLayer | None = None,
+) -> Dense | None:
+    """Dense because no sparse path can serve the call; with a ring its keys are those of the forward alone."""
+    if not isinstance(mask, LazyMask):
+        made = "mask tensor passed by the caller or computed by the model"
+        return Dense("no mask was built" if mask is None else made)
+    if torch.compiler.is_compiling() and (reason := _unknown_in_a_graph(mask)):
+        return reason
+    if not mask.is_plain_causal:
+        return Dense("mask is more than causal (packed sequences, prefix-LM or bidirectional blocks)")
+    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        return Dense("attention is not causal")
+    if kwargs.get("output_attentions"):
+        return Dense("output_attentions")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return Dense("gradients are needed (use torch.no_grad for inference)")
+    if kwargs.get("dropout"):
+        return Dense("attention dropout")
+    if kwargs.get("s_aux") is not None or getattr(module, "sinks", None) is not None:
+        return Dense("attention sinks in the softmax")
+    for name, value in kwargs.items():
+        if torch.is_tensor(value) and name not in _HARMLESS_TENSORS:
+            return Dense(f"argument {name}")
+    if reason := _unserved_dtypes(tensors, ring):
+        return reason
+    keys = mask.kv_length if ring is None else mask.q_length
+    described = mask.kv_length if ring is None else ring.get_mask_sizes(mask.q_length)[0]
+    if (tensors[1].shape[2], mask.kv_length) != (keys, described) or not mask.fits:
+        return Dense("the cache returns other keys than the mask describes")
+    if not mask.has_left_padding_only:
+        return Dense("padding that is not on the left")
+    return None
+
+
+def _unknown_in_a_graph(mask: LazyMask) -> Dense | None:
+    """Dense because a mask that a graph makes itself cannot be read on the host."""
+    if mask.is_prepared:
+        return None
+    if mask.padding is not None:
+        return Dense("padding mask inside torch.compile (pass none with prompts of one length)")
+    if mask.end_on_device is not None and not mask.is_decode:
+        return Dense("prompt of a static cache inside torch.compile")
+    return None
+
+
+def untraceable(state: LayerState, phase: Phase, q: torch.Tensor) -> Dense | None:
+    """Dense because `torch.compile` cannot trace what plans or executes the call.
+
+    It traces decode, and spans, wherever they run. Other plans for prefill are lists of blocks, which Triton's kernels
+    read on the device and other backends on the host.
+    """
+    if not torch.compiler.is_compiling() or phase == "decode" or isinstance(state.config.prefill, SpanMethod):
+        return None
+    if takes_triton(q) and state.config.backend not in ("torch", "reference"):
+        return None
+    return Dense("prefill inside torch.compile without Triton's kernels")
+
+
+def _unserved_dtypes(tensors: tuple[torch.Tensor, ...], ring: RingLayer | None) -> Dense | None:
+    dtypes = [tensor.dtype for tensor in tensors]
+    if ring is not None and ring.keys is not None and ring.values is not None:
+        dtypes += [ring.keys.dtype, ring.values.dtype]
+    if dtypes[0] not in _DTYPES:
+        return Dense(f"dtype {dtypes[0]}")
+    if len(set(dtypes)) > 1:
+        return Dense(f"queries, keys and values in several dtypes ({', '.join(map(str, dict.fromkeys(dtypes)))})")
+    return None
+
+
+def why_unserved(call: AttentionCall, plan: SparsePlan, backend: str) -> Dense | None:
+    """Dense because the backend cannot execute the plan."""
+    if isinstance(plan, PagePlan):
+        reason = page_decode.unsupported(call, plan, backend)
+    elif isinstance(plan, SpanPlan):
+        reason = span.unsupported(call, plan, backend)
+    elif isinstance(plan, TokenBlockPlan):
+        reason = token_blocks.unsupported(call, plan, backend)
+    else:
+        reason = block_sparse.unsupported(call, plan, backend)
+    return None if reason is None else Dense(reason)

@@ -1,0 +1,65 @@
+"""What a model computes without a patch: its config, its attention function, and a dense call as it was before."""
+
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_patch.discovery import dispatch_scope
+from sparse_patch.layer_state import AttentionFunction, LayerState
+from sparse_patch.masks import LazyMask
+from sparse_patch.names import is_hook, unpatched_name
+
+
+class _Unpatched:
+    """The module as its own attention function knows it: with the config it had before, everything else its own."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self._module = module
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def attend_unpatched(
+    module: nn.Module, tensors: tuple[torch.Tensor, ...], mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a module computes that was made from a patched model's config and has no patch itself."""
+    if isinstance(mask, LazyMask):
+        mask.forward.check_patched()
+    config = unpatched_config(module.config)
+    function = unpatched_function(module, config)
+    if isinstance(mask, LazyMask):
+        mask = mask.build(config._attn_implementation)
+    return function(_Unpatched(module, config), *tensors, mask, **kwargs)
+
+
+def unpatched_config(config: Any) -> Any:
+    """A config as it is without the patch: itself, or a copy with the implementation that the hook's name says."""
+    if not is_hook(config._attn_implementation):
+        return config
+    config, name = copy(config), unpatched_name(config._attn_implementation)
+    config._attn_implementation_internal = name
+    return config
+
+
+def unpatched_function(module: nn.Module, config: Any) -> AttentionFunction:
+    """The attention function of the implementation that a config of no patch names."""
+    scope = dispatch_scope(module)
+    assert scope is not None, "a module that reached the hook asks the attention interface"
+    function: AttentionFunction = scope["ALL_ATTENTION_FUNCTIONS"].get_interface(
+        config._attn_implementation, scope.get("eager_attention_forward")
+    )
+    return function
+
+
+def attend_densely(
+    state: LayerState, module: nn.Module, tensors: tuple[torch.Tensor, ...], mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the model did before it was patched."""
+    if isinstance(mask, LazyMask):
+        mask = mask.build(state.original_config._attn_implementation)
+    unpatched: Any = _Unpatched(module, state.original_config)
+    return state.dense(unpatched, *tensors, mask, **kwargs)
