@@ -4,6 +4,7 @@ Every message is one line that names what is wrong and the way out.
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from typing import Any
 LONGEST_MESSAGE = 480  # characters: with "error: " before it a line has fewer than 500
 LONGEST_NAME = 160  # of a path or a key
 LONGEST_VALUE = 60
+_NO_MEMORY = re.compile(
+    "(out of|allocate|enough) memory|size calculation overflowed"
+)  # PyTorch has a class for GPUs only
 
 
 class SparsePatchError(Exception):
@@ -39,7 +43,7 @@ class TaskError(SparsePatchError, ValueError):
 
 @contextmanager
 def said_in_one_line(debug: bool = False) -> Iterator[None]:
-    """For a `with` block that is all of a command: an error of ours or of the system is one line and exit code 2.
+    """For a `with` block that is all of a command: an error of ours, the system or memory is one line, exit code 2.
 
     Args:
         debug: raise it instead.
@@ -52,9 +56,11 @@ def said_in_one_line(debug: bool = False) -> Iterator[None]:
     except BrokenPipeError:  # whoever read it has read enough
         _drop_output()
         sys.exit(1)
-    except (SparsePatchError, OSError) as error:
-        if debug:
+    except (SparsePatchError, OSError, MemoryError, RuntimeError) as error:
+        full = isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
+        if debug or not (full or isinstance(error, SparsePatchError | OSError)):
             raise
+        error = SparsePatchError(f"out of memory; ask for less: {reason(error)}") if full else error
         print(f"error: {one_line(error, LONGEST_MESSAGE)}", file=sys.stderr)
         _drop_output()
         sys.exit(2)

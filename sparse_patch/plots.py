@@ -305,6 +305,7 @@ def check_picture(path: Path | None) -> None:
 
 
 def _save(figure: "Figure", path: str | Path) -> None:
+    check_picture(Path(path))
     picture = BytesIO()
     figure.savefig(picture, dpi=110, format=_format(Path(path)))
     write_file(Path(path), picture.getvalue())

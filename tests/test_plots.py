@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,9 @@ def test_what_cannot_be_drawn_is_one_line(
         plot_sparsity(report, plans, tmp_path / "a.png", [(1, 0)])
     with pytest.raises(SparsePatchError, match="no sparse prefill was captured"):
         plot_sparsity(report, {1: plans[1]}, tmp_path / "a.png")
+    for wrong in ("no/a.png", "a\0b.png", f"{'x' * 5000}.png"):
+        with pytest.raises(SparsePatchError, match=r"png: cannot be written: "):
+            plot_sparsity(report, plans, tmp_path / wrong)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SparsePatchError, match=r'pip install "sparse_patch\[plots\]"'):
         plot_sparsity(report, plans, tmp_path / "a.png")
@@ -119,3 +123,27 @@ def test_accuracy_lines_are_scores_against_shares(tmp_path: Path) -> None:
     }
     plot_accuracy(result, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "settings, gradients, reason",
+    [
+        ({"prefill": {"method": "flexprefill", "min_length": 64}}, True, "gradients are needed (use torch.no_grad for"),
+        ({"prefill": {"method": "flexprefill", "min_length": 4096}}, False, "shorter than min_length 4096"),
+        ({"decode": {"method": "quest"}}, False, "no prefill method"),
+    ],
+    ids=["gradients", "short", "decode"],
+)
+def test_a_picture_of_dense_prefills_names_the_true_reason(
+    settings: dict[str, Any], gradients: bool, reason: str, tmp_path: Path
+) -> None:
+    model = FAMILIES["llama"]()
+    with patched(model, {**settings, "on_unsupported": "silent"}), capture_plans(model) as plans:
+        with torch.set_grad_enabled(gradients):
+            model(torch.randint(3, 90, (1, 200)))
+        with pytest.raises(SparsePatchError) as error:
+            plot_sparsity(sparsity_report(model), plans, tmp_path / "a.png")
+    layers = model.config.num_hidden_layers
+    assert str(error.value).startswith(
+        f"plot: no sparse prefill was captured: all {layers} layers were dense: {reason}"
+    )

@@ -76,7 +76,7 @@ def shape_of(text: str) -> Shape:
         return SHAPES[text]
     try:
         heads, kv_heads, head_dim = (int(number) for number in text.split(","))
-        if min(heads, kv_heads, head_dim) > 0 and heads % kv_heads == 0:
+        if min(heads, kv_heads, head_dim) > 0 and max(heads, head_dim) < 2**20 and heads % kv_heads == 0:
             return Shape(heads, kv_heads, head_dim)
     except ValueError:
         pass

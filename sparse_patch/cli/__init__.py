@@ -14,6 +14,7 @@ from rich.table import Table
 
 from sparse_patch.cli import bench, calibrate, evaluation
 from sparse_patch.cli.options import (
+    MOST,
     JsonOption,
     ModelOption,
     PlotOption,
@@ -122,7 +123,7 @@ def methods(json_file: JsonOption = None) -> None:
 def show(
     config: Annotated[str, typer.Argument(help="A packaged configuration or a YAML file.")],
     model: Annotated[str | None, typer.Option(help="Model folder or id to resolve it against.")] = None,
-    length: Annotated[int, typer.Option(min=1, help="Tokens that the memory of spans is said for.")] = 16384,
+    length: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens that the memory of spans is said for.")] = 16384,
     json_file: JsonOption = None,
 ) -> None:
     """Print a configuration with every default, what each layer of a model would run, and the memory of its spans."""

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparse_patch.cli.options import (
+    MOST,
     ArchitectureOption,
     BatchOption,
     ConfigsOption,
@@ -142,11 +143,13 @@ def bench_model(
     shape: ArchitectureOption = "llama-3.1-8b",
     lengths: LengthsOption = "4096",
     batch: BatchOption = 1,
-    new_tokens: Annotated[int, typer.Option(min=3, help="Tokens to generate.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=3, max=MOST, help="Tokens to generate.")] = 32,
     layers: LayersOption = None,
     cache: Annotated[str, typer.Option(help="static or dynamic.")] = "static",
     eager: Annotated[bool, typer.Option("--eager", help="Never compile; a static cache on a GPU does else.")] = False,
-    chunk: Annotated[int | None, typer.Option(min=1, help="Tokens of the prompt that a forward takes.")] = None,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Tokens of the prompt that a forward takes.")
+    ] = None,
     dense: Annotated[str, typer.Option(help="Dense ways to time too.")] = "copying,unpatched,best",
     dtype: DtypeOption = None,
     json_file: JsonOption = None,

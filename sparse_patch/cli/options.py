@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from sparse_patch.errors import SparsePatchError
+from sparse_patch.errors import SparsePatchError, short
+
+MOST = 2**31 - 1  # of a number
 
 ConfigsOption = Annotated[
     list[str] | None, typer.Option("--config", help="A packaged configuration or a YAML file; give it several times.")
@@ -15,7 +17,7 @@ ConfigsOption = Annotated[
 SuiteOption = Annotated[str, typer.Option(help="needle, niah, ruler or all.")]
 TasksOption = Annotated[str, typer.Option(help="Names with commas between, in place of a suite; see `tasks`.")]
 LengthsOption = Annotated[str, typer.Option(help="Tokens of the prompts, with commas between.")]
-SamplesOption = Annotated[int, typer.Option(min=1, help="Prompts of each task and length.")]
+SamplesOption = Annotated[int, typer.Option(min=1, max=MOST, help="Prompts of each task and length.")]
 SeedOption = Annotated[int, typer.Option(help="Chooses texts, keys and values.")]
 HaystackOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Text to hide things in.", show_default="Python's help topics")
@@ -29,9 +31,9 @@ DtypeOption = Annotated[
 ArchitectureOption = Annotated[
     str, typer.Option("--shape", help="llama-3.1-8b, qwen2.5-7b, qwen3-8b or needle-llama: sizes and layers.")
 ]
-BatchOption = Annotated[int, typer.Option(min=1, help="Rows of the batch.")]
+BatchOption = Annotated[int, typer.Option(min=1, max=MOST, help="Rows of the batch.")]
 LayersOption = Annotated[
-    int | None, typer.Option(min=1, help="Layers, to shrink the model.", show_default="those of the shape")
+    int | None, typer.Option(min=1, max=MOST, help="Layers, to shrink the model.", show_default="those of the shape")
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
 
@@ -57,8 +59,10 @@ def lengths_of(text: str, option: str = "--lengths") -> list[int]:
         lengths = [int(name) for name in names_of(text)]
     except ValueError:
         lengths = []
-    if not lengths or min(lengths) < 1:
-        raise SparsePatchError(f"{option}: expected numbers of tokens with commas between, 4096,8192, got {text!r}")
+    if not lengths or min(lengths) < 1 or max(lengths) > MOST:
+        raise SparsePatchError(
+            f"{option}: expected numbers of tokens with commas between, 4096,8192, got {short(text)}"
+        )
     return list(dict.fromkeys(lengths))
 
 

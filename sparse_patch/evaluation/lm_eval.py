@@ -6,11 +6,13 @@
 Importing this module registers the model with lm-eval; lm-eval itself scans no entry points.
 """
 
+import argparse
 import copy
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -303,18 +305,31 @@ def main(arguments: Sequence[str]) -> None:
     before, sys.argv = sys.argv, ["sparse-patch lm-eval", *arguments]
     try:
         harness = HarnessCLI()
-        parsed = harness.parse_args()
+        parsed = _parsed(harness)
         if hasattr(parsed, "include_path"):
             parsed.include_path = _include_paths(parsed.include_path)
         with _results_in(getattr(parsed, "output_path", None)):
             harness.execute(parsed)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        if isinstance(error, SparsePatchError):
-            raise
+    except SparsePatchError:
+        raise
+    except Exception as error:  # each task has exceptions of its own
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
         raise SparsePatchError(f"lm-eval: {kind}{' '.join(str(error).split())}") from error
     finally:
         sys.argv = before
+
+
+def _parsed(harness: HarnessCLI) -> argparse.Namespace:
+    """lm-eval's arguments; TaskError in place of its usage if they are none."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return harness.parse_args()
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        problem = said.getvalue().strip().rpartition("\n")[2].rpartition(" error: ")[2]
+        raise TaskError(f"lm-eval: {problem}; see `sparse-patch lm-eval run --help`") from None
 
 
 @contextmanager

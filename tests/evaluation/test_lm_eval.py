@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,35 @@ def test_configuration_is_needed_once(path: str, tokenizer: Any) -> None:
         SparseLM(patch_model(model(path), SPARSE), "dense.yaml", tokenizer=tokenizer)
     lm = SparseLM(model(path), "dense.yaml", tokenizer=tokenizer)
     assert lm.get_model_info()["sparse_patch"]["source"] == "dense.yaml"
+
+
+TASK = ["--tasks", "needle_vt", "--metadata"]
+BAD_ARGUMENTS = [
+    (
+        ["--tasks"],
+        "lm-eval: argument --tasks/-t: expected at least one argument; see `sparse-patch lm-eval run --help`",
+    ),
+    (["--limit", "x"], "lm-eval: argument --limit/-L: invalid float value: 'x'; see `sparse-patch lm-eval run --help`"),
+    (["--bogus"], "lm-eval: unrecognized arguments: --bogus; see "),
+    ([*TASK, '{"max_seq_lengths": "x"}'], "needle_vt: metadata: max_seq_lengths: expected 1 or more, got ['x']"),
+    (
+        [*TASK, '{"max_seq_lengths": [512, 0]}'],
+        "needle_vt: metadata: max_seq_lengths: expected 1 or more, got [512, 0]",
+    ),
+    ([*TASK, '{"max_seq_lengths": []}'], "needle_vt: metadata: max_seq_lengths: expected 1 or more, got []"),
+    ([*TASK, '{"num_samples": -1}'], "needle_vt: metadata: num_samples: expected 1 or more, got [-1]"),
+    ([*TASK, '{"num_samples": true}'], "needle_vt: metadata: num_samples: expected 1 or more, got [True]"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD_ARGUMENTS, ids=[row[1][9:40] for row in BAD_ARGUMENTS])
+def test_arguments_that_lm_eval_does_not_take(
+    path: str, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))  # which take long
+    with pytest.raises(TaskError) as error:
+        main(["--model", "hf-sparse", "--model_args", f"pretrained={path},config=dense", *arguments])
+    assert str(error.value).startswith(message) and "usage:" not in capsys.readouterr().err
 
 
 BAD = [

@@ -25,11 +25,11 @@ def documents(
         pretrained: the model.
 
     Raises:
-        TaskError: no tokenizer is named, or a prompt cannot be made.
+        TaskError: no tokenizer is named, a number is none, or a prompt cannot be made.
     """
     from datasets import Dataset
 
-    from sparse_patch.errors import TaskError
+    from sparse_patch.errors import TaskError, short
     from sparse_patch.evaluation.generation import load_tokenizer
     from sparse_patch.evaluation.prompts import read_haystack
     from sparse_patch.evaluation.tasks import TASKS, as_json
@@ -40,6 +40,9 @@ def documents(
     counter = load_tokenizer(name, "tokenizer")
     text = None if haystack is None else read_haystack(haystack)
     lengths = max_seq_lengths if isinstance(max_seq_lengths, list | tuple) else [max_seq_lengths]
+    for field, numbers in (("max_seq_lengths", lengths), ("num_samples", [num_samples])):
+        if not numbers or not all(type(number) is int and number > 0 for number in numbers):
+            raise TaskError(f"needle_{task}: metadata: {field}: expected 1 or more, got {short(numbers)}")
     samples = [
         TASKS[task].sample(counter, length, seed, index, text) for length in lengths for index in range(num_samples)
     ]
