@@ -97,6 +97,8 @@ def test_what_cannot_be_drawn_is_one_line(
         plot_sparsity(report, plans, tmp_path / "a.png", [(1, 0)])
     with pytest.raises(SparsePatchError, match="no sparse prefill was captured"):
         plot_sparsity(report, {1: plans[1]}, tmp_path / "a.png")
+    with pytest.raises(SparsePatchError, match=r"a\.docx: cannot be drawn: expected one of \..*png"):
+        plot_sparsity(report, plans, tmp_path / "a.docx")
     for wrong in ("no/a.png", "a\0b.png", f"{'x' * 5000}.png"):
         with pytest.raises(SparsePatchError, match=r"png: cannot be written: "):
             plot_sparsity(report, plans, tmp_path / wrong)

@@ -1,5 +1,10 @@
 """Prefill, forced answers and free generation, against `generate` and a single forward."""
 
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from families import gemma3, llama
@@ -94,3 +99,44 @@ def test_context_and_stop_tokens() -> None:
 def test_a_model_that_is_not_there() -> None:
     with pytest.raises(SparsePatchError, match="--model: no-such-model: cannot be loaded"):
         load_model("no-such-model")
+
+
+class Payload:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return exec, ("raise AssertionError('code of a checkpoint ran')",)
+
+
+DAMAGED: list[tuple[str, Callable[[Path], object], str]] = [
+    (
+        "pickle",
+        lambda file: torch.save({"model.norm.weight": Payload()}, file.with_name("pytorch_model.bin")),
+        "its weights are a pickle of more than tensors, which is never opened; save them as safetensors",
+    ),
+    (
+        "old pickle",
+        lambda file: file.with_name("pytorch_model.bin").write_bytes(pickle.dumps(Payload(), protocol=2)),
+        "its weights are a pickle of more than tensors, which is never opened; save them as safetensors",
+    ),
+    ("no weights", lambda file: None, ""),
+    ("cut", lambda file: file.write_bytes(b"\x08\0\0\0\0\0\0\0{"), ""),
+    ("a header without end", lambda file: file.write_bytes(b"\xff" * 16), ""),
+]
+
+
+@pytest.mark.parametrize("damage, message", [row[1:] for row in DAMAGED], ids=[row[0] for row in DAMAGED])
+def test_weights_that_cannot_be_loaded_are_one_line(
+    damage: Callable[[Path], object], message: str, tmp_path: Path, needle_llama_path: Path
+) -> None:
+    """A pickle runs no code."""
+    llama().save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(needle_llama_path / name)
+    (tmp_path / "model.safetensors").unlink()
+    damage(tmp_path / "model.safetensors")
+    with pytest.raises(SparsePatchError) as error:
+        load_model(tmp_path)
+    said = str(error.value)
+    assert said.startswith(f"--model: {tmp_path}: cannot be loaded: {message}") and said.isprintable()
+    assert len(said) <= 490 and "ran" not in said.split()
