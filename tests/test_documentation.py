@@ -34,6 +34,7 @@ from sparse_patch.bench import common
 from sparse_patch.cli import app, checked_commands, parsed
 from sparse_patch.evaluation.document import needle_document
 from sparse_patch.evaluation.lm_eval import TASKS
+from sparse_patch.ops import backends
 from sparse_patch.patching import is_patched
 
 ROOT = Path(__file__).parent.parent
@@ -42,17 +43,12 @@ RECIPES = sorted(
     for path in (ROOT / "recipes").rglob("*.yaml")
     if "commands:" in path.read_text()
 )
-SMALL = {  # what makes a command quick; the last value of an option counts
-    **{
-        "--length": "1024",
-        "--lengths": "512",
-        "--samples": "1",
-        "--repeats": "1",
-        "--needles": "1",
-        "--tasks": "niah_single_1",
-    },
-    **{"--batch": "1", "--budgets": "256", "--densities": "0.5", "--new-tokens": "3", "--chunk": "320"},
-    **{"--validate-length": "512", "--validate-samples": "1", "--plans": "1"},
+SMALL = {  # what makes a command quick, by what is run; the last value of an option counts
+    "": {"--samples": "1", "--repeats": "1", "--needles": "1", "--tasks": "niah_single_1", "--batch": "1"},
+    "demo": {"--length": "1024"},
+    "eval": {"--lengths": "256"},
+    "bench": {"--lengths": "128", "--budgets": "64", "--densities": "0.5", "--new-tokens": "3", "--chunk": "64"},
+    "calibrate": {"--length": "1024", "--lengths": "512", "--validate-length": "576", "--validate-samples": "1"},
 }
 OFFLINE = "needle_niah_single_1"  # in place of lm-eval's tasks, whose data a hub has
 
@@ -105,7 +101,8 @@ def small(arguments: list[str]) -> list[str]:
     for word in arguments:
         command = getattr(command, "commands", {}).get(word, command)
     known = {name for option in command.params for name in option.opts}
-    return [*arguments, *(word for name, value in SMALL.items() if name in known for word in (name, value))]
+    sizes = {**SMALL[""], **SMALL.get(arguments[0], {})}
+    return [*arguments, *(word for name, value in sizes.items() if name in known for word in (name, value))]
 
 
 def run(arguments: list[str]) -> None:
@@ -116,12 +113,13 @@ def run(arguments: list[str]) -> None:
 def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of the benchmarks with the heads and layers of the real ones, and little else; a row is timed once."""
     monkeypatch.setattr(common, "_CPU_RUNS", (1, 1))
-    shapes = {name: replace(shape, head_dim=64) for name, shape in common.SHAPES.items()}
+    monkeypatch.setattr(backends, "_interprets", lambda: False)  # as where no test runs
+    shapes = {name: replace(shape, head_dim=64) for name, shape in common.SHAPES.items()}  # those of needle-llama
     monkeypatch.setattr(common, "SHAPES", shapes)
     small = {"hidden": 64, "intermediate": 64, "vocabulary": 128}
     for name, architecture in list(common.ARCHITECTURES.items()):
         kind = type("Small", (common.Architecture,), {"model_shape": architecture.model_shape})  # as methods see it
-        heads = replace(architecture.heads, head_dim=64)
+        heads = replace(architecture.heads, head_dim=16)
         monkeypatch.setitem(common.ARCHITECTURES, name, kind(**{**vars(architecture), **small, "heads": heads}))
 
 
