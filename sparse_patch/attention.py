@@ -198,8 +198,8 @@ def _attend(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`sparse_attention` where all keys are at hand."""
-    with without_autocast(tensors[0].device):
-        query, key, value = as_autocast(*tensors)
+    query, key, value = as_autocast(*tensors)
+    with without_autocast(query.device):
         output = _attend_by_plan(state, module, (query, key, value), attention_mask, scaling, kwargs)
     if output is not None:
         return output, None
@@ -254,8 +254,8 @@ def _attend_to_ring(
     The ring says what is read, whatever the method of the phase: nothing else is there.
     """
     phase, backend = _phase(mask, tensors[0].shape[2]), state.config.backend
+    tensors = as_autocast(*tensors)  # type: ignore[assignment]
     with without_autocast(tensors[0].device):
-        tensors = as_autocast(*tensors)  # type: ignore[assignment]
         unserved = unsupported(module, tensors, mask, kwargs, ring)
         if unserved is not None:
             raise _refusal(state, ring, phase, unserved.reason)

@@ -5,6 +5,7 @@ on KV cache correction; in neither of its public codes) recomputes them every so
 tokens since the last correction, at their own positions, writes their keys and values anew.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,39 +22,45 @@ _TOKENS = "tokens since the correction"  # int64 [B, n], beside the keys of the 
 class Correction:
     """A forward pre-hook of the model that corrects the cache before the step after every `period` sparse ones.
 
-    Only for caches of which the host knows the length, that can be cut and that have a memory: those that `generate`
-    makes on a patched model, unless static. Tokens that come several at a time are dense and need no correction.
+    Only for caches of which the host knows the length and every layer can be cut and has a memory: those that
+    `generate` makes on a patched model, unless static or of a model with sliding windows or recurrent layers. Tokens
+    that come several at a time are dense and need no correction.
 
     Attributes:
         period: tokens between corrections.
-        layer: index of the first attention layer, whose memory has the tokens.
+        warns: whether to say that a cache of `generate` cannot be corrected.
     """
 
-    def __init__(self, period: int, layer: int) -> None:
+    def __init__(self, period: int, warns: bool) -> None:
         self.period = period
-        self.layer = layer
+        self.warns = warns
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """See `torch.nn.Module.register_forward_pre_hook` with `with_kwargs`, and `join_forward` for calls without."""
-        if kwargs is None:
+        if kwargs is None or torch.compiler.is_compiling():
             return
-        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
-        memory = None if torch.compiler.is_compiling() else memory_of(cache, self.layer)
-        length = getattr(cache, "get_seq_length", int)() if memory is not None else None
-        if memory is None or memory.at_rest or ids is None or not isinstance(length, int):
+        cache: Any = kwargs.get("past_key_values")
+        memory, ids = self._memory(cache), kwargs.get("input_ids")
+        if memory is None or memory.at_rest or ids is None or not isinstance(length := cache.get_seq_length(), int):
             return
         if ids.shape[1] > 1 or length == 0:  # a prompt
             memory.tensors.pop(_TOKENS, None)
             return
-        decoded = self._decoded(memory, ids)
+        decoded = _decoded(memory, ids, length)
         if decoded.shape[1] == self.period:
             self._correct(model, cache, decoded, kwargs)
-            decoded = decoded[:, :0]
+            memory.corrected, decoded = length, decoded[:, :0]
         memory.tensors[_TOKENS] = torch.cat([decoded, ids], dim=1)
 
-    def _decoded(self, memory: LayerMemory, ids: torch.Tensor) -> torch.Tensor:
-        decoded = memory.tensors.get(_TOKENS)
-        return ids[:, :0] if decoded is None or len(decoded) != len(ids) else decoded
+    def _memory(self, cache: Any) -> LayerMemory | None:
+        """The memory that has the tokens, of the first layer; None where a cache cannot be corrected."""
+        memories = [memory_of(cache, layer) for layer in range(len(getattr(cache, "layers", ())))]
+        if not any(memories):
+            return None
+        if not all(memories) and self.warns:
+            reason = "layers with sliding windows or recurrence cannot take tokens back"
+            warnings.warn(f"sparse_patch: the cache is not corrected: {reason}", stacklevel=2)
+        return memories[0] if all(memories) else None
 
     @torch.no_grad()
     def _correct(self, model: nn.Module, cache: Any, ids: torch.Tensor, step: dict[str, Any]) -> None:
@@ -66,6 +73,15 @@ class Correction:
         cache.crop(-ids.shape[1])
         with _at_rest(cache):
             model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1)
+
+
+def _decoded(memory: LayerMemory, ids: torch.Tensor, length: int) -> torch.Tensor:
+    """The tokens of a cache of some length that were decoded since its correction, `[B, n]`; `ids` come next."""
+    decoded, number = memory.tensors.get(_TOKENS), length - memory.corrected
+    if decoded is not None and len(decoded) == len(ids) and 0 <= number <= decoded.shape[1]:
+        return decoded[:, :number]  # fewer than before if the cache was cut
+    memory.corrected = length
+    return ids[:, :0]
 
 
 @contextmanager

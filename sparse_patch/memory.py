@@ -15,11 +15,13 @@ class LayerMemory(OrdinaryState):
     Attributes:
         tensors: by name, each with the batch as its first dimension.
         covered: tokens that the tensors know of, where the host knows (a growing cache); 0 for none.
+        corrected: tokens that cache correction need not read again, see `sparse_patch.correction`.
         at_rest: whether the running forward reads everything, because it corrects what was decoded sparsely.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     covered: int = 0
+    corrected: int = 0
     at_rest: bool = False
 
     def clear(self) -> None:

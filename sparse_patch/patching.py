@@ -131,7 +131,7 @@ def _attach(
         module.sparse_patch = state  # type: ignore[assignment]
     hooks = [module.register_forward_pre_hook(join_forward, with_kwargs=True) for module in modules]
     if isinstance(settings.decode, DecodeMethod) and settings.decode.correct_every is not None:
-        correction = Correction(settings.decode.correct_every, states[0].layer)
+        correction = Correction(settings.decode.correct_every, settings.on_unsupported == "warn")
         hooks.append(root.register_forward_pre_hook(correction, with_kwargs=True))
     patch = Patch(settings, modules, list(own_configs.values()), holders, hooks, mark)
     root.sparse_patch = patch  # type: ignore[assignment]
@@ -228,11 +228,11 @@ def span_cache(model: nn.Module, max_length: int) -> DynamicCache:
     """
     root = transformers_model(model)
     cache = DynamicCache(config=root.config)
-    adopt(cache, _spans_of(root), max_length)
+    adopt(cache, spans_of(root), max_length)
     return cache
 
 
-def _spans_of(root: PreTrainedModel) -> dict[int, SpansOf]:
+def spans_of(root: PreTrainedModel) -> dict[int, SpansOf]:
     """The spans of the layers that decode by spans and can have a ring, by layer."""
     config = root.config.get_text_config(decoder=True)
     with _PATCHING:
@@ -346,7 +346,7 @@ def _prepare_cache(
     is_assistant = bool(getattr(generation_config, "is_assistant", False))  # says who generates the candidates
     verifies = generation_mode == GenerationMode.ASSISTED_GENERATION
     if given is None:
-        adopt(cache, None if is_assistant or verifies else _spans_of(self), max_cache_length)
+        adopt(cache, None if is_assistant or verifies else spans_of(self), max_cache_length)
     if not (is_assistant and prompt_of(given)):  # an assistant is asked again and again about one text
         end = _prompt_length(generation_config, model_kwargs)
         note_prompt(cache, None if end is None else Prompt(end, verifies))

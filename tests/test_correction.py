@@ -1,11 +1,12 @@
 """KV-cache correction: after it the cache is what dense decode would have left."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from families import llama
-from transformers import DynamicCache, PreTrainedModel
+from families import COMMON, WINDOW, llama, qwen3_next
+from transformers import DynamicCache, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from sparse_patch.caches import growing_cache
 from sparse_patch.patching import is_patched, patched, sparsity_report
@@ -53,6 +54,47 @@ def test_a_corrected_cache_is_the_dense_one(model: PreTrainedModel, period: int,
     with patched(model, {"prefill": prefill, "decode": {**SPARSE, "correction_period": 20}}):
         keys_after(model, ids, mask, growing_cache(model.config), 21)
         assert sparsity_report(model).layers[1].prefill.sparse_calls == 1
+
+
+@pytest.mark.parametrize("period", [1, 3])
+@pytest.mark.parametrize("cut", [1, 2, 7])
+def test_tokens_that_were_cut_off_are_not_read_again(model: PreTrainedModel, cut: int, period: int) -> None:
+    """Cut into the tokens since the last correction, before it, and into the prompt; other tokens come after."""
+    ids = torch.randint(3, 90, (2, PROMPT + 12), generator=torch.Generator().manual_seed(1))
+    mask, begin = torch.ones_like(ids), PROMPT + 4 - cut
+    other = torch.cat([ids[:, :begin], torch.randint(3, 90, (2, PROMPT + 12 - begin))], 1)
+    dense, cache = DynamicCache(config=model.config), growing_cache(model.config)
+    expected = keys_after(model, other, mask, dense, 12)
+    with patched(model, {"decode": {**SPARSE, "correction_period": period}}), torch.no_grad():
+        keys_after(model, ids, mask, cache, 4)
+        cache.crop(-cut)
+        for i in range(begin, PROMPT + 12):
+            model(input_ids=other[:, i : i + 1], past_key_values=cache)
+    found = cache.layers[-1].keys
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found[:, :, :-period], expected[:, :, :-period], atol=1e-4, rtol=1e-4)
+
+
+def some_windows() -> PreTrainedModel:
+    """A window on the layer between two that have none."""
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    config = Qwen2Config(**COMMON, layer_types=kinds, use_sliding_window=True, sliding_window=WINDOW)
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("build", [some_windows, qwen3_next])
+def test_caches_that_cannot_be_cut_are_not_corrected(build: Callable[[], PreTrainedModel]) -> None:
+    """It is said; the answer is the one without correction."""
+    model = build()
+    batch: dict[str, Any] = {"input_ids": torch.randint(3, 90, (1, PROMPT)), "do_sample": False, "max_new_tokens": 6}
+    sparse: dict[str, Any] = {**SPARSE, "layers": {"full": [], "select": [int(build is qwen3_next)]}}
+    with patched(model, {"decode": sparse}):
+        expected = model.generate(**batch)
+    with (
+        patched(model, {"decode": {**sparse, "correction_period": 2}}),
+        pytest.warns(UserWarning, match="not corrected"),
+    ):
+        assert torch.equal(model.generate(**batch), expected)
 
 
 def test_generate_with_correction(model: PreTrainedModel) -> None:

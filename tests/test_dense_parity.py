@@ -33,6 +33,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparse_patch import patch_model, patched, sparsity_report, unpatch_model
+from sparse_patch.names import HOOK, is_hook
 
 DENSE = {"prefill": {"method": "dense"}, "decode": {"method": "dense"}}
 LENGTH = 48
@@ -86,19 +87,21 @@ def text_attention(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def counted_calls(implementation: str) -> Iterator[Counter[nn.Module]]:
-    """Count, per attention module, the calls that Transformers dispatches to `implementation`."""
-    function, calls = ALL_ATTENTION_FUNCTIONS[implementation], Counter()
+def counted_calls() -> Iterator[Counter[nn.Module]]:
+    """Count, per attention module, the calls that Transformers dispatches to the hook, under any of its names."""
+    calls: Counter[nn.Module] = Counter()
+    hooks = {name: ALL_ATTENTION_FUNCTIONS[name] for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if is_hook(name)}
 
     def spy(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         calls[module] += 1
-        return function(module, *args, **kwargs)
+        return hooks[module.config._attn_implementation](module, *args, **kwargs)
 
-    ALL_ATTENTION_FUNCTIONS[implementation] = spy
+    ALL_ATTENTION_FUNCTIONS.update(dict.fromkeys(hooks, spy))
     try:
         yield calls
     finally:
-        del ALL_ATTENTION_FUNCTIONS[implementation]  # only the override; the registered function stays
+        for name in hooks:
+            del ALL_ATTENTION_FUNCTIONS[name]  # only the override; the registered function stays
 
 
 def assert_reported(model: nn.Module, calls: Counter[nn.Module]) -> None:
@@ -116,14 +119,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def hook_name() -> str:
-    """The name under which the package registers its attention function."""
-    model = llama()
-    with patched(model, DENSE):
-        return model.config._attn_implementation
 
 
 # --- scenarios -------------------------------------------------------------------------------------------------------
@@ -238,19 +233,19 @@ TOLERANCES = {("gemma4", "generate-static"): 1e-5}
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss"])
-def test_dense_config_changes_nothing(family: str, scenario: str, hook_name: str) -> None:
+def test_dense_config_changes_nothing(family: str, scenario: str) -> None:
     model, run = {**FAMILIES, "gpt_oss": gpt_oss}[family](), SCENARIOS[scenario]
     if scenario == "attention-weights-eager":
         model.set_attn_implementation("eager")
     strings, before = implementations(model), run(model)
 
     patch_model(model, DENSE)
-    with counted_calls(hook_name) as calls:
+    with counted_calls() as calls:
         assert_same(run(model), before, TOLERANCES.get((family, scenario), 0.0))
     assert_reported(model, calls)
 
     unpatch_model(model)
-    with counted_calls(hook_name) as calls:
+    with counted_calls() as calls:
         assert_same(run(model), before)
     assert not calls
     assert implementations(model) == strings
@@ -279,13 +274,13 @@ def test_a_users_own_attention_function_finds_its_own_name(monkeypatch: pytest.M
 # --- patching, unpatching, and what must not be touched --------------------------------------------------------------
 
 
-def test_unpatching_restores_a_model_that_a_context_left_by_an_exception(hook_name: str) -> None:
+def test_unpatching_restores_a_model_that_a_context_left_by_an_exception() -> None:
     model = llama()
     strings, before = implementations(model), forward(model)
     with pytest.raises(ZeroDivisionError), patched(model, DENSE):
         assert implementations(model) != strings
         1 / 0  # noqa: B018
-    with counted_calls(hook_name) as calls:
+    with counted_calls() as calls:
         assert_same(forward(model), before)
     assert not calls
     assert implementations(model) == strings
@@ -299,12 +294,12 @@ def two_models_from_one_config() -> tuple[PreTrainedModel, PreTrainedModel]:
     return first, second
 
 
-def test_patching_a_model_leaves_another_of_the_same_config_alone(hook_name: str) -> None:
+def test_patching_a_model_leaves_another_of_the_same_config_alone() -> None:
     first, second = two_models_from_one_config()
     strings, before_first, before_second = implementations(second), generate(first), generate(second)
 
     patch_model(first, DENSE)
-    with counted_calls(hook_name) as calls:
+    with counted_calls() as calls:
         assert_same(generate(second), before_second)
         assert not calls
         assert_same(generate(first), before_first)
@@ -317,13 +312,13 @@ def test_patching_a_model_leaves_another_of_the_same_config_alone(hook_name: str
     assert implementations(second) == strings
 
 
-def test_unpatching_a_model_leaves_another_of_the_same_config_patched(hook_name: str) -> None:
+def test_unpatching_a_model_leaves_another_of_the_same_config_patched() -> None:
     first, second = two_models_from_one_config()
     strings, before = implementations(second), forward(second)
     patch_model(first, DENSE)
     patch_model(second, DENSE)
     unpatch_model(first)
-    with counted_calls(hook_name) as calls:
+    with counted_calls() as calls:
         assert_same(forward(second), before)
         assert set(calls) == set(text_attention(second))
         forward(first)
@@ -332,18 +327,18 @@ def test_unpatching_a_model_leaves_another_of_the_same_config_patched(hook_name:
     assert implementations(first) == implementations(second) == strings
 
 
-def test_a_deep_copy_of_a_patched_model_is_unpatched_on_its_own(hook_name: str) -> None:
+def test_a_deep_copy_of_a_patched_model_is_unpatched_on_its_own() -> None:
     model = llama()
     strings, before = implementations(model), generate(model)
     patch_model(model, DENSE)
     clone = copy.deepcopy(model)
-    with counted_calls(hook_name) as calls:
+    with counted_calls() as calls:
         assert_same(generate(clone), before)
     assert set(calls) == set(text_attention(clone))
 
     unpatch_model(clone)
     assert implementations(clone) == strings
-    with counted_calls(hook_name) as calls:
+    with counted_calls() as calls:
         assert_same(generate(clone), before)
         assert not calls
         assert_same(generate(model), before)
@@ -353,16 +348,16 @@ def test_a_deep_copy_of_a_patched_model_is_unpatched_on_its_own(hook_name: str) 
     assert implementations(model) == strings
 
 
-def test_a_saved_patched_model_reloads_unpatched(tmp_path: Path, hook_name: str) -> None:
+def test_a_saved_patched_model_reloads_unpatched(tmp_path: Path) -> None:
     model = llama()
     strings, before = implementations(model), forward(model)
     patch_model(model, DENSE)
     model.save_pretrained(tmp_path)
-    assert not [file.name for file in tmp_path.glob("*.json") if hook_name in file.read_text()]
+    assert not [file.name for file in tmp_path.glob("*.json") if HOOK in file.read_text()]
 
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert implementations(reloaded) == strings
-    with counted_calls(hook_name) as calls:
+    with counted_calls() as calls:
         assert_same(forward(reloaded), before)
     assert not calls
     assert implementations(model) != strings  # saving did not unpatch the model itself
@@ -373,7 +368,7 @@ def test_a_saved_patched_model_reloads_unpatched(tmp_path: Path, hook_name: str)
 
 @pytest.mark.parametrize("patch_first", [True, False], ids=["patch-then-wrap", "wrap-then-patch"])
 @pytest.mark.parametrize("through_wrapper", [True, False], ids=["unpatch-wrapper", "unpatch-base"])
-def test_lora(patch_first: bool, through_wrapper: bool, hook_name: str) -> None:
+def test_lora(patch_first: bool, through_wrapper: bool) -> None:
     peft = pytest.importorskip("peft")
 
     def wrap(model: PreTrainedModel) -> PreTrainedModel:
@@ -394,13 +389,13 @@ def test_lora(patch_first: bool, through_wrapper: bool, hook_name: str) -> None:
         model = wrap(base)
         patch_model(model, DENSE)
     for name, want in before.items():
-        with counted_calls(hook_name) as calls:
+        with counted_calls() as calls:
             assert_same(SCENARIOS[name](model), want)
         assert set(calls) == set(text_attention(base))
     assert len(sparsity_report(model).layers) == base.config.num_hidden_layers
 
     unpatch_model(model if through_wrapper else base)
-    with counted_calls(hook_name) as calls:
+    with counted_calls() as calls:
         assert_same(forward(model), before["forward"])
     assert not calls
     assert implementations(base) == strings
@@ -435,7 +430,7 @@ IMAGE_SCENARIOS: dict[str, Scenario] = {
 
 
 @pytest.mark.parametrize("scenario", IMAGE_SCENARIOS)
-def test_only_the_text_tower_of_a_vision_language_model_is_patched(scenario: str, hook_name: str) -> None:
+def test_only_the_text_tower_of_a_vision_language_model_is_patched(scenario: str) -> None:
     model, run = vlm(), IMAGE_SCENARIOS[scenario]
     strings, before = implementations(model), run(model)
     vision = {name: string for name, string in strings.items() if "vision_tower" in name}
@@ -444,7 +439,7 @@ def test_only_the_text_tower_of_a_vision_language_model_is_patched(scenario: str
     patch_model(model, DENSE)
     assert {name: string for name, string in implementations(model).items() if name in vision} == vision
     assert model.config.vision_config._attn_implementation in vision.values()
-    with counted_calls(hook_name) as calls:
+    with counted_calls() as calls:
         assert_same(run(model), before)
     assert_reported(model, calls)
     assert len(calls) == model.config.text_config.num_hidden_layers

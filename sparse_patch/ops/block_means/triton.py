@@ -4,81 +4,94 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.ops.kernels import launch_op
 from sparse_patch.plans import BlockGrid
 
 
 def key_means(k: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
     """See `ops.block_means`."""
-    means = k.new_empty(*k.shape[:2], grid.num_key_blocks, k.shape[-1], dtype=torch.float32)
-    _launch(k, grid, *_of_keys(grid), means=means)
-    return means
+    return block_means(k, *_of_keys(grid), None, grid.num_key_blocks, grid.block_size, True, False)[0]
 
 
 def key_similarities(k: torch.Tensor, grid: BlockGrid, center: torch.Tensor) -> torch.Tensor:
     """See `ops.block_means`."""
-    similarities = k.new_empty(*k.shape[:2], grid.num_key_blocks, dtype=torch.float32)
-    _launch(k, grid, *_of_keys(grid), similarities=similarities, center=center.contiguous())
-    return similarities
+    return block_means(k, *_of_keys(grid), center, grid.num_key_blocks, grid.block_size, False, True)[1]
 
 
 def query_means(q: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
     """See `ops.block_means`."""
-    means = q.new_empty(*q.shape[:2], grid.num_query_blocks, q.shape[-1], dtype=torch.float32)
-    _launch(q, grid, *_of_queries(grid), means=means)
-    return means
+    return block_means(q, *_of_queries(grid), None, grid.num_query_blocks, grid.block_size, True, False)[0]
 
 
 def query_means_and_similarities(q: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.block_means`."""
-    means = q.new_empty(*q.shape[:2], grid.num_query_blocks, q.shape[-1], dtype=torch.float32)
-    similarities = torch.empty_like(means[..., 0], memory_format=torch.contiguous_format)
-    _launch(q, grid, *_of_queries(grid), means=means, similarities=similarities)
-    return means, similarities
+    return block_means(q, *_of_queries(grid), None, grid.num_query_blocks, grid.block_size, True, True)
 
 
-def _of_keys(grid: BlockGrid) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """Number of key blocks; index of the first one's first slot in each row, and of its first real token, `[B]`."""
-    first = grid.row_starts.contiguous()
-    return grid.num_key_blocks, first, first
+def _of_keys(grid: BlockGrid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index of the first key block's first slot in each row, and of its first real token, `[B]` each."""
+    return grid.row_starts, grid.row_starts
 
 
-def _of_queries(grid: BlockGrid) -> tuple[int, torch.Tensor, torch.Tensor]:
+def _of_queries(grid: BlockGrid) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of query blocks, whose first slots may lie before the call."""
     shift = grid.row_starts - grid.q_start
-    return grid.num_query_blocks, shift + grid.query_block_ids[:, 0] * grid.block_size, shift.clamp(min=0)
+    return shift + grid.query_block_ids[:, 0] * grid.block_size, shift.clamp(min=0)
 
 
-def _launch(
+@launch_op("block_means")
+def block_means(
     x: torch.Tensor,
-    grid: BlockGrid,
-    blocks: int,
     first: torch.Tensor,
     low: torch.Tensor,
-    means: torch.Tensor | None = None,
-    similarities: torch.Tensor | None = None,
-    center: torch.Tensor | None = None,
-) -> None:
-    """Fill what is wanted, of the blocks of `x` `[B, H, S, D]` from index `first[b]` on, of tokens from `low[b]` on."""
+    center: torch.Tensor | None,
+    blocks: int,
+    block_size: int,
+    with_means: bool,
+    with_similarities: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's launch: of the blocks of `x` `[B, H, S, D]` from index `first[b]` on, of tokens from `low[b]` on.
+
+    Returns:
+        Means, float32 `[B, H, blocks, D]`, and similarities, `[B, H, blocks]`; what is not wanted is empty.
+    """
     batch, heads, length, head_dim = x.shape
+    means, similarities = _room(x, first, low, center, blocks, block_size, with_means, with_similarities)
     _block_kernel[(batch * heads * blocks,)](
         x,
-        first,
-        low,
-        x if means is None else means,
-        x if similarities is None else similarities,
-        x if center is None else center,
+        first.contiguous(),
+        low.contiguous(),
+        means,
+        similarities,
+        x if center is None else center.contiguous(),
         *x.stride(),
         heads,
         blocks,
         length,
         D=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK=grid.block_size,
-        MEANS=means is not None,
-        SIMILARITIES=similarities is not None,
+        BLOCK=block_size,
+        MEANS=with_means,
+        SIMILARITIES=with_similarities,
         CENTERED=center is not None,
-        num_warps=4 if similarities is None else 8,  # a block stays in registers until its similarity is known
+        num_warps=8 if with_similarities else 4,  # a block stays in registers until its similarity is known
     )
+    return means, similarities
+
+
+@block_means.register_fake
+def _room(
+    x: torch.Tensor,
+    first: torch.Tensor,
+    low: torch.Tensor,
+    center: torch.Tensor | None,
+    blocks: int,
+    block_size: int,
+    with_means: bool,
+    with_similarities: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    means = x.new_empty((*x.shape[:2], blocks, x.shape[-1]) if with_means else (0,), dtype=torch.float32)
+    return means, x.new_empty((*x.shape[:2], blocks) if with_similarities else (0,), dtype=torch.float32)
 
 
 @triton.jit(do_not_specialize=["blocks", "length"])

@@ -17,7 +17,9 @@ def compact(marked: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         `[B, H, Q]`.
     """
     if takes_triton(marked):
-        from sparse_patch.ops.compact.triton import compact as in_lists
-    else:
-        from sparse_patch.ops.compact.torch import compact as in_lists
+        from sparse_patch.ops.compact.triton import compact as by_kernel
+
+        return by_kernel(marked, values)
+    from sparse_patch.ops.compact.torch import compact as in_lists
+
     return in_lists(marked, values)

@@ -4,17 +4,25 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.ops.kernels import launch_op
 
+
+@launch_op("compact")
 def compact(marked: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.compact`."""
-    lists = torch.empty(marked.shape, dtype=torch.int32, device=marked.device)
-    counts = torch.empty(marked.shape[:-1], dtype=torch.int32, device=marked.device)
+    lists, counts = _room(marked, values)
     length = marked.shape[-1]
     block = min(1024, triton.next_power_of_2(max(length, 1)))
     _compact_kernel[(counts.numel(),)](
         marked.contiguous(), values, lists, counts, *marked.shape[1:3], length, *values.stride(), BLOCK=block
     )
     return lists, counts
+
+
+@compact.register_fake
+def _room(marked: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    lists = torch.empty(marked.shape, dtype=torch.int32, device=marked.device)
+    return lists, torch.empty(marked.shape[:-1], dtype=torch.int32, device=marked.device)
 
 
 @triton.jit(do_not_specialize=["length"])

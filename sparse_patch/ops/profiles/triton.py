@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, by_row, softcap_logits
+from sparse_patch.ops.kernels import LOG2_E, add_to_exp_sum, by_row, launch_op, softcap_logits
 
 _PROGRAMS = 1056  # enough for every GPU; more tiles in a program share its queries
 
@@ -23,43 +23,56 @@ def last_query_profiles(call: AttentionCall, queries: int) -> tuple[torch.Tensor
 
 def stacked_profiles(call: AttentionCall, queries: int) -> torch.Tensor:
     """Both profiles of `ops.profiles` in one tensor, float32 `[2, B, Hq, Skv]`."""
-    batch, heads, q_length, head_dim = call.q.shape
-    keys = call.kv_length
+    return query_profiles(call.q, call.k, call.kv_start, call.scale, call.softcap or 0.0, queries)
+
+
+@launch_op("query_profiles")
+def query_profiles(
+    q: torch.Tensor, k: torch.Tensor, kv_start: torch.Tensor | None, scale: float, softcap: float, queries: int
+) -> torch.Tensor:
+    """The kernels' launches; softcap 0 for none."""
+    batch, heads, q_length, head_dim = q.shape
+    keys = k.shape[2]
     all_tiles = triton.cdiv(keys, queries)
     tiles = min(16, max(1, batch * heads * all_tiles // _PROGRAMS))
     splits = triton.cdiv(all_tiles, tiles)
-    partial = call.q.new_empty(batch, heads, splits, queries, dtype=torch.float32)
-    profiles = call.q.new_zeros(2, batch, heads, keys, dtype=torch.float32)
+    partial = q.new_empty(batch, heads, splits, queries, dtype=torch.float32)
+    profiles = q.new_zeros(2, batch, heads, keys, dtype=torch.float32)
     arguments = (
-        call.q,
-        call.k,
-        by_row(call.kv_start, partial),
-        *call.q.stride(),
-        *call.k.stride(),
+        q,
+        k,
+        by_row(kv_start, partial),
+        *q.stride(),
+        *k.stride(),
         heads,
-        call.group_size,
+        heads // k.shape[1],
         keys,
         q_length - queries,
         splits,
         tiles,
-        LOG2_E * call.scale,
-        LOG2_E * (call.softcap or 1.0),
+        LOG2_E * scale,
+        LOG2_E * (softcap or 1.0),
     )
     settings = {
         "D": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "R": queries,
-        "HAS_START": call.kv_start is not None,
-        "HAS_SOFTCAP": call.softcap is not None,
-        "PRECISION": "ieee" if call.q.dtype == torch.float32 else "tf32",
+        "HAS_START": kv_start is not None,
+        "HAS_SOFTCAP": softcap > 0,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": 8 if queries == 128 else 4,
-        "num_stages": 3 if head_dim <= 128 and call.q.element_size() == 2 else 1,
+        "num_stages": 3 if head_dim <= 128 and q.element_size() == 2 else 1,
     }
     grid = (batch * heads * splits,)
     _lse_kernel[grid](*arguments, partial, **settings)
     # Narrower tiles, so that two programs fit on a multiprocessor: turning a tile takes shared memory.
     _profile_kernel[grid](*arguments, partial, profiles, W=min(64, queries), **settings)
     return profiles
+
+
+@query_profiles.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, *_: torch.Tensor | float | None) -> torch.Tensor:
+    return q.new_empty(2, *q.shape[:2], k.shape[2], dtype=torch.float32)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.kernels import softcap_logits
+from sparse_patch.ops.kernels import launch_op, softcap_logits
 from sparse_patch.ops.lines.rules import LineRule
 from sparse_patch.ops.lines.triton.search import tokens_within
 from sparse_patch.ops.profiles.triton import stacked_profiles
@@ -17,58 +17,93 @@ def choose_lines(
     call: AttentionCall, grid: BlockGrid, mean_k: torch.Tensor, rule: LineRule
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `ops.lines`."""
-    batch, heads, q_length, head_dim = call.q.shape
-    blocks, block = grid.num_key_blocks, grid.block_size
-    profiles = stacked_profiles(call, block)
-    mean_k, row_starts = mean_k.contiguous(), grid.row_starts.contiguous()
-    counts = row_starts if rule.reach else tokens_within(profiles, rule.gamma)
+    profiles = stacked_profiles(call, grid.block_size)
+    counts = grid.row_starts if rule.reach else tokens_within(profiles, rule.gamma)
+    most = min(rule.max_blocks or grid.num_key_blocks, grid.num_key_blocks)
+    lines, aware = lines_of_profiles(
+        call.q, mean_k, profiles, counts, grid.row_starts, grid.block_size, call.scale, call.softcap or 0.0,
+        rule.gamma, rule.tau, rule.min_blocks, most, rule.dense_length, rule.reach,
+    )  # fmt: skip
+    verticals, slashes = lines
+    if rule.reach:
+        slashes = slashes | F.pad(slashes, (1, -1))
+    return verticals, slashes, aware
+
+
+@launch_op("lines_of_profiles")
+def lines_of_profiles(
+    q: torch.Tensor,
+    mean_k: torch.Tensor,
+    profiles: torch.Tensor,
+    counts: torch.Tensor,
+    row_starts: torch.Tensor,
+    block: int,
+    scale: float,
+    softcap: float,
+    gamma: float,
+    tau: float,
+    min_blocks: int,
+    max_blocks: int,
+    dense_length: int,
+    reach: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernels' launches; softcap 0 for none. The rest is that of a `LineRule`.
+
+    Returns:
+        Columns and diagonals, bool `[2, B, Hq, N]`, and which heads are query-aware, bool `[B, Hq]`.
+    """
+    batch, heads, q_length, head_dim = q.shape
+    blocks, keys = mean_k.shape[2], profiles.shape[3]
+    mean_k, row_starts = mean_k.contiguous(), row_starts.contiguous()
     pooled = mean_k.new_empty(3, batch, heads, blocks)
     _pool_kernel[(batch * heads * triton.cdiv(blocks, 32),)](
         profiles,
-        call.q,
+        q,
         mean_k,
         row_starts,
         pooled,
-        *call.q.stride(),
+        *q.stride(),
         batch,
         heads,
-        call.group_size,
+        heads // mean_k.shape[1],
         q_length - block,
-        call.kv_length,
+        keys,
         blocks,
-        call.scale,
-        call.softcap or 1.0,
-        HAS_SOFTCAP=call.softcap is not None,
-        FROM_START=not rule.reach,
+        scale,
+        softcap or 1.0,
+        HAS_SOFTCAP=softcap > 0,
+        FROM_START=not reach,
         D=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK=block,
     )
-    lines = torch.empty(2, batch, heads, blocks, dtype=torch.bool, device=call.q.device)
-    aware = torch.empty(batch, heads, dtype=torch.bool, device=call.q.device)
+    lines, aware = _room(q, mean_k)
     _choose_kernel[(batch * heads,)](
         pooled,
-        counts,
+        counts.contiguous(),
         row_starts,
         lines,
         aware,
         batch,
         heads,
-        call.kv_length,
+        keys,
         blocks,
-        rule.gamma,
-        rule.tau,
-        rule.min_blocks,
-        min(rule.max_blocks or blocks, blocks),
-        rule.dense_length,
-        REACH=rule.reach,
+        gamma,
+        tau,
+        min_blocks,
+        max_blocks,
+        dense_length,
+        REACH=reach,
         BLOCK=block,
         BLOCK_N=triton.next_power_of_2(blocks),
     )
-    verticals, slashes = lines
-    if rule.reach:
-        slashes = slashes | F.pad(slashes, (1, -1))
-    return verticals, slashes, aware
+    return lines, aware
+
+
+@lines_of_profiles.register_fake
+def _room(q: torch.Tensor, mean_k: torch.Tensor, *_: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+    lines = torch.empty(2, *q.shape[:2], mean_k.shape[2], dtype=torch.bool, device=q.device)
+    return lines, torch.empty(q.shape[:2], dtype=torch.bool, device=q.device)
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "first_query", "keys", "blocks"])

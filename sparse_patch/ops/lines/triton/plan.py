@@ -1,9 +1,12 @@
 """Triton kernel that writes the lists of a plan: one program for each query block of each head."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.call import AttentionCall
 from sparse_patch.ops.kernels import query_blocks_of_row
 from sparse_patch.ops.lines.rules import QueryAware
 from sparse_patch.ops.lines.triton.cut import PooledCut
@@ -14,10 +17,82 @@ def plan_of_lines(
     verticals: torch.Tensor, slashes: torch.Tensor, aware: QueryAware | None, grid: BlockGrid
 ) -> BlockPlan:
     """See `ops.lines`."""
+    if torch.compiler.is_compiling():
+        indices, counts = _lists_in_a_graph(verticals, slashes, aware, grid)
+    else:
+        indices, counts = _lists(verticals, slashes, aware, grid)
+    return BlockPlan(indices, counts, grid)
+
+
+def _lists_in_a_graph(
+    verticals: torch.Tensor, slashes: torch.Tensor, aware: QueryAware | None, grid: BlockGrid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_lists` by an op, which takes tensors and numbers."""
+    given: Any = (verticals, slashes, grid.row_starts)
+    given += grid.q_length, grid.kv_length, grid.q_start, grid.padded, grid.block_size
+    if aware is not None:
+        given += aware.call.q, aware.call.k, aware.call.scale, aware.call.softcap
+        given += aware.heads, aware.mean_k, aware.gamma, aware.each_row, aware.max_blocks
+    lists: tuple[torch.Tensor, torch.Tensor] = lists_of_lines(*given)
+    return lists
+
+
+@torch.library.custom_op("sparse_patch::lists_of_lines", mutates_args=())
+def lists_of_lines(
+    verticals: torch.Tensor,
+    slashes: torch.Tensor,
+    row_starts: torch.Tensor,
+    q_length: int,
+    kv_length: int,
+    q_start: int,
+    padded: bool,
+    block_size: int,
+    q: torch.Tensor | None = None,
+    k: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    heads: torch.Tensor | None = None,
+    mean_k: torch.Tensor | None = None,
+    gamma: float = 0.0,
+    each_row: bool = False,
+    max_blocks: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_lists` of a grid that is given by its fields; the last nine arguments are those of the query-aware heads."""
+    grid, aware = BlockGrid(len(verticals), q_length, kv_length, q_start, row_starts, padded, block_size), None
+    if q is not None and k is not None and heads is not None and mean_k is not None:
+        call = AttentionCall(q, k, k, scale, 0, "prefill", q_start, row_starts, softcap)
+        aware = QueryAware(heads, call, mean_k, gamma, each_row, max_blocks)
+    return _lists(verticals, slashes, aware, grid)
+
+
+@lists_of_lines.register_fake
+def _(
+    verticals: torch.Tensor,
+    slashes: torch.Tensor,
+    row_starts: torch.Tensor,
+    q_length: int,
+    kv_length: int,
+    q_start: int,
+    padded: bool,
+    block_size: int,
+    *_: torch.Tensor | float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _room(verticals, BlockGrid(len(verticals), q_length, kv_length, q_start, row_starts, padded, block_size))
+
+
+def _room(verticals: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, num_blocks = verticals.shape
-    queries, device = grid.num_query_blocks, verticals.device
-    indices = torch.empty(batch, heads, queries, num_blocks, dtype=torch.int32, device=device)
-    counts = torch.empty(batch, heads, queries, dtype=torch.int32, device=device)
+    room = batch, heads, grid.num_query_blocks
+    indices = torch.empty(*room, num_blocks, dtype=torch.int32, device=verticals.device)
+    return indices, torch.empty(room, dtype=torch.int32, device=verticals.device)
+
+
+def _lists(
+    verticals: torch.Tensor, slashes: torch.Tensor, aware: QueryAware | None, grid: BlockGrid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The blocks of each query block, int32 `[B, Hq, NQ, N]`, and how many there are, int32 `[B, Hq, NQ]`."""
+    batch, heads, num_blocks = verticals.shape
+    queries, (indices, counts) = grid.num_query_blocks, _room(verticals, grid)
     verticals, slashes, row_starts = verticals.contiguous(), slashes.contiguous(), grid.row_starts.contiguous()
     cut = None if aware is None else PooledCut.of(aware, grid)
     of_aware = (counts,) * 4 if cut is None else (cut.heads, cut.order, cut.attention, cut.floors)
@@ -41,7 +116,7 @@ def plan_of_lines(
             SIDE=grid.block_size,
             BLOCK=min(1024, triton.next_power_of_2(num_blocks)),
         )
-    return BlockPlan(indices, counts, grid)
+    return indices, counts
 
 
 @triton.jit(do_not_specialize=["q_start", "keys", "first", "heads", "queries", "blocks"])

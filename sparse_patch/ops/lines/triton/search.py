@@ -8,7 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.ops.kernels import launch_op
 
+
+@launch_op("tokens_within")
 def tokens_within(mass: torch.Tensor, gamma: float) -> torch.Tensor:
     """1 + how many of the largest entries of `mass` `[..., n]`, all in [0, 2), have a sum of at most `gamma`, int64."""
     rows = mass.reshape(-1, mass.shape[-1]).contiguous()
@@ -16,6 +19,11 @@ def tokens_within(mass: torch.Tensor, gamma: float) -> torch.Tensor:
     block = min(16384, triton.next_power_of_2(rows.shape[1]))
     _count_kernel[(len(rows),)](rows, counts, gamma, rows.shape[1], BLOCK=block, num_warps=warps_of(block))
     return counts.view(mass.shape[:-1])
+
+
+@tokens_within.register_fake
+def _(mass: torch.Tensor, gamma: float) -> torch.Tensor:
+    return torch.empty(mass.shape[:-1], dtype=torch.int64, device=mass.device)
 
 
 def warps_of(block: int) -> int:
