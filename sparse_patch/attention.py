@@ -131,6 +131,8 @@ def _dispatch(
     lazy.forward.join(state.patch)  # again: the model may have been patched since the module was called
     ring = ring_of(lazy.forward.cache, state.cache_layer)
     if ring is None:
+        if state.cache_layer in lazy.forward.gave_way:  # the layer attends twice; the keys are the forward's own still
+            lazy = lazy.alone
         queries = lazy.queries_of_prompt
         if queries is not None and _decides_in_some_phase(state, lazy, kwargs):
             return _attend_in_parts(state, module, tensors, lazy, scaling, kwargs, queries)
@@ -157,6 +159,7 @@ def _fill(
         ring.write(key, value, mask.tokens_before, state.config.backend)
     else:
         keep_all(mask.forward.cache, state.cache_layer)
+        mask.forward.gave_way.add(state.cache_layer)
 
 
 def _attend_in_parts(

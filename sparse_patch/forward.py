@@ -32,12 +32,14 @@ class Forward:
         cache: the cache that it uses; None without one, and before the first attention module is reached.
         patch: the patch that its layers run under.
         carried: what methods pass on from layer to layer, by name.
+        gave_way: layers of the cache that were rings when they handed their keys over, and are no more.
     """
 
     config: Any = None
     cache: Any = None
     patch: PatchMark | None = None
     carried: dict[str, Any] = field(default_factory=dict)
+    gave_way: set[int] = field(default_factory=set)
 
     def join(self, patch: PatchMark) -> None:
         """An attention module with a patch is about to run in this forward.

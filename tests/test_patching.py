@@ -23,6 +23,7 @@ from sparse_patch import (
     sparsity_report,
     unpatch_model,
 )
+from sparse_patch.names import is_hook
 
 FLEX = "flexprefill.yaml"
 SPARSE = {"prefill": {"method": "flexprefill", "block_size": 16, "min_budget": 16, "gamma": 0.5, "min_length": 0}}
@@ -39,7 +40,7 @@ def marks(model: nn.Module) -> list[str]:
     return found + [
         name
         for name, module in model.named_modules()
-        if getattr(getattr(module, "config", None), "_attn_implementation", None) == "sparse_patch"
+        if is_hook(getattr(getattr(module, "config", None), "_attn_implementation", None))
     ]
 
 
