@@ -44,9 +44,11 @@ class GrowingLayer(OrdinaryState, DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values `[B, Hkv, S, D]`; all of them, `[B, Hkv, length, D]`, views of what is kept.
 
-        Where gradients are recorded they are copies, as those of a `DynamicLayer`.
+        Where gradients are recorded they are copies, as those of a `DynamicLayer`, and inside `torch.compile`, which
+        cannot trace where tensors lie.
         """
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+        recorded = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if recorded or torch.compiler.is_compiling():
             self._room = None
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
@@ -151,8 +153,14 @@ def in_place(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor
     changed = change(tensor)
     if changed.shape == tensor.shape:
         return tensor.copy_(changed)
-    torch._dynamo.mark_static_address(changed)
+    stays_in_place(changed)
     return changed
+
+
+def stays_in_place(tensor: torch.Tensor) -> None:
+    """Tell CUDA graphs that a tensor stays where it is; a graph that makes it itself need not be told."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(tensor)
 
 
 def _lies_in(kept: torch.Tensor, room: torch.Tensor, new: torch.Tensor) -> bool:

@@ -80,6 +80,8 @@ def _unknown_in_a_graph(mask: LazyMask) -> Dense | None:
     """Dense because a mask that a graph makes itself cannot be read on the host."""
     if mask.is_prepared:
         return None
+    if not mask.is_plain_causal:
+        return Dense("mask inside torch.compile that may be of packed sequences (use_cache=True rules them out)")
     if mask.padding is not None:
         return Dense("padding mask inside torch.compile (pass none with prompts of one length)")
     if mask.end_on_device is not None and not mask.is_decode:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from sparse_patch.cache_layers import SPARE, FixedLayer, GrowingLayer, in_place, selected
+from sparse_patch.cache_layers import SPARE, FixedLayer, GrowingLayer, in_place, selected, stays_in_place
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import UnsupportedCallError
 from sparse_patch.ops import span_ring
@@ -226,9 +226,8 @@ class FixedRingLayer(RingLayer):
         super().lazy_initialization(key_states, value_states)
         with ordinary_tensors():
             self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
-        if not torch.compiler.is_compiling():  # a graph knows where the tensors are that it makes
-            for tensor in (self.keys, self.values, self.seen):
-                torch._dynamo.mark_static_address(tensor)
+        for tensor in (self._ring.k, self._ring.v, self.seen):
+            stays_in_place(tensor)
         span_ring.prepare(self._ring)
 
     def make_room(self, length: int) -> None:

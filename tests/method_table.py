@@ -3,7 +3,7 @@
 A new method adds a row. `small` settings select a part of a call of a few hundred tokens; `full` ones keep everything.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ TOKEN_METHODS = [
 
 # What the decode methods of the table are resolved for: layer 0 is full, 1 and 3 select (where layers have roles).
 SMALL_MODEL = ModelShape("llama", num_layers=5, num_heads=4, num_kv_heads=2, hidden_size=64)
+TWO_LAYERS = replace(SMALL_MODEL, num_layers=2)  # for what is slow: layer 0 selects
 _ROLES = {"full": [0], "select": [1, 3]}
 
 
@@ -147,12 +148,13 @@ def write_plans(folder: Path, shape: ModelShape) -> None:
     (folder / "gates.tsv").write_text(f"{gates}\n" * shape.num_layers)
 
 
-def configurations(folder: Path, full: bool = False) -> dict[str, dict[str, Any]]:
+def configurations(folder: Path, full: bool = False, layers: int = 5) -> dict[str, dict[str, Any]]:
     """A configuration for each row of the tables, by name; the files that some name are in the folder.
 
     Args:
         folder: what `write_plans` wrote to.
         full: with the settings that keep everything.
+        layers: of the model, five as in `SMALL_MODEL` or two.
     """
     phases = {
         "prefill": PREFILL_METHODS,
@@ -160,10 +162,19 @@ def configurations(folder: Path, full: bool = False) -> dict[str, dict[str, Any]
         "both": (*SPAN_METHODS, *TOKEN_METHODS),
     }
     return {
-        case.name: {phase: in_folder(case.full if full else case.small, folder)}
+        case.name: {phase: _on_layers(in_folder(case.full if full else case.small, folder), layers)}
         for phase, cases in phases.items()
         for case in cases
     }
+
+
+def _on_layers(settings: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Settings whose layers have roles, for a model of so many."""
+    return (
+        {**settings, "layers": {"full": [], "select": [0]}}
+        if settings.get("layers") == _ROLES and layers == 2
+        else settings
+    )
 
 
 def in_folder(settings: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`torch.compile` of a whole patched model: sparse where its plan can be traced, else dense and counted."""
+"""`torch.compile` of whole patched models, as one graph. What a GPU runs sparsely in it is in test_gpu_compile.py."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,142 +7,156 @@ from typing import Any
 import pytest
 import torch
 from families import llama
-from method_table import DECODE_METHODS, PREFILL_METHODS, SMALL_MODEL, SPAN_METHODS, MethodCase, write_plans
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from method_table import TWO_LAYERS, configurations, write_plans
+from torch import nn
+from transformers import PreTrainedModel, StaticCache
 
 from sparse_patch import patched, sparsity_report
+from sparse_patch.report import SparsityReport
 
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh")
 WITHOUT_KERNELS = "prefill inside torch.compile without Triton's kernels"
-PADDED = "padding mask inside torch.compile (pass none with prompts of one length)"
+PADDING = "padding mask inside torch.compile (pass none with prompts of one length)"
+PACKED = "mask inside torch.compile that may be of packed sequences (use_cache=True rules them out)"
+SPANS = ("streamingllm", "moa", "duoattention")
 
 
-@pytest.fixture(autouse=True)
-def fresh_graphs() -> Iterator[None]:
+@pytest.fixture
+def fresh() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def model() -> PreTrainedModel:
-    return llama(layers=SMALL_MODEL.num_layers)
+@pytest.fixture(scope="module")
+def two_layers() -> PreTrainedModel:
+    return llama(layers=2)
 
 
-def prompts(rows: int = 2, length: int = 150) -> torch.Tensor:
-    torch.manual_seed(1)
-    return torch.randint(3, 90, (rows, length))
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plans")
+    write_plans(folder, TWO_LAYERS)
+    return folder
 
 
-def compiled(model: PreTrainedModel, **settings: Any) -> Any:
-    return torch.compile(model, backend="eager", fullgraph=True, **settings)
+def compiled(model: nn.Module, **options: Any) -> Any:
+    return torch.compile(model, fullgraph=True, backend="eager", **options)
 
 
-def settings_of(case: MethodCase, folder: Path) -> dict[str, Any]:
-    write_plans(folder, SMALL_MODEL)
-    file = case.small.get("calibration")
-    return {**case.small, "calibration": str(folder / file)} if file else case.small
+def ids(length: int = 290, rows: int = 2) -> torch.Tensor:
+    return torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(length))
 
 
-@pytest.mark.parametrize("case", PREFILL_METHODS, ids=lambda case: case.name)
+def padding() -> torch.Tensor:
+    mask = torch.ones(2, 290, dtype=torch.long)
+    mask[1, :20] = 0
+    return mask
+
+
+def ways(model: PreTrainedModel) -> dict[str, tuple[dict[str, Any], str]]:
+    """What a prompt may come with, and why it is dense then inside a graph if it is not for want of kernels."""
+    cache = StaticCache(config=model.config, max_cache_len=300)
+    return {
+        "plain": ({}, ""),
+        "padded": ({"attention_mask": padding()}, PADDING),
+        "static": ({"past_key_values": cache}, ""),
+        "without a cache": ({"use_cache": False}, PACKED),
+    }
+
+
+def fallbacks(report: SparsityReport) -> list[dict[str, int]]:
+    assert all(layer.compiled for layer in report.layers)
+    return [layer.prefill.fallbacks for layer in report.layers]
+
+
+CASES = [
+    *((name, "plain") for name in ("a_shape", "xattention", "infllmv2", "moa")),
+    *((name, way) for name in ("flexprefill-coverage", "streamingllm") for way in ("padded", "static")),
+    ("quest-kv_group-max-added", "static"),
+    ("spargeattn-topk", "without a cache"),
+]
+
+
+@pytest.mark.parametrize("name, way", CASES)
 @torch.no_grad()
-def test_plans_of_blocks_are_dense_without_kernels(case: MethodCase, model: PreTrainedModel) -> None:
-    """What the model gives unpatched, the reason once for each layer, however often the graph runs; no warning."""
-    ids = prompts()
-    expected = model(ids).logits
-    with patched(model, {"prefill": case.small}):
-        run = compiled(model)
+def test_a_prompt_in_one_graph(name: str, way: str, plans: Path, two_layers: PreTrainedModel) -> None:
+    """Spans are read sparsely; what cannot be is dense as unpatched, its reason counted once a layer."""
+    inputs, reason = ways(two_layers)[way]
+    expected = two_layers(ids(), **inputs).logits
+    config = configurations(plans, layers=2)[name]
+    with patched(two_layers, config):
+        sparse = two_layers(ids(), **ways(two_layers)[way][0]).logits
+        found = compiled(two_layers)(ids(), **ways(two_layers)[way][0]).logits
+        report = sparsity_report(two_layers)
+    runs_sparsely = name in SPANS and not reason
+    torch.testing.assert_close(found, sparse if runs_sparsely else expected, atol=1e-4, rtol=1e-4)
+    if "decode" in config:  # prompts are dense by design
+        assert fallbacks(report) == [{}] * 2 and torch.allclose(sparse, expected, atol=1e-4)
+        return
+    assert fallbacks(report) == [{} if runs_sparsely else {reason or WITHOUT_KERNELS: 1}] * 2
+    assert not torch.allclose(sparse, expected, atol=1e-3), "something was left out"
+
+
+@torch.no_grad()
+def test_the_reason_is_counted_once_however_often_a_graph_runs(plans: Path, two_layers: PreTrainedModel) -> None:
+    with patched(two_layers, configurations(plans, layers=2)["a_shape"]):
+        graph = compiled(two_layers)
         for _ in range(3):
-            torch.testing.assert_close(run(ids).logits, expected)
-        report = sparsity_report(model)
-    assert report.fallbacks("prefill") == {WITHOUT_KERNELS: SMALL_MODEL.num_layers}
-    assert all(layer.compiled and layer.prefill.calls == 0 for layer in report.layers)
+            graph(ids())
+        assert fallbacks(sparsity_report(two_layers)) == [{WITHOUT_KERNELS: 1}] * 2
 
 
-@pytest.mark.parametrize("case", SPAN_METHODS, ids=lambda case: case.name)
+@pytest.mark.parametrize("name", ["streamingllm", "a_shape"])
 @torch.no_grad()
-def test_spans_are_sparse_in_a_graph(case: MethodCase, model: PreTrainedModel, tmp_path: Path) -> None:
-    ids = prompts()
-    unpatched = model(ids).logits
-    with patched(model, {"both": settings_of(case, tmp_path)}):
-        eager = model(ids).logits
-        torch.testing.assert_close(compiled(model)(ids).logits, eager, atol=1e-5, rtol=1e-5)
-        assert not sparsity_report(model).fallbacks()
-    assert (eager - unpatched).abs().max() > 1e-3, "the spans left nothing out"
-
-
-@torch.no_grad()
-def test_lengths_may_change(model: PreTrainedModel) -> None:
-    """The second length makes a graph of any length; the third has no graph of its own."""
-    frames = torch._dynamo.testing.CompileCounter()
-    spans = {"method": "streamingllm", "sink": 3, "window": 40}
-    with patched(model, {"both": spans}):
-        run = torch.compile(model, backend=frames, fullgraph=True)
-        for length in (150, 170, 190):
-            ids = prompts(length=length)
-            torch.testing.assert_close(run(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
-    assert frames.frame_count <= 2
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@torch.no_grad()
-def test_a_padding_mask_is_dense(side: str, model: PreTrainedModel) -> None:
-    """A graph cannot read on the host where the padding lies."""
-    ids, mask = prompts(), torch.ones(2, 150, dtype=torch.int64)
-    mask[0, slice(9) if side == "left" else slice(-9, None)] = 0
-    expected = model(ids, attention_mask=mask).logits
-    with patched(model, {"both": {"method": "streamingllm", "sink": 3, "window": 40}}):
-        logits = compiled(model)(ids, attention_mask=mask).logits
-        assert sparsity_report(model).fallbacks("prefill") == {PADDED: SMALL_MODEL.num_layers}
-    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()])
+def test_prompts_of_any_length_in_one_graph(name: str, plans: Path) -> None:
+    model, spans = llama(layers=1), {"method": "streamingllm", "sink": 2, "window": 20}
+    with patched(model, {"both": spans} if name == "streamingllm" else configurations(plans)[name]):
+        graph = compiled(model, dynamic=True)
+        found = {length: graph(ids(length)).logits for length in (90, 70)}
+        sparse = {length: model(ids(length)).logits for length in found}
+    for length, logits in found.items():
+        plain = model(ids(length)).logits
+        assert not torch.allclose(sparse[length], plain, atol=1e-3) or name == "a_shape"
+        torch.testing.assert_close(logits, sparse[length] if name == "streamingllm" else plain, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_a_static_cache_of_the_callers_making(model: PreTrainedModel) -> None:
-    """How much it holds is on the device only: the prompt is dense, the token after it sparse."""
-    ids = prompts()
-    cache = StaticCache(config=model.config, max_cache_len=200)
-    expected = [model(ids, past_key_values=cache).logits, model(ids[:, :1], past_key_values=cache).logits]
-    method = {"method": "quest", "budget": 400, "page_size": 8, "min_length": 0}
-    with patched(model, {"prefill": {"method": "streamingllm", "sink": 3, "window": 40}, "decode": method}):
-        run, cache = compiled(model), StaticCache(config=model.config, max_cache_len=200)
-        found = [run(ids, past_key_values=cache).logits, run(ids[:, :1], past_key_values=cache).logits]
-        assert list(sparsity_report(model).fallbacks("prefill")) == ["prompt of a static cache inside torch.compile"]
-        assert not sparsity_report(model).fallbacks("decode")
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+def test_a_graph_of_before_is_not_run_after(plans: Path, two_layers: PreTrainedModel) -> None:
+    """Compiled unpatched, then patched, unpatched, and patched with something else."""
+    graph, plain = compiled(two_layers), two_layers(ids()).logits
+    torch.testing.assert_close(graph(ids()).logits, plain)
+    for name in ("streamingllm",):
+        with patched(two_layers, configurations(plans, layers=2)[name]):
+            sparse = two_layers(ids()).logits
+            assert not torch.allclose(sparse, plain, atol=1e-3)
+            torch.testing.assert_close(graph(ids()).logits, sparse, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(graph(ids()).logits, plain, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", [*DECODE_METHODS, *SPAN_METHODS], ids=lambda case: case.name)
-@torch.no_grad()
-def test_steps_of_a_loop_of_ones_own(case: MethodCase, model: PreTrainedModel, tmp_path: Path) -> None:
-    ids = prompts()
-    phase = "both" if case in SPAN_METHODS else "decode"
-    logits = []
-    with patched(model, {phase: settings_of(case, tmp_path)}):
-        for run in (model, compiled(model)):
-            cache = DynamicCache(config=model.config)
-            model(ids[:, :140], past_key_values=cache)
-            logits.append([run(ids[:, i : i + 1], past_key_values=cache).logits for i in range(140, 143)])
-        assert not sparsity_report(model).fallbacks("decode")
-    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_generate_with_a_compiled_forward(model: PreTrainedModel) -> None:
-    """Masks of a static cache are made outside of the graph, so prompt and tokens are sparse, with padding too."""
-    ids, mask = prompts(), torch.ones(2, 150, dtype=torch.int64)
-    mask[0, :9] = 0
-    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
-    with patched(model, {"both": {"method": "streamingllm", "sink": 3, "window": 40}}):
-        expected = model.generate(ids, **settings)
-        model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)  # type: ignore[method-assign]
-        found = model.generate(ids, **settings)
-        del model.forward
-        assert not sparsity_report(model).fallbacks()
-    assert torch.equal(found, expected)
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("streamingllm", {"cache_implementation": "static", "disable_compile": True}),
+        ("lessismore", {}),
+    ],
+)
+def test_a_compiled_forward_under_generate(name: str, options: dict[str, Any], plans: Path) -> None:
+    """Of the caches that `generate` makes, prompt and tokens in graphs: the answer of the patched model."""
+    model = llama(layers=2)
+    options = {**options, "max_new_tokens": 3, "do_sample": False}
+    with patched(model, configurations(plans, layers=2)[name], on_unsupported="error"):
+        expected = model.generate(ids(), **options)
+        before = sparsity_report(model).layers[1].decode.calls
+        model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")  # type: ignore[method-assign]
+        assert torch.equal(model.generate(ids(), **options), expected)
+        layer = sparsity_report(model).layers[1]
+    assert layer.compiled and layer.decode.calls == before, "the steps ran in graphs"
 
 
 @torch.no_grad()
-def test_on_unsupported_error_inside_a_graph(model: PreTrainedModel) -> None:
-    strict = {"prefill": {"method": "a_shape", "min_length": 0}, "on_unsupported": "error"}
-    with patched(model, strict), pytest.raises(Exception, match="without Triton"):
-        compiled(model)(prompts())
+def test_on_unsupported_error_inside_a_graph(plans: Path, two_layers: PreTrainedModel) -> None:
+    """PyTorch's error, with the line of ours in it."""
+    strict = {**configurations(plans, layers=2)["a_shape"], "on_unsupported": "error"}
+    with patched(two_layers, strict), pytest.raises(Exception, match="without Triton"):
+        compiled(two_layers)(ids())
