@@ -1,7 +1,7 @@
 """Every causal class of Transformers with every method: measured on tiny random models, not written down.
 
     python docs/family_sweep.py                  # all of them, into docs/families.json and docs/families.md
-    python docs/family_sweep.py Llama JetMoe     # these alone, printed and put in the place of what was measured before
+    python docs/family_sweep.py Llama JetMoe     # only these, printed and put in the place of what was measured before
 
 `tests/tiny_models.py` makes the models by rules about field names. A class that the rules cannot make small, or that
 does not generate unpatched, is listed with the reason. Every other one runs every method in three ways:

@@ -44,7 +44,7 @@ def unsupported(
     kwargs: dict[str, Any],
     ring: RingLayer | None = None,
 ) -> Dense | None:
-    """Dense because no sparse path can serve the call; with a ring its keys are those of the forward alone."""
+    """Dense because no sparse path can serve the call; with a ring its keys are only those of the forward."""
     if not isinstance(mask, LazyMask):
         made = "mask tensor passed by the caller or computed by the model"
         return Dense("no mask was built" if mask is None else made)

@@ -15,14 +15,14 @@ from sparse_patch.ordinary import OrdinaryState, ordinary_tensors
 from sparse_patch.plans import Window
 from sparse_patch.precision import as_autocast
 
-# Sinks and windows of a layer's KV heads, of rows that become so long (tokens) and of so many heads.
+# Sinks and windows of a layer's KV heads, for a length of rows in tokens and a number of heads.
 SpansOf = Callable[[int, int], tuple[Sequence[int], Sequence[Window]]]
 
 
 class RingLayer(OrdinaryState, CacheLayerMixin):
     """A layer that keeps of each KV head the first tokens of a row and a ring of its last ones: what its span has.
 
-    `update` hands back the keys and values of the forward alone. The hook attends to them and to the ring and writes
+    `update` hands back only the keys and values of the forward. The hook attends to them and to the ring and writes
     them (`attend`; after a forward with nothing before it, `write`), so a ring serves patched models only: each forward
     is announced by `expect`. Nothing else keeps keys or values: what no span has any more is gone, and what needs it is
     refused. A first forward that a ring cannot serve has lost nothing yet: `keeping_all` is the layer to go on with.
@@ -108,7 +108,7 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
         """Attention to the ring and to the forward's own keys, and their writing: the output `[B, Hq, Sq, Dv]`.
 
         Args:
-            call: the forward, with its own keys alone.
+            call: the forward, with only its own keys.
             before: see `span_ring.tokens_before`.
             backend: one that serves the call.
         """
