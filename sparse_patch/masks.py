@@ -55,10 +55,16 @@ def _operator(name: str) -> Any:
     return operate
 
 
-_BINARY = ("add", "sub", "mul", "truediv", "and", "or", "xor")
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 _COMPARED = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
 TensorInWaiting.__hash__ = object.__hash__  # type: ignore[method-assign]
-for _name in (*(f"__{r}{name}__" for name in _BINARY for r in ("", "r")), *_COMPARED, "__neg__", "__invert__"):
+for _name in (
+    *(f"__{r}{name}__" for name in _BINARY for r in ("", "r")),
+    *_COMPARED,
+    "__neg__",
+    "__abs__",
+    "__invert__",
+):
     setattr(TensorInWaiting, _name, _operator(_name))
 
 
@@ -129,11 +135,16 @@ class LazyMask(TensorInWaiting):
         window: int | None = self.arguments.get("local_size")
         return window
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
     def contiguous(self) -> "LazyMask":
         return self
 
-    def to(self, device: Any = None, *args: Any, **kwargs: Any) -> "LazyMask":
+    def to(self, device: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The mask on another device: accelerate calls this before a layer that lives elsewhere."""
+        if torch.is_tensor(device):
+            return self.tensor().to(device, *args, **kwargs)
         if isinstance(device, torch.dtype) or device is None or torch.device(device) == self.device:
             return self
         device = torch.device(device)

@@ -1,5 +1,10 @@
 """The lazy mask against the masks that Transformers builds."""
 
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -129,6 +134,68 @@ def test_what_a_model_computes_on_it_is_computed_on_the_tensor(
         (torch.nn.functional.pad(mask, (0, 2)), torch.nn.functional.pad(tensor, (0, 2))),
     ):
         assert torch.equal(given, expected)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["plain", "padded"])
+def test_what_tensors_can_do(implementation: str, padding: torch.Tensor | None) -> None:
+    """Cast, indexed, reduced, compared and calculated with, on either side."""
+    config = LlamaConfig(attn_implementation=implementation)
+    mask = make(0, 30, padding, config=config, allow_is_causal_skip=True, dtype=torch.float32)
+    tensor, scores = mask.tensor(), torch.ones(mask.shape)
+    works: list[Callable[[Any], Any]] = [
+        lambda x: x.float(),
+        lambda x: x.bool(),
+        lambda x: x.type_as(scores),
+        lambda x: x.to(scores),
+        lambda x: x[..., :7],
+        lambda x: x[:, :, :, :7],
+        lambda x: x[None],
+        lambda x: x[:, None],
+        lambda x: x[:, :, None, :, :],
+        lambda x: x[:, :, -1],
+        lambda x: x[:, :, -1:],
+        lambda x: x[:, :, ::2, :],
+        lambda x: x[:, :, 2:9, :][..., :3],
+        lambda x: x[:, :, 2:9, :][:, :, 1:3, :].tensor() if x is mask else x[:, :, 3:5, :],
+        lambda x: x[:, :, torch.tensor([1, 2])],
+        lambda x: x[x == 0],
+        lambda x: x.shape[-1] + x.size(-1) + x.dim() + x.ndim + x.numel() + len(x),
+        lambda x: x.expand(-1, 4, -1, -1).sum(),
+        lambda x: x.reshape(x.shape[0], -1).any(-1),
+        lambda x: x.transpose(-1, -2),
+        lambda x: ~x.bool(),
+        lambda x: 1.0 - x.float(),
+        lambda x: scores * x,
+        lambda x: x * scores,
+        lambda x: scores + x + 1,
+        lambda x: scores - 3 * (x != 0),
+        lambda x: abs(scores @ (x + scores)),
+        lambda x: scores.masked_fill(x == 0, 3),
+        lambda x: torch.where(x < 0, scores, 0),
+        lambda x: torch.stack([x, x]),
+        lambda x: torch.logical_and(x, scores),
+        lambda x: torch.zeros_like(x),
+        lambda x: torch.stack(list(x)),
+        lambda x: scores.clone().add_(x),
+    ]
+    for number, work in enumerate(works):
+        found, expected = work(mask), work(tensor)
+        same = torch.equal(found, expected) if torch.is_tensor(expected) else found == expected
+        assert same and getattr(found, "dtype", None) == getattr(expected, "dtype", None), number
+    if tensor.dtype.is_floating_point:
+        for work in (lambda x: x**2, lambda x: x // 2, lambda x: 2 % (x + 1), lambda x: x @ scores, lambda x: abs(-x)):
+            assert torch.equal(work(mask), work(tensor))
+
+
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["plain", "padded"])
+def test_copies_of_a_mask(padding: torch.Tensor | None) -> None:
+    mask = make(10, 20, padding, config=LlamaConfig(attn_implementation="sdpa"), dtype=torch.float32)
+    built = mask.tensor()
+    for twin in (copy.copy(mask), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask)), mask[:, :, :, :]):
+        assert isinstance(twin, LazyMask) and twin is not mask
+        assert torch.equal(twin.tensor(), built) and twin.q_start == 10 and twin.shape == mask.shape
+    assert mask in {mask} and len({mask, copy.copy(mask)}) == 2
 
 
 def test_it_passes_for_a_mask_tensor() -> None:
