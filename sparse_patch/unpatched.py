@@ -30,10 +30,7 @@ def attend_unpatched(
     if isinstance(mask, LazyMask):
         mask.forward.check_patched()
     config = unpatched_config(module.config)
-    function = unpatched_function(module, config)
-    if isinstance(mask, LazyMask):
-        mask = mask.build(config._attn_implementation)
-    return function(_Unpatched(module, config), *tensors, mask, **kwargs)
+    return _attend_with(config, unpatched_function(module, config), module, tensors, mask, kwargs)
 
 
 def unpatched_config(config: Any) -> Any:
@@ -59,7 +56,18 @@ def attend_densely(
     state: LayerState, module: nn.Module, tensors: tuple[torch.Tensor, ...], mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the model did before it was patched."""
+    return _attend_with(state.original_config, state.dense, module, tensors, mask, kwargs)
+
+
+def _attend_with(
+    config: Any,
+    function: AttentionFunction,
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, ...],
+    mask: Any,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a config's attention function gives, with the mask that this implementation gets."""
     if isinstance(mask, LazyMask):
-        mask = mask.build(state.original_config._attn_implementation)
-    unpatched: Any = _Unpatched(module, state.original_config)
-    return state.dense(unpatched, *tensors, mask, **kwargs)
+        mask = mask.build(config._attn_implementation)
+    return function(_Unpatched(module, config), *tensors, mask, **kwargs)

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker for each core: threads of several would wait for one another
 
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -41,6 +42,32 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_graphs() -> Iterator[None]:
+    """No graph of `torch.compile` is left of another test, and none for the next."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def five_layers() -> PreTrainedModel:
+    """The model that the rows of the method table are resolved for."""
+    from families import llama
+
+    return llama(layers=5)
+
+
+@pytest.fixture(scope="session")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that rows of the method table name, for `five_layers`."""
+    from method_table import SMALL_MODEL, write_plans
+
+    folder = tmp_path_factory.mktemp("plans")
+    write_plans(folder, SMALL_MODEL)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from families import llama
-from method_table import CORRECTED, SMALL_MODEL, configurations, write_plans
+from method_table import CORRECTED, configurations
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from sparse_patch import growing_cache, patched, span_cache, sparsity_report
@@ -36,13 +36,6 @@ NAMES = [name for name, config in configurations(Path()).items() if "prefill" no
 def frozen() -> PreTrainedModel:
     """No parameter needs gradients, so that methods are sparse whatever the mode."""
     return llama(layers=5).requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plans")
-    write_plans(folder, SMALL_MODEL)
-    return folder
 
 
 def growing(model: PreTrainedModel) -> Cache:

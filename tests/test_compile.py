@@ -1,6 +1,5 @@
 """`torch.compile` of whole patched models, as one graph. What a GPU runs sparsely in it is in test_gpu_compile.py."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,11 @@ from transformers import PreTrainedModel, StaticCache
 from sparse_patch import patched, sparsity_report
 from sparse_patch.report import SparsityReport
 
-pytestmark = pytest.mark.usefixtures("one_thread", "fresh")
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_graphs")
 WITHOUT_KERNELS = "prefill inside torch.compile without Triton's kernels"
 PADDING = "padding mask inside torch.compile (pass none with prompts of one length)"
 PACKED = "mask inside torch.compile that may be of packed sequences (use_cache=True rules them out)"
 SPANS = ("streamingllm", "moa", "duoattention")
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")

@@ -253,11 +253,6 @@ METHODS = pytest.mark.parametrize("case", DECODE_METHODS, ids=lambda case: case.
 FAST = pytest.mark.parametrize("case", [DECODE_METHODS[i] for i in (0, 3, 5, 8)], ids=lambda case: case.name)
 
 
-@pytest.fixture(scope="module")
-def five_layers() -> PreTrainedModel:
-    return llama(layers=5)
-
-
 def long_prompt(pad: int = 30) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 90, (2, 200), generator=torch.Generator().manual_seed(7))
     mask = torch.ones_like(ids)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import llama
-from method_table import CORRECTED, DECODE_METHODS, PREFILL_METHODS, SMALL_MODEL, configurations, write_plans
+from method_table import CORRECTED, DECODE_METHODS, PREFILL_METHODS, configurations
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from sparse_patch import growing_cache, patched, sparsity_report
@@ -21,18 +21,6 @@ LOOKUP = {"prompt_lookup_num_tokens": 24}
 PREFILL = [case.name for case in PREFILL_METHODS]
 DECODE = [case.name for case in (*DECODE_METHODS, CORRECTED)]
 A_SHAPE = {"method": "a_shape", "block_size": 16, "sink": 16, "window": 32, "min_length": 0}
-
-
-@pytest.fixture(scope="module")
-def five_layers() -> PreTrainedModel:
-    return llama(layers=5)
-
-
-@pytest.fixture(scope="module")
-def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plans")
-    write_plans(folder, SMALL_MODEL)
-    return folder
 
 
 def repeating(length: int = 200) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, llama, vlm
-from method_table import SMALL_MODEL, configurations, write_plans
+from method_table import configurations
 from test_patching import marks
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -22,13 +22,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ["flexprefill-coverage", "sale-int8", "tidaldecode", "quest-kv_group-max-added", "moa", "infllmv2"]
 SPARSE = {"prefill": {"method": "a_shape", "block_size": 16, "sink": 16, "window": 16, "min_length": 0}}
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plans")
-    write_plans(folder, SMALL_MODEL)
-    return folder
 
 
 @pytest.fixture

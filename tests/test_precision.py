@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from families import FAMILIES, llama
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from method_table import SMALL_MODEL, configurations, write_plans
+from method_table import configurations
 from transformers import DynamicCache, PreTrainedModel
 
 from sparse_patch import attention, patched, sparsity_report
@@ -40,18 +40,6 @@ OPS: dict[type, Any] = {
 
 def autocast(dtype: torch.dtype) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", dtype=dtype)
-
-
-@pytest.fixture(scope="module")
-def five_layers() -> PreTrainedModel:
-    return llama(layers=5)
-
-
-@pytest.fixture(scope="module")
-def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plans")
-    write_plans(folder, SMALL_MODEL)
-    return folder
 
 
 def batch(length: int = 290) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, llama
-from method_table import SMALL_MODEL, configurations, write_plans
+from method_table import configurations
 from test_patching import marks
 from together import answer, at_once, prompts, wrong_answers
 from torch import nn
@@ -28,18 +28,6 @@ from sparse_patch import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPARSE = {"prefill": {"method": "a_shape", "block_size": 16, "sink": 16, "window": 16, "min_length": 0}}
 NAMES = list(configurations(Path()))
-
-
-@pytest.fixture(scope="module")
-def five_layers() -> PreTrainedModel:
-    return llama(layers=5)
-
-
-@pytest.fixture(scope="module")
-def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plans")
-    write_plans(folder, SMALL_MODEL)
-    return folder
 
 
 @pytest.mark.parametrize("name", NAMES)
