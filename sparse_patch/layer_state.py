@@ -54,13 +54,6 @@ class LayerState:
     counts: LayerCounts = field(default_factory=LayerCounts)
     captured: list[tuple[Phase, Plan]] | None = None
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A patched model was loaded whole, maybe where nothing was patched yet."""
-        from sparse_patch.attention import register  # which imports this module
-
-        vars(self).update(state)
-        register(self.original_config._attn_implementation)
-
     @property
     def remembers(self) -> bool:
         """Whether the decode method keeps something beside the keys."""

@@ -49,7 +49,7 @@ from sparse_patch.ops.backends import takes_triton
 from sparse_patch.plans import Plan
 from sparse_patch.report import COUNTING, LayerCounts, LayerReport, SparsityReport
 from sparse_patch.rings import RingLayer, SpansOf
-from sparse_patch.unpatched import unpatched_config, unpatched_function
+from sparse_patch.unpatched import copies_are_plain, unpatched_config, unpatched_function
 from sparse_patch.version import __version__
 
 _PREPARE = "_prepare_cache_for_generation"  # the method of Transformers' models that makes the cache of `generate`
@@ -79,11 +79,38 @@ class Patch:
 
 @dataclass
 class OwnConfig:
-    """A Transformers config that was replaced by a copy, and the attributes of the copy as they were then."""
+    """A Transformers config that was replaced by a copy.
+
+    Attributes:
+        original: what the model has without the patch.
+        copy: what it has instead.
+        attributes: those of the copy as they were when the model was patched.
+        hook: the kind of hook that the copy names, where attention reads it.
+    """
 
     original: PreTrainedConfig
     copy: PreTrainedConfig
     attributes: dict[str, Any]
+    hook: str | None = None
+
+    def name_hook(self, kind: str) -> None:
+        """Let attention that reads the copy call the hook."""
+        unpatched = unpatched_name(self.original._attn_implementation)
+        register(unpatched)
+        self.hook, self.copy._attn_implementation = kind, hook_name(unpatched, kind)
+        for config in (self.copy, *(getattr(self.copy, name, None) for name in self.copy.sub_configs)):
+            if isinstance(config, PreTrainedConfig):
+                copies_are_plain(type(config))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy of a patched model; one that was given another implementation since stays without the hook."""
+        return {**vars(self), "hook": self.hook if is_hook(self.copy._attn_implementation) else None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A patched model was copied, or loaded whole, maybe where nothing was patched yet."""
+        vars(self).update(state)
+        if self.hook is not None:
+            self.name_hook(self.hook)
 
     def carry_over_changes(self) -> None:
         """Set on the original what was set on the copy while the model was patched (`resize_token_embeddings`, ...)."""
@@ -125,9 +152,7 @@ def _attach(
     holders = [module for module in model.modules() if _takes_own_config(module, attention)]
     own_configs = _own_configs(holders)
     for module, state in zip(modules, states, strict=True):
-        unpatched = state.original_config._attn_implementation
-        register(unpatched)
-        own_configs[id(_config_of(module))].copy._attn_implementation = hook_name(unpatched, kind)
+        own_configs[id(_config_of(module))].name_hook(kind)
         module.sparse_patch = state  # type: ignore[assignment]
     hooks = [module.register_forward_pre_hook(join_forward, with_kwargs=True) for module in modules]
     if isinstance(settings.decode, DecodeMethod) and settings.decode.correct_every is not None:

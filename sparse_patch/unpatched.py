@@ -1,10 +1,12 @@
 """What a model computes without a patch: its config, its attention function, and a dense call as it was before."""
 
+import copyreg
 from copy import copy
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from sparse_patch.discovery import dispatch_scope
 from sparse_patch.layer_state import AttentionFunction, LayerState
@@ -40,6 +42,22 @@ def unpatched_config(config: Any) -> Any:
     config, name = copy(config), unpatched_name(config._attn_implementation)
     config._attn_implementation_internal = name
     return config
+
+
+def copies_are_plain(kind: type[PreTrainedConfig]) -> None:
+    """Have configs of a class copied and pickled as they are without the patch: none leaves a model with its config.
+
+    Only the class can say how its objects are pickled. Doing it again changes nothing.
+    """
+    copyreg.pickle(kind, _reduced)
+
+
+def _reduced(config: PreTrainedConfig) -> Any:
+    """What pickle gets of a config, with the unpatched implementation."""
+    reduced: Any = config.__reduce_ex__(4)
+    make, args, state, *others = reduced
+    key = "_attn_implementation_internal"
+    return make, args, {**state, key: unpatched_name(state[key])} if is_hook(state.get(key)) else state, *others
 
 
 def unpatched_function(module: nn.Module, config: Any) -> AttentionFunction:

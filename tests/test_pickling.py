@@ -88,11 +88,15 @@ def of_a_copy(config: Any, model: Any) -> Any:
     return type(model)(copy.deepcopy(config))
 
 
+def of_a_pickled_one(config: Any, model: Any) -> Any:
+    return type(model)(pickled(config))
+
+
 def of_its_values(config: Any, model: Any) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_dict()))
 
 
-@pytest.mark.parametrize("build", [of_itself, by_auto, of_a_copy, of_its_values])
+@pytest.mark.parametrize("build", [of_itself, by_auto, of_a_copy, of_a_pickled_one, of_its_values])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
 def test_a_model_of_a_patched_models_config_is_plain(family: str, build: Callable[[Any, Any], Any]) -> None:
     """Also while the other model is patched; it can be patched itself, with another configuration."""
@@ -152,6 +156,25 @@ def test_a_config_that_was_taken_from_a_patched_model_names_no_patch_afterwards(
     with patched(five_layers, SPARSE):
         config = five_layers.config
     assert config._attn_implementation == "sdpa"
+
+
+def test_a_config_alone_is_plain(five_layers: PreTrainedModel) -> None:
+    """It is loaded by a process that has no sparse_patch, or that has patched nothing."""
+    with patched(five_layers, SPARSE):
+        stored = pickle.dumps(five_layers.config)
+        assert b"sparse_patch" not in stored
+        assert pickle.loads(stored)._attn_implementation == "sdpa"
+        assert copy.deepcopy(five_layers.config)._attn_implementation == "sdpa"
+
+
+def test_a_copy_has_no_hook_if_the_model_was_given_another_implementation(five_layers: PreTrainedModel) -> None:
+    plain = generated(five_layers)
+    with patched(five_layers, SPARSE):
+        five_layers.set_attn_implementation("eager")
+        for how in (copy.deepcopy, through_a_file):
+            twin = how(five_layers)
+            assert twin.config._attn_implementation == "eager" and not sparsity_report(twin).hook_active
+            assert torch.equal(generated(twin), plain)
 
 
 def work(model: nn.Module, path: Path, results: Any) -> None:
