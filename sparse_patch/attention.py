@@ -5,9 +5,10 @@ Whatever a sparse path cannot serve goes, counted with its reason, to the implem
 the very mask that this implementation would have got.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from sparse_patch.caches import keep_all, max_length_of, memory_of, ring_of
 from sparse_patch.call import PHASES, AttentionCall, Phase
 from sparse_patch.counting import count_dense, count_dense_kernel, count_sparse
 from sparse_patch.errors import PatchError, UnsupportedCallError
+from sparse_patch.head_shard import HeadShard
 from sparse_patch.layer_state import LayerState
 from sparse_patch.masks import DECODE_MAX_QUERIES, LazyMask, lazy_mask, lazy_mask_for_kernels
 from sparse_patch.memory import LayerMemory
@@ -26,10 +28,13 @@ from sparse_patch.ops import block_sparse, page_decode, span, span_ring, token_b
 from sparse_patch.ops import dense as dense_kernels
 from sparse_patch.ordinary import ordinary_tensors
 from sparse_patch.plans import Dense, PagePlan, SpanPlan, SparsePlan, TokenBlockPlan
-from sparse_patch.precision import as_autocast, without_autocast
-from sparse_patch.reasons import dense_by_design, has_window, unsupported, untraceable, why_unserved
+from sparse_patch.precision import as_autocast
+from sparse_patch.reasons import dense_by_design, unsupported, untraceable, why_unserved
+from sparse_patch.request import Request
 from sparse_patch.rings import RingLayer
 from sparse_patch.unpatched import attend_densely, attend_unpatched
+
+T = TypeVar("T")
 
 
 def register(unpatched: str | None) -> None:
@@ -57,7 +62,7 @@ def join_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             cache = value
     if mask is not None:
         mask.forward.join(state.patch)
-        mask.forward.cache = cache
+        mask.forward.use(cache)
     if cache is not None:
         _announce(cache, state.cache_layer, mask)
 
@@ -107,127 +112,95 @@ def sparse_attention(
     state: LayerState | None = getattr(module, "sparse_patch", None)
     if state is None:
         return attend_unpatched(module, (query, key, value), attention_mask, scaling=scaling, **kwargs)
-    with _on_device_of(query):
-        return _dispatch(state, module, (query, key, value), attention_mask, scaling, kwargs)
+    request = Request(state, module, query, key, value, attention_mask, scaling, kwargs)
+    if not query.is_cuda or torch.compiler.is_compiling():
+        return _dispatch(request)
+    with torch.cuda.device(query.get_device()):  # Triton launches on the current device; a model may lie on several
+        return _dispatch(request)
 
 
-def _on_device_of(x: torch.Tensor) -> AbstractContextManager[None]:
-    """Triton launches on the current device, and a model may lie on several; compiled code sees to it itself."""
-    return nullcontext() if not x.is_cuda or torch.compiler.is_compiling() else torch.cuda.device(x.device)
+def _dispatch(request: Request) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`sparse_attention`, on the device of its tensors."""
+    state, mask = request.state, request.mask
+    if not isinstance(mask, LazyMask):
+        return _attend(request)
+    mask.forward.join(state.patch)  # again: the model may have been patched since the module was called
+    ring = ring_of(mask.forward.cache, state.cache_layer)
+    if ring is not None and not ring.is_empty:
+        return _in_one_precision(request, partial(_attend_to_ring, ring)), None
+    if ring is not None:
+        request = replace(request, mask=mask.alone)
+        attended = _attend(request)
+        _fill(request, ring)
+        return attended
+    if state.cache_layer in mask.forward.gave_way:  # the layer attends twice; the keys are the forward's own still
+        request = replace(request, mask=mask.alone)
+    queries = request.mask.queries_of_prompt
+    if queries is not None and _decides_in_some_phase(request):
+        return _attend_in_parts(request, queries)
+    return _attend(request)
 
 
-def _dispatch(
-    state: LayerState,
-    module: nn.Module,
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    attention_mask: Any,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`sparse_attention`, once the device of its tensors is the current one."""
-    lazy = attention_mask if isinstance(attention_mask, LazyMask) else None
-    if lazy is None:
-        return _attend(state, module, tensors, attention_mask, scaling, kwargs)
-    lazy.forward.join(state.patch)  # again: the model may have been patched since the module was called
-    ring = ring_of(lazy.forward.cache, state.cache_layer)
-    if ring is None:
-        if state.cache_layer in lazy.forward.gave_way:  # the layer attends twice; the keys are the forward's own still
-            lazy = lazy.alone
-        queries = lazy.queries_of_prompt
-        if queries is not None and _decides_in_some_phase(state, lazy, kwargs):
-            return _attend_in_parts(state, module, tensors, lazy, scaling, kwargs, queries)
-        return _attend(state, module, tensors, lazy, scaling, kwargs)
-    if not ring.is_empty:
-        return _attend_to_ring(state, ring, module, tensors, lazy, scaling, kwargs), None
-    attended = _attend(state, module, tensors, lazy.alone, scaling, kwargs)
-    _fill(state, ring, module, tensors, lazy.alone, kwargs)
-    return attended
-
-
-def _fill(
-    state: LayerState,
-    ring: RingLayer,
-    module: nn.Module,
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    mask: LazyMask,
-    kwargs: dict[str, Any],
-) -> None:
+def _fill(request: Request, ring: RingLayer) -> None:
     """After the first forward: begin the ring, or keep every token if a ring could not serve the forwards to come."""
-    serves = torch.compiler.is_compiling() or ring.hands_over(*tensors[1:])  # a graph knows no identities
-    if serves and unsupported(module, tensors, mask, kwargs) is None:
-        key, value = as_autocast(*tensors[1:])
+    state, mask = request.state, request.mask
+    serves = torch.compiler.is_compiling() or ring.hands_over(request.key, request.value)  # a graph has no identities
+    if serves and unsupported(request) is None:
+        key, value = as_autocast(request.key, request.value)
         ring.write(key, value, mask.tokens_before, state.config.backend)
     else:
         keep_all(mask.forward.cache, state.cache_layer)
         mask.forward.gave_way.add(state.cache_layer)
 
 
-def _attend_in_parts(
-    state: LayerState,
-    module: nn.Module,
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    mask: LazyMask,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-    queries: int,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _attend_in_parts(request: Request, queries: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A forward that begins with the last `queries` tokens of a prompt and goes on with candidates to verify.
 
     The prompt comes out as it does without candidates, and those are decoded.
     """
-    query, key, value = tensors
-    of_prompt, of_candidates = mask.parted(queries)
-    keys = of_prompt.kv_length
-    first = query[:, :, :queries], key[:, :, :keys], value[:, :, :keys]
-    others = query[:, :, queries:], key, value
-    prompt, _ = _attend(state, module, first, of_prompt, scaling, kwargs)
-    candidates, _ = _attend(state, module, others, of_candidates, scaling, kwargs)
+    query, key, value = request.tensors
+    mask, of_candidates = request.mask.parted(queries)
+    key, value = key[:, :, : mask.kv_length], value[:, :, : mask.kv_length]
+    prompt, _ = _attend(replace(request, query=query[:, :, :queries], key=key, value=value, mask=mask))
+    candidates, _ = _attend(replace(request, query=query[:, :, queries:], mask=of_candidates))
     return torch.cat([prompt, candidates], dim=1), None
 
 
-def _decides_in_some_phase(state: LayerState, mask: LazyMask, kwargs: dict[str, Any]) -> bool:
+def _decides_in_some_phase(request: Request) -> bool:
     """Whether a method of the configuration has a say in calls of this layer."""
-    return not kwargs.get("output_attentions") and any(
-        dense_by_design(state, phase, mask, kwargs) is None for phase in PHASES
+    return not request.kwargs.get("output_attentions") and any(
+        dense_by_design(request, phase) is None for phase in PHASES
     )
 
 
-def _attend(
-    state: LayerState,
-    module: nn.Module,
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    attention_mask: Any,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _attend(request: Request) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`sparse_attention` where all keys are at hand."""
-    query, key, value = as_autocast(*tensors)
-    with without_autocast(query.device):
-        output = _attend_by_plan(state, module, (query, key, value), attention_mask, scaling, kwargs)
-    if output is not None:
-        return output, None
-    return attend_densely(state, module, tensors, attention_mask, scaling=scaling, **kwargs)
+    output = _in_one_precision(request, _attend_by_plan)
+    return attend_densely(request) if output is None else (output, None)
 
 
-def _attend_by_plan(
-    state: LayerState,
-    module: nn.Module,
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    mask: Any,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-) -> torch.Tensor | None:
+def _in_one_precision(request: Request, attend: Callable[[Request], T]) -> T:
+    """What `attend` gives; where autocast is on, for tensors that were cast once, and with nothing cast after that."""
+    device = request.query.device.type
+    if not torch.is_autocast_enabled(device):
+        return attend(request)
+    query, key, value = as_autocast(*request.tensors)
+    with torch.autocast(device, enabled=False):
+        return attend(replace(request, query=query, key=key, value=value))
+
+
+def _attend_by_plan(request: Request) -> torch.Tensor | None:
     """What the plan of a call gives, `[B, Sq, Hq, Dv]`; None for what the model did before it was patched."""
-    phase: Phase = _phase(mask, tensors[0].shape[2])
+    state, mask, phase = request.state, request.mask, _phase(request)
     memory = memory_of(mask.forward.cache, state.cache_layer) if isinstance(mask, LazyMask) else None
-    dense, unserved = dense_by_design(state, phase, mask, kwargs), None
+    dense, unserved = dense_by_design(request, phase), None
     if dense is None and memory is not None and memory.at_rest:
         dense = Dense("cache correction")
     call = None
-    if dense is None or state.remembers or _may_be_best(state, mask, kwargs):
-        unserved = unsupported(module, tensors, mask, kwargs) or untraceable(state, phase, tensors[0])
+    if dense is None or state.remembers or _may_be_best(request):
+        unserved = unsupported(request) or untraceable(request, phase)
         if unserved is None:
-            call = _attention_call(state, phase, tensors, mask, scaling, kwargs, memory)
+            call = _attention_call(request, phase, memory)
     _remember(state, call, memory)
     if dense is None and call is not None:
         plan = _method(state, phase).plan(call)
@@ -237,36 +210,26 @@ def _attend_by_plan(
             unserved = why_unserved(call, plan, state.config.backend)
             if unserved is None:
                 return _attend_sparsely(state, call, plan, mask)
-    count_dense(state, phase, tensors, mask, dense, unserved)
-    if dense is not None and call is not None and _may_be_best(state, mask, kwargs):
+    count_dense(request, phase, dense, unserved)
+    if dense is not None and call is not None and _may_be_best(request):
         return _attend_at_best(state, call)
     return None
 
 
-def _attend_to_ring(
-    state: LayerState,
-    ring: RingLayer,
-    module: nn.Module,
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    mask: LazyMask,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-) -> torch.Tensor:
+def _attend_to_ring(ring: RingLayer, request: Request) -> torch.Tensor:
     """A forward after others on a ring, the next chunk of a prompt or a token: the output `[B, Sq, Hq, Dv]`.
 
     The ring says what is read, whatever the method of the phase: nothing else is there.
     """
-    phase, backend = _phase(mask, tensors[0].shape[2]), state.config.backend
-    tensors = as_autocast(*tensors)  # type: ignore[assignment]
-    with without_autocast(tensors[0].device):
-        unserved = unsupported(module, tensors, mask, kwargs, ring)
-        if unserved is not None:
-            raise _refusal(state, ring, phase, unserved.reason)
-        call = _attention_call(state, phase, tensors, mask, scaling, kwargs, memory=None)
-        if reason := span_ring.unsupported(call, backend):
-            raise _refusal(state, ring, phase, reason)
-        output = ring.attend(call, mask.tokens_before, backend)
-        count_sparse(state, call, None if torch.compiler.is_compiling() else _ring_plan(ring, call, mask), mask)
+    state, mask, phase, backend = request.state, request.mask, _phase(request), request.state.config.backend
+    unserved = unsupported(request, ring)
+    if unserved is not None:
+        raise _refusal(state, ring, phase, unserved.reason)
+    call = _attention_call(request, phase, memory=None)
+    if reason := span_ring.unsupported(call, backend):
+        raise _refusal(state, ring, phase, reason)
+    output = ring.attend(call, mask.tokens_before, backend)
+    count_sparse(state, call, None if torch.compiler.is_compiling() else _ring_plan(ring, call, mask), mask)
     return output.transpose(1, 2).contiguous()
 
 
@@ -292,40 +255,43 @@ def _ring_plan(ring: RingLayer, call: AttentionCall, mask: LazyMask) -> SpanPlan
     return plan
 
 
-def _phase(mask: Any, q_length: int) -> Phase:
-    is_decode = mask.is_decode if isinstance(mask, LazyMask) else q_length <= DECODE_MAX_QUERIES
+def _phase(request: Request) -> Phase:
+    mask = request.mask
+    is_decode = mask.is_decode if isinstance(mask, LazyMask) else request.query.shape[2] <= DECODE_MAX_QUERIES
     return "decode" if is_decode else "prefill"
 
 
-def _attention_call(
-    state: LayerState,
-    phase: Phase,
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    mask: LazyMask,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-    memory: LayerMemory | None,
-) -> AttentionCall:
-    query, key, value = tensors
-    cache = mask.forward.cache
-    call = AttentionCall(
+def _attention_call(request: Request, phase: Phase, memory: LayerMemory | None) -> AttentionCall:
+    state, mask, query = request.state, request.mask, request.query
+    key, value, q_start, end = request.key, request.value, 0, None
+    if phase == "decode":
+        end = mask.end_on_device
+    if end is None:  # the tail of a static cache is not valid
+        q_start, valid = mask.q_start, mask.q_start + mask.q_length
+        key, value = key[:, :, :valid], value[:, :, :valid]
+    return AttentionCall(
         q=query,
         k=key,
         v=value,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scale=query.shape[-1] ** -0.5 if request.scaling is None else request.scaling,
         layer=state.layer,
         phase=phase,
+        q_start=q_start,
         kv_start=mask.real_row_starts,
-        softcap=kwargs.get("softcap"),
+        softcap=request.kwargs.get("softcap"),
+        kv_end=end,
         carried=mask.forward.carried,
         memory=memory,
-        max_length=max_length_of(cache, state.cache_layer),
-        split=state.shard.of_layer(query.shape[1], state.original_config.num_attention_heads),
+        max_length=max_length_of(mask.forward.cache, state.cache_layer),
+        split=_split(state, query.shape[1]),
     )
-    if phase == "decode" and mask.end_on_device is not None:
-        return replace(call, kv_end=mask.end_on_device)
-    valid = mask.q_start + mask.q_length  # the tail of a static cache is not valid
-    return replace(call, k=key[:, :, :valid], v=value[:, :, :valid], q_start=mask.q_start)
+
+
+def _split(state: LayerState, heads: int) -> HeadShard | None:
+    """The part of the layer's heads that this process has; None where no heads are split."""
+    if state.shard.size == 1:
+        return None
+    return state.shard.of_layer(heads, state.original_config.num_attention_heads)
 
 
 def _remember(state: LayerState, call: AttentionCall | None, memory: LayerMemory | None) -> None:
@@ -368,9 +334,9 @@ def _attend_sparsely(state: LayerState, call: AttentionCall, plan: SparsePlan, m
     return output.transpose(1, 2).contiguous()
 
 
-def _may_be_best(state: LayerState, mask: Any, kwargs: dict[str, Any]) -> bool:
+def _may_be_best(request: Request) -> bool:
     """Whether a call that is dense anyway may run on a faster kernel than the model's own."""
-    return state.config.dense == "best" and not has_window(mask, kwargs)
+    return request.state.config.dense == "best" and not request.has_window
 
 
 def _attend_at_best(state: LayerState, call: AttentionCall) -> torch.Tensor | None:

@@ -165,9 +165,10 @@ def stays_in_place(tensor: torch.Tensor) -> None:
 
 def _lies_in(kept: torch.Tensor, room: torch.Tensor, new: torch.Tensor) -> bool:
     """Whether what is kept still lies in the room (beam search and the like replace it), and the new tokens fit in."""
-    still = kept.data_ptr() == room.data_ptr() and len(kept) == len(room) and kept.dtype == room.dtype
-    fits = room.shape[-2] >= kept.shape[-2] + new.shape[-2] and torch.promote_types(room.dtype, new.dtype) == room.dtype
-    return still and fits
+    dtype, (rows, _, length, _), (all_rows, _, all_tokens, _) = room.dtype, kept.shape, room.shape
+    still = kept.data_ptr() == room.data_ptr() and rows == all_rows and kept.dtype == dtype
+    fits = length + new.shape[2] <= all_tokens
+    return still and fits and (new.dtype == dtype or torch.promote_types(dtype, new.dtype) == dtype)
 
 
 def _with_room(old: torch.Tensor, new: torch.Tensor, length: int, end: int) -> torch.Tensor:

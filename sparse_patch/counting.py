@@ -1,7 +1,6 @@
 """What the hook tells the report: every call, the plan that it ran or why it was dense."""
 
 import warnings
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from sparse_patch.layer_state import LayerState
 from sparse_patch.masks import LazyMask
 from sparse_patch.plans import BlockPlan, Dense, Plan, SpanPlan, SparsePlan
 from sparse_patch.report import COUNTING, Work
+from sparse_patch.request import Request
 
 
 def count_sparse(state: LayerState, call: AttentionCall, plan: SparsePlan | None, mask: LazyMask) -> None:
@@ -33,14 +33,7 @@ def count_sparse(state: LayerState, call: AttentionCall, plan: SparsePlan | None
         _capture(state, call.phase, plan)
 
 
-def count_dense(
-    state: LayerState,
-    phase: Phase,
-    tensors: tuple[torch.Tensor, ...],
-    mask: Any,
-    dense: Dense | None,
-    unserved: Dense | None,
-) -> None:
+def count_dense(request: Request, phase: Phase, dense: Dense | None, unserved: Dense | None) -> None:
     """Record a dense call: `dense` by design or by the method's choice, else one that was `unserved`.
 
     Inside a graph nothing is counted and nobody warned: the graph notes the reason whenever it runs.
@@ -48,7 +41,7 @@ def count_dense(
     Raises:
         UnsupportedCallError: the call was `unserved`, and the configuration says `on_unsupported: error`.
     """
-    reason = dense or unserved
+    state, mask, reason = request.state, request.mask, dense or unserved
     assert reason is not None
     if dense is None:
         _complain(state, phase, reason.reason)
@@ -57,7 +50,7 @@ def count_dense(
         if dense is None:
             state.counts.of(phase).fallback_in_graph = reason.reason
         return
-    work = mask.work if isinstance(mask, LazyMask) else _full_work(*tensors[:2])
+    work = mask.work if isinstance(mask, LazyMask) else _full_work(request.query, request.key)
     with COUNTING:
         counts = state.counts.of(phase)
         (counts.fallbacks if dense is None else counts.dense)[reason.reason] += 1

@@ -30,6 +30,7 @@ class Forward:
     Attributes:
         config: the config that its masks were made by; unpatching takes the hook's name out of it.
         cache: the cache that it uses; None without one, and before the first attention module is reached.
+        prompt: what `generate` reads first, if it made the forward; never inside a compiled graph, which serves any.
         patch: the patch that its layers run under.
         carried: what methods pass on from layer to layer, by name.
         gave_way: layers of the cache that were rings when they handed their keys over, and are no more.
@@ -37,6 +38,7 @@ class Forward:
 
     config: Any = None
     cache: Any = None
+    prompt: Prompt | None = None
     patch: PatchMark | None = None
     carried: dict[str, Any] = field(default_factory=dict)
     gave_way: set[int] = field(default_factory=set)
@@ -47,18 +49,21 @@ class Forward:
         Raises:
             PatchError: the model was unpatched, maybe patched anew, since the forward began.
         """
+        if self.patch is patch and patch.active:
+            return
         if not torch.compiler.is_compiling():
             same = patch.active and self.patch in (None, patch)
             if not same or not (self.config is None or is_hook(self.config._attn_implementation)):
                 raise PatchError(_ANEW)
         self.patch = patch
 
+    def use(self, cache: Any) -> None:
+        """An attention module is about to run with a cache, or with none."""
+        if cache is not self.cache:
+            self.cache = cache
+            self.prompt = None if torch.compiler.is_compiling() else prompt_of(cache)
+
     def check_patched(self) -> None:
         """Raise PatchError if the model was unpatched since an attention module with a patch ran in this forward."""
         if self.patch is not None and not self.patch.active:
             raise PatchError(_ANEW)
-
-    @property
-    def prompt(self) -> Prompt | None:
-        """What `generate` reads first, if it made the forward; never inside a compiled graph, which serves any."""
-        return None if torch.compiler.is_compiling() else prompt_of(self.cache)

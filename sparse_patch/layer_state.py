@@ -38,6 +38,8 @@ class LayerState:
         shard: the heads that this process has, where tensor parallelism splits them; shared by all layers.
         counts: what was computed, for the report.
         captured: when not None, the plans of the calls that ran, newest last.
+        decoder: its sparse decode method.
+        remembers: whether that keeps something beside the keys.
     """
 
     name: str
@@ -53,14 +55,10 @@ class LayerState:
     shard: HeadShard
     counts: LayerCounts = field(default_factory=LayerCounts)
     captured: list[tuple[Phase, Plan]] | None = None
+    decoder: DecodeMethod | None = field(init=False)
+    remembers: bool = field(init=False)
 
-    @property
-    def remembers(self) -> bool:
-        """Whether the decode method keeps something beside the keys."""
-        return self.decoder is not None and type(self.decoder).remember is not DecodeMethod.remember
-
-    @property
-    def decoder(self) -> DecodeMethod | None:
-        """The sparse decode method of this layer."""
+    def __post_init__(self) -> None:
         method = self.config.decode if "decode" in self.phases else None
-        return method if isinstance(method, DecodeMethod) else None
+        self.decoder = method if isinstance(method, DecodeMethod) else None
+        self.remembers = self.decoder is not None and type(self.decoder).remember is not DecodeMethod.remember

@@ -1,7 +1,5 @@
 """Precision of attention under `torch.autocast`: one cast of queries, keys and values, and none after it."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 
 
@@ -15,9 +13,3 @@ def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """For a `with` block in which what is computed in float32 stays float32."""
-    inside = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if inside else nullcontext()

@@ -1,17 +1,14 @@
 """Why a call is dense: the configuration wants it, the model does, or no sparse path can serve the call."""
 
-from typing import Any
-
 import torch
-from torch import nn
 
 from sparse_patch.call import AttentionCall, Phase
-from sparse_patch.layer_state import LayerState
 from sparse_patch.masks import LazyMask
 from sparse_patch.methods.spans import SpanMethod
 from sparse_patch.ops import block_sparse, page_decode, span, token_blocks
 from sparse_patch.ops.backends import takes_triton
 from sparse_patch.plans import Dense, PagePlan, SpanPlan, SparsePlan, TokenBlockPlan
+from sparse_patch.request import Request
 from sparse_patch.rings import RingLayer
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -19,8 +16,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _HARMLESS_TENSORS = frozenset({"position_ids", "cache_position", "text_position_ids", "labels", "input_ids"})
 
 
-def dense_by_design(state: LayerState, phase: Phase, mask: Any, kwargs: dict[str, Any]) -> Dense | None:
+def dense_by_design(request: Request, phase: Phase) -> Dense | None:
     """Dense because the configuration or the model wants it so."""
+    state = request.state
     method = state.config.method(phase)
     if method is None:
         return Dense(f"no {phase} method")
@@ -28,23 +26,14 @@ def dense_by_design(state: LayerState, phase: Phase, mask: Any, kwargs: dict[str
         return Dense("layer not selected")
     if method.method == "dense":
         return Dense("method: dense")
-    if has_window(mask, kwargs):
+    if request.has_window:
         return Dense("chunked layer" if state.kind == "chunked" else "sliding-window layer")
     return None
 
 
-def has_window(mask: Any, kwargs: dict[str, Any]) -> bool:
-    return bool(kwargs.get("sliding_window")) or (isinstance(mask, LazyMask) and mask.window is not None)
-
-
-def unsupported(
-    module: nn.Module,
-    tensors: tuple[torch.Tensor, ...],
-    mask: Any,
-    kwargs: dict[str, Any],
-    ring: RingLayer | None = None,
-) -> Dense | None:
+def unsupported(request: Request, ring: RingLayer | None = None) -> Dense | None:
     """Dense because no sparse path can serve the call; with a ring its keys are only those of the forward."""
+    module, mask, tensors, kwargs = request.module, request.mask, request.tensors, request.kwargs
     if not isinstance(mask, LazyMask):
         made = "mask tensor passed by the caller or computed by the model"
         return Dense("no mask was built" if mask is None else made)
@@ -89,15 +78,16 @@ def _unknown_in_a_graph(mask: LazyMask) -> Dense | None:
     return None
 
 
-def untraceable(state: LayerState, phase: Phase, q: torch.Tensor) -> Dense | None:
+def untraceable(request: Request, phase: Phase) -> Dense | None:
     """Dense because `torch.compile` cannot trace what plans or executes the call.
 
     It traces decode, and spans, wherever they run. Other plans for prefill are lists of blocks, which Triton's kernels
     read on the device and other backends on the host.
     """
-    if not torch.compiler.is_compiling() or phase == "decode" or isinstance(state.config.prefill, SpanMethod):
+    config = request.state.config
+    if phase == "decode" or not torch.compiler.is_compiling() or isinstance(config.prefill, SpanMethod):
         return None
-    if takes_triton(q) and state.config.backend not in ("torch", "reference"):
+    if takes_triton(request.query) and config.backend not in ("torch", "reference"):
         return None
     return Dense("prefill inside torch.compile without Triton's kernels")
 

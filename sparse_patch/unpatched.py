@@ -9,9 +9,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from sparse_patch.discovery import dispatch_scope
-from sparse_patch.layer_state import AttentionFunction, LayerState
+from sparse_patch.layer_state import AttentionFunction
 from sparse_patch.masks import LazyMask
 from sparse_patch.names import is_hook, unpatched_name
+from sparse_patch.request import Request
 
 
 class _Unpatched:
@@ -70,11 +71,11 @@ def unpatched_function(module: nn.Module, config: Any) -> AttentionFunction:
     return function
 
 
-def attend_densely(
-    state: LayerState, module: nn.Module, tensors: tuple[torch.Tensor, ...], mask: Any, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def attend_densely(request: Request) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the model did before it was patched."""
-    return _attend_with(state.original_config, state.dense, module, tensors, mask, kwargs)
+    config, function = request.state.original_config, request.state.dense
+    kwargs = {"scaling": request.scaling, **request.kwargs}
+    return _attend_with(config, function, request.module, request.tensors, request.mask, kwargs)
 
 
 def _attend_with(

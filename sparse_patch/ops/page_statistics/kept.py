@@ -39,7 +39,7 @@ def pages_of(tokens: int, page_size: int) -> int:
 
 def _is_behind(call: AttentionCall, memory: LayerMemory, names: tuple[str, ...]) -> bool:
     """Whether the memory lacks tokens from before the call. Of a static cache's decode step only the device knows."""
-    if any(name not in memory.tensors for name in names) or len(memory.tensors[names[0]]) != len(call.k):
+    if any(name not in memory.tensors for name in names) or memory.tensors[names[0]].shape[0] != call.k.shape[0]:
         return True
     return call.kv_end is None and memory.covered < call.q_start
 
@@ -49,7 +49,7 @@ def _with_room(
 ) -> list[torch.Tensor]:
     """The tensors in memory, with room for the call's pages: replaced where they are too small or not there."""
     kept = [memory.tensors[name] for name in names if name in memory.tensors]
-    fits = len(kept) == len(names) and len(kept[0]) == len(call.k)
+    fits = len(kept) == len(names) and kept[0].shape[0] == call.k.shape[0]
     if fits and kept[0].shape[2] >= num_pages(call.kv_length, page_size, offset):
         return kept
     tensors = _new(call, len(names), num_pages(_room(call), page_size, offset))

@@ -1,0 +1,46 @@
+"""What the model asks of the hook: one call of attention, as Transformers makes it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_patch.layer_state import LayerState
+from sparse_patch.masks import LazyMask
+
+
+@dataclass(eq=False)
+class Request:
+    """One call of attention; see `sparse_attention` for the arguments.
+
+    Attributes:
+        state: what the module carries.
+        module: the attention module.
+        query: `[B, Hq, Sq, D]`.
+        key: `[B, Hkv, Skv, D]`, everything the cache returns.
+        value: `[B, Hkv, Skv, Dv]`.
+        mask: a `LazyMask`, or what the caller passed in its place.
+        scaling: factor on the logits; None for `D ** -0.5`.
+        kwargs: the other arguments, by the names that Transformers gives them.
+    """
+
+    state: LayerState
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: Any
+    scaling: float | None
+    kwargs: dict[str, Any]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.query, self.key, self.value
+
+    @property
+    def has_window(self) -> bool:
+        """Whether the layer is one with a sliding window or with chunks."""
+        return bool(self.kwargs.get("sliding_window")) or (
+            isinstance(self.mask, LazyMask) and self.mask.window is not None
+        )
