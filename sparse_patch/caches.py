@@ -3,7 +3,7 @@
 What one layer of a cache has is asked here by the layer's number: its ring, its memory, its length.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,19 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedCon
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from sparse_patch.cache_layers import FixedLayer, GrowingLayer
+from sparse_patch.errors import SparsePatchError, short
 from sparse_patch.memory import LayerMemory
 from sparse_patch.rings import FixedRingLayer, RingLayer, SpansOf
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:
-    """The cache that `generate` makes for a model, with growing layers in place of those that copy."""
+    """The cache that `generate` makes for a model, with growing layers in place of those that copy.
+
+    Raises:
+        SparsePatchError: what was passed is not a model's config.
+    """
+    if not isinstance(config, PreTrainedConfig):
+        raise SparsePatchError(f"growing_cache: config: expected model.config, got {short(config)}")
     cache = DynamicCache(config=config)
     adopt(cache)
     return cache
@@ -50,9 +57,15 @@ class CacheBytes:
 
 
 def cache_bytes(cache: Cache) -> CacheBytes:
-    """The memory of a cache that has seen a prompt, beside what its plan says and what a dense cache would take."""
+    """The memory of a cache that has seen a prompt, beside what its plan says and what a dense cache would take.
+
+    Raises:
+        SparsePatchError: what was passed is not a cache of Transformers.
+    """
+    if not isinstance(cache, Cache):
+        raise SparsePatchError(f"cache_bytes: cache: expected a Cache of Transformers, got {short(cache)}")
     allocated = planned = dense = 0
-    for layer in cache.layers:
+    for layer in _layers(cache):
         for kept in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if kept is None:
                 continue
@@ -124,10 +137,15 @@ def copies(cache: Any, layer: int) -> bool:
 
 
 def _layer(cache: Any, layer: int) -> Any:
+    layers = _layers(cache)
+    return layers[layer] if layer < len(layers) else None
+
+
+def _layers(cache: Any) -> Sequence[Any]:
+    """The layers of a cache; of an encoder-decoder's those that its decoder fills."""
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    layers = getattr(cache, "layers", ())
-    return layers[layer] if layer < len(layers) else None
+    return getattr(cache, "layers", ())
 
 
 def _ours(layer: Any, spans: SpansOf | None, max_length: int) -> Any:

@@ -24,6 +24,7 @@ max_position_embeddings / original. As Transformers does it,
 """
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -286,6 +287,8 @@ class _Weight(NamedTuple):
 
 def _folder(path: str | Path, revision: str | None) -> Path:
     """The checkpoint's folder, downloaded if it is a hub id; no code is fetched."""
+    if not isinstance(path, str | os.PathLike):
+        raise SparsePatchError(f"load_minicpm: path: expected a folder or a hub id, got {short(path)}")
     if Path(path).is_dir():
         return Path(path)
     try:

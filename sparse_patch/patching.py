@@ -30,7 +30,7 @@ from sparse_patch.call import PHASES, Phase
 from sparse_patch.config import ConfigSource, PatchConfig, load_config
 from sparse_patch.correction import Correction
 from sparse_patch.discovery import attention_modules, dispatch_scope
-from sparse_patch.errors import PatchError
+from sparse_patch.errors import PatchError, SparsePatchError, short
 from sparse_patch.forward import PatchMark
 from sparse_patch.head_shard import HeadShard
 from sparse_patch.layer_state import LayerState
@@ -250,8 +250,14 @@ def span_cache(model: nn.Module, max_length: int) -> DynamicCache:
 
     Returns:
         An empty cache, for this model while it is patched so.
+
+    Raises:
+        PatchError: the model is none of Transformers.
+        SparsePatchError: `max_length` is no number of tokens.
     """
     root = transformers_model(model)
+    if not isinstance(max_length, int) or max_length < 1:
+        raise SparsePatchError(f"span_cache: max_length: expected a number of tokens above 0, got {short(max_length)}")
     cache = DynamicCache(config=root.config)
     adopt(cache, spans_of(root), max_length)
     return cache

@@ -1,7 +1,7 @@
 """Pictures of what was computed: the block map of chosen heads, and the density of every layer and head."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from statistics import fmean
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparse_patch.call import PHASES, Phase
-from sparse_patch.errors import SparsePatchError, one_line
+from sparse_patch.errors import SparsePatchError, one_line, short
 from sparse_patch.plans import BlockPlan, Plan, SpanPlan, TokenBlockPlan, in_span
 from sparse_patch.report import SparsityReport
 from sparse_patch.writing import write_file
@@ -42,7 +42,7 @@ def plot_sparsity(
     sparse_plans = {layer: plan for layer in plans if (plan := last_sparse_plan(plans[layer])) is not None}
     if not sparse_plans:
         raise SparsePatchError(f"plot: no sparse prefill was captured: {_why_dense(report)}")
-    chosen = list(heads) if heads is not None else _spread_of_heads(sparse_plans)
+    chosen = _spread_of_heads(sparse_plans) if heads is None else _pairs(heads)
     columns = 1 + -(-len(chosen) // 2)
     figure = figure_class(figsize=(3.1 * columns + 1, 6.6), layout="constrained")
     grid = figure.add_gridspec(2, columns)
@@ -278,6 +278,15 @@ def _touched(plan: SpanPlan, head: int) -> tuple[torch.Tensor, torch.Tensor]:
     causal = key <= query
     near = torch.minimum(key + _SIDE - 1, query)  # the key of the block that is next to the block's first query
     return causal & (in_span(query, key, sink, window) | in_span(query, near, sink, window)), causal
+
+
+def _pairs(heads: Any) -> list[tuple[int, int]]:
+    """The pairs of layer and head that a caller named."""
+    pairs = list(heads) if isinstance(heads, Iterable) else [heads]
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or [type(number) for number in pair] != [int, int]:
+            raise SparsePatchError(f"plot: heads: expected pairs (layer, head), as in [(0, 1)], got {short(pair)}")
+    return pairs
 
 
 def _spread_of_heads(plans: dict[int, PrefillPlan], number: int = 6) -> list[tuple[int, int]]:

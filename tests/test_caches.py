@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from families import gemma3, gemma3n, gemma4, llama
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from sparse_patch import cache_layers, patched, sparsity_report
+from sparse_patch import SparsePatchError, cache_layers, patched, span_cache, sparsity_report
 from sparse_patch.attention import join_forward
 from sparse_patch.cache_layers import GrowingLayer
 from sparse_patch.caches import CacheBytes, cache_bytes, growing_cache, memory_of
@@ -107,3 +107,22 @@ def test_layers_that_share_keys_share_what_is_kept_of_them(build: Callable[[], P
             assert memory is getattr(cache.layers[3], "memory", None)
         assert [sparsity_report(model).layers[i].decode.sparse_calls for i in (3, 5)] == [20, 20]
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+def test_bytes_of_an_encoder_decoder_cache_are_those_of_the_decoder(model: PreTrainedModel) -> None:
+    cache = growing_cache(model.config)
+    with torch.no_grad():
+        model(torch.randint(3, 90, (1, 20)), past_key_values=cache)
+    both = EncoderDecoderCache(cache, DynamicCache())
+    assert cache_bytes(both) == cache_bytes(cache) != CacheBytes(0, 0, 0)
+
+
+def test_what_is_no_cache_no_config_and_no_length_is_said_in_one_line(model: PreTrainedModel) -> None:
+    for wrong in (None, model, "cache"):
+        with pytest.raises(SparsePatchError, match=r"^cache_bytes: cache: expected a Cache of Transformers, got .+"):
+            cache_bytes(wrong)  # type: ignore[arg-type]
+        with pytest.raises(SparsePatchError, match=r"^growing_cache: config: expected model.config, got .+"):
+            growing_cache(wrong)  # type: ignore[arg-type]
+    for length in (None, "x", 0, -1, 1.5):
+        with pytest.raises(SparsePatchError, match=r"^span_cache: max_length: expected a number of tokens above 0"):
+            span_cache(model, length)  # type: ignore[arg-type]

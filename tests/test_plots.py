@@ -95,6 +95,9 @@ def test_what_cannot_be_drawn_is_one_line(
     report, plans = recorded
     with pytest.raises(SparsePatchError, match="no sparse layer 1 with a head 0"):
         plot_sparsity(report, plans, tmp_path / "a.png", [(1, 0)])
+    for heads in ([0, 1], [(0, 1, 2)], [(0, "a")], "ab", 3, [(0, 1.5)]):
+        with pytest.raises(SparsePatchError, match=r"plot: heads: expected pairs \(layer, head\)"):
+            plot_sparsity(report, plans, tmp_path / "a.png", heads)  # type: ignore[arg-type]
     with pytest.raises(SparsePatchError, match="no sparse prefill was captured"):
         plot_sparsity(report, {1: plans[1]}, tmp_path / "a.png")
     with pytest.raises(SparsePatchError, match=r"a\.docx: cannot be drawn: expected one of \..*png"):
