@@ -1,26 +1,46 @@
-"""The command line as a user has it: its own process, exit codes, one-line errors."""
+"""The command line: files, exit codes, one-line errors; a process of its own where that makes a difference."""
 
+import io
 import json
+import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from sparse_patch.cli import main
 
+Completed = subprocess.CompletedProcess[str]
 
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sparse_patch.cli", *arguments], capture_output=True, text=True, cwd=cwd, timeout=300
-    )
+
+def run(*arguments: str, cwd: Path | None = None) -> Completed:
+    """What a command does, in this process: a new one needs ten seconds to begin."""
+    out, err, code, before = io.StringIO(), io.StringIO(), 0, Path.cwd()
+    os.chdir(cwd or before)
+    try:
+        with mock.patch.object(sys, "argv", ["sparse-patch", *arguments]), redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        os.chdir(before)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def run_as_user(*arguments: str) -> Completed:
+    """What a command does in a process of its own."""
+    command = [sys.executable, "-m", "sparse_patch.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_demo_on_the_shipped_model(tmp_path: Path) -> None:
     """A short prompt with a low min_length: the whole way of the main job, at a size for tests."""
     config = tmp_path / "small.yaml"
     config.write_text("prefill: {method: flexprefill, block_size: 32, min_budget: 256, min_length: 512, gamma: 0.98}")
-    result = run(
+    result = run_as_user(
         *("demo", "--length", "2048", "--config", str(config), "--repeats", "1", "--needles", "4"),
         *("--json", str(tmp_path / "d.json"), "--plot", str(tmp_path / "d.png")),
     )
@@ -36,7 +56,7 @@ def test_demo_on_the_shipped_model(tmp_path: Path) -> None:
 
 
 def test_methods(tmp_path: Path) -> None:
-    result = run("methods", "--json", str(tmp_path / "m.json"))
+    result = run_as_user("methods", "--json", str(tmp_path / "m.json"))
     assert result.returncode == 0 and "flexprefill" in result.stdout
     rows = {row["method"]: row for row in json.loads((tmp_path / "m.json").read_text())}
     assert rows["flexprefill"]["config"] == "flexprefill.yaml" and rows["flexprefill"]["fields"]["gamma"] == 0.8
@@ -319,7 +339,7 @@ def test_bad_input_is_one_line_and_exit_2(
 
 
 def test_debug_shows_the_trace(tmp_path: Path) -> None:
-    result = run("show", "nope.yaml", "--debug", cwd=tmp_path)
+    result = run_as_user("show", str(tmp_path / "nope.yaml"), "--debug")
     assert result.returncode == 1 and "Traceback" in result.stderr and "ConfigError" in result.stderr
 
 
