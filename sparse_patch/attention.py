@@ -145,7 +145,7 @@ def _fill(request: Request, ring: RingLayer) -> None:
     """After the first forward: begin the ring, or keep every token if a ring could not serve the forwards to come."""
     state, mask = request.state, request.mask
     serves = torch.compiler.is_compiling() or ring.hands_over(request.key, request.value)  # a graph has no identities
-    if serves and unsupported(request) is None:
+    if serves and _in_one_precision(request, unsupported) is None:
         key, value = as_autocast(request.key, request.value)
         ring.write(key, value, mask.tokens_before, state.config.backend)
     else:
@@ -168,9 +168,7 @@ def _attend_in_parts(request: Request, queries: int) -> tuple[torch.Tensor, torc
 
 def _decides_in_some_phase(request: Request) -> bool:
     """Whether a method of the configuration has a say in calls of this layer."""
-    return not request.kwargs.get("output_attentions") and any(
-        dense_by_design(request, phase) is None for phase in PHASES
-    )
+    return not request.wants_weights and any(dense_by_design(request, phase) is None for phase in PHASES)
 
 
 def _attend(request: Request) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -225,12 +223,21 @@ def _attend_to_ring(ring: RingLayer, request: Request) -> torch.Tensor:
     unserved = unsupported(request, ring)
     if unserved is not None:
         raise _refusal(state, ring, phase, unserved.reason)
-    call = _attention_call(request, phase, memory=None)
+    dtype = request.query.dtype
+    call = _attention_call(_in_dtype(request, ring.holding(dtype)), phase, memory=None)
     if reason := span_ring.unsupported(call, backend):
         raise _refusal(state, ring, phase, reason)
     output = ring.attend(call, mask.tokens_before, backend)
     count_sparse(state, call, None if torch.compiler.is_compiling() else _ring_plan(ring, call, mask), mask)
-    return output.transpose(1, 2).contiguous()
+    return output.transpose(1, 2).contiguous().to(dtype)
+
+
+def _in_dtype(request: Request, dtype: torch.dtype) -> Request:
+    """The request with its tensors in the precision of a ring, which may have been filled under autocast or not."""
+    if request.query.dtype == dtype:
+        return request
+    query, key, value = (tensor.to(dtype) for tensor in request.tensors)
+    return replace(request, query=query, key=key, value=value)
 
 
 def _refusal(state: LayerState, ring: RingLayer, phase: Phase, reason: str) -> UnsupportedCallError:

@@ -40,6 +40,7 @@ class LayerState:
         captured: when not None, the plans of the calls that ran, newest last.
         decoder: its sparse decode method.
         remembers: whether that keeps something beside the keys.
+        has_weights: whether the implementation that the model had gives attention weights.
     """
 
     name: str
@@ -57,8 +58,10 @@ class LayerState:
     captured: list[tuple[Phase, Plan]] | None = None
     decoder: DecodeMethod | None = field(init=False)
     remembers: bool = field(init=False)
+    has_weights: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        self.has_weights = self.original_config._attn_implementation in (None, "eager")
         method = self.config.decode if "decode" in self.phases else None
         self.decoder = method if isinstance(method, DecodeMethod) else None
         self.remembers = self.decoder is not None and type(self.decoder).remember is not DecodeMethod.remember

@@ -43,7 +43,7 @@ def unsupported(request: Request, ring: RingLayer | None = None) -> Dense | None
         return Dense("mask is more than causal (packed sequences, prefix-LM or bidirectional blocks)")
     if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
         return Dense("attention is not causal")
-    if kwargs.get("output_attentions"):
+    if request.wants_weights:
         return Dense("output_attentions")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return Dense("gradients are needed (use torch.no_grad for inference)")
@@ -54,7 +54,7 @@ def unsupported(request: Request, ring: RingLayer | None = None) -> Dense | None
     for name, value in kwargs.items():
         if torch.is_tensor(value) and name not in _HARMLESS_TENSORS:
             return Dense(f"argument {name}")
-    if reason := _unserved_dtypes(tensors, ring):
+    if reason := _unserved_dtypes(tensors):
         return reason
     keys = mask.kv_length if ring is None else mask.q_length
     described = mask.kv_length if ring is None else ring.get_mask_sizes(mask.q_length)[0]
@@ -92,14 +92,13 @@ def untraceable(request: Request, phase: Phase) -> Dense | None:
     return Dense("prefill inside torch.compile without Triton's kernels")
 
 
-def _unserved_dtypes(tensors: tuple[torch.Tensor, ...], ring: RingLayer | None) -> Dense | None:
-    dtypes = [tensor.dtype for tensor in tensors]
-    if ring is not None and ring.keys is not None and ring.values is not None:
-        dtypes += [ring.keys.dtype, ring.values.dtype]
-    if dtypes[0] not in _DTYPES:
-        return Dense(f"dtype {dtypes[0]}")
-    if len(set(dtypes)) > 1:
-        return Dense(f"queries, keys and values in several dtypes ({', '.join(map(str, dict.fromkeys(dtypes)))})")
+def _unserved_dtypes(tensors: tuple[torch.Tensor, ...]) -> Dense | None:
+    dtype, *others = (tensor.dtype for tensor in tensors)
+    if dtype not in _DTYPES:
+        return Dense(f"dtype {dtype}")
+    if others != [dtype, dtype]:
+        names = ", ".join(map(str, dict.fromkeys((dtype, *others))))
+        return Dense(f"queries, keys and values in several dtypes ({names})")
     return None
 
 

@@ -44,3 +44,10 @@ class Request:
         return bool(self.kwargs.get("sliding_window")) or (
             isinstance(self.mask, LazyMask) and self.mask.window is not None
         )
+
+    @property
+    def wants_weights(self) -> bool:
+        """Whether the attention weights are asked for; by the config only of a model whose implementation has them."""
+        return bool(self.kwargs.get("output_attentions")) or (
+            self.state.has_weights and bool(getattr(self.module.config, "output_attentions", False))
+        )

@@ -119,6 +119,16 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
         self.write(call.k, call.v, before, backend)
         return output
 
+    def holding(self, dtype: torch.dtype) -> torch.dtype:
+        """The precision in which the ring goes on if a forward comes in `dtype`: one that loses nothing of either."""
+        assert self.keys is not None and self.values is not None
+        wanted = torch.promote_types(self.keys.dtype, dtype)
+        if wanted != self.keys.dtype:
+            with ordinary_tensors():
+                self.keys, self.values = self.keys.to(wanted), self.values.to(wanted)
+            self.dtype = wanted
+        return wanted
+
     @torch.no_grad()
     def write(self, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, backend: str) -> None:
         """Keep what the spans of later tokens have of a forward's keys and values; see `span_ring.write`."""
@@ -236,6 +246,11 @@ class FixedRingLayer(RingLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys of the mask and its offset: of a static cache its whole length."""
         return self.max_length, 0
+
+    def holding(self, dtype: torch.dtype) -> torch.dtype:
+        """Its own precision, see `make_room`."""
+        assert self.keys is not None
+        return self.keys.dtype
 
     def reset(self) -> None:
         CacheLayerMixin.reset(self)

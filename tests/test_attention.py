@@ -177,6 +177,14 @@ def _images(model: PreTrainedModel) -> dict[str, Any]:
     return {"input_ids": ids_of(model), "token_type_ids": kinds}
 
 
+def with_weights() -> PreTrainedModel:
+    """A model whose config asks for attention weights."""
+    model = FAMILIES["llama"]()
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    return model
+
+
 FALLBACKS: list[FallbackCase] = [
     ("right padding or holes", FAMILIES["llama"], _holes, "padding that is not on the left"),
     ("packed sequences", FAMILIES["llama"], _packed, "mask is more than causal"),
@@ -189,6 +197,7 @@ FALLBACKS: list[FallbackCase] = [
         lambda model: {"input_ids": ids_of(model), "output_attentions": True},
         "output_attentions",
     ),
+    ("attentions by the config", with_weights, lambda model: {"input_ids": ids_of(model)}, "output_attentions"),
 ]
 
 
@@ -221,6 +230,16 @@ def test_on_unsupported_error_and_silent(
         warnings.simplefilter("error", UserWarning)
         logits_of(model, **inputs_of(model))
         assert sum(sparsity_report(model).fallbacks().values()) > 0
+
+
+@torch.no_grad()
+def test_the_config_gets_the_attention_weights_that_it_asks_for() -> None:
+    model = with_weights()
+    ids = ids_of(model)
+    expected = model(ids).attentions
+    with patched(model, SPARSE, on_unsupported="silent"):
+        found = model(ids).attentions
+    assert len(found) == len(expected) > 0 and all(map(torch.equal, found, expected))
 
 
 def test_training_is_dense_with_the_right_gradients(llama: PreTrainedModel) -> None:

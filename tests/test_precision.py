@@ -15,14 +15,17 @@ from families import FAMILIES, llama
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from method_table import configurations
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from sparse_patch import attention, patched, sparsity_report
+from sparse_patch import attention, growing_cache, patched, span_cache, sparsity_report
+from sparse_patch.caches import adopt
 from sparse_patch.call import AttentionCall
 from sparse_patch.evaluation.lm_eval import SparseLM
 from sparse_patch.ops import block_sparse, page_decode, span, token_blocks
+from sparse_patch.patching import spans_of
 from sparse_patch.plans import BlockPlan, PagePlan, SpanPlan, TokenBlockPlan
 from sparse_patch.precision import as_autocast
+from sparse_patch.rings import RingLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = list(configurations(Path()))
@@ -63,7 +66,8 @@ def test_full_budgets_give_what_the_unpatched_model_gives(
     with autocast(dtype):
         expected = logits(five_layers)
         with patched(five_layers, full, on_unsupported="error"):
-            assert torch.equal(logits(five_layers), expected)
+            cache = DynamicCache(config=five_layers.config)  # a ring adds up in another order
+            assert torch.equal(logits(five_layers, past_key_values=cache), expected)
 
 
 Ran = tuple[AttentionCall, Any, torch.Tensor, Any]  # a call, its plan, its output and the method
@@ -150,6 +154,39 @@ def test_a_cache_is_filled_under_autocast_and_used_outside(five_layers: PreTrain
             more = {"past_key_values": first.past_key_values, "max_new_tokens": 3, "do_sample": False}
             answers.append(five_layers.generate(first.sequences, **more))
     assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("pattern", ["all", "none after the first", "all but the first", "in turn"])
+@torch.no_grad()
+def test_a_ring_serves_on_both_sides_of_autocast(pattern: str, static: bool, five_layers: PreTrainedModel) -> None:
+    """It is as far from the answer in float32 as a cache that keeps everything, or nearer."""
+    pieces = batch()["input_ids"].split([280, 4, 1, 1, 4], 1)
+    with_autocast = {
+        "all": [True] * 5,
+        "none after the first": [True, *[False] * 4],
+        "all but the first": [False, *[True] * 4],
+        "in turn": [True, False, True, False, True],
+    }[pattern]
+
+    def steps(cache: Cache, enabled: list[bool]) -> torch.Tensor:
+        found = []
+        for part, inside in zip(pieces, enabled, strict=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                found.append(five_layers(part, past_key_values=cache).logits[:, -1].float())
+        return torch.stack(found)
+
+    with patched(five_layers, {"decode": {"method": "streamingllm", "sink": 4, "window": 60}}, on_unsupported="error"):
+        ring: Cache = span_cache(five_layers, 300)
+        if static:
+            ring = StaticCache(config=five_layers.config, max_cache_len=300)
+            adopt(ring, spans_of(five_layers))
+        keeping, exact = growing_cache(five_layers.config), growing_cache(five_layers.config)
+        found, expected = steps(ring, with_autocast), steps(keeping, with_autocast)
+        right = steps(exact, [False] * 5)
+    assert all(isinstance(layer, RingLayer) for layer in ring.layers)
+    error, usual = ((logits - right).square().mean().sqrt() for logits in (found, expected))
+    assert error <= 1.2 * usual < 0.1 * right.std()
 
 
 # Who else turns autocast on.
