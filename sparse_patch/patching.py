@@ -234,7 +234,7 @@ def _remarks(state: LayerState) -> list[str]:
     methods = (state.config.method(phase) for phase in PHASES)
     remarks = list(dict.fromkeys(remark for method in methods if method and (remark := method.remark())))
     if state.shard.size > 1:
-        remarks.append(f"tensor parallelism: the heads of rank {state.shard.rank} of {state.shard.size} alone")
+        remarks.append(f"tensor parallelism: only the heads of rank {state.shard.rank} of {state.shard.size}")
     return remarks
 
 

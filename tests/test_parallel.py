@@ -176,7 +176,7 @@ def test_each_rank_reports_its_own_heads(name: str, alone: dict[str, Any], ranks
         if expected and all(of_ranks):
             assert [*of_ranks[0], *of_ranks[1]] == pytest.approx(expected)
     remarks = [found["split"][name]["remarks"][-1] for found in ranks]
-    assert remarks == [f"tensor parallelism: the heads of rank {number} of 2 alone" for number in range(2)]
+    assert remarks == [f"tensor parallelism: only the heads of rank {number} of 2" for number in range(2)]
 
 
 @pytest.mark.parametrize("name", PER_HEAD)

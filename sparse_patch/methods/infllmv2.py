@@ -93,7 +93,7 @@ class InfLLMv2(DecodeMethod):
             if theirs.get(key, value) != value:
                 raise ValueError(
                     f"method: the checkpoint's sparse_config has {key} {short(theirs[key])}, and infllmv2 serves "
-                    f"{value} alone; take another method, or sparse_config out of config.json"
+                    f"only {value}; take another method, or sparse_config out of config.json"
                 )
         missing = [field for field in _PUBLISHED if getattr(self, field) is None]
         resolved = self.model_copy(update={field: _setting(field, theirs) for field in missing})

@@ -217,7 +217,7 @@ def rules_of_moa(path: str | Path, shape: ModelShape) -> tuple[SpanRules, str]:
     data = _read_json(path)
     if set(data) != {"alphas", "betas"}:
         got = one_line(", ".join(data))
-        raise ConfigError(f"{place}: expected alphas and betas alone, as MoA's plans have, got {got}")
+        raise ConfigError(f"{place}: expected only alphas and betas, as MoA's plans have, got {got}")
     heads = len(data["alphas"][0]) if _is_table(data["alphas"]) and data["alphas"] else 0
     heads = heads if heads in (shape.num_heads, shape.num_kv_heads) else shape.num_heads
     for field, rows in data.items():

@@ -155,7 +155,7 @@ def test_a_published_plan_of_moa(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "data, message",
     [
-        ({"alphas": [[0] * 4] * 2}, "expected alphas and betas alone, as MoA's plans have, got alphas"),
+        ({"alphas": [[0] * 4] * 2}, "expected only alphas and betas, as MoA's plans have, got alphas"),
         ({"alphas": [[0] * 3] * 2, "betas": [[1] * 3] * 2}, "alphas: layer 0: expected 4 heads, got 3"),
         (
             {"alphas": [[0] * 4] * 2, "betas": [[1] * 4]},
