@@ -363,9 +363,9 @@ The table:
 
 Of methods whose layers choose for others (`tidaldecode`, `delta`, `lessismore`), ● is those others. `generate` compiles
 decode steps only, never prefill; in a `torch.compile` of yours prefill is sparse on a GPU, and with spans everywhere.
-Layers with shared keys read those of an earlier layer; when `generate` reads a prompt, Gemma 4 reads there only its
-last token. On a GPU the kernels that multiply whole queries and keys serve a head_dim of up to 256; wider layers (512 in
-Gemma 4) make and run the same plans in PyTorch.
+Layers with shared keys read those of an earlier layer; when `generate` reads a prompt, those of Gemma 4 compute only
+its last token. On a GPU the kernels that multiply whole queries and keys serve a head_dim of up to 256; wider layers
+(512 in Gemma 4) make and run the same plans in PyTorch.
 
 torch {torch}, transformers {transformers}, on a CPU, in float32.
 """
