@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/sparse-patch demo --json demo.json --plot demo.png
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 support: $(VENV)/.installed
 	$(BIN)/python docs/support_table.py
