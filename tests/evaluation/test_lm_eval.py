@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sparse_patch import ConfigError, SparsePatchError, TaskError, patch_model, sparsity_report
+from sparse_patch.cli import main as command_line
 from sparse_patch.evaluation.lm_eval import TASKS, SparseLM, _answering, _Read, _results_in, main
 from sparse_patch.evaluation.tasks import TASKS as OFFLINE
 from sparse_patch.patching import is_patched
@@ -138,9 +139,8 @@ def own_tasks(folder: Path, number: int = 4) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("config", ["dense.yaml", "flexprefill.yaml"])
-def test_a_task_of_the_users_own_runs_offline_from_the_command_line(path: str, config: str, tmp_path: Path) -> None:
-    folder = own_tasks(tmp_path)
+def test_a_task_of_the_users_own_runs_offline_from_the_command_line(path: str, tmp_path: Path) -> None:
+    folder, config = own_tasks(tmp_path), "flexprefill.yaml"
     command = [sys.executable, "-m", "sparse_patch.cli", "lm-eval", "--model", "hf-sparse", "--model_args"]
     command += [f"pretrained={path},config={config},dtype=float32", "--tasks", "own_choice,own_generate"]
     command += ["--include_path", str(folder), "--output_path", str(tmp_path / "out"), "--batch_size", "2"]
@@ -429,14 +429,24 @@ BAD = [
 
 
 @pytest.mark.parametrize("arguments, message", BAD, ids=["task", "include_path"])
-def test_bad_arguments_are_one_line(path: str, arguments: list[str], message: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sparse_patch.cli", "lm-eval", "--model", "hf-sparse", "--model_args"]
+def test_bad_arguments_are_one_line(
+    path: str,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["sparse-patch", "lm-eval", "--model", "hf-sparse", "--model_args"]
     command += [f"pretrained={path},config=dense.yaml", *arguments, "--output_path", str(tmp_path / "out")]
-    environment = {**os.environ, "LMEVAL_LOG_LEVEL": "CRITICAL"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith(message), result.stderr
-    assert "Traceback" not in result.stderr and not list(tmp_path.rglob("results_*.json"))
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        command_line()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2, said
+    assert said.strip().splitlines()[-1].startswith(message), said
+    assert "Traceback" not in said and not list(tmp_path.rglob("results_*.json"))
 
 
 def test_results_that_cannot_be_written(path: str, tmp_path: Path) -> None:
