@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import llama
+from families import RECENT, llama
 from method_table import TWO_LAYERS, configurations, write_plans
 from torch import nn
 from transformers import PreTrainedModel, StaticCache
@@ -126,6 +126,7 @@ def test_a_graph_of_before_is_not_run_after(plans: Path, two_layers: PreTrainedM
         torch.testing.assert_close(graph(ids()).logits, plain, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(not RECENT, reason="generate hands over a mask of ones, which a graph takes for padding")
 @pytest.mark.parametrize(
     "name, options",
     [
