@@ -143,14 +143,18 @@ def _dispatch(request: Request) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def _fill(request: Request, ring: RingLayer) -> None:
     """After the first forward: begin the ring, or keep every token if a ring could not serve the forwards to come."""
-    state, mask = request.state, request.mask
     serves = torch.compiler.is_compiling() or ring.hands_over(request.key, request.value)  # a graph has no identities
-    if serves and _in_one_precision(request, unsupported) is None:
-        key, value = as_autocast(request.key, request.value)
-        ring.write(key, value, mask.tokens_before, state.config.backend)
-    else:
-        keep_all(mask.forward.cache, state.cache_layer)
-        mask.forward.gave_way.add(state.cache_layer)
+    if not (serves and _in_one_precision(request, partial(_begin, ring))):
+        keep_all(request.mask.forward.cache, request.state.cache_layer)
+        request.mask.forward.gave_way.add(request.state.cache_layer)
+
+
+def _begin(ring: RingLayer, request: Request) -> bool:
+    """Write the first tokens of a ring; False if it cannot serve such calls."""
+    if unsupported(request) is not None:
+        return False
+    ring.write(request.key, request.value, request.mask.tokens_before, request.state.config.backend)
+    return True
 
 
 def _attend_in_parts(request: Request, queries: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -182,9 +186,9 @@ def _in_one_precision(request: Request, attend: Callable[[Request], T]) -> T:
     device = request.query.device.type
     if not torch.is_autocast_enabled(device):
         return attend(request)
-    query, key, value = as_autocast(*request.tensors)
+    cast = request.having(as_autocast(*request.tensors))
     with torch.autocast(device, enabled=False):
-        return attend(replace(request, query=query, key=key, value=value))
+        return attend(cast)
 
 
 def _attend_by_plan(request: Request) -> torch.Tensor | None:
@@ -224,20 +228,15 @@ def _attend_to_ring(ring: RingLayer, request: Request) -> torch.Tensor:
     if unserved is not None:
         raise _refusal(state, ring, phase, unserved.reason)
     dtype = request.query.dtype
-    call = _attention_call(_in_dtype(request, ring.holding(dtype)), phase, memory=None)
+    held = ring.holding(dtype)  # another one if autocast was on when it was filled, and is off now, or the other way
+    if held != dtype:
+        request = request.having(tensor.to(held) for tensor in request.tensors)
+    call = _attention_call(request, phase, memory=None)
     if reason := span_ring.unsupported(call, backend):
         raise _refusal(state, ring, phase, reason)
     output = ring.attend(call, mask.tokens_before, backend)
     count_sparse(state, call, None if torch.compiler.is_compiling() else _ring_plan(ring, call, mask), mask)
     return output.transpose(1, 2).contiguous().to(dtype)
-
-
-def _in_dtype(request: Request, dtype: torch.dtype) -> Request:
-    """The request with its tensors in the precision of a ring, which may have been filled under autocast or not."""
-    if request.query.dtype == dtype:
-        return request
-    query, key, value = (tensor.to(dtype) for tensor in request.tensors)
-    return replace(request, query=query, key=key, value=value)
 
 
 def _refusal(state: LayerState, ring: RingLayer, phase: Phase, reason: str) -> UnsupportedCallError:

@@ -93,7 +93,7 @@ def untraceable(request: Request, phase: Phase) -> Dense | None:
 
 
 def _unserved_dtypes(tensors: tuple[torch.Tensor, ...]) -> Dense | None:
-    dtype, *others = (tensor.dtype for tensor in tensors)
+    dtype, *others = [tensor.dtype for tensor in tensors]
     if dtype not in _DTYPES:
         return Dense(f"dtype {dtype}")
     if others != [dtype, dtype]:

@@ -1,6 +1,7 @@
 """What the model asks of the hook: one call of attention, as Transformers makes it."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ class Request:
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.query, self.key, self.value
+
+    def having(self, tensors: Iterable[torch.Tensor]) -> "Request":
+        """The same request with its query, key and value in another precision."""
+        query, key, value = tensors
+        return replace(self, query=query, key=key, value=value)
 
     @property
     def has_window(self) -> bool:

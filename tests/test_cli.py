@@ -1,33 +1,14 @@
 """The command line: files, exit codes, one-line errors; a process of its own where that makes a difference."""
 
-import io
 import json
-import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from unittest import mock
 
 import pytest
+from commands import Completed, run
 
 from sparse_patch.cli import main
-
-Completed = subprocess.CompletedProcess[str]
-
-
-def run(*arguments: str, cwd: Path | None = None) -> Completed:
-    """What a command does, in this process: a new one needs ten seconds to begin."""
-    out, err, code, before = io.StringIO(), io.StringIO(), 0, Path.cwd()
-    os.chdir(cwd or before)
-    try:
-        with mock.patch.object(sys, "argv", ["sparse-patch", *arguments]), redirect_stdout(out), redirect_stderr(err):
-            main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        os.chdir(before)
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def run_as_user(*arguments: str) -> Completed:

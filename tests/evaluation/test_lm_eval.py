@@ -12,6 +12,7 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
+from commands import run
 from families import gemma2, llama
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -19,7 +20,6 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sparse_patch import ConfigError, SparsePatchError, TaskError, patch_model, sparsity_report
-from sparse_patch.cli import main as command_line
 from sparse_patch.evaluation.lm_eval import TASKS, SparseLM, _answering, _Read, _results_in, main
 from sparse_patch.evaluation.tasks import TASKS as OFFLINE
 from sparse_patch.patching import is_patched
@@ -429,24 +429,12 @@ BAD = [
 
 
 @pytest.mark.parametrize("arguments, message", BAD, ids=["task", "include_path"])
-def test_bad_arguments_are_one_line(
-    path: str,
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    command = ["sparse-patch", "lm-eval", "--model", "hf-sparse", "--model_args"]
-    command += [f"pretrained={path},config=dense.yaml", *arguments, "--output_path", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        command_line()
-    said = capsys.readouterr().err
-    assert stop.value.code == 2, said
-    assert said.strip().splitlines()[-1].startswith(message), said
-    assert "Traceback" not in said and not list(tmp_path.rglob("results_*.json"))
+def test_bad_arguments_are_one_line(path: str, arguments: list[str], message: str, tmp_path: Path) -> None:
+    command = ["lm-eval", "--model", "hf-sparse", "--model_args", f"pretrained={path},config=dense.yaml", *arguments]
+    result = run(*command, "--output_path", str(tmp_path / "out"), cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith(message), result.stderr
+    assert "Traceback" not in result.stderr and not list(tmp_path.rglob("results_*.json"))
 
 
 def test_results_that_cannot_be_written(path: str, tmp_path: Path) -> None:
