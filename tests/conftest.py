@@ -1,5 +1,6 @@
 """Shared fixtures. Nothing here or in the tests needs a network or a GPU."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,15 @@ logging.disable_progress_bar()
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _gpu_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Workers share one GPU: none keeps the blocks of a test that is over."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture
