@@ -15,10 +15,10 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 support: $(VENV)/.installed
-	$(BIN)/python docs/support_table.py
+	$(BIN)/python -m benchmarks.support
 
 families: $(VENV)/.installed
-	$(BIN)/python docs/family_sweep.py
+	$(BIN)/python -m benchmarks.families
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

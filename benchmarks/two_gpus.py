@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from sparse_patch import patched, sparsity_report
 from sparse_patch.bench.common import DTYPES, describe_machine
 from sparse_patch.errors import said_in_one_line
-from sparse_patch.evaluation.generation import encode
-from sparse_patch.evaluation.tasks import TASKS
-from sparse_patch.writing import check_writable, write_file
+from sparse_patch.files.writing import check_writable, write_file
+from sparse_patch.workbench.generation import encode
+from sparse_patch.workbench.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "needle-llama"

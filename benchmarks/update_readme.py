@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from sparse_patch.errors import said_in_one_line
-from sparse_patch.writing import write_file
+from sparse_patch.files.writing import write_file
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,15 +1,42 @@
 """What one attention call looks like to a method and to an op."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from sparse_patch.head_shard import ALL_HEADS, HeadShard
-from sparse_patch.memory import LayerMemory
+from sparse_patch.kernels.inference_mode import OrdinaryState
+from sparse_patch.tensor_parallel import ALL_HEADS, HeadShard
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+
+@dataclass
+class KVState(OrdinaryState):
+    """The tensors of one layer of one cache. The cache keeps them in step with its keys.
+
+    Attributes:
+        tensors: by name, each with the batch as its first dimension.
+        covered: tokens that the tensors know of, where the host knows (a growing cache); 0 for none.
+        corrected: tokens that cache correction need not read again, see `sparse_patch.correction`.
+        at_rest: whether the running forward reads everything, because it corrects what was decoded sparsely.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    covered: int = 0
+    corrected: int = 0
+    at_rest: bool = False
+
+    def clear(self) -> None:
+        """Forget everything; the method starts again from the keys."""
+        self.tensors.clear()
+        self.covered = 0
+
+    def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Reorder, repeat or select the rows of the batch."""
+        self.tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -33,8 +60,8 @@ class AttentionCall:
         kv_end: int64 `[]` on the device of `q`: how many keys of `k` and `v` are valid, in a decode call whose cache is
             static. `k` and `v` are whole buffers then, what lies behind is never read, and `q_start` says nothing. None
             where all keys are valid.
-        carried: what decode methods pass on from layer to layer within one forward, by name; one dict a forward.
-        memory: what a decode method keeps beside the keys of this layer from step to step; None where the cache has
+        forward_state: what decode methods pass on from layer to layer within one forward, by name; one dict a forward.
+        kv_state: what a decode method keeps beside the keys of this layer from step to step; None where the cache has
             no room for it.
         max_length: tokens that the cache is made for, of prompt and answer together; None where it does not say.
         split: which of the layer's heads `q`, `k` and `v` have, where tensor parallelism splits them; else None.
@@ -50,8 +77,8 @@ class AttentionCall:
     kv_start: torch.Tensor | None = None
     softcap: float | None = None
     kv_end: torch.Tensor | None = None
-    carried: dict[str, Any] = field(default_factory=dict)
-    memory: LayerMemory | None = None
+    forward_state: dict[str, Any] = field(default_factory=dict)
+    kv_state: KVState | None = None
     max_length: int | None = None
     split: HeadShard | None = None  # torch.compile (2.11) cannot make a default that is an object of ours
 

@@ -8,9 +8,8 @@ Every problem is a `ConfigError` of one line that names the source, the path of 
 unknown key, the nearest known one.
 """
 
-import difflib
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
@@ -22,17 +21,17 @@ from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 from sparse_patch.call import PHASES, Phase
-from sparse_patch.errors import ConfigError, one_line, reason, short
-from sparse_patch.methods.base import Method, registry
+from sparse_patch.errors import ConfigError, nearest, one_line, reason, short
+from sparse_patch.files.reading import read_yaml
+from sparse_patch.methods.base.protocol import Method
+from sparse_patch.methods.base.registry import registry
 from sparse_patch.model_shape import ModelShape
-from sparse_patch.reading import read_yaml
 
 ConfigSource = str | PathLike[str] | Mapping[str, Any]
 Asked = TypeVar("Asked")
 Answer = TypeVar("Answer")
 Backend = Literal["auto", "triton", "flash", "torch", "reference"]
 BOTH = "both"  # the key that stands for every phase
-_LONGEST_WORD = 60  # that can be a known one mistyped
 
 
 class PatchConfig(BaseModel):
@@ -145,14 +144,6 @@ def load_config(source: ConfigSource | Sequence[ConfigSource], /, **overrides: A
     for key, value in _for_each_phase("overrides", overrides).items():
         merged[key] = _override(merged.get(key), value)
     return _validate(name, merged)
-
-
-def nearest(word: Any, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the known one that is meant, or nothing."""
-    if not isinstance(word, str) or len(word) > _LONGEST_WORD:
-        return ""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f", did you mean {match[0]!r}?" if match else ""
 
 
 def _read(source: ConfigSource) -> tuple[str, dict[str, Any]]:
@@ -268,9 +259,11 @@ def _explain(error: ErrorDetails, prefix: tuple[str, ...], model: type[BaseModel
     """One line for the first problem that pydantic found."""
     field = one_line(error["loc"][0]) if error["loc"] else ""
     path = ".".join((*prefix, field)) if field else ".".join(prefix)
-    if field == "layers" and issubclass(model, Method):
-        return f"{path}: expected {model.layers_form}, got {_short(error['input'])}"
+    if issubclass(model, Method) and field in model.forms:
+        return f"{path}: expected {model.forms[field]}, got {_short(error['input'])}"
     if error["type"] == "extra_forbidden":
+        if issubclass(model, Method) and field in model.renamed:
+            return f"{path}: is called {model.renamed[field]} now"
         known = list(model.model_fields) if issubclass(model, Method) else list(_KEYS)
         return f"{path}: unknown key{nearest(field, known)}; known keys: {', '.join(known)}"
     if error["type"] == "value_error":  # raised by a validator of ours, which names the field first

@@ -3,16 +3,18 @@
 Every message is one line that names what is wrong and the way out.
 """
 
+import difflib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 LONGEST_MESSAGE = 480  # characters: with "error: " before it a line has fewer than 500
 LONGEST_NAME = 160  # of a path or a key
 LONGEST_VALUE = 60
+_LONGEST_WORD = 60  # that can be a known one mistyped
 _NO_MEMORY = re.compile(
     "(out of|allocate|enough) memory|size calculation overflowed"
 )  # PyTorch has a class for GPUs only
@@ -147,3 +149,11 @@ def _own_repr(value: Any) -> str:
         return " ".join(repr(value)[:LONGEST_MESSAGE].split())
     except Exception:
         return f"<{type(value).__name__}>"
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the known one that is meant, or nothing."""
+    if not isinstance(word, str) or len(word) > _LONGEST_WORD:
+        return ""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f", did you mean {match[0]!r}?" if match else ""

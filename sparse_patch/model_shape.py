@@ -1,10 +1,13 @@
 """What a method may know of a model before it runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from transformers import PreTrainedConfig
+
+from sparse_patch.files.reading import MOST
 
 # Kinds by other names: of older configs, and of layers with a recurrence or a convolution beside their attention.
 _KINDS = {"attention": "full", "hybrid": "full", "hybrid_sliding": "sliding"}
@@ -96,3 +99,20 @@ def layer_with_keys(config: PreTrainedConfig, layer: int) -> int:
     own = range(int(config.num_hidden_layers) - shared if shared else layer + 1)
     kind = attention_kind(config, layer)
     return layer if layer in own else max(other for other in own if attention_kind(config, other) == kind)
+
+
+LayerIndex = Annotated[int, Field(ge=-MOST, le=MOST, description="layer from 0; negative counts from the last")]
+
+
+def layer_numbers(field: str, layers: Iterable[int], num_layers: int) -> set[int]:
+    """Layers as numbers from 0.
+
+    Raises:
+        ValueError: a layer that the model does not have; the message begins with the field.
+    """
+    for layer in layers:
+        if not -num_layers <= layer < num_layers:
+            raise ValueError(
+                f"{field}: the model has no layer {layer}; it has {num_layers} layers, 0 to {num_layers - 1}"
+            )
+    return {layer % num_layers for layer in layers}

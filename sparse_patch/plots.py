@@ -11,16 +11,14 @@ import torch
 
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.errors import SparsePatchError, one_line, short
-from sparse_patch.plans import BlockPlan, Plan, SpanPlan, TokenBlockPlan, in_span
+from sparse_patch.files.writing import write_file
+from sparse_patch.plans import Plan, SparsePlan
 from sparse_patch.report import SparsityReport
-from sparse_patch.writing import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SIDE = 128  # tokens of a block, where a plan has none
-PrefillPlan = BlockPlan | SpanPlan | TokenBlockPlan
 Captured = dict[int, list[tuple[Phase, Plan]]]
 
 
@@ -226,9 +224,9 @@ def _why_dense(report: SparsityReport) -> str:
     return "; ".join(said) or "run a prompt in `with capture_plans(model)` of a model with a prefill method"
 
 
-def last_sparse_plan(plans: Sequence[tuple[Phase, Plan]]) -> PrefillPlan | None:
+def last_sparse_plan(plans: Sequence[tuple[Phase, Plan]]) -> SparsePlan | None:
     """The last sparse prefill plan of a layer, or None."""
-    found = [plan for phase, plan in plans if phase == "prefill" and isinstance(plan, PrefillPlan)]
+    found = [plan for phase, plan in plans if phase == "prefill" and isinstance(plan, SparsePlan)]
     return found[-1] if found else None
 
 
@@ -244,21 +242,15 @@ def draw_density(axes: "Axes", report: SparsityReport) -> None:
     axes.get_figure().colorbar(image, ax=axes, orientation="horizontal", label="share of the causal triangle")  # type: ignore[union-attr]
 
 
-def draw_blocks(axes: "Axes", plans: dict[int, PrefillPlan], layer: int, head: int, colors: Any) -> None:
+def draw_blocks(axes: "Axes", plans: dict[int, SparsePlan], layer: int, head: int, colors: Any) -> None:
     """The blocks that one head of the batch's first row computes: queries downwards, keys to the right.
 
-    Of spans, every block with a key that is read; of blocks by the token, every block that a query of the block reads.
+    A block counts if one of its queries reads one of its keys.
     """
     if layer not in plans or not 0 <= head < plans[layer].density().shape[1]:
         raise SparsePatchError(f"plot: there is no sparse layer {layer} with a head {head}; layers {sorted(plans)}")
     plan = plans[layer]
-    if isinstance(plan, SpanPlan):
-        blocks, causal = _touched(plan, head)
-    elif isinstance(plan, TokenBlockPlan):
-        blocks = plan.blocks()[0, head * plan.counts.shape[1] // plan.heads].any(1).cpu()
-        causal = plan.grid.causal[0].cpu()
-    else:
-        blocks, causal = plan.blocks()[0, head].cpu(), plan.grid.causal[0].cpu()
+    blocks, causal = plan.block_map(head)
     axes.imshow(
         torch.where(causal, 1 + blocks.float(), 0.0).numpy(),
         cmap=colors(["#ffffff", "#dfe3ee", "#1f4e9c"]),
@@ -270,16 +262,6 @@ def draw_blocks(axes: "Axes", plans: dict[int, PrefillPlan], layer: int, head: i
     axes.set(title=f"layer {layer}, head {head}: {density:.2f}", xlabel="key block", ylabel="query block")
 
 
-def _touched(plan: SpanPlan, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks with a key that the head reads in the first row, and those of the causal triangle; bool `[NQ, N]` each."""
-    length, (sink, window) = int(plan.lengths[0]), plan.spans[head * len(plan.sinks) // plan.heads]
-    key = torch.arange(0, length, _SIDE)
-    query = key[max(length - plan.q_length, 0) // _SIDE :, None]
-    causal = key <= query
-    near = torch.minimum(key + _SIDE - 1, query)  # the key of the block that is next to the block's first query
-    return causal & (in_span(query, key, sink, window) | in_span(query, near, sink, window)), causal
-
-
 def _pairs(heads: Any) -> list[tuple[int, int]]:
     """The pairs of layer and head that a caller named."""
     pairs = list(heads) if isinstance(heads, Iterable) else [heads]
@@ -289,7 +271,7 @@ def _pairs(heads: Any) -> list[tuple[int, int]]:
     return pairs
 
 
-def _spread_of_heads(plans: dict[int, PrefillPlan], number: int = 6) -> list[tuple[int, int]]:
+def _spread_of_heads(plans: dict[int, SparsePlan], number: int = 6) -> list[tuple[int, int]]:
     """(layer, head) pairs spread evenly from the sparsest to the densest head."""
     ranked = sorted(
         (density, layer, head)

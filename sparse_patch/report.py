@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparse_patch.call import PHASES, Phase
-from sparse_patch.writing import write_file
+from sparse_patch.files.writing import write_file
 
 COUNTING = Lock()  # threads may share a model
 Count = int | torch.Tensor  # a device tensor where the number is known on the device only; read when a report is made

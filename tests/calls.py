@@ -1,6 +1,10 @@
 """Random attention calls with structure: attention that is peaked, local and sink-heavy rather than uniform."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 
 from sparse_patch.call import AttentionCall
 
@@ -47,6 +51,19 @@ def make_call(
         kv_start=starts,
         softcap=softcap,
     )
+
+
+def decode_call(length: int, *, tail: int | None = None, queries: int = 1, **options: Any) -> AttentionCall:
+    """A decode call whose padding is NaN; with a `tail`, a static buffer of so many more keys that are NaN."""
+    call = make_call(length, queries=queries, **options)
+    k, v = call.k.clone(), call.v.clone()
+    for row, start in enumerate(options.get("row_starts") or []):
+        k[row, :, :start], v[row, :, :start] = torch.nan, torch.nan
+    call = replace(call, k=k, v=v, phase="decode")
+    if tail is None:
+        return call
+    k, v = (F.pad(x, (0, 0, 0, tail), value=torch.nan) for x in (k, v))
+    return replace(call, k=k, v=v, q_start=0, kv_end=torch.tensor(length))
 
 
 def lengths_to_test(block: int) -> list[int]:

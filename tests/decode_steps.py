@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from calls import make_call, row_alone
 
-from sparse_patch.call import AttentionCall, apply_softcap
-from sparse_patch.memory import LayerMemory
-from sparse_patch.methods.base import DecodeMethod
+from sparse_patch.call import AttentionCall, KVState, apply_softcap
+from sparse_patch.methods.base.protocol import DecodeMethod
 from sparse_patch.plans import Dense, PagePlan
 
 
@@ -46,8 +45,8 @@ def in_buffer(call: AttentionCall, room: int) -> AttentionCall:
 
 def forward(method: DecodeMethod, calls: list[AttentionCall]) -> list[Step]:
     """Run the calls of one forward, layer by layer."""
-    carried: dict[str, object] = {}
-    return [run(method, replace(call, carried=carried)) for call in calls]
+    forward_state: dict[str, object] = {}
+    return [run(method, replace(call, forward_state=forward_state)) for call in calls]
 
 
 def forward_of_row(method: DecodeMethod, calls: list[AttentionCall], row: int) -> list[Step]:
@@ -88,5 +87,5 @@ def lists_of(plan: PagePlan | Dense, row: int = 0) -> list[set[int]]:
     return [set(pages) for pages in lists]
 
 
-def with_memory(call: AttentionCall, memory: LayerMemory) -> AttentionCall:
-    return replace(call, memory=memory)
+def with_state(call: AttentionCall, kv_state: KVState) -> AttentionCall:
+    return replace(call, kv_state=kv_state)

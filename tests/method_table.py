@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sparse_patch.methods.span_plans import SpanRules, duo_rules, write_span_rules
+from sparse_patch.artefacts.head_schedules import HeadSchedules, duo_schedules, write_head_schedules
 from sparse_patch.model_shape import ModelShape
 
 
@@ -62,7 +62,7 @@ def _spargeattn(selection: str, **changes: Any) -> MethodCase:
 
 
 def _sale(**changes: Any) -> MethodCase:
-    base = {"method": "sale", "local_window": 32, "block_size": 64, "min_length": 0}
+    base = {"method": "sale", "window": 32, "block_size": 64, "min_length": 0}
     return MethodCase(small={**base, **changes}, full={**base, "tau": 0.0})
 
 
@@ -99,7 +99,7 @@ def _decode(method: str, budget: int, **settings: Any) -> MethodCase:
 
 
 def _layered(method: str, budget: int, **settings: Any) -> MethodCase:
-    return _decode(method, budget, layers=_ROLES, **settings)
+    return _decode(method, budget, roles=_ROLES, **settings)
 
 
 def _quest(**settings: Any) -> MethodCase:
@@ -115,11 +115,11 @@ DECODE_METHODS = [
     _quest(index_sharing="q_head", current_page="scored"),
     _quest(index_sharing="kv_group", group_score="sum", current_page="forced"),
     _quest(index_sharing="kv_group", group_score="max", current_page="added"),
-    _decode("kinetics", 100, block_size=8, sinks=4, local=20),
+    _decode("kinetics", 100, block_size=8, sink=4, window=20),
 ]
 
 # TidalDecode that reads every token once more, densely, before the next one.
-CORRECTED = _decode("tidaldecode", 48, layers=_ROLES, correction_period=1)
+CORRECTED = _decode("tidaldecode", 48, roles=_ROLES, correction_period=1)
 
 # Methods of spans, for prefill and decode; `write_plans` writes the files.
 SPAN_METHODS = [
@@ -132,7 +132,7 @@ SPAN_METHODS = [
         full={"method": "moa", "calibration": "full.json"},
     ),
     MethodCase(
-        small={"method": "duoattention", "calibration": "gates.tsv", "sink": 8, "recent": 120},
+        small={"method": "duoattention", "calibration": "gates.tsv", "sink": 8, "window": 120},
         full={"method": "duoattention", "calibration": "gates.tsv", "sparsity": 0.0},
     ),
 ]
@@ -142,8 +142,10 @@ def write_plans(folder: Path, shape: ModelShape) -> None:
     """The files that rows of `SPAN_METHODS` name, for a model."""
     layers, heads = range(shape.num_layers), range(shape.num_kv_heads)
     alphas, betas = ([[pair[head % 2] for head in heads] for _ in layers] for pair in ((24, 60), (0, 0.1)))
-    write_span_rules(folder / "short.json", SpanRules.of(shape, alphas, betas, sink=5, block=4, min_span=8))
-    write_span_rules(folder / "full.json", duo_rules(shape, {(layer, head) for layer in layers for head in heads}))
+    write_head_schedules(folder / "short.json", HeadSchedules.of(shape, alphas, betas, sink=5, block=4, min_span=8))
+    write_head_schedules(
+        folder / "full.json", duo_schedules(shape, {(layer, head) for layer in layers for head in heads})
+    )
     gates = "\t".join(("0.9", "0.1")[head % 2] for head in heads)
     (folder / "gates.tsv").write_text(f"{gates}\n" * shape.num_layers)
 
@@ -171,8 +173,8 @@ def configurations(folder: Path, full: bool = False, layers: int = 5) -> dict[st
 def _on_layers(settings: dict[str, Any], layers: int) -> dict[str, Any]:
     """Settings whose layers have roles, for a model of so many."""
     return (
-        {**settings, "layers": {"full": [], "select": [0]}}
-        if settings.get("layers") == _ROLES and layers == 2
+        {**settings, "roles": {"full": [], "select": [0]}}
+        if settings.get("roles") == _ROLES and layers == 2
         else settings
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sparse_patch import ConfigError, load_config, packaged_configs
-from sparse_patch.methods.base import registry
+from sparse_patch.methods.base.registry import registry
 
 FLEX = "flexprefill.yaml"
 
@@ -165,3 +165,20 @@ def test_bad_file_is_one_line_that_names_the_file(tmp_path: Path, text: str, mes
 def test_a_folder_is_no_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "phase, settings, message",
+    [
+        ("decode", {"method": "kinetics", "sinks": 4}, "decode.sinks: is called sink now"),
+        ("decode", {"method": "kinetics", "local": 64}, "decode.local: is called window now"),
+        ("decode", {"method": "lessismore", "sinks": 4}, "decode.sinks: is called sink now"),
+        ("both", {"method": "duoattention", "recent": 256}, "prefill.recent: is called window now"),
+        ("prefill", {"method": "sale", "local_window": 128}, "prefill.local_window: is called window now"),
+    ],
+)
+def test_earlier_names_of_settings_say_what_they_are_called_now(
+    phase: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^dict: {message}$"):
+        load_config({phase: settings})

@@ -6,8 +6,9 @@ from calls import make_call, row_alone
 from method_table import PREFILL_METHODS, SPAN_METHODS, TOKEN_METHODS, MethodCase
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base import Method, registry
-from sparse_patch.ops import block_sparse, token_blocks
+from sparse_patch.methods.base.protocol import Method
+from sparse_patch.methods.base.registry import registry
+from sparse_patch.ops.attention import block_sparse, token_blocks
 from sparse_patch.plans import BlockPlan, Dense, TokenBlockPlan
 
 CASES = pytest.mark.parametrize("case", PREFILL_METHODS, ids=lambda case: case.name)

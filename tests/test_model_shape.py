@@ -8,7 +8,7 @@ from families import FAMILIES, gemma3n, gemma4, llama4, mllama, qwen3_next
 from transformers import GPTBigCodeConfig, PreTrainedConfig
 
 from sparse_patch import load_config
-from sparse_patch.inspection import inspect
+from sparse_patch.cli.inspection import inspect
 from sparse_patch.model_shape import ModelShape, attention_kind, kv_heads_of, layer_with_keys
 
 

@@ -1,5 +1,7 @@
-"""The wheel: built, installed in a fresh environment, used from an empty folder."""
+"""The wheel: built, installed in a fresh environment, used from an empty folder. The package: imported in no time."""
 
+import ast
+import importlib
 import subprocess
 import sys
 import sysconfig
@@ -8,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import sparse_patch
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_holds_the_package_and_the_configs_alone(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"sparse_patch/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= set(names)
-    assert {"sparse_patch/py.typed", "sparse_patch/evaluation/words.txt"} <= set(names)
+    assert {"sparse_patch/py.typed", "sparse_patch/workbench/words.txt"} <= set(names)
     assert "sparse_patch/evaluation/lm_eval_tasks/_needle.yaml" in names
     assert all(name.startswith(("sparse_patch/", "sparse_patch-")) for name in names)
     assert wheel.stat().st_size < 1_000_000
@@ -53,3 +57,33 @@ def test_patch_model_works_from_the_wheel_in_a_fresh_environment(wheel: Path, tm
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(str(tmp_path / "env"))
     assert "flexprefill.yaml" in result.stdout and result.stdout.strip().endswith(" 1")
+
+
+def _import_of(code: str) -> set[str]:
+    """The modules that a fresh process has after some code."""
+    script = f"import sys\n{code}\nprint(*sys.modules)"
+    return set(subprocess.check_output([sys.executable, "-c", script], text=True, cwd=ROOT).split())
+
+
+def test_the_import_is_light() -> None:
+    loaded = _import_of("import sparse_patch; dir(sparse_patch); sparse_patch.__version__; sparse_patch.ConfigError")
+    assert "sparse_patch" in loaded
+    assert not loaded & {"torch", "transformers", "triton", "numpy", "pydantic", "yaml", "rich", "typer"}
+    assert {"sparse_patch.config", "pydantic"} <= _import_of("from sparse_patch import load_config")
+
+
+def test_every_public_name_resolves_and_is_listed() -> None:
+    """In `__all__`, in `dir`, and for type checkers from the module that it has at run time."""
+    assert sparse_patch.__all__ == sorted(sparse_patch.__all__) and set(sparse_patch.__all__) <= set(dir(sparse_patch))
+    tree = ast.parse(Path(sparse_patch.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    typed = {alias.name: node.module or "" for node in imports for alias in node.names if "sparse_patch" in node.module}
+    assert set(typed) == set(sparse_patch.__all__) and set(sparse_patch._MODULE_OF).issubset(typed)
+    for name, module in typed.items():
+        assert getattr(sparse_patch, name) is getattr(importlib.import_module(module), name), name
+        assert sparse_patch._MODULE_OF.get(name, module) == module, name
+        assert not (ROOT / "sparse_patch" / f"{name}.py").exists(), f"{name}: a module would stand in its place"
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        sparse_patch.nothing  # noqa: B018
+    with pytest.raises(ImportError):
+        exec("from sparse_patch import nothing")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from builders.thresholds import sale_calibration
 from families import llama, phi3
 from method_table import DECODE_METHODS, PREFILL_METHODS, SMALL_MODEL, SPAN_METHODS, in_folder, write_plans
-from methods.test_sale import calibration
 from torch import distributed
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
@@ -38,7 +38,7 @@ def configs(folder: Path) -> dict[str, dict[str, Any]]:
     phases = {"prefill": PREFILL_METHODS, "decode": DECODE_METHODS, "both": SPAN_METHODS}
     found = {case.name: {phase: in_folder(case.small, folder)} for phase, cases in phases.items() for case in cases}
     heads = {
-        "sale-calibrated": {"method": "sale", "calibration": "sale.safetensors", "local_window": 32, "block_size": 64},
+        "sale-calibrated": {"method": "sale", "calibration": "sale.safetensors", "window": 32, "block_size": 64},
         "minference-calibrated": {
             "method": "minference", "calibration": "patterns.json", "block_budget": 48, "block_size": 16,
         },
@@ -52,10 +52,10 @@ PER_HEAD = ["sale-calibrated", "minference-calibrated", "moa", "duoattention"]
 STATIC = ["delta", "lessismore", "moa"]
 # For a model that computes all heads on every rank.
 UNSPLIT: dict[str, dict[str, Any]] = {
-    "sale": {"prefill": {"method": "sale", "tau": 1.0, "local_window": 32, "block_size": 64, "min_length": 0}},
+    "sale": {"prefill": {"method": "sale", "tau": 1.0, "window": 32, "block_size": 64, "min_length": 0}},
     "streamingllm": {"both": {"method": "streamingllm", "sink": 5, "window": 50}},
     **{
-        method: {"decode": {"method": method, "budget": 160, "min_length": 0, "layers": {"full": [0], "select": [1]}}}
+        method: {"decode": {"method": method, "budget": 160, "min_length": 0, "roles": {"full": [0], "select": [1]}}}
         for method in ("delta", "lessismore")
     },
 }
@@ -129,7 +129,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llama(layers=5).save_pretrained(folder / "llama")
     phi3().save_pretrained(folder / "phi3")
     write_plans(folder, SMALL_MODEL)
-    calibration(folder, _TAU)
+    sale_calibration(folder, _TAU)
     (folder / "patterns.json").write_text(json.dumps([_PATTERNS] * 5))
     return folder
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from builders.plans import random_blocks
 from calls import make_call
-from ops.test_block_sparse import random_plan
 
 from sparse_patch.plans import BlockGrid, BlockPlan, SpanPlan
 
@@ -16,7 +16,7 @@ def test_pairs_and_density_count_the_mask(
     row_starts: list[int] | None, queries: int, block_size: int, columns: int | None
 ) -> None:
     call = make_call(100, queries=queries, row_starts=row_starts)
-    plan = random_plan(call, block_size, 0.5 if columns is None else 0.2, columns=columns)
+    plan = random_blocks(call, block_size, 0.5 if columns is None else 0.2, columns=columns)
     mask = plan.mask()
     query = torch.arange(100 - queries, 100)[:, None]
     key = torch.arange(100)

@@ -9,7 +9,8 @@ from families import FAMILIES
 from transformers import PreTrainedModel
 
 from sparse_patch import capture_plans, patched, reset_report, sparsity_report
-from sparse_patch.patching import is_patched, uncounted
+from sparse_patch.integration.patch import is_patched
+from sparse_patch.integration.reporting import uncounted
 from sparse_patch.plans import BlockPlan
 from sparse_patch.report import SparsityReport, merged
 

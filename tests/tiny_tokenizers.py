@@ -6,7 +6,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sparse_patch.evaluation.prompts import default_haystack
+from sparse_patch.workbench.prompts import default_haystack
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 

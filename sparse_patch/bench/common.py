@@ -3,25 +3,29 @@
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
+from rich import box
+from rich.table import Table
 
+from sparse_patch.bench.qkv import Shape
 from sparse_patch.call import AttentionCall
-from sparse_patch.config import PatchConfig, load_config, nearest
-from sparse_patch.errors import TaskError, UnsupportedCallError
-from sparse_patch.evaluation.generation import machine
-from sparse_patch.evaluation.recording import Shape
+from sparse_patch.config import PatchConfig, load_config
+from sparse_patch.errors import TaskError, UnsupportedCallError, nearest
+from sparse_patch.integration.reporting import versions
 from sparse_patch.model_shape import ModelShape
-from sparse_patch.patching import versions
-from sparse_patch.progress import Step
+from sparse_patch.workbench.machine import machine
+from sparse_patch.workbench.progress import Step
 
 T = TypeVar("T")
+RowT = TypeVar("RowT", bound="_AnyRow")
+Columns: TypeAlias = Mapping[str, Callable[[RowT], str]]
 
 SHAPES = {  # query heads, KV heads, head_dim
     "llama-3.1-8b": Shape(32, 8, 128),
@@ -30,6 +34,13 @@ SHAPES = {  # query heads, KV heads, head_dim
     "minicpm4-8b": Shape(32, 2, 128),
     "needle-llama": Shape(8, 2, 64),
 }
+
+
+class _AnyRow(Protocol):
+    """What every row has."""
+
+    @property
+    def length(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -106,12 +117,27 @@ def default_dtype(device: str) -> str:
     return "bfloat16" if device == "cuda" else "float32"
 
 
-def configs_by_stem(sources: Sequence[str]) -> dict[str, PatchConfig]:
+@dataclass(frozen=True)
+class Result(Generic[RowT]):
+    """Rows by length, and what did not run: `{"flash4: needs ...": [8192]}`."""
+
+    rows: list[RowT]
+    skipped: dict[str, list[int]]
+
+
+def configs_by_stem(
+    sources: Sequence[str], wanted: str, is_wanted: Callable[[PatchConfig], bool]
+) -> dict[str, PatchConfig]:
     """Configurations by the stems of their files.
+
+    Args:
+        sources: files or packaged names.
+        wanted: what each must have, for messages: "sparse decode method".
+        is_wanted: whether a configuration has it.
 
     Raises:
         ConfigError: a configuration is not valid.
-        TaskError: two have the same stem.
+        TaskError: one has not what is wanted, or two have the same stem.
     """
     configs: dict[str, PatchConfig] = {}
     for source in sources:
@@ -119,7 +145,58 @@ def configs_by_stem(sources: Sequence[str]) -> dict[str, PatchConfig]:
         if name in configs:
             raise TaskError(f"--config: {source}: there is another configuration called {name!r}; rename the file")
         configs[name] = config
+    for source, config in zip(sources, configs.values(), strict=True):
+        if not is_wanted(config):
+            raise TaskError(f"--config: {source}: has no {wanted} to time")
     return configs
+
+
+def result_as_json(
+    result: Result[Any], methods: dict[str, PatchConfig], dtype: torch.dtype, about: dict[str, Any]
+) -> dict[str, Any]:
+    """What was measured, on what, and of what.
+
+    Args:
+        result: of the benchmark; its rows are dataclasses.
+        methods: configurations by name.
+        dtype: of what was timed.
+        about: what else the figures depend on.
+    """
+    return {
+        "machine": {**describe_machine(), "dtype": str(dtype).removeprefix("torch.")},
+        **about,
+        "configs": {name: config.settings() for name, config in methods.items()},
+        "skipped": result.skipped,
+        "rows": [asdict(row) for row in result.rows],
+    }
+
+
+def table_of(
+    title: str,
+    rows: Sequence[RowT],
+    columns: Columns[RowT],
+    about: str,
+    section: Callable[[RowT], object] = lambda row: row.length,
+) -> Table:
+    """One line a row.
+
+    Args:
+        title: above the table.
+        rows: in the order of the table.
+        columns: the text of a row's cell by the column's heading; the first column is on the left and does not wrap.
+        about: below the table.
+        section: a line is drawn between rows that differ in it.
+    """
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE, caption=about)
+    drawn.caption_justify = "left"
+    first, *others = columns
+    drawn.add_column(first, no_wrap=True)
+    for column in others:
+        drawn.add_column(column, justify="right")
+    for number, row in enumerate(rows, 1):
+        ends = number < len(rows) and section(rows[number]) != section(row)
+        drawn.add_row(*(text(row) for text in columns.values()), end_section=ends)
+    return drawn
 
 
 def describe_machine() -> dict[str, Any]:

@@ -24,7 +24,7 @@ _PACKAGES = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface
 KERNELS = ("sdpa", *_SDPA, *_PACKAGES)  # "sdpa": whatever SDPA picks
 
 
-def unsupported(call: AttentionCall, kernel: str) -> str | None:
+def why_unsupported(call: AttentionCall, kernel: str) -> str | None:
     """Why a kernel cannot serve a call of one query over a whole buffer; None if it can."""
     if kernel == "sdpa":
         return None
@@ -51,7 +51,7 @@ def prepared(call: AttentionCall, length: int, kernel: str) -> Callable[[], torc
     Args:
         call: a decode call of one query.
         length: valid keys.
-        kernel: one of `KERNELS` that is not `unsupported`.
+        kernel: one of `KERNELS` that is not `why_unsupported`.
     """
     q, k, v = call.q, call.k[:, :, :length], call.v[:, :, :length]
     if kernel.startswith("flash-attn"):

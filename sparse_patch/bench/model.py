@@ -20,18 +20,29 @@ from statistics import median
 from typing import Any, Literal, cast
 
 import torch
-from rich import box
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from sparse_patch.bench.common import Architecture, cell, configs_by_stem, describe_machine, skipped_notes
-from sparse_patch.caches import CacheBytes, cache_bytes
+from sparse_patch.bench.common import (
+    Architecture,
+    Columns,
+    Result,
+    cell,
+    configs_by_stem,
+    result_as_json,
+    skipped_notes,
+    table_of,
+)
 from sparse_patch.config import PatchConfig
 from sparse_patch.errors import TaskError
-from sparse_patch.evaluation.generation import machine, synchronize
-from sparse_patch.patching import patched, span_cache, sparsity_report
-from sparse_patch.progress import Step
+from sparse_patch.integration.caches.size import CacheBytes, cache_bytes
+from sparse_patch.integration.generation_cache import span_cache
+from sparse_patch.integration.patching import patched
+from sparse_patch.integration.reporting import sparsity_report
+from sparse_patch.integration.transformers_internals import forget_cache_length
+from sparse_patch.workbench.machine import machine, synchronize
+from sparse_patch.workbench.progress import Step
 
 CacheKind = Literal["static", "dynamic"]
 UNPATCHED, BEST, COPYING = "unpatched", "dense: best", "unpatched, DynamicCache"
@@ -144,14 +155,6 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
-class Result:
-    """Rows by length, and what did not run: `{"delta: out of memory": [131072]}`."""
-
-    rows: list[Row]
-    skipped: dict[str, list[int]]
-
-
-@dataclass(frozen=True)
 class Generation:
     """One run of `generate`.
 
@@ -191,16 +194,14 @@ def methods_of(sources: Sequence[str], architecture: Architecture) -> dict[str, 
         ConfigError: a configuration is not valid, or does not fit the architecture.
         TaskError: it has no sparse method to time, or two have the same stem.
     """
-    configs = configs_by_stem(sources)
-    for source, config in zip(sources, configs.values(), strict=True):
-        if all(method is None or method.method == "dense" for method in (config.prefill, config.decode)):
-            raise TaskError(f"--config: {source}: has no sparse method to time")
+    configs = configs_by_stem(sources, "sparse method", _is_sparse)
+    for config in configs.values():
         config.for_model(architecture.model_shape)
     return configs
 
 
 @torch.no_grad()
-def bench_model(benchmark: Benchmark, progress: Step = lambda _: None) -> Result:
+def bench_model(benchmark: Benchmark, progress: Step = lambda _: None) -> Result[Row]:
     """Time every way of generating at every length; what runs out of memory is skipped and noted.
 
     Args:
@@ -214,7 +215,7 @@ def bench_model(benchmark: Benchmark, progress: Step = lambda _: None) -> Result
         model = benchmark.model()
     except torch.OutOfMemoryError:
         raise TaskError("--shape: the weights do not fit the GPU's memory; ask for fewer --layers") from None
-    result = Result([], {})
+    result = Result[Row]([], {})
     for length in benchmark.lengths:
         prompt, measured = benchmark.prompt(length), list[Row]()
         for label, config in benchmark.ways().items():
@@ -260,10 +261,9 @@ def is_compiled(benchmark: Benchmark) -> bool:
     return benchmark.compiled and benchmark.cache == "static" and benchmark.device == "cuda"
 
 
-def as_json(result: Result, benchmark: Benchmark) -> dict[str, Any]:
+def as_json(result: Result[Row], benchmark: Benchmark) -> dict[str, Any]:
     """What was measured, on what, and of what."""
-    return {
-        "machine": {**describe_machine(), "dtype": str(benchmark.dtype).removeprefix("torch.")},
+    about = {
         "shape": asdict(benchmark.architecture),
         "weights": "random",
         "batch": benchmark.batch,
@@ -271,43 +271,33 @@ def as_json(result: Result, benchmark: Benchmark) -> dict[str, Any]:
         "cache": benchmark.cache,
         "chunk": benchmark.chunk,
         "compiled": is_compiled(benchmark),
-        "configs": {name: config.settings() for name, config in benchmark.methods.items()},
-        "skipped": result.skipped,
-        "rows": [asdict(row) for row in result.rows],
     }
+    return result_as_json(result, benchmark.methods, benchmark.dtype, about)
 
 
-def table(result: Result, benchmark: Benchmark) -> Table:
+def table(result: Result[Row], benchmark: Benchmark) -> Table:
     """One line a row; a section for each length."""
     about = (
         f"{machine()['device']}, {benchmark.dtype}, {benchmark.architecture.layers} layers, batch {benchmark.batch}, "
         f"{benchmark.cache} cache, {'compiled' if is_compiled(benchmark) else 'eager'}, random weights"
     )
-    drawn = Table(title="a model through generate", title_justify="left", box=box.SIMPLE, caption=about)
-    drawn.caption_justify = "left"
-    drawn.add_column("attention", no_wrap=True)
-    columns = ("tokens", "first token ms", "ms a token", "slowest", "x unpatched", f"x {BEST}", "KV MB", "planned")
-    for column in (*columns, "peak MB", "in decode"):
-        drawn.add_column(column, justify="right")
-    for number, row in enumerate(result.rows, 1):
-        drawn.add_row(
-            row.label,
-            str(row.length),
-            f"{row.first_token_ms:.1f}",
-            f"{row.token_ms:.2f}",
-            f"{row.slowest_token_ms:.2f}",
-            cell(row.unpatched, 3),
-            cell(row.best, 3),
-            f"{row.kv_mb:.0f}",
-            f"{row.planned_mb:.0f}",
-            cell(row.peak_memory_mb, 0),
-            cell(row.decode_memory_mb, 0),
-            end_section=number < len(result.rows) and result.rows[number].length != row.length,
-        )
-    return drawn
+    columns: Columns[Row] = {
+        "attention": lambda row: row.label,
+        "tokens": lambda row: str(row.length),
+        "first token ms": lambda row: f"{row.first_token_ms:.1f}",
+        "ms a token": lambda row: f"{row.token_ms:.2f}",
+        "slowest": lambda row: f"{row.slowest_token_ms:.2f}",
+        "x unpatched": lambda row: cell(row.unpatched, 3),
+        f"x {BEST}": lambda row: cell(row.best, 3),
+        "KV MB": lambda row: f"{row.kv_mb:.0f}",
+        "planned": lambda row: f"{row.planned_mb:.0f}",
+        "peak MB": lambda row: cell(row.peak_memory_mb, 0),
+        "in decode": lambda row: cell(row.decode_memory_mb, 0),
+    }
+    return table_of("a model through generate", result.rows, columns, about)
 
 
-def notes(result: Result) -> list[str]:
+def notes(result: Result[Row]) -> list[str]:
     """What a method could not serve, and what did not run."""
     lines = [
         f"{row.label}, {row.length} tokens: {calls} calls were dense: {reason}"
@@ -315,6 +305,10 @@ def notes(result: Result) -> list[str]:
         for reason, calls in row.fallbacks.items()
     ]
     return lines + skipped_notes(result.skipped)
+
+
+def _is_sparse(config: PatchConfig) -> bool:
+    return any(method is not None and method.method != "dense" for method in (config.prefill, config.decode))
 
 
 def _row(
@@ -342,7 +336,7 @@ def _row(
 
 def _forget(benchmark: Benchmark, model: PreTrainedModel) -> None:
     """Give back what compiled code, its graphs and caches hold: the next way compiles anew, and has the memory."""
-    vars(model).pop("_previous_max_cache_length", None)  # else the next static cache is as long as the longest so far
+    forget_cache_length(model)
     if is_compiled(benchmark):
         torch.compiler.reset()
     if benchmark.device == "cuda":

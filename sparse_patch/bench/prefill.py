@@ -11,32 +11,34 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from rich import box
 from rich.table import Table
 
 from sparse_patch.bench.common import (
     Architecture,
+    Columns,
+    Result,
     cell,
     configs_by_stem,
-    describe_machine,
     measured,
+    result_as_json,
     rows_of,
     skipped_notes,
+    table_of,
 )
+from sparse_patch.bench.qkv import Inputs
 from sparse_patch.call import AttentionCall, causal_pairs
 from sparse_patch.config import PatchConfig
-from sparse_patch.errors import TaskError, UnsupportedCallError
-from sparse_patch.evaluation.generation import machine
-from sparse_patch.evaluation.recording import Inputs
-from sparse_patch.ops import block_sparse, dense, span, token_blocks
-from sparse_patch.plans import BlockGrid, BlockPlan, Dense, SpanPlan, TokenBlockPlan
-from sparse_patch.progress import Step
+from sparse_patch.errors import UnsupportedCallError
+from sparse_patch.ops.attention import block_sparse, dense
+from sparse_patch.ops.attention.table import OPS
+from sparse_patch.plans import BlockGrid, BlockPlan, Dense
+from sparse_patch.workbench.machine import machine
+from sparse_patch.workbench.progress import Step
 
 BASELINES = {  # key in the JSON: field of a row, and how it is called
     "fastest_dense": ("speedup", "the fastest dense kernel"),
     "flash2": ("speedup_flash2", "FlashAttention-2"),
 }
-_OPS = {BlockPlan: block_sparse, SpanPlan: span, TokenBlockPlan: token_blocks}
 _BLOCK = 128
 _FLASH2 = "flash2"
 
@@ -120,14 +122,6 @@ class Benchmark:
             yield name, partial(_method_row, call, name, config)
 
 
-@dataclass(frozen=True)
-class Result:
-    """Rows by length, and what did not run: `{"flash4: needs ...": [8192]}`."""
-
-    rows: list[Row]
-    skipped: dict[str, list[int]]
-
-
 def methods_of(sources: Sequence[str], architecture: Architecture | None = None) -> dict[str, PatchConfig]:
     """Configurations with a sparse prefill method, by the stems of their files.
 
@@ -139,24 +133,25 @@ def methods_of(sources: Sequence[str], architecture: Architecture | None = None)
         ConfigError: a configuration is not valid, or does not fit the architecture.
         TaskError: it has no prefill method to time, or two have the same stem.
     """
-    configs = configs_by_stem(sources)
-    for source, config in zip(sources, configs.values(), strict=True):
-        if config.prefill is None or config.prefill.method == "dense":
-            raise TaskError(f"--config: {source}: has no sparse prefill method to time")
+    configs = configs_by_stem(
+        sources,
+        "sparse prefill method",
+        lambda config: config.prefill is not None and config.prefill.method != "dense",
+    )
     if architecture is None:
         return configs
     return {name: config.for_model(architecture.model_shape) for name, config in configs.items()}
 
 
 @torch.no_grad()
-def bench_prefill(benchmark: Benchmark, progress: Step = lambda _: None) -> Result:
+def bench_prefill(benchmark: Benchmark, progress: Step = lambda _: None) -> Result[Row]:
     """Time every way of attending at every length; what a kernel or method does not serve is skipped and noted.
 
     Args:
         benchmark: what to time.
         progress: called with a description before each row.
     """
-    result = Result([], {})
+    result = Result[Row]([], {})
     for length in benchmark.lengths:
         call = benchmark.inputs.make(length)
         result.rows.extend(_with_speedups(rows_of(benchmark.ways(call), length, result.skipped, progress)))
@@ -189,48 +184,33 @@ def break_even(rows: Sequence[Row]) -> dict[str, dict[str, int | None]]:
     return found
 
 
-def as_json(result: Result, benchmark: Benchmark, dtype: torch.dtype) -> dict[str, Any]:
+def as_json(result: Result[Row], benchmark: Benchmark, dtype: torch.dtype) -> dict[str, Any]:
     """What was measured, on what, and of what."""
-    shape = benchmark.inputs.shape
-    return {
-        "machine": {**describe_machine(), "dtype": str(dtype).removeprefix("torch."), "shape": asdict(shape)},
-        "qkv": benchmark.inputs.about,
-        "configs": {name: config.settings() for name, config in benchmark.methods.items()},
-        "break_even": break_even(result.rows),
-        "skipped": result.skipped,
-        "rows": [asdict(row) for row in result.rows],
-    }
+    about = {"qkv": benchmark.inputs.about, "break_even": break_even(result.rows)}
+    written = result_as_json(result, benchmark.methods, dtype, about)
+    written["machine"]["shape"] = asdict(benchmark.inputs.shape)
+    return written
 
 
-def table(result: Result, benchmark: Benchmark, dtype: torch.dtype) -> Table:
+def table(result: Result[Row], benchmark: Benchmark, dtype: torch.dtype) -> Table:
     """One line a row; what queries, keys and values were below it."""
     about = f"{machine()['device']}, {dtype}, heads and head_dim {benchmark.inputs.shape}; {benchmark.inputs.about}"
-    drawn = Table(title="prefill attention of one layer", title_justify="left", box=box.SIMPLE, caption=about)
-    drawn.caption_justify = "left"
-    drawn.add_column("kernel", no_wrap=True)
-    for column in (
-        *("tokens", "density", "ms", "TFLOP/s", "selection ms", "total ms"),
-        *("x fastest dense", "x flash2", "peak MB"),
-    ):
-        drawn.add_column(column, justify="right")
-    for number, row in enumerate(result.rows, 1):
-        drawn.add_row(
-            row.label,
-            str(row.length),
-            f"{row.density:.3f}",
-            f"{row.ms:.3f}",
-            f"{row.tflops_effective:.4g}",
-            cell(row.selection_ms, 3),
-            f"{row.total_ms:.3f}",
-            cell(row.speedup, 2),
-            cell(row.speedup_flash2, 2),
-            cell(row.peak_memory_mb, 0),
-            end_section=number < len(result.rows) and result.rows[number].length != row.length,
-        )
-    return drawn
+    columns: Columns[Row] = {
+        "kernel": lambda row: row.label,
+        "tokens": lambda row: str(row.length),
+        "density": lambda row: f"{row.density:.3f}",
+        "ms": lambda row: f"{row.ms:.3f}",
+        "TFLOP/s": lambda row: f"{row.tflops_effective:.4g}",
+        "selection ms": lambda row: cell(row.selection_ms, 3),
+        "total ms": lambda row: f"{row.total_ms:.3f}",
+        "x fastest dense": lambda row: cell(row.speedup, 2),
+        "x flash2": lambda row: cell(row.speedup_flash2, 2),
+        "peak MB": lambda row: cell(row.peak_memory_mb, 0),
+    }
+    return table_of("prefill attention of one layer", result.rows, columns, about)
 
 
-def notes(result: Result) -> list[str]:
+def notes(result: Result[Row]) -> list[str]:
     """The break-even lengths, and what did not run."""
     lines = [
         f"{name} is faster than {BASELINES[baseline][1]} "
@@ -281,9 +261,9 @@ def _method_row(call: AttentionCall, name: str, config: PatchConfig) -> Row:
     method = config.prefill
     assert method is not None, "checked by methods_of"
     plan = method.plan(call)
-    if not isinstance(plan, BlockPlan | SpanPlan | TokenBlockPlan):
-        raise UnsupportedCallError(f"dense, {plan.reason}" if isinstance(plan, Dense) else "a plan for decode")
-    op: Any = _OPS[type(plan)]
+    if isinstance(plan, Dense):
+        raise UnsupportedCallError(f"dense, {plan.reason}")
+    op: Any = OPS[type(plan)]
     backend: str = op.fastest(call, plan) if config.backend == "auto" else config.backend
     ms, _ = measured(lambda: op.attend(call, plan, backend), call)
     selection_ms, _ = measured(lambda: method.plan(call), call)

@@ -9,7 +9,6 @@ The sizes of the candidates are the paper's, which it matched at prompts of 30k 
 window; for shorter prompts they shrink in proportion. Block-sparse is not among them: files have no size for it.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +19,20 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from sparse_patch.artefacts.patterns import Pattern, write_patterns
+from sparse_patch.calibration.base import Calibration
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import TaskError
-from sparse_patch.evaluation.generation import prefill
-from sparse_patch.evaluation.journal import Journal
-from sparse_patch.methods.minference import FORCED_COLUMNS, FORCED_DISTANCES, MInference, Pattern
-from sparse_patch.observe import observed
-from sparse_patch.ops.block_sparse import attend
+from sparse_patch.integration.observe import observed
+from sparse_patch.methods.minference import FORCED_COLUMNS, FORCED_DISTANCES, MInference
+from sparse_patch.model_shape import ModelShape
+from sparse_patch.models.loading import check_context
+from sparse_patch.ops.attention.block_sparse import attend
 from sparse_patch.plans import BlockPlan, Dense
-from sparse_patch.progress import Step
-from sparse_patch.writing import write_file
+from sparse_patch.workbench.generation import encode, prefill
+from sparse_patch.workbench.journal import Journal
+from sparse_patch.workbench.progress import Step
+from sparse_patch.workbench.tasks import TASKS
 
 PAPER_LENGTH = 30_000
 PAPER_CANDIDATES = (
@@ -133,13 +136,10 @@ def _best(call: AttentionCall, choices: Sequence[Pattern], method: MInference) -
     )
 
 
-def write_patterns(found: Sequence[LayerPatterns], num_layers: int, path: Path) -> None:
-    """Write MInference's format: a list with a mapping of heads for each layer; empty for those that stay dense."""
-    heads: list[dict[str, Any]] = [{} for _ in range(num_layers)]
-    for layer in found:
-        heads[layer.layer] = {str(head): list(entry) for head, entry in enumerate(layer.heads)}
-    lines = ",\n".join(json.dumps(layer) for layer in heads)
-    write_file(path, f"[\n{lines}\n]\n")
+def by_layer(found: Sequence[LayerPatterns], num_layers: int) -> list[dict[int, tuple[str, int, int, float]]]:
+    """The heads of every layer, for the file; none of layers that stay dense."""
+    heads = {layer.layer: dict(enumerate(layer.heads)) for layer in found}
+    return [heads.get(layer, {}) for layer in range(num_layers)]
 
 
 def table(found: Sequence[LayerPatterns], length: int) -> Table:
@@ -154,6 +154,35 @@ def table(found: Sequence[LayerPatterns], length: int) -> Table:
     return result
 
 
-def journal_of(path: Path, about: dict[str, Any]) -> Journal[LayerPatterns]:
-    """The journal beside a file that is to be written."""
-    return Journal.beside(path, about, LayerPatterns, "--out")
+@dataclass(frozen=True)
+class MInferenceCalibration(Calibration[list[LayerPatterns]]):
+    """The search on one prompt of key-value retrieval.
+
+    Attributes:
+        length: tokens of the prompt.
+        seed: chooses keys and values.
+    """
+
+    name = "minference"
+    record = LayerPatterns
+    makes = "patterns"
+    used_by = "prefill.calibration"
+
+    length: int = PAPER_LENGTH
+    seed: int = 0
+
+    def steps(self, shape: ModelShape) -> int:
+        return shape.num_layers
+
+    def search(
+        self, model: PreTrainedModel, tokenizer: Any, journal: Journal[Any], progress: Step
+    ) -> list[LayerPatterns]:
+        check_context(model, self.length, 0, "--length")
+        sample = TASKS["kv_retrieval"].sample(tokenizer, self.length, self.seed)
+        return search(model, encode(tokenizer, sample.prompt, sample.answer)[0], journal, progress)
+
+    def table(self, found: list[LayerPatterns]) -> list[Table]:
+        return [table(found, self.length)]
+
+    def write(self, path: Path, found: list[LayerPatterns], shape: ModelShape, model_id: str) -> None:
+        write_patterns(path, self.header(shape, model_id), by_layer(found, shape.num_layers))

@@ -14,6 +14,7 @@ while others go on, which makes them cheap.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,17 +23,20 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from sparse_patch.artefacts.thresholds import write_thresholds
+from sparse_patch.calibration.base import Calibration
+from sparse_patch.calibration.prompts import generated_prompts, text_prompts
 from sparse_patch.call import AttentionCall
+from sparse_patch.config import load_config
 from sparse_patch.errors import TaskError
-from sparse_patch.evaluation.generation import check_context, encode, prefill
-from sparse_patch.evaluation.journal import Journal
-from sparse_patch.evaluation.prompts import read_haystack
-from sparse_patch.evaluation.tasks import tasks_of
+from sparse_patch.integration.observe import observed
 from sparse_patch.methods.sale import Sale
-from sparse_patch.observe import observed
-from sparse_patch.ops.block_sparse import attend
+from sparse_patch.model_shape import ModelShape
+from sparse_patch.ops.attention.block_sparse import attend
 from sparse_patch.plans import BlockPlan, Dense
-from sparse_patch.progress import Step
+from sparse_patch.workbench.generation import prefill
+from sparse_patch.workbench.journal import Journal
+from sparse_patch.workbench.progress import Step
 
 HIGHEST = 0.008  # where every head begins in the public code
 LOWEST = 1e-4  # at or below which a head becomes dense
@@ -133,47 +137,6 @@ def thresholds(found: Sequence[LayerThresholds], num_layers: int, num_heads: int
     return tau
 
 
-def generated_prompts(
-    model: PreTrainedModel, tokenizer: Any, tasks: Sequence[str], lengths: Sequence[int], samples: int, seed: int
-) -> list[list[int]]:
-    """Prompts of the offline tasks, in turn, `samples` of each length.
-
-    Raises:
-        TaskError: there is no such task, or a prompt does not fit the model's context.
-    """
-    chosen = tasks_of("all", tasks)
-    prompts = []
-    for length in lengths:
-        check_context(model, length, 0, "--lengths")
-        for number in range(samples):
-            sample = chosen[number % len(chosen)].sample(tokenizer, length, seed, number)
-            prompts.append(encode(tokenizer, sample.prompt, sample.answer)[0])
-    return prompts
-
-
-def text_prompts(
-    model: PreTrainedModel, tokenizer: Any, path: Path, lengths: Sequence[int], samples: int
-) -> list[list[int]]:
-    """Pieces of a text file, one after the other, `samples` of each length.
-
-    Raises:
-        TaskError: the file cannot be read or has too few tokens, or a piece does not fit the model's context.
-    """
-    tokens: list[int] = tokenizer(read_haystack(path, "--text"), verbose=False)["input_ids"]
-    if len(tokens) < sum(lengths) * samples:
-        raise TaskError(
-            f"--text: {path}: has {len(tokens)} tokens, {samples} pieces of each length need "
-            f"{sum(lengths) * samples}; ask for fewer --samples or shorter --lengths"
-        )
-    prompts, begin = [], 0
-    for length in lengths:
-        check_context(model, length, 0, "--lengths")
-        for _ in range(samples):
-            prompts.append(tokens[begin : begin + length])
-            begin += length
-    return prompts
-
-
 def table(found: Sequence[LayerThresholds], error: float) -> Table:
     """A line a layer: its thresholds, the heads that stay dense, and what they cost on the last prompt."""
     result = Table(title=f"thresholds of SALE at an error of {error:g}", title_justify="left")
@@ -191,6 +154,64 @@ def table(found: Sequence[LayerThresholds], error: float) -> Table:
     return result
 
 
-def journal_of(path: Path, about: dict[str, Any]) -> Journal[LayerThresholds]:
-    """The journal beside a file that is to be written."""
-    return Journal.beside(path, about, LayerThresholds, "--out")
+@dataclass(frozen=True)
+class SaleCalibration(Calibration[list[LayerThresholds]]):
+    """The search on long prompts.
+
+    Attributes:
+        numerics: of the estimates, as of the method.
+        window: as of the method, in tokens.
+        block_size: as of the method, in tokens: that or more when the thresholds are used.
+        error: the change of a head's output that is allowed; see the module.
+        highest: the threshold that every head begins with.
+        lengths: tokens of the prompts.
+        samples: prompts of each length.
+        tasks: offline tasks that the prompts are of, in turn.
+        seed: chooses everything that is random.
+        text: file to take prompts from in place of tasks.
+    """
+
+    name = "sale"
+    record = LayerThresholds
+    makes = "thresholds"
+    used_by = "prefill.calibration"
+
+    numerics: str = "int8"
+    window: int = 128
+    block_size: int = 128
+    error: float = 0.4
+    highest: float = HIGHEST
+    lengths: tuple[int, ...] = (8192,)
+    samples: int = 5
+    tasks: tuple[str, ...] = ("kv_retrieval",)
+    seed: int = 0
+    text: str | None = None
+
+    @cached_property
+    def method(self) -> Sale:
+        """The method to search with; ConfigError if a setting of it is not valid."""
+        settings = {"numerics": self.numerics, "window": self.window, "block_size": self.block_size}
+        method = load_config({"prefill": {"method": "sale", "min_length": 0, **settings}}).prefill
+        assert isinstance(method, Sale)
+        return method
+
+    def check(self) -> None:
+        _ = self.method
+
+    def steps(self, shape: ModelShape) -> int:
+        return shape.num_layers * len(self.lengths) * self.samples
+
+    def search(
+        self, model: PreTrainedModel, tokenizer: Any, journal: Journal[Any], progress: Step
+    ) -> list[LayerThresholds]:
+        if self.text is None:
+            prompts = generated_prompts(model, tokenizer, self.tasks, self.lengths, self.samples, self.seed)
+        else:
+            prompts = text_prompts(model, tokenizer, Path(self.text), self.lengths, self.samples)
+        return search(model, prompts, self.error, journal, progress, self.method, self.highest)
+
+    def table(self, found: list[LayerThresholds]) -> list[Table]:
+        return [table(found, self.error)]
+
+    def write(self, path: Path, found: list[LayerThresholds], shape: ModelShape, model_id: str) -> None:
+        write_thresholds(path, thresholds(found, shape.num_layers, shape.num_heads), self.header(shape, model_id))

@@ -77,9 +77,9 @@ def demo(
     """Find numbers in a long text, with dense and with sparse attention."""
     from transformers.utils import logging as transformers_logging
 
-    from sparse_patch.demo import run_demo, show
+    from sparse_patch.evaluation.demo import run_demo, show
     from sparse_patch.plots import plot_sparsity
-    from sparse_patch.progress import progress_steps
+    from sparse_patch.workbench.progress import progress_steps
 
     check_outputs(json_file, plot=plot)
     transformers_logging.disable_progress_bar()
@@ -95,7 +95,7 @@ def demo(
 def methods(json_file: JsonOption = None) -> None:
     """List the methods, and the configurations that ship."""
     from sparse_patch.config import packaged_configs
-    from sparse_patch.methods.base import registry
+    from sparse_patch.methods.base.registry import registry
 
     check_outputs(json_file)
     configs = packaged_configs()
@@ -138,7 +138,7 @@ def show(
     layers: list[dict[str, Any]] = []
     memory: dict[str, int] | None = None
     if model is not None:
-        from sparse_patch.inspection import inspect
+        from sparse_patch.cli.inspection import inspect
 
         layers, kv = inspect(model, settings, length)
         table = Table(title=model, title_justify="left")
@@ -179,7 +179,7 @@ def checked_commands(recipe: Path, above: tuple[Path, ...] = ()) -> list[list[st
         SparsePatchError: the recipe is not valid, a command of it or of a recipe that it runs is not, a result cannot
             be written, or recipes run each other in a circle.
     """
-    from sparse_patch.recipes import load_recipe
+    from sparse_patch.cli.recipes import load_recipe
 
     if recipe.resolve() in above:
         raise SparsePatchError(f"{recipe}: runs itself, directly or through another recipe; remove that command")

@@ -64,9 +64,9 @@ def bench_prefill(
 
     from sparse_patch.bench import common
     from sparse_patch.bench import prefill as benches
-    from sparse_patch.evaluation.recording import file_inputs, random_inputs, recorded_inputs
+    from sparse_patch.bench.qkv import file_inputs, random_inputs, recorded_inputs
     from sparse_patch.plots import plot_bench
-    from sparse_patch.progress import progress_steps
+    from sparse_patch.workbench.progress import progress_steps
 
     check_outputs(json_file, plot=plot)
     transformers_logging.disable_progress_bar()
@@ -116,7 +116,7 @@ def bench_decode(
 
     from sparse_patch.bench import common
     from sparse_patch.bench import decode as benches
-    from sparse_patch.progress import progress_steps
+    from sparse_patch.workbench.progress import progress_steps
 
     check_outputs(json_file)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,7 +159,7 @@ def bench_model(
 
     from sparse_patch.bench import common
     from sparse_patch.bench import model as benches
-    from sparse_patch.progress import progress_steps
+    from sparse_patch.workbench.progress import progress_steps
 
     check_outputs(json_file)
     if cache not in ("static", "dynamic"):

@@ -1,8 +1,11 @@
 """`sparse-patch eval`, `tasks`, `export` and `lm-eval`: what sparsity costs in answers."""
 
+import io
 import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,7 +30,9 @@ from sparse_patch.cli.options import (
     write_picture,
 )
 from sparse_patch.errors import SparsePatchError, one_line
-from sparse_patch.reading import read_json
+
+if TYPE_CHECKING:
+    from sparse_patch.evaluation.results import Row
 
 app = typer.Typer()
 
@@ -54,15 +59,15 @@ def evaluate(
     """Measure configurations on the offline tasks, beside dense attention: scores, density and seconds."""
     from transformers.utils import logging as transformers_logging
 
-    from sparse_patch.evaluation.generation import load_model
-    from sparse_patch.evaluation.journal import Journal
-    from sparse_patch.evaluation.prompts import read_haystack
-    from sparse_patch.evaluation.results import Record, add_to, as_json, summary, table
+    from sparse_patch.evaluation.results import Record, add_to, as_json
     from sparse_patch.evaluation.suite import Evaluation, configurations, header
     from sparse_patch.evaluation.suite import evaluate as run_evaluation
-    from sparse_patch.evaluation.tasks import tasks_of
+    from sparse_patch.models.loading import load_model
     from sparse_patch.plots import plot_accuracy
-    from sparse_patch.progress import progress_steps
+    from sparse_patch.workbench.journal import Journal
+    from sparse_patch.workbench.progress import progress_steps
+    from sparse_patch.workbench.prompts import read_haystack
+    from sparse_patch.workbench.tasks import tasks_of
 
     check_outputs(json_file, plot=plot)
     evaluation = Evaluation(
@@ -74,23 +79,18 @@ def evaluate(
         haystack=None if haystack is None else read_haystack(haystack),
     )
     name = str(model or shipped_model())
-    about = header(
-        Path(name).resolve().name if Path(name).is_dir() else name,
-        evaluation,
-        None if haystack is None else str(haystack),
-    )
+    said = Path(name).resolve().name if Path(name).is_dir() else name
+    about = header(said, evaluation, None if haystack is None else str(haystack))
     old = _earlier_result(json_file) if add else None
     if old is not None and json_file is not None:
         add_to(old, as_json([], about, evaluation.configs), json_file)  # whether they go together, before the work
     transformers_logging.disable_progress_bar()
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    with Journal[Record].beside(json_file, about) as journal:
+    with Journal[Record].beside(json_file, about, Record) as journal:
         loaded, tokenizer = load_model(name)
         with progress_steps(console, evaluation.missing(journal)) as step:
             rows = run_evaluation(loaded, tokenizer, evaluation, journal, step)
-        for length in evaluation.lengths:
-            console.print(table(rows, length))
-        console.print(summary(rows))
+        _show_rows(rows, evaluation.lengths, console)
         data = as_json(rows, about, evaluation.configs)
         if old is not None and json_file is not None:
             data = add_to(old, data, json_file)
@@ -101,7 +101,7 @@ def evaluate(
 @app.command()
 def tasks(json_file: JsonOption = None) -> None:
     """List the offline tasks and the suites that they are in."""
-    from sparse_patch.evaluation.tasks import SUITES, TASKS
+    from sparse_patch.workbench.tasks import SUITES, TASKS
 
     check_outputs(json_file)
     rows = [
@@ -127,10 +127,10 @@ def export(
     haystack: HaystackOption = None,
 ) -> None:
     """Write the prompts of the offline tasks to a file."""
-    from sparse_patch.evaluation.generation import load_tokenizer
-    from sparse_patch.evaluation.prompts import read_haystack
     from sparse_patch.evaluation.suite import Evaluation
-    from sparse_patch.evaluation.tasks import export_jsonl, tasks_of
+    from sparse_patch.models.loading import load_tokenizer
+    from sparse_patch.workbench.prompts import read_haystack
+    from sparse_patch.workbench.tasks import export_jsonl, tasks_of
 
     check_outputs(file)
     text = None if haystack is None else read_haystack(haystack)
@@ -146,14 +146,43 @@ def export(
 def lm_eval(context: typer.Context) -> None:
     """lm-eval's command line, with `--model hf-sparse --model_args pretrained=M,config=FILE` and `--tasks needle`."""
     try:
+        if _showed_lm_eval_help(context.args):
+            return
         from sparse_patch.evaluation.lm_eval import main
     except ImportError as error:
         raise SparsePatchError(f'lm-eval: {error}; pip install "sparse_patch[eval]"') from None
     main(context.args)
 
 
+def _show_rows(rows: "Sequence[Row]", lengths: Sequence[int], console: Console) -> None:
+    from sparse_patch.evaluation.results import summary, table
+
+    for length in lengths:
+        console.print(table(rows, length))
+    console.print(summary(rows))
+
+
+def _showed_lm_eval_help(arguments: Sequence[str]) -> bool:
+    """Whether lm-eval's own help was asked for and shown. It needs no PyTorch, which the model `hf-sparse` does."""
+    if not {"-h", "--help"} & set(arguments):
+        return False
+    from lm_eval._cli import HarnessCLI
+
+    before, sys.argv = sys.argv, ["sparse-patch lm-eval", *arguments]
+    try:
+        with redirect_stderr(io.StringIO()):  # what is wrong with arguments is said later, in one line
+            HarnessCLI().parse_args()
+    except SystemExit as stop:
+        return not stop.code
+    finally:
+        sys.argv = before
+    return False
+
+
 def _earlier_result(path: Path | None) -> dict[str, Any] | None:
     """What a result file has, for `--add`; None where there is none yet."""
+    from sparse_patch.files.reading import read_json
+
     if path is None:
         raise SparsePatchError("--add: needs --json FILE, whose rows are kept")
     if not path.is_file():

@@ -72,8 +72,8 @@ def check_outputs(*files: Path | None, plot: Path | None = None) -> None:
     Raises:
         SparsePatchError: see `check_writable` and `check_picture`.
     """
+    from sparse_patch.files.writing import check_writable
     from sparse_patch.plots import check_picture
-    from sparse_patch.writing import check_writable
 
     check_writable(*files, plot)
     check_picture(plot)
@@ -85,7 +85,7 @@ def write_json(path: Path | None, data: Any) -> None:
     Raises:
         WriteError: it cannot be written.
     """
-    from sparse_patch.writing import WriteError, write_file
+    from sparse_patch.files.writing import WriteError, write_file
 
     if path is not None:
         try:
@@ -100,7 +100,7 @@ def write_picture(path: Path | None, draw: Callable[[Path], None], json_file: Pa
     Raises:
         WriteError: it cannot be written.
     """
-    from sparse_patch.writing import WriteError
+    from sparse_patch.files.writing import WriteError
 
     if path is None:
         return

@@ -4,17 +4,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from sparse_patch.evaluation.prompts import Draft, default_haystack, hide, token_counter
-from sparse_patch.evaluation.tasks import (
-    NEEDLE,
-    OPENING,
-    NeedleTask,
-    Question,
-    distinct,
-    draw,
-    filling,
-    first_fit,
-)
+from sparse_patch.workbench.prompts import Draft, default_haystack, hide, token_counter
+from sparse_patch.workbench.tasks import NEEDLE, OPENING, NeedleTask, Question, distinct, draw, filling, first_fit
 
 
 @dataclass(frozen=True)

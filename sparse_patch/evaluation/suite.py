@@ -15,21 +15,16 @@ from transformers import PreTrainedModel
 
 from sparse_patch.config import PatchConfig, load_config
 from sparse_patch.errors import TaskError
-from sparse_patch.evaluation.generation import (
-    check_context,
-    continue_greedily,
-    encode,
-    force,
-    machine,
-    prefill,
-    stop_tokens,
-)
-from sparse_patch.evaluation.journal import Journal
 from sparse_patch.evaluation.results import Key, Record, Row, rows
 from sparse_patch.evaluation.scoring import found
-from sparse_patch.evaluation.tasks import Sample, Task
-from sparse_patch.patching import patched, sparsity_report, versions
-from sparse_patch.progress import Step
+from sparse_patch.integration.patching import patched
+from sparse_patch.integration.reporting import sparsity_report, versions
+from sparse_patch.models.loading import check_context
+from sparse_patch.workbench.generation import continue_greedily, encode, force, prefill, stop_tokens
+from sparse_patch.workbench.journal import Journal
+from sparse_patch.workbench.machine import machine
+from sparse_patch.workbench.progress import Step
+from sparse_patch.workbench.tasks import Sample, Task
 
 DENSE = "dense"
 _WARM_UP_TOKENS = 6144  # longer than the default min_length, so that the sparse path is warm too

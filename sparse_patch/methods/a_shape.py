@@ -15,7 +15,8 @@ import torch
 from pydantic import Field
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base import MOST, PrefillMethod, Tokens
+from sparse_patch.files.reading import MOST
+from sparse_patch.methods.base.protocol import PrefillMethod, Tokens
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
 
 

@@ -19,12 +19,13 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from sparse_patch.artefacts.layer_roles import Roles
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base import MOST
-from sparse_patch.methods.budget import Count
-from sparse_patch.methods.layer_roles import LayeredMethod, Preset, Roles
+from sparse_patch.files.reading import MOST
+from sparse_patch.methods.base.budget import Count
+from sparse_patch.methods.base.layered import LayeredMethod, Preset
 from sparse_patch.model_shape import ModelShape
-from sparse_patch.ops.page_scores import page_scores
+from sparse_patch.ops.selection.page_scores import page_scores
 
 _QWEN_2_1_5B = ModelShape("qwen2", num_layers=28, num_heads=12, num_kv_heads=2, hidden_size=1536)
 _QWEN_2_7B = ModelShape("qwen2", num_layers=28, num_heads=28, num_kv_heads=4, hidden_size=3584)

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from sparse_patch.call import PHASES, AttentionCall
-from sparse_patch.methods.base import Method
+from sparse_patch.methods.base.protocol import Method
 from sparse_patch.plans import Dense, Plan
 
 

@@ -27,9 +27,15 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base import MOST, PrefillMethod, Tokens
-from sparse_patch.ops.block_means import key_means
-from sparse_patch.ops.lines import LineRule, QueryAware, choose_lines, plan_of_lines
+from sparse_patch.files.reading import MOST
+from sparse_patch.methods.base.protocol import PrefillMethod, Tokens
+from sparse_patch.ops.selection.block_means import key_means
+from sparse_patch.ops.selection.vertical_slash import (
+    QueryAware,
+    VerticalSlashParams,
+    choose_vertical_slash,
+    plan_of_vertical_slash,
+)
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
 
 
@@ -92,8 +98,8 @@ class FlexPrefill(PrefillMethod):
 
     def _select(self, call: AttentionCall, grid: BlockGrid) -> BlockPlan:
         reach = self.selection == "coverage"
-        rule = LineRule(self.gamma, self.tau, self.min_blocks, self.max_blocks, reach, self.dense_length)
+        rule = VerticalSlashParams(self.gamma, self.tau, self.min_blocks, self.max_blocks, reach, self.dense_length)
         mean_k = key_means(call.k, grid)
-        verticals, slashes, heads = choose_lines(call, grid, mean_k, rule)
+        verticals, slashes, heads = choose_vertical_slash(call, grid, mean_k, rule)
         aware = QueryAware(heads, call, mean_k, self.gamma, each_row=reach, max_blocks=self.max_blocks)
-        return plan_of_lines(verticals, slashes, aware if self.tau > 0 else None, grid)
+        return plan_of_vertical_slash(verticals, slashes, aware if self.tau > 0 else None, grid)

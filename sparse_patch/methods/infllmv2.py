@@ -32,11 +32,12 @@ from typing_extensions import Self
 
 from sparse_patch.call import PHASES, AttentionCall
 from sparse_patch.errors import short
-from sparse_patch.methods.base import MOST, DecodeMethod, Tokens
+from sparse_patch.files.reading import MOST
+from sparse_patch.methods.base.protocol import DecodeMethod, Tokens
 from sparse_patch.model_shape import ModelShape
-from sparse_patch.ops.compressed_keys import BLOCK, STRIDE, BlockRule, block_scores, choose_blocks
-from sparse_patch.ops.page_statistics import page_means
-from sparse_patch.ops.top_pages import top_pages
+from sparse_patch.ops.selection.compressed_keys import BLOCK, STRIDE, CompressedKeysParams, block_scores, choose_blocks
+from sparse_patch.ops.selection.page_statistics import page_means
+from sparse_patch.ops.selection.top_pages import top_pages
 from sparse_patch.plans import Dense, PagePlan, Plan
 
 Number = Annotated[int, Field(ge=0, le=MOST)]
@@ -108,10 +109,10 @@ class InfLLMv2(DecodeMethod):
         )
 
     @property
-    def rule(self) -> BlockRule:
+    def rule(self) -> CompressedKeysParams:
         """How many blocks a token reads."""
         init_blocks = self._number("init_blocks")
-        return BlockRule(
+        return CompressedKeysParams(
             init_blocks=init_blocks,
             local_blocks=self._number("window_size") // BLOCK,
             dense_blocks=-(-self._number("min_length") // BLOCK),
@@ -135,16 +136,16 @@ class InfLLMv2(DecodeMethod):
 
     def remember(self, call: AttentionCall) -> None:
         """Keep the mean keys up to date; see `DecodeMethod.remember`."""
-        if call.memory is not None:
-            call.carried[self._key(call)] = page_means(call, STRIDE)
+        if call.kv_state is not None:
+            call.forward_state[self._key(call)] = page_means(call, STRIDE)
 
     def plan(self, call: AttentionCall) -> Plan:
         """Choose blocks for every token of a prompt, or for the one that is decoded; see `Method.plan`."""
-        means = call.carried.pop(self._key(call), None)
+        means = call.forward_state.pop(self._key(call), None)
         if dense := self.why_dense(call):
             return dense
-        if means is None:  # the memory, if there is one, is another method's
-            means = page_means(replace(call, memory=None), STRIDE)
+        if means is None:  # the state, if there is one, is another method's
+            means = page_means(replace(call, kv_state=None), STRIDE)
         return choose_blocks(call, means, self.rule) if call.phase == "prefill" else self._pages(call, means)
 
     def _pages(self, call: AttentionCall, means: torch.Tensor) -> PagePlan:

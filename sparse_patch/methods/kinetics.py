@@ -5,7 +5,7 @@ logit is highest, a choice for each KV head. The mean is over the tokens of the 
 KV head, so the mean key of each block is all that has to be kept. arXiv 2506.05333; code: Infini-AI-Lab/Kinetics. As in
 its accuracy code (LiteSys):
 
-- Blocks begin after the `sinks` first tokens, not at the start. The window is `local` tokens at least and grows by up
+- Blocks begin after the `sink` first tokens, not at the start. The window is `window` tokens at least and grows by up
   to a block minus one token, so that whole blocks lie between.
 - What is compared are logits, not probabilities.
 
@@ -16,15 +16,17 @@ variants (single tokens, overlapping blocks) are not here.
 """
 
 from math import gcd
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base import MOST, Excluded, LayerIndex, Tokens
-from sparse_patch.methods.budget import BudgetedMethod, Count
-from sparse_patch.ops.page_statistics import mean_scores, page_means
+from sparse_patch.files.reading import MOST
+from sparse_patch.methods.base.budget import BudgetedMethod, Count
+from sparse_patch.methods.base.protocol import Excluded, Tokens
+from sparse_patch.model_shape import LayerIndex
+from sparse_patch.ops.selection.page_statistics import mean_scores, page_means
 from sparse_patch.plans import PagePlan, Plan
 
 
@@ -34,47 +36,48 @@ class Kinetics(BudgetedMethod):
     Attributes:
         budget: tokens of a list: sinks, window and blocks.
         block_size: tokens of a block.
-        sinks: first tokens that are always read; blocks begin after them.
-        local: last tokens that are always read, at least.
+        sink: first tokens that are always read; blocks begin after them.
+        window: last tokens that are always read, at least.
     """
 
     summary = "blocks with the highest mean logit, the first and the last tokens, in every layer"
     paper = "Kinetics, 2025, arXiv 2506.05333"
+    renamed: ClassVar[dict[str, str]] = {"sinks": "sink", "local": "window"}
 
     method: Literal["kinetics"] = "kinetics"
     layers: Literal["all"] | list[LayerIndex] | Excluded = Excluded(exclude=[0])
     budget: Annotated[int, Field(gt=0, le=MOST)] | None = 1024
     block_size: Literal[4, 8, 16, 32, 64] = 16
-    sinks: Tokens = 4
-    local: Annotated[int, Field(ge=1, le=MOST)] = 64
+    sink: Tokens = 4
+    window: Annotated[int, Field(ge=1, le=MOST)] = 64
 
     @property
     def fewest(self) -> int:
-        return self.sinks + self.local + self.block_size
+        return self.sink + self.window + self.block_size
 
     @property
     def list_page_size(self) -> int:
         """Tokens of a page of the lists: sinks and blocks are whole pages."""
-        return gcd(self.sinks, self.block_size)
+        return gcd(self.sink, self.block_size)
 
     def pages(self, tokens: Count) -> Count:
         """Blocks that a budget leaves room for; see `BudgetedMethod.pages`."""
-        return (tokens - self.sinks - self.local) // self.block_size
+        return (tokens - self.sink - self.window) // self.block_size
 
     def remember(self, call: AttentionCall) -> None:
         """Keep the mean keys up to date; see `DecodeMethod.remember`."""
-        if call.memory is not None:
-            call.carried[self._key(call)] = page_means(call, self.block_size, self.sinks)
+        if call.kv_state is not None:
+            call.forward_state[self._key(call)] = page_means(call, self.block_size, self.sink)
 
     def plan(self, call: AttentionCall) -> Plan:
         """Top-k blocks of every KV head; see `Method.plan`."""
         if dense := self.why_dense(call):
             return dense
-        means = call.carried.pop(self._key(call), None)
+        means = call.forward_state.pop(self._key(call), None)
         if means is None:
-            means = page_means(call, self.block_size, self.sinks)
+            means = page_means(call, self.block_size, self.sink)
         lengths = call.lengths()
-        of_heads = mean_scores(call.q[:, :, -1], means, lengths, self.block_size, self.sinks)
+        of_heads = mean_scores(call.q[:, :, -1], means, lengths, self.block_size, self.sink)
         scores = of_heads.unflatten(1, (call.k.shape[1], call.group_size)).mean(2)
         between = self.pages(lengths).clamp(min=0)  # whole blocks between sinks and window
         return self._plan_of_blocks(call, between, *self.highest(call, scores, between))
@@ -91,12 +94,12 @@ class Kinetics(BudgetedMethod):
             counts: int32 `[B, Hkv]`.
         """
         page = self.list_page_size
-        per_block, first = self.block_size // page, self.sinks // page  # pages of a block; page of the first block
+        per_block, first = self.block_size // page, self.sink // page  # pages of a block; page of the first block
         in_blocks, between = (
             counts.long() * per_block,
             between[:, None] * per_block,
         )  # pages: of chosen and of all blocks
-        size = first + blocks.shape[-1] * per_block - (-(self.local + self.block_size - 1) // page)
+        size = first + blocks.shape[-1] * per_block - (-(self.window + self.block_size - 1) // page)
         slot = torch.arange(size, device=blocks.device).expand(*counts.shape, -1)
         number, within = (slot - first).clamp(min=0) // per_block, (slot - first) % per_block
         chosen = first + blocks.gather(-1, number.clamp(max=blocks.shape[-1] - 1)) * per_block + within

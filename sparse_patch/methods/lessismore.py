@@ -6,21 +6,21 @@ head, merged rank by rank. arXiv 2508.07101; written from the paper. What it lea
 - The share of the last tokens, `recency`, is cut off first; each head ranks the rest by its logits, the first tokens
   too. The best token of every head comes first (lower heads before higher ones), then the second best of every head,
   and so on, each token once, until the budget is full.
-- The `sinks` count as part of the budget, in the place of tokens that rank last. So a token that some head ranks first
+- The `sink` count as part of the budget, in the place of tokens that rank last. So a token that some head ranks first
   is always in the list if the budget without recency and sinks holds as many tokens as there are heads.
 - The share of the last tokens is rounded up, so the current token is among them unless `recency` is 0.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base import Tokens
-from sparse_patch.methods.layer_roles import TIDAL_PRESETS, LayeredMethod
-from sparse_patch.ops.merged_ranks import merged_ranks
+from sparse_patch.methods.base.layered import TIDAL_PRESETS, LayeredMethod
+from sparse_patch.methods.base.protocol import Tokens
+from sparse_patch.ops.selection.rank_merge import merged_ranks
 
 
 class LessIsMore(LayeredMethod):
@@ -29,20 +29,21 @@ class LessIsMore(LayeredMethod):
     Attributes:
         budget: tokens of the list, the last and the first ones included.
         recency: share of the budget that the last tokens get, in [0, 1).
-        sinks: first tokens that are always read.
+        sink: first tokens that are always read.
     """
 
     summary = "tokens that rank highest in any head of two layers, one list for all heads"
     paper = "LessIsMore, 2025, arXiv 2508.07101"
     presets = TIDAL_PRESETS
+    renamed: ClassVar[dict[str, str]] = {"sinks": "sink"}
 
     method: Literal["lessismore"] = "lessismore"
     recency: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    sinks: Tokens = 4
+    sink: Tokens = 4
 
     @property
     def fewest(self) -> int:
-        return math.ceil((self.sinks + 1) / (1 - self.recency))
+        return math.ceil((self.sink + 1) / (1 - self.recency))
 
     def choose(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The merged list; see `LayeredMethod.choose`."""
@@ -51,7 +52,7 @@ class LessIsMore(LayeredMethod):
         before = lengths - self._recent(self.tokens(lengths))
         places = merged_ranks(logits, before, most - math.ceil(self.recency * most), call.shard)
         position = torch.arange(logits.shape[-1], device=logits.device)
-        forced = (position >= before[:, None]) | (position < self.sinks)
+        forced = (position >= before[:, None]) | (position < self.sink)
         return self.highest(call, (-places).masked_fill(forced, torch.inf)[:, None], lengths)
 
     def _recent(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -25,47 +25,27 @@ Selection looks at the last queries of the call, so a token's output depends on 
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from pydantic import model_validator
 from typing_extensions import Self
 
+from sparse_patch.artefacts.patterns import MISSING, Kind, Pattern, Patterns, read_patterns
 from sparse_patch.call import AttentionCall
-from sparse_patch.errors import ConfigError, one_line, quoted, short
+from sparse_patch.errors import one_line
 from sparse_patch.methods.a_shape import a_shape_blocks
-from sparse_patch.methods.base import MOST, PrefillMethod, Tokens
+from sparse_patch.methods.base.protocol import PrefillMethod, Tokens
 from sparse_patch.model_shape import ModelShape
-from sparse_patch.ops.block_means import key_means
-from sparse_patch.ops.pooling import pooled_attention
-from sparse_patch.ops.profiles import last_query_profiles
+from sparse_patch.ops.selection.block_means import key_means
+from sparse_patch.ops.selection.last_queries import last_query_profiles
+from sparse_patch.ops.selection.pooling import pooled_attention
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
-from sparse_patch.reading import read_json
 
 LAST_QUERIES = 64
 FORCED_COLUMNS = 30
 FORCED_DISTANCES = 100
-
-Kind = Literal["vertical_and_slash", "stream_llm", "block_sparse"]
-
-
-class Pattern(NamedTuple):
-    """What one head reads, as MInference's files have it.
-
-    Attributes:
-        kind: the pattern.
-        columns: verticals, or the sink, in tokens; without meaning for block_sparse.
-        diagonals: slashes, or the window, in tokens; without meaning for block_sparse.
-    """
-
-    kind: Kind
-    columns: int
-    diagonals: int
-
-
-MISSING = Pattern("vertical_and_slash", 1000, 6096)  # of a head that a file does not have, as in the public code
 
 
 class MInference(PrefillMethod):
@@ -94,27 +74,23 @@ class MInference(PrefillMethod):
 
     @model_validator(mode="after")
     def _calibration_is_readable(self) -> Self:
-        _ = self.heads
+        _ = self.calibrated
         return self
 
     @cached_property
+    def calibrated(self) -> Patterns | None:
+        """What the calibration holds; None without one."""
+        return None if self.calibration is None else read_patterns(self.calibration)
+
+    @property
     def heads(self) -> list[dict[int, Pattern]] | None:
         """The patterns of the calibration, by layer and head; None without one."""
-        return None if self.calibration is None else read_patterns(self.calibration)
+        return None if self.calibrated is None else self.calibrated.layers
 
     def for_model(self, shape: ModelShape) -> Self:
         """Raises if the calibration is one of another model; see `Method.for_model`."""
-        if self.heads is None:
-            return self
-        place = f"calibration: {one_line(self.calibration)}"
-        if len(self.heads) != shape.num_layers:
-            raise ValueError(f"{place} has {len(self.heads)} layers and the model {shape.num_layers}; {_MAKE_ONE}")
-        for layer, patterns in enumerate(self.heads):
-            if patterns and max(patterns) >= shape.num_heads:
-                raise ValueError(
-                    f"{place}: layer {layer} has a head {max(patterns)}, the model has "
-                    f"heads 0 to {shape.num_heads - 1}; {_MAKE_ONE}"
-                )
+        if self.calibrated is not None:
+            self.calibrated.check_shape(shape, f"calibration: {one_line(self.calibration)}")
         return self
 
     def patterns(self, layer: int, num_heads: int) -> tuple[Pattern, ...]:
@@ -246,46 +222,3 @@ def _highest_blocks(call: AttentionCall, grid: BlockGrid, number: int) -> torch.
     ranked = attention.masked_fill(forced[:, None], torch.inf).masked_fill(~grid.causal[:, None], -1.0)
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, order, (key_block < number).expand(order.shape))
-
-
-_MAKE_ONE = "`sparse-patch calibrate minference` makes a file for this model"
-
-
-def read_patterns(path: str | Path) -> list[dict[int, Pattern]]:
-    """The patterns of a file in MInference's format, by layer and head.
-
-    Raises:
-        ConfigError: the file cannot be read or is none of this format; the message names field, file and place.
-    """
-    place = f"calibration: {one_line(path)}"
-    try:
-        layers = read_json(path)
-    except ConfigError as error:
-        raise ConfigError(f"calibration: {error}; {_MAKE_ONE}") from None
-    if not isinstance(layers, list) or not all(isinstance(heads, dict) for heads in layers):
-        raise ConfigError(f"{place}: expected a list with a mapping of heads for each layer; {_MAKE_ONE}")
-    return [
-        {_head(place, layer, head): _pattern(place, layer, head, entry) for head, entry in heads.items()}
-        for layer, heads in enumerate(layers)
-    ]
-
-
-def _head(place: str, layer: int, head: str) -> int:
-    """Written in one way only, so that no head is set twice."""
-    if not (head.isdecimal() and len(head) < 10 and head == str(int(head))):
-        raise ConfigError(f"{place}: layer {layer}: expected the index of a head, got {short(head)}")
-    return int(head)
-
-
-def _pattern(place: str, layer: int, head: str, entry: Any) -> Pattern:
-    place = f"{place}: layer {layer}, head {head}"
-    if not isinstance(entry, list) or len(entry) < 3:
-        raise ConfigError(f"{place}: expected [pattern, columns, diagonals, score], got {short(entry)}")
-    kind, *sizes = entry[:3]
-    if kind not in get_args(Kind):
-        raise ConfigError(f"{place}: expected one of the patterns {', '.join(get_args(Kind))}, got {quoted(kind)}")
-    if not all(type(size) is int and size >= 0 for size in sizes):
-        raise ConfigError(f"{place}: expected two numbers of tokens, 0 or more, got {short(sizes)}")
-    if max(sizes) > MOST:
-        raise ConfigError(f"{place}: expected at most {MOST} tokens, got {short(max(sizes))}")
-    return Pattern(cast(Kind, kind), *sizes)

@@ -1,8 +1,8 @@
 """MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression (Fu et al. 2024, arXiv 2406.14909).
 
 Every head keeps the first tokens and a window whose length is a line over the length of the text; the lines are
-searched for offline, so that the loss on answers that need distant text grows least. `methods.span_plans` has the rule,
-the file and where the public code (thu-nics/MoA) differs. Beside what is said there:
+searched for offline, so that the loss on answers that need distant text grows least. `artefacts.head_schedules` has the
+rule, the file and where the public code (thu-nics/MoA) differs. Beside what is said there:
 
 - The length M of the rule is that of prompt and answer together, by the `max_new_tokens` of the call; the public code
   has a setting of its own for the answer, 1024 by default.
@@ -12,13 +12,13 @@ the file and where the public code (thu-nics/MoA) differs. Beside what is said t
 
 from typing import Literal
 
+from sparse_patch.artefacts.head_schedules import HeadSchedules, schedules_for
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.span_plans import SpanRules, rules_for
-from sparse_patch.methods.spans import Length, RuledMethod
+from sparse_patch.methods.base.spans import Length, ScheduledMethod
 from sparse_patch.model_shape import ModelShape
 
 
-class MoA(RuledMethod):
+class MoA(ScheduledMethod):
     """Sinks and a window for each KV head, by a plan that was searched for.
 
     Attributes:
@@ -33,9 +33,9 @@ class MoA(RuledMethod):
     method: Literal["moa"] = "moa"
     max_length: Length | None = None
 
-    def read(self, path: str, shape: ModelShape) -> tuple[SpanRules, str]:
-        """See `RuledMethod.read`."""
-        return rules_for(path, shape)
+    def read(self, path: str, shape: ModelShape) -> tuple[HeadSchedules, str]:
+        """See `ScheduledMethod.read`."""
+        return schedules_for(path, shape)
 
     def total_length(self, call: AttentionCall) -> int:
         """See `SpanMethod.total_length`."""

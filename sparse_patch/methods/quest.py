@@ -23,9 +23,10 @@ import torch
 from pydantic import Field
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base import Excluded, LayerIndex
-from sparse_patch.methods.budget import BudgetedMethod, Count
-from sparse_patch.ops.page_statistics import bound_scores, page_bounds
+from sparse_patch.methods.base.budget import BudgetedMethod, Count
+from sparse_patch.methods.base.protocol import Excluded
+from sparse_patch.model_shape import LayerIndex
+from sparse_patch.ops.selection.page_statistics import bound_scores, page_bounds
 from sparse_patch.plans import PagePlan, Plan
 
 
@@ -61,14 +62,14 @@ class Quest(BudgetedMethod):
 
     def remember(self, call: AttentionCall) -> None:
         """Keep the bounds of the pages up to date; see `DecodeMethod.remember`."""
-        if call.memory is not None:
-            call.carried[self._key(call)] = page_bounds(call, self.page_size)
+        if call.kv_state is not None:
+            call.forward_state[self._key(call)] = page_bounds(call, self.page_size)
 
     def plan(self, call: AttentionCall) -> Plan:
         """Top-k pages of every list; see `Method.plan`."""
         if dense := self.why_dense(call):
             return dense
-        low, high = call.carried.pop(self._key(call), None) or page_bounds(call, self.page_size)
+        low, high = call.forward_state.pop(self._key(call), None) or page_bounds(call, self.page_size)
         lengths = call.lengths()
         scores = self._of_lists(call, bound_scores(call.q[:, :, -1], low, high, lengths, self.page_size))
         if self.current_page != "scored":

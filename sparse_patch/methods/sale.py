@@ -14,7 +14,7 @@ This differs from the public code in the following:
   Thresholds found with one are not those of the other, so a calibration names its numerics.
 - Attention is computed in tiles of `block_size`, in the model's precision: blocks that hold a kept one are read whole,
   a superset of what was decided. The code gathers blocks of 32, or multiplies in 8 bits.
-- `local_window` is what it says (in the code the argument is ignored; 128 is what it has where it makes a map of
+- `window` is what it says (in the code the argument is ignored; 128 is what it has where it makes a map of
   blocks, and 256 where it calibrates).
 - KV heads are not repeated, and quantised once. Any batch size, left padding (each row counts from its first real
   token), chunked prefill (a chunk that begins on a tile's edge decides what the whole prompt would, up to the mean of
@@ -25,18 +25,27 @@ A query tile looks at no score of a later key; only the mean that is taken off a
 
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from sparse_patch.artefacts.base import check_shape
+from sparse_patch.artefacts.thresholds import MAKE_ONE, Thresholds, read_thresholds
 from sparse_patch.call import AttentionCall, causal_pairs
 from sparse_patch.errors import one_line
-from sparse_patch.methods.base import MOST, PrefillMethod
-from sparse_patch.methods.sale_thresholds import MAKE_ONE, Thresholds, check_shape, read_thresholds
+from sparse_patch.files.reading import MOST
+from sparse_patch.methods.base.protocol import PrefillMethod
 from sparse_patch.model_shape import ModelShape
-from sparse_patch.ops.scores import DENSE_BELOW, Numerics, ScoreRule, decided_pairs, decisions, tiles
+from sparse_patch.ops.selection.low_bit_scores import (
+    DENSE_BELOW,
+    LowBitParams,
+    Numerics,
+    decided_pairs,
+    decisions,
+    tiles,
+)
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
 
 
@@ -49,19 +58,20 @@ class Sale(PrefillMethod):
             used with a calibration.
         calibration: safetensors file with a threshold for each head, that `sparse-patch calibrate sale` wrote. A
             relative path counts from the folder of the YAML file that names it. None for `tau` everywhere.
-        local_window: keys before the end of a query tile that are always read, in tokens; a multiple of 32.
+        window: keys before the end of a query tile that are always read, in tokens; a multiple of 32.
         block_size: side in tokens of the tiles that are computed: every one that holds a block that was kept.
     """
 
     summary = "blocks by relative attention, estimated in few bits"
     paper = "SALE, arXiv 2505.24179"
     files = ("calibration",)
+    renamed: ClassVar[dict[str, str]] = {"local_window": "window"}
 
     method: Literal["sale"] = "sale"
     numerics: Numerics = "int8"
     tau: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.004
     calibration: str | None = None
-    local_window: Annotated[int, Field(ge=32, le=MOST, multiple_of=32)] = 128
+    window: Annotated[int, Field(ge=32, le=MOST, multiple_of=32)] = 128
     block_size: Literal[64, 128] = 128
 
     @model_validator(mode="after")
@@ -69,7 +79,7 @@ class Sale(PrefillMethod):
         if self.thresholds is None:
             return self
         place = f"calibration: {one_line(self.calibration)}"
-        for field in ("numerics", "local_window"):
+        for field in ("numerics", "window"):
             theirs, ours = one_line(getattr(self.thresholds, field), 60), str(getattr(self, field))
             if theirs != ours:
                 raise ValueError(
@@ -90,14 +100,14 @@ class Sale(PrefillMethod):
         return None if self.calibration is None else read_thresholds(self.calibration)
 
     @property
-    def rule(self) -> ScoreRule:
+    def rule(self) -> LowBitParams:
         """How blocks are scored."""
-        return ScoreRule(self.numerics, self.local_window)
+        return LowBitParams(self.numerics, self.window)
 
     def for_model(self, shape: ModelShape) -> Self:
         """Raises if the calibration is one of another model; see `Method.for_model`."""
         if self.thresholds is not None:
-            check_shape(self.thresholds, shape, f"calibration: {one_line(self.calibration)}")
+            check_shape(self.thresholds.header, shape, f"calibration: {one_line(self.calibration)}")
         return self
 
     def role(self, layer: int) -> str:

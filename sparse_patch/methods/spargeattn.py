@@ -40,10 +40,15 @@ import torch
 from pydantic import Field
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base import PrefillMethod
-from sparse_patch.ops.block_means import key_means, key_similarities, query_means, query_means_and_similarities
-from sparse_patch.ops.pooling import mean_of_rows, pooled_logits
-from sparse_patch.ops.slices import slices
+from sparse_patch.kernels.slices import slices
+from sparse_patch.methods.base.protocol import PrefillMethod
+from sparse_patch.ops.selection.block_means import (
+    key_means,
+    key_similarities,
+    query_means,
+    query_means_and_similarities,
+)
+from sparse_patch.ops.selection.pooling import mean_of_rows, pooled_logits
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
 
 _SELECTION_BYTES = 48  # of temporaries for each block: the sort's values and indices, twice, and what is made of them

@@ -9,8 +9,8 @@ forgets afterwards, as `decode` alone does; here prompts are read by the same ru
 
 from typing import Literal
 
-from sparse_patch.methods.base import Tokens
-from sparse_patch.methods.spans import SAID_AT, Length, SpanMethod, Spans, within
+from sparse_patch.methods.base.protocol import Tokens
+from sparse_patch.methods.base.spans import REPORT_LENGTH, Length, SpanMethod, Spans, within
 
 
 class StreamingLLM(SpanMethod):
@@ -34,4 +34,4 @@ class StreamingLLM(SpanMethod):
 
     def role(self, layer: int) -> str:
         """What the layer keeps."""
-        return f"keeps {min(self.sink + self.window, SAID_AT)} of {SAID_AT}"
+        return f"keeps {min(self.sink + self.window, REPORT_LENGTH)} of {REPORT_LENGTH}"

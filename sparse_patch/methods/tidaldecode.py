@@ -24,9 +24,9 @@ import torch
 from pydantic import Field
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base import MOST
-from sparse_patch.methods.layer_roles import TIDAL_PRESETS, LayeredMethod
-from sparse_patch.ops.page_scores import page_scores
+from sparse_patch.files.reading import MOST
+from sparse_patch.methods.base.layered import TIDAL_PRESETS, LayeredMethod
+from sparse_patch.ops.selection.page_scores import page_scores
 
 
 class TidalDecode(LayeredMethod):

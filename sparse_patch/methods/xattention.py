@@ -29,9 +29,10 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base import MOST, PrefillMethod
-from sparse_patch.ops.antidiagonal import block_masses
-from sparse_patch.ops.slices import slices
+from sparse_patch.files.reading import MOST
+from sparse_patch.kernels.slices import slices
+from sparse_patch.methods.base.protocol import PrefillMethod
+from sparse_patch.ops.selection.antidiagonal import block_masses
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
 
 _SELECTION_BYTES = 48  # of temporaries for each block: the sort's values and indices, twice, and what is made of them

@@ -1,1 +1,1 @@
-"""Ops: ways to execute a plan. An op reads exactly the keys that a plan lists and knows no method."""
+"""Ops: `attention` executes plans, `selection` scores keys for methods."""

@@ -4,21 +4,20 @@ Every plan has `density()`, the share of the causal triangle it computes (paddin
 methods, tests, the report, the pictures and the benchmarks mean the same by it.
 """
 
-from dataclasses import dataclass
-
 from sparse_patch.plans.blocks import BlockPlan
 from sparse_patch.plans.grid import BlockGrid
 from sparse_patch.plans.lists import leading
 from sparse_patch.plans.pages import PagePlan
+from sparse_patch.plans.plan import Dense, Plan, SparsePlan
 from sparse_patch.plans.spans import (
     GrowingWindow,
     SpanPlan,
     Window,
     check_spans,
     in_span,
-    numbers_of,
     spans_of,
     widest,
+    window_parameters,
 )
 from sparse_patch.plans.token_blocks import BLOCK_BITS, TokenBlockPlan, listable_blocks
 
@@ -38,21 +37,7 @@ __all__ = [
     "in_span",
     "leading",
     "listable_blocks",
-    "numbers_of",
     "spans_of",
     "widest",
+    "window_parameters",
 ]
-
-
-@dataclass(frozen=True)
-class Dense:
-    """Read every key: what a method answers when sparsity has nothing to give (short prompt, `gamma: 1`, ...)."""
-
-    reason: str
-
-    def density(self) -> float:
-        return 1.0
-
-
-SparsePlan = BlockPlan | TokenBlockPlan | PagePlan | SpanPlan
-Plan = SparsePlan | Dense

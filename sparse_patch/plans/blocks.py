@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import torch
 
 from sparse_patch.call import AttentionCall, causal_pairs
-from sparse_patch.ops.compact import compact
+from sparse_patch.kernels.compaction import compact
 from sparse_patch.plans.grid import BlockGrid
 from sparse_patch.plans.lists import leading, marked
+from sparse_patch.plans.plan import SparsePlan
 
 
 @dataclass(frozen=True)
-class BlockPlan:
+class BlockPlan(SparsePlan):
     """For each (row, query head, query block), the key blocks to read, and single key columns beside them.
 
     Attributes:
@@ -116,12 +117,10 @@ class BlockPlan:
             pairs = pairs + self.column_counts * (end - begin)
         return pairs.sum(-1)
 
-    @property
-    def pairs_by_head(self) -> torch.Tensor:
-        """`computed_pairs`, summed over the batch, int64 `[Hq]`."""
-        return self.computed_pairs().sum(0)
+    def causal_pairs(self) -> torch.Tensor:
+        """See `SparsePlan.causal_pairs`."""
+        return causal_pairs(self.grid.q_start, self.grid.kv_length, self.grid.row_starts)
 
-    def density(self) -> torch.Tensor:
-        """Share of the causal triangle that is computed, float32 `[B, Hq]`."""
-        causal = causal_pairs(self.grid.q_start, self.grid.kv_length, self.grid.row_starts)
-        return self.computed_pairs().float() / causal[:, None].clamp(min=1).float()
+    def block_map(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SparsePlan.block_map`."""
+        return self.blocks()[0, head].cpu(), self.grid.causal[0].cpu()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.once import once
+from sparse_patch.plans.once import once
 
 
 @dataclass(frozen=True)

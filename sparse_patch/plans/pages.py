@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from sparse_patch.call import AttentionCall, causal_pairs
-from sparse_patch.once import once
 from sparse_patch.plans.lists import leading, marked
+from sparse_patch.plans.plan import SparsePlan
 
 
 @dataclass(frozen=True)
-class PagePlan:
+class PagePlan(SparsePlan):
     """For each (row, list), the pages of keys to read: what decode plans are. Nothing here reads a length on the host.
 
     Page `u` of row `b` holds the keys `kv_start[b] + u*P ... + P-1`: rows count from their own first key, so a
@@ -77,21 +77,22 @@ class PagePlan:
     def computed_pairs(self) -> torch.Tensor:
         """(Query, key) pairs of real tokens that the plan computes, int64 `[B, Hq]`."""
         if self.pages is None or self.counts is None:
-            return self._causal_pairs()[:, None].expand(-1, self.heads)
+            return self.causal_pairs()[:, None].expand(-1, self.heads)
         queries = torch.arange(self.q_length, device=self.pages.device)
         seen = (self.lengths - self.q_length + 1)[:, None] + queries  # keys that each query may read, [B, Sq]
         in_page = (seen[:, None, None] - self.pages[..., None] * self.page_size).clamp(0, self.page_size)
         pairs = (in_page.sum(-1) * leading(self.pages, self.counts)).sum(-1)
         return pairs.repeat_interleave(self.heads // pairs.shape[1], 1)
 
-    @once
-    def pairs_by_head(self) -> torch.Tensor:
-        """`computed_pairs`, summed over the batch, int64 `[Hq]`; kept, for a plan may serve several layers."""
-        return self.computed_pairs().sum(0)
-
-    def density(self) -> torch.Tensor:
-        """Share of the causal pairs that is computed, float32 `[B, Hq]`."""
-        return self.computed_pairs().float() / self._causal_pairs()[:, None].clamp(min=1).float()
-
-    def _causal_pairs(self) -> torch.Tensor:
+    def causal_pairs(self) -> torch.Tensor:
+        """See `SparsePlan.causal_pairs`."""
         return causal_pairs(self.lengths - self.q_length, self.lengths, torch.zeros_like(self.lengths))
+
+    def block_map(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SparsePlan.block_map`; one row, of the last query, with a block for each page."""
+        page = torch.arange(self.num_pages, device=self.lengths.device)
+        causal = page * self.page_size < self.lengths[0]
+        if self.pages is None or self.counts is None:
+            return causal[None].cpu(), causal[None].cpu()
+        read = marked(self.pages, self.counts, self.num_pages)
+        return (read[0, head * read.shape[1] // self.heads] & causal)[None].cpu(), causal[None].cpu()

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from sparse_patch.call import AttentionCall, causal_pairs
-from sparse_patch.once import once
+from sparse_patch.plans.plan import SparsePlan
 
 _EVERY = 1 << 40  # more keys than there are
+_SIDE = 128  # tokens of a block in pictures
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ Window = int | GrowingWindow | None  # keys up to the query itself; None for eve
 
 
 @dataclass(frozen=True)
-class SpanPlan:
+class SpanPlan(SparsePlan):
     """For each KV head a sink and a window, by the token: what StreamingLLM, DuoAttention and MoA decide beforehand.
 
     The query at position `i` of its row reads the keys `j <= i` with `j < sink` or `i - j < window`. Positions count
@@ -57,6 +58,8 @@ class SpanPlan:
     Raises:
         ValueError: sinks and windows are not one per KV head, a sink is negative or a window below 1.
     """
+
+    known_beforehand = True
 
     sinks: tuple[int, ...]
     windows: tuple[Window, ...]
@@ -101,15 +104,18 @@ class SpanPlan:
         of_kv_heads = keys.masked_fill(length[..., None] < 1, 0).sum(1)
         return of_kv_heads.repeat_interleave(self.heads // len(self.sinks), 1)
 
-    @once
-    def pairs_by_head(self) -> torch.Tensor:
-        """`computed_pairs`, summed over the batch, int64 `[Hq]`."""
-        return self.computed_pairs().sum(0)
+    def causal_pairs(self) -> torch.Tensor:
+        """See `SparsePlan.causal_pairs`."""
+        return causal_pairs(self.lengths - self.q_length, self.lengths, torch.zeros_like(self.lengths))
 
-    def density(self) -> torch.Tensor:
-        """Share of the causal pairs that is computed, float32 `[B, Hq]`."""
-        causal = causal_pairs(self.lengths - self.q_length, self.lengths, torch.zeros_like(self.lengths))
-        return self.computed_pairs().float() / causal[:, None].clamp(min=1).float()
+    def block_map(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SparsePlan.block_map`; blocks of `_SIDE` tokens."""
+        length, (sink, window) = int(self.lengths[0]), self.spans[head * len(self.sinks) // self.heads]
+        key = torch.arange(0, length, _SIDE)
+        query = key[max(length - self.q_length, 0) // _SIDE :, None]
+        causal = key <= query
+        near = torch.minimum(key + _SIDE - 1, query)  # the key of the block that is next to the block's first query
+        return causal & (in_span(query, key, sink, window) | in_span(query, near, sink, window)), causal
 
 
 def check_spans(sinks: Sequence[int], windows: Sequence[Window]) -> None:
@@ -120,7 +126,7 @@ def check_spans(sinks: Sequence[int], windows: Sequence[Window]) -> None:
     """
     if len(sinks) != len(windows) or not sinks:
         raise ValueError(f"spans need a sink and a window per KV head, got {len(sinks)} and {len(windows)}")
-    if min(sinks) < 0 or any(numbers_of(window)[3] < 1 for window in windows):
+    if min(sinks) < 0 or any(window_parameters(window)[3] < 1 for window in windows):
         raise ValueError(f"a sink is 0 or more and a window 1 or more, got sinks {sinks} and windows {windows}")
     if any(isinstance(window, GrowingWindow) and not 0 <= window.slope <= 1 << 16 for window in windows):
         raise ValueError(f"a window grows by 0 to 1 token for each token, got windows {windows}")
@@ -136,7 +142,7 @@ def widest(window: int | GrowingWindow) -> int:
     return window.most if isinstance(window, GrowingWindow) else window
 
 
-def numbers_of(window: Window) -> tuple[int, int, int, int]:
+def window_parameters(window: Window) -> tuple[int, int, int, int]:
     """Most, base, slope and least of a window; see `GrowingWindow`, which every window is one of."""
     if isinstance(window, GrowingWindow):
         return window.most, window.base, window.slope, window.least
@@ -148,7 +154,7 @@ def in_span(query: torch.Tensor, key: torch.Tensor, sink: int, window: Window) -
     causal = (key <= query) & (key >= 0)
     if window is None:
         return causal
-    reach = _grown(query, *numbers_of(window)) if isinstance(window, GrowingWindow) else window
+    reach = _grown(query, *window_parameters(window)) if isinstance(window, GrowingWindow) else window
     return causal & ((key < sink) | (query - key < reach))
 
 
@@ -159,7 +165,7 @@ def _grown(position: torch.Tensor, most: Any, base: Any, slope: Any, least: Any)
 
 @lru_cache(maxsize=1024)
 def _numbers(spans: tuple[tuple[int, Window], ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sinks `[Hkv]` and `numbers_of` windows `[4, Hkv]`, int64; kept: bringing numbers to a GPU makes the host wait."""
-    rows = [(sink, *numbers_of(window)) for sink, window in spans]
+    """Sinks `[Hkv]` and `window_parameters` `[4, Hkv]`, int64. Cached: copying to a GPU makes the host wait."""
+    rows = [(sink, *window_parameters(window)) for sink, window in spans]
     table = torch.tensor(rows, dtype=torch.int64, device=device).T.contiguous()
     return table[0], table[1:]

@@ -5,16 +5,17 @@ from dataclasses import dataclass
 import torch
 
 from sparse_patch.call import causal_pairs
-from sparse_patch.once import once
-from sparse_patch.ops.compact import compact
+from sparse_patch.kernels.compaction import compact
 from sparse_patch.plans.grid import BlockGrid
 from sparse_patch.plans.lists import leading
+from sparse_patch.plans.once import once
+from sparse_patch.plans.plan import SparsePlan
 
 BLOCK_BITS = 8  # of an entry of a `TokenBlockPlan` that say which tokens of a tile read the block
 
 
 @dataclass(frozen=True)
-class TokenBlockPlan:
+class TokenBlockPlan(SparsePlan):
     """For each (row, KV head, query) the key blocks to read; the query heads of a KV head read the same.
 
     A query in block `I` of its row reads the first `init_blocks` blocks, the blocks `I - local_blocks ... I` up to
@@ -102,15 +103,14 @@ class TokenBlockPlan:
         pairs = in_any_case[:, None] + listed
         return pairs.repeat_interleave(self.heads // pairs.shape[1], 1)
 
-    @once
-    def pairs_by_head(self) -> torch.Tensor:
-        """`computed_pairs`, summed over the batch, int64 `[Hq]`."""
-        return self.computed_pairs().sum(0)
+    def causal_pairs(self) -> torch.Tensor:
+        """See `SparsePlan.causal_pairs`."""
+        return causal_pairs(self.grid.q_start, self.grid.kv_length, self.grid.row_starts)
 
-    def density(self) -> torch.Tensor:
-        """Share of the causal triangle that is read, float32 `[B, Hq]`."""
-        causal = causal_pairs(self.grid.q_start, self.grid.kv_length, self.grid.row_starts)
-        return self.computed_pairs().float() / causal[:, None].clamp(min=1).float()
+    def block_map(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SparsePlan.block_map`; every block that a query of the block reads."""
+        kv_head = head * self.counts.shape[1] // self.heads
+        return self.blocks()[0, kv_head].any(1).cpu(), self.grid.causal[0].cpu()
 
     @once
     def _between(self) -> tuple[torch.Tensor, torch.Tensor]:

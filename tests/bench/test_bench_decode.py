@@ -10,27 +10,19 @@ import pytest
 import torch
 
 from sparse_patch import ConfigError, TaskError
-from sparse_patch.bench import decode, decode_kernels
+from sparse_patch.bench import decode, decode_kernels, decode_timing
 from sparse_patch.bench.common import ARCHITECTURES, Architecture, architecture_of
-from sparse_patch.bench.decode import (
-    Benchmark,
-    as_json,
-    bench_decode,
-    bytes_of,
-    methods_of,
-    notes,
-    random_lists,
-    roles_of,
-    run_stack,
-    table,
-)
+from sparse_patch.bench.decode import Benchmark, as_json, bench_decode, methods_of, notes, roles_of, table
+from sparse_patch.bench.decode_rows import forward_state_to, random_lists
+from sparse_patch.bench.decode_step import run_stack
+from sparse_patch.bench.decode_timing import bytes_of
+from sparse_patch.bench.qkv import Shape
 from sparse_patch.errors import UnsupportedCallError
-from sparse_patch.evaluation.recording import Shape
-from sparse_patch.ops import page_decode
+from sparse_patch.ops.attention import page_decode
 from sparse_patch.plans import PagePlan
 
 TINY = Architecture("llama", 6, 64, 128, 90, Shape(4, 2, 16), 1e4)
-LAYERED = "layers: {full: [0], select: [1, 4]}, budget: 32, min_length: 64"
+LAYERED = "roles: {full: [0], select: [1, 4]}, budget: 32, min_length: 64"
 CONFIGS = {
     "delta": f"decode: {{method: delta, recency_pages: 1, {LAYERED}}}",
     "tidal": f"decode: {{method: tidaldecode, {LAYERED}}}",
@@ -55,7 +47,7 @@ def _one_run(monkeypatch: pytest.MonkeyPatch) -> None:
         step()
         return 6.0
 
-    monkeypatch.setattr(decode, "clocked", clocked)
+    monkeypatch.setattr(decode_timing, "clocked", clocked)
 
 
 def test_one_row_for_each_way_and_length(tmp_path: Path) -> None:
@@ -103,7 +95,7 @@ def test_spans_run_on_rings(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page_size", [16, 1])
 def test_bytes_are_those_of_the_keys_that_are_read(lists: int, page_size: int, tmp_path: Path) -> None:
     """Against the plan's mask: a key counts once for a KV head, or once for each query head with its own list."""
-    call = replace(made(tmp_path).calls(200)[0], memory=None)
+    call = replace(made(tmp_path).calls(200)[0], kv_state=None)
     plan = random_lists(call, 200, 48, lists, page_size)
     read = plan.mask()[:, :, 0]
     if lists < 4:
@@ -148,9 +140,10 @@ def test_the_roles_of_a_configuration(tmp_path: Path) -> None:
     benchmark = made(tmp_path, "delta", "quest")
     assert roles_of(benchmark, "delta") == {"select": 4, "sparse": 5}
     assert roles_of(benchmark, "quest") == {"layer": 5}
-    carried = decode.carried_to(benchmark.methods["delta"], benchmark.calls(200)[0], 5)
+    forward_state = forward_state_to(benchmark.methods["delta"], benchmark.calls(200)[0], 5)
     assert (
-        list(carried) == ["delta"] and decode.carried_to(benchmark.methods["delta"], benchmark.calls(200)[0], 1) == {}
+        list(forward_state) == ["delta"]
+        and forward_state_to(benchmark.methods["delta"], benchmark.calls(200)[0], 1) == {}
     )
 
 
@@ -200,8 +193,8 @@ def test_words_of_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "prefill.yaml").write_text("prefill: {method: flexprefill}")
     with pytest.raises(TaskError, match=r"prefill.yaml: has no sparse decode method to time"):
         methods_of([str(tmp_path / "prefill.yaml")], TINY)
-    (tmp_path / "far.yaml").write_text("decode: {method: delta, layers: {full: [0], select: [1, 9]}}")
-    with pytest.raises(ConfigError, match=r"far.yaml: decode.layers.select: the model has no layer 9"):
+    (tmp_path / "far.yaml").write_text("decode: {method: delta, roles: {full: [0], select: [1, 9]}}")
+    with pytest.raises(ConfigError, match=r"far.yaml: decode.roles.select: the model has no layer 9"):
         methods_of([str(tmp_path / "far.yaml")], TINY)
 
 

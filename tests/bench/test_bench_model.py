@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from sparse_patch import ConfigError, TaskError, patching
+from sparse_patch import ConfigError, TaskError
 from sparse_patch.bench import model as bench
 from sparse_patch.bench.common import Architecture
 from sparse_patch.bench.model import (
@@ -24,9 +24,10 @@ from sparse_patch.bench.model import (
     notes,
     table,
 )
-from sparse_patch.cache_layers import GrowingLayer
-from sparse_patch.caches import CacheBytes
-from sparse_patch.evaluation.recording import Shape
+from sparse_patch.bench.qkv import Shape
+from sparse_patch.integration.caches.layers import GrowingLayer
+from sparse_patch.integration.caches.size import CacheBytes
+from sparse_patch.integration.patch import is_patched
 
 TINY = Architecture("llama", 4, 64, 128, 90, Shape(4, 2, 16), 1e4)
 
@@ -34,7 +35,7 @@ TINY = Architecture("llama", 4, 64, 128, 90, Shape(4, 2, 16), 1e4)
 @pytest.fixture
 def benchmark_(tmp_path: Path) -> Benchmark:
     (tmp_path / "delta.yaml").write_text(
-        "decode: {method: delta, budget: 32, recency_pages: 1, min_length: 40, layers: {full: [0], select: [1]}}\n"
+        "decode: {method: delta, budget: 32, recency_pages: 1, min_length: 40, roles: {full: [0], select: [1]}}\n"
         "on_unsupported: silent"
     )
     methods = methods_of([str(tmp_path / "delta.yaml")], TINY)
@@ -77,7 +78,7 @@ def test_the_time_of_a_token_is_the_median_of_the_second_run(
         row.first_token_ms == 1000 and row.token_ms == pytest.approx(200) and row.slowest_token_ms == pytest.approx(500)
     )
     assert (row.peak_memory_mb, row.decode_memory_mb, row.kv_mb, row.planned_mb) == (4, 2, 3, 1)
-    assert not patching.is_patched(model)
+    assert not is_patched(model)
 
 
 def test_dense_ways_can_be_left_out_and_prompts_read_in_chunks(
@@ -100,7 +101,7 @@ def test_every_way_has_its_cache_and_its_patch(benchmark_: Benchmark) -> None:
     seen: list[Any] = []
 
     def look(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
-        seen.append((keywords["past_key_values"], patching.is_patched(model)))
+        seen.append((keywords["past_key_values"], is_patched(model)))
 
     model.model.register_forward_pre_hook(look, with_kwargs=True)  # type: ignore[operator, union-attr]
     for label, config in benchmark_.ways().items():

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from builders.programs import program
 from calls import make_call
 from safetensors.torch import save_file
-from test_readme import update_readme
 from transformers import AutoTokenizer
 
 from sparse_patch import ConfigError, TaskError, UnsupportedCallError
+from sparse_patch.artefacts.head_schedules import HeadSchedules, write_head_schedules
 from sparse_patch.bench import common, prefill
+from sparse_patch.bench import qkv as recording
 from sparse_patch.bench.common import Architecture, dtype_of, shape_of
 from sparse_patch.bench.prefill import (
     Benchmark,
@@ -26,12 +28,10 @@ from sparse_patch.bench.prefill import (
     random_plan,
     table,
 )
+from sparse_patch.bench.qkv import Inputs, Shape, expanded, file_inputs, random_inputs, recorded_inputs
 from sparse_patch.call import AttentionCall
-from sparse_patch.evaluation import recording
-from sparse_patch.evaluation.generation import load_model
-from sparse_patch.evaluation.recording import Inputs, Shape, expanded, file_inputs, random_inputs, recorded_inputs
-from sparse_patch.methods.span_plans import SpanRules, write_span_rules
-from sparse_patch.ops import block_sparse, dense
+from sparse_patch.models.loading import load_model
+from sparse_patch.ops.attention import block_sparse, dense
 from sparse_patch.plots import plot_bench
 
 SHAPE = Shape(2, 1, 16)
@@ -82,10 +82,10 @@ def test_spans_run_on_their_own_op(benchmark_: Benchmark, tmp_path: Path) -> Non
     assert result.rows[1].density == pytest.approx((64 * 65 / 2 + 576 * 64) / (640 * 641 / 2))
     assert list(result.skipped) == ["plan: dense, the plan is one of a model, and there is none here"]
     tiny = Architecture("llama", 1, 64, 128, 90, benchmark_.inputs.shape, 1e4)
-    with pytest.raises(ConfigError, match=r"plan\.yaml: .*calibration: moa needs a plan for this model"):
+    with pytest.raises(ConfigError, match=r"plan\.yaml: .*calibration: moa needs head schedules for this model"):
         methods_of([str(tmp_path / "plan.yaml")], tiny)
-    rules = SpanRules.of(tiny.model_shape, [[0.0] * tiny.heads.kv_heads], [[0.5] * tiny.heads.kv_heads])
-    write_span_rules(tmp_path / "plan.json", rules)
+    rules = HeadSchedules.of(tiny.model_shape, [[0.0] * tiny.heads.kv_heads], [[0.5] * tiny.heads.kv_heads])
+    write_head_schedules(tmp_path / "plan.json", rules)
     (tmp_path / "plan.yaml").write_text("both: {method: moa, calibration: plan.json}")
     methods = methods_of([str(tmp_path / "plan.yaml")], tiny)
     result = bench_prefill(replace(benchmark_, methods=methods, lengths=[640], densities=[]))
@@ -166,12 +166,12 @@ def test_the_json_draws_the_picture_and_the_readme(benchmark_: Benchmark, tmp_pa
     data["rows"][0] |= {"total_ms": 1.234, "speedup": 1.0}
     data["rows"][-1] |= {"total_ms": 12.34, "speedup": 0.5, "density": 0.25}
     (tmp_path / "here" / "prefill.json").write_text(json.dumps(data))
-    drawn = update_readme().prefill_tables(tmp_path)
+    drawn = program("update_readme").prefill_tables(tmp_path)
     assert "| attention of one layer | 256 tokens | 640 tokens |" in drawn
     assert "| sdpa, dense | 1.23 ms, 1.00 x |" in drawn
     assert "| `mine` |  | 12.3 ms, 0.50 x (density 0.25) |" in drawn
     assert data["machine"]["device"] in drawn
-    assert "No measured machine" in update_readme().prefill_tables(tmp_path / "here")
+    assert "No measured machine" in program("update_readme").prefill_tables(tmp_path / "here")
 
 
 def softmax(call: AttentionCall, head: int) -> torch.Tensor:

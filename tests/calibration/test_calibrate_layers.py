@@ -12,20 +12,26 @@ import pytest
 import torch
 import yaml
 from families import FAMILIES, llama
+from rich.table import Table
 from transformers import AutoConfig
 
-from sparse_patch.calibration import layers
-from sparse_patch.calibration.layers import Choice, Curves, Measured, choice_of, choose, curve, journal_of, measure
+from sparse_patch.calibration.base import shape_of
+from sparse_patch.calibration.layers import choose as choosing
+from sparse_patch.calibration.layers.choose import Choice, Curves, choice_of, choose
+from sparse_patch.calibration.layers.measure import PROMPTS, Measured, measure, samples_of
+from sparse_patch.calibration.layers.search import Found, LayersCalibration
+from sparse_patch.calibration.layers.table import curve
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import load_config
 from sparse_patch.errors import TaskError
-from sparse_patch.evaluation.generation import encode, load_model
-from sparse_patch.evaluation.journal import Journal
-from sparse_patch.evaluation.tasks import Sample
+from sparse_patch.integration.observe import observed
+from sparse_patch.integration.patch import is_patched
 from sparse_patch.model_shape import ModelShape
-from sparse_patch.observe import observed
-from sparse_patch.patching import is_patched
+from sparse_patch.models.loading import load_model
 from sparse_patch.plots import plot_layers
+from sparse_patch.workbench.generation import encode
+from sparse_patch.workbench.journal import Journal
+from sparse_patch.workbench.tasks import Sample
 
 BUDGET = 24
 ABOUT = {"model": "tiny", "length": 200, "seed": 0, "budget": BUDGET}
@@ -45,8 +51,12 @@ def sample(number: int) -> Sample:
 
 
 def run(path: Path, number: int = 2, model: Any = None, **changes: Any) -> list[Measured]:
-    journal = journal_of(path, {**ABOUT, **changes})
-    return measure(model or llama(), Tokenizer(), [sample(i) for i in range(number)], BUDGET, journal)
+    samples = [sample(i) for i in range(number)]
+    return measure(model or llama(), Tokenizer(), samples, BUDGET, journal_of(path, **changes))
+
+
+def journal_of(path: Path, **changes: Any) -> Journal[Measured]:
+    return LayersCalibration(**{"length": 200, "budget": BUDGET, **changes}).journal(path, "tiny")
 
 
 def test_what_is_measured_against_attention_written_out(tmp_path: Path) -> None:
@@ -115,7 +125,7 @@ def test_the_choice_leaves_most_to_the_sparse_layers(reselect: int) -> None:
 def test_many_layers_are_chosen_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     curves = curves_of(12)
     exact = choose(curves, 3)
-    monkeypatch.setattr(layers, "_MOST_SETS", 1)
+    monkeypatch.setattr(choosing, "_MOST_SETS", 1)
     greedy = choose(curves, 3)
     assert choose(curves, 1) == max((choice_of(curves, 2, [c]) for c in range(3, 11)), key=lambda c: c.mass)
     assert greedy.select == sorted(set(greedy.select)) and len(greedy.select) == 4
@@ -141,13 +151,13 @@ def test_a_killed_search_goes_on_and_ends_with_the_same(tmp_path: Path) -> None:
 
     samples = [sample(0), sample(1)]
     with pytest.raises(KeyboardInterrupt):
-        measure(model, Tokenizer(), samples, BUDGET, journal_of(path, ABOUT), die)
+        measure(model, Tokenizer(), samples, BUDGET, journal_of(path), die)
     assert not is_patched(model)
     journal = tmp_path / "killed.yaml.unfinished"
     assert len(journal.read_text().splitlines()) == 1 + 1
     journal.write_text(journal.read_text() + '{"sample": 1, "ta')  # killed while it wrote
     steps.clear()
-    assert measure(model, Tokenizer(), samples, BUDGET, journal_of(path, ABOUT), steps.append) == expected
+    assert measure(model, Tokenizer(), samples, BUDGET, journal_of(path), steps.append) == expected
     assert steps == ["task1, prompt 2"]
     with pytest.raises(TaskError, match="unfinished run with budget 24, this one has 9; delete it or write --out"):
         run(path, budget=9)
@@ -161,7 +171,7 @@ def test_layers_with_a_sliding_window_are_left_out(tmp_path: Path) -> None:
 
 def test_a_budget_that_is_no_budget() -> None:
     with pytest.raises(TaskError, match="--budget: 200 tokens are all of a prompt of 200; ask for fewer"):
-        measure(llama(), Tokenizer(), [sample(0)], 200, Journal(None, ABOUT))
+        measure(llama(), Tokenizer(), [sample(0)], 200, Journal(None, ABOUT, None))
 
 
 @pytest.mark.parametrize("length, budget", [(1024, 160)])
@@ -170,10 +180,9 @@ def test_the_layer_of_the_shipped_model_is_found(
 ) -> None:
     """Layer 5, as the model's card says; every prompt and every measure says so by itself."""
     model, tokenizer = load_model(needle_llama_path)
-    samples = layers.samples_of(tokenizer, length, 4, seed=1)
-    about = {"model": "needle-llama", "length": length, "seed": 1, "budget": budget, "samples": 4}
-    measured = measure(model, tokenizer, samples, budget, Journal(None, about))
-    assert [one.task for one in measured] == list(layers.PROMPTS)
+    samples = samples_of(tokenizer, length, 4, seed=1)
+    measured = measure(model, tokenizer, samples, budget, Journal(None, {}, None))
+    assert [one.task for one in measured] == list(PROMPTS)
     for one in measured:
         assert choose(Curves.of([one]), 1).select == [2, 5], one.task
     curves = Curves.of(measured)
@@ -184,15 +193,20 @@ def test_the_layer_of_the_shipped_model_is_found(
     for measure_ in ("mass", "mass_per_head", "mass_shared", "worst_layer", "overlap_per_head", "jump"):
         assert max(rows, key=lambda row: row[measure_])["layer"] == 5, measure_
     path = tmp_path / "layers.yaml"
-    layers.write_layers(layers.as_yaml(curves, choice, layers.model_of(model), about), path)
+    calibration, found = LayersCalibration(length, 4, 1, budget), Found(measured, curves, choice)
+    calibration.write(path, found, shape_of(model), "needle-llama")
     data = yaml.safe_load(path.read_text())
-    assert data["model"] == {"model_type": "llama", "num_layers": 8, "num_heads": 8, "hidden_size": 384}
-    assert data["measured"]["candidates"] == rows and data["measured"]["budget"] == budget
-    result = layers.as_json(curves, choice, layers.model_of(model), about, measured)
+    sizes = {"model_type": "llama", "num_layers": 8, "num_heads": 8, "num_kv_heads": 2, "hidden_size": 384}
+    assert data["artefact"]["model"] == {"id": "needle-llama", **sizes}
+    assert data["measured"]["candidates"] == rows and data["artefact"]["settings"]["budget"] == budget
+    result = calibration.as_json(found, shape_of(model), "needle-llama")
+    assert result["model"] == {key: value for key, value in sizes.items() if key != "num_kv_heads"}
+    assert result["measured"]["candidates"] == rows and result["measured"]["budget"] == budget
     assert json.loads(json.dumps(result))["select"] == [2, 5] and len(result["prompts"]) == 4
     plot_layers(result, tmp_path / "l.png")
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
-    assert layers.table(curves, choice, about).row_count == 4
+    drawn = calibration.table(found)[0]
+    assert isinstance(drawn, Table) and drawn.row_count == 4
 
 
 def test_the_artefact_of_the_shipped_model_is_one_that_methods_take(needle_llama_path: Path) -> None:
@@ -228,4 +242,4 @@ def test_the_command(tmp_path: Path, needle_llama_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["l.yaml"]
     data = yaml.safe_load((tmp_path / "l.yaml").read_text())
     load_config({"decode": {"method": "delta", "calibration": str(tmp_path / "l.yaml")}})
-    assert data["full"] == [0, 1] and len(data["select"]) == 3 and data["measured"]["samples"] == 1
+    assert data["full"] == [0, 1] and len(data["select"]) == 3 and data["artefact"]["settings"]["samples"] == 1

@@ -10,25 +10,21 @@ import torch
 from families import FAMILIES, llama
 
 from sparse_patch import patched, sparsity_report
-from sparse_patch.calibration.minference import (
-    LayerPatterns,
-    candidates,
-    journal_of,
-    search,
-    table,
-    write_patterns,
-)
+from sparse_patch.artefacts.patterns import Pattern
+from sparse_patch.calibration.base import shape_of
+from sparse_patch.calibration.minference import LayerPatterns, MInferenceCalibration, candidates, search, table
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import TaskError
-from sparse_patch.evaluation.journal import Journal
-from sparse_patch.methods.minference import MInference, Pattern
-from sparse_patch.observe import observed
-from sparse_patch.ops.block_sparse import attend
-from sparse_patch.patching import is_patched
+from sparse_patch.integration.observe import observed
+from sparse_patch.integration.patch import is_patched
+from sparse_patch.methods.minference import MInference
+from sparse_patch.ops.attention.block_sparse import attend
+from sparse_patch.workbench.journal import Journal
 
 LENGTH = 500
 METHOD = MInference(block_size=16, min_length=0)
 ABOUT = {"model": "tiny", "length": LENGTH, "seed": 0}
+CALIBRATION = MInferenceCalibration(LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +34,11 @@ def tokens() -> list[int]:
 
 
 def run(path: Path, tokens: Sequence[int], model: Any = None, **changes: Any) -> list[LayerPatterns]:
-    return search(model or llama(), tokens, journal_of(path, {**ABOUT, **changes}), method=METHOD)
+    return search(model or llama(), tokens, journal_of(path, **changes), method=METHOD)
+
+
+def journal_of(path: Path, **changes: Any) -> Journal[LayerPatterns]:
+    return MInferenceCalibration(LENGTH, **changes).journal(path, "tiny")
 
 
 def test_candidates_are_the_papers_and_shrink_with_the_prompt() -> None:
@@ -84,8 +84,11 @@ def test_the_chosen_pattern_changes_each_head_least(tmp_path: Path) -> None:
 def test_what_is_written_loads_back_and_runs(tokens: list[int], tmp_path: Path) -> None:
     path, model = tmp_path / "p.json", llama()
     found = run(path, tokens, model)
-    write_patterns(found, 3, path)
+    CALIBRATION.write(path, found, shape_of(model), "tiny")
     data = json.loads(path.read_text())
+    header = data["artefact"]
+    assert (header["kind"], header["model"]["id"], header["settings"]) == ("minference", "tiny", CALIBRATION.settings)
+    data = data["layers"]
     assert len(data) == 3 and list(data[0]) == ["0", "1", "2", "3"] and len(data[0]["0"]) == 4
     method = MInference(calibration=str(path))
     for layer in found:
@@ -110,13 +113,13 @@ def test_a_killed_search_goes_on_and_ends_with_the_same(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        search(model, tokens, journal_of(path, ABOUT), die, METHOD)
+        search(model, tokens, journal_of(path), die, METHOD)
     assert not is_patched(model)
     journal = tmp_path / "killed.json.unfinished"
     assert len(journal.read_text().splitlines()) == 1 + 2
     journal.write_text(journal.read_text() + '{"layer": 2, "hea')  # killed while it wrote
     measured.clear()
-    assert search(model, tokens, journal_of(path, ABOUT), measured.append, METHOD) == expected
+    assert search(model, tokens, journal_of(path), measured.append, METHOD) == expected
     assert measured == ["layer 2"]
 
 
@@ -132,8 +135,8 @@ def test_a_journal_of_another_search_is_refused(tokens: list[int], tmp_path: Pat
 def test_layers_that_stay_dense_are_left_out(tokens: list[int], tmp_path: Path) -> None:
     found = run(tmp_path / "p.json", tokens, FAMILIES["gemma3"]())
     assert [layer.layer for layer in found] == [2]
-    write_patterns(found, 3, tmp_path / "p.json")
-    assert [len(heads) for heads in json.loads((tmp_path / "p.json").read_text())] == [0, 0, 2]
+    CALIBRATION.write(tmp_path / "p.json", found, shape_of(FAMILIES["gemma3"]()), "gemma3")
+    assert [len(heads) for heads in json.loads((tmp_path / "p.json").read_text())["layers"]] == [0, 0, 2]
     with pytest.raises(TaskError, match="no layer of this model can run sparse attention"):
         run(tmp_path / "m.json", tokens, FAMILIES["mistral"]())
 
@@ -152,4 +155,4 @@ def test_the_model_stays_dense_while_it_is_observed(tokens: list[int]) -> None:
 
 
 def test_a_journal_in_memory_needs_no_file(tokens: list[int]) -> None:
-    assert len(search(llama(), tokens, Journal(None, ABOUT), method=METHOD)) == 3
+    assert len(search(llama(), tokens, Journal(None, ABOUT, None), method=METHOD)) == 3

@@ -3,32 +3,34 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from builders.model_state import fingerprint
 from calls import make_call
 from families import FAMILIES, llama
-from test_moa_influence import fingerprint
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparse_patch.artefacts.base import check_shape
+from sparse_patch.artefacts.head_schedules import HeadSchedules, read_head_schedules
 from sparse_patch.calibration.moa import search as module
 from sparse_patch.calibration.moa.hook import attention_by
 from sparse_patch.calibration.moa.influence import answer_loss, dense_attention
 from sparse_patch.calibration.moa.prompts import ANSWER, Prompt, answer_of, pieces, task_prompts
-from sparse_patch.calibration.moa.records import Settings, journal_of
+from sparse_patch.calibration.moa.records import Settings
 from sparse_patch.calibration.moa.report import Found, as_json, spans_table, table
-from sparse_patch.calibration.moa.search import search
-from sparse_patch.calibration.moa.validate import plan_loss
+from sparse_patch.calibration.moa.search import MoACalibration, search
+from sparse_patch.calibration.moa.validate import loss_under
 from sparse_patch.errors import TaskError
-from sparse_patch.evaluation.generation import load_tokenizer
-from sparse_patch.evaluation.journal import Journal
-from sparse_patch.methods.span_plans import SpanRules, check_shape, read_span_rules, write_span_rules
 from sparse_patch.model_shape import ModelShape
-from sparse_patch.ops import span
+from sparse_patch.models.loading import load_tokenizer
+from sparse_patch.ops.attention import span
 from sparse_patch.plans import SpanPlan
 from sparse_patch.plots import plot_spans
+from sparse_patch.workbench.journal import Journal
 
 SMALL = Settings(lengths=(512, 704), validate_length=832, samples=2, validate_samples=1, plans=2, tasks=("vt",))
 
@@ -48,7 +50,7 @@ def tiny(**changes: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def found(tokenizer: Any) -> Found:
-    return search(tiny(), tokenizer, SMALL, Journal(None, {}))
+    return search(tiny(), tokenizer, SMALL, Journal(None, {}, None))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
@@ -59,12 +61,12 @@ def test_a_plan_that_keeps_everything_loses_what_the_model_does(family: str) -> 
     with torch.no_grad():
         expected = float(answer_loss(model, prompt.tokens, prompt.answer))
     rules = [[0.0] * shape.num_kv_heads] * shape.num_layers
-    full = SpanRules.of(shape, rules, [[1.0] * shape.num_kv_heads] * shape.num_layers)
+    full = HeadSchedules.of(shape, rules, [[1.0] * shape.num_kv_heads] * shape.num_layers)
     before = fingerprint(model)
-    assert plan_loss(model, None, 193, prompt) == pytest.approx(expected, rel=1e-4)
-    assert plan_loss(model, full, 193, prompt) == pytest.approx(expected, rel=1e-4)
+    assert loss_under(model, None, 193, prompt) == pytest.approx(expected, rel=1e-4)
+    assert loss_under(model, full, 193, prompt) == pytest.approx(expected, rel=1e-4)
     short = full.model_copy(update={"betas": rules})
-    assert plan_loss(model, short, 193, prompt) != pytest.approx(expected, rel=1e-4)
+    assert loss_under(model, short, 193, prompt) != pytest.approx(expected, rel=1e-4)
     assert fingerprint(model) == before
 
 
@@ -72,7 +74,7 @@ def test_the_loss_of_a_plan_is_that_of_the_model_under_its_mask() -> None:
     """Through a whole model, with a 4-D mask for each query head written out."""
     model = llama()
     shape = ModelShape.of(model.config, 3)
-    rules = SpanRules.of(shape, [[0, 0], [0, 192], [128, 0]], [[0, 1], [0.5, 0], [0, 0.8]])
+    rules = HeadSchedules.of(shape, [[0, 0], [0, 192], [128, 0]], [[0, 1], [0.5, 0], [0, 0.8]])
     prompt = Prompt("x", torch.randint(3, 90, (240,)).tolist(), [5, 6, 7])
     i, j = torch.arange(242)[:, None], torch.arange(242)
 
@@ -85,7 +87,7 @@ def test_the_loss_of_a_plan_is_that_of_the_model_under_its_mask() -> None:
 
     with attention_by(model, attend), torch.no_grad():
         expected = float(answer_loss(model, prompt.tokens, prompt.answer))
-    assert plan_loss(model, rules, 243, prompt) == pytest.approx(expected, rel=1e-4)
+    assert loss_under(model, rules, 243, prompt) == pytest.approx(expected, rel=1e-4)
 
 
 def test_dense_attention_needs_no_mask() -> None:
@@ -146,11 +148,12 @@ def test_a_plan_is_found(found: Found, tmp_path: Path) -> None:
         if min(one.densities) >= 0.45 and max(one.densities) <= 0.5:
             assert best.predicted[2] <= one.predicted[2] + 1e-9, "nothing within the density loses less"
     path = tmp_path / "plan.json"
-    write_span_rules(path, found.chosen.rules)
-    read = read_span_rules(path)
-    check_shape(read, profile.shape, "plan")
-    assert read.alphas == found.chosen.rules.alphas and read.provenance["validated"]["plan"] == found.chosen.loss
-    assert read.provenance["lengths"] == [512, 704] and read.provenance["validate_length"] == 832
+    MoACalibration(SMALL).write(path, found, profile.shape, "tiny")
+    read = read_head_schedules(path)
+    check_shape(read.header, profile.shape, "schedules")
+    assert read.alphas == found.chosen.rules.alphas and read.measured["validated"]["plan"] == found.chosen.loss
+    made = read.header.settings
+    assert made["lengths"] == [512, 704] and made["validate_length"] == 832 and read.header.model.id == "tiny"
 
 
 def test_tables_json_and_picture(found: Found, tmp_path: Path) -> None:
@@ -173,15 +176,15 @@ def test_a_killed_search_goes_on_and_ends_with_the_same(tokenizer: Any, tmp_path
 
     before = fingerprint(model)
     with pytest.raises(KeyboardInterrupt):
-        search(model, tokenizer, SMALL, journal_of(path, SMALL.measured), die)
+        search(model, tokenizer, SMALL, MoACalibration(SMALL).journal(path, "tiny"), die)
     assert fingerprint(model) == before and len(steps) == 4 + 1 + 1
     steps.clear()
-    again = search(model, tokenizer, SMALL, journal_of(path, SMALL.measured), steps.append)
+    again = search(model, tokenizer, SMALL, MoACalibration(SMALL).journal(path, "tiny"), steps.append)
     assert fingerprint(model) == before
     assert again.chosen.rules.alphas == found.chosen.rules.alphas and again.chosen.loss == found.chosen.loss
     assert steps[0].startswith("plan") and len(steps) <= 2 + 4 and len(steps) <= SMALL.steps
     with pytest.raises(TaskError, match="unfinished run with seed 0, this one has 1; delete it or write --out"):
-        journal_of(path, {**SMALL.measured, "seed": 1})
+        MoACalibration(replace(SMALL, seed=1)).journal(path, "tiny")
 
 
 def test_the_model_answers_and_texts_are_read(tokenizer: Any, tmp_path: Path) -> None:
@@ -190,10 +193,10 @@ def test_the_model_answers_and_texts_are_read(tokenizer: Any, tmp_path: Path) ->
     settings = Settings(
         lengths=(512,), validate_length=576, samples=1, validate_samples=1, plans=1, text=str(text), influence="moa"
     )
-    journal: Journal[Any] = Journal(None, {})
+    journal: Journal[Any] = Journal(None, {}, None)
     result = search(tiny(), tokenizer, settings, journal)
     assert {key[0] for key in journal.records} == {"answer", "profile", "score"} and result.chosen.loss is not None
-    assert result.chosen.rules.provenance["text"] == str(text)
+    assert MoACalibration(settings).settings["text"] == str(text)
 
 
 @pytest.mark.parametrize(
@@ -211,10 +214,10 @@ def test_the_model_answers_and_texts_are_read(tokenizer: Any, tmp_path: Path) ->
 def test_what_cannot_be_searched(changes: dict[str, Any], message: str | None, tokenizer: Any) -> None:
     settings = Settings(**{**vars(SMALL), **changes})
     if message is None:
-        assert search(tiny(), tokenizer, settings, Journal(None, {})).chosen, "more rules than heads are no limit"
+        assert search(tiny(), tokenizer, settings, Journal(None, {}, None)).chosen, "more rules than heads are no limit"
         return
     with pytest.raises(TaskError, match="^" + message.replace(".", r"\.")):
-        search(tiny(), tokenizer, settings, Journal(None, {}))
+        search(tiny(), tokenizer, settings, Journal(None, {}, None))
 
 
 def test_the_command(tmp_path: Path, tokenizer: Any) -> None:
@@ -234,5 +237,5 @@ def test_the_command(tmp_path: Path, tokenizer: Any) -> None:
     assert result.returncode == 0, result.stderr
     assert "<- chosen" in result.stdout and "\r" not in result.stdout, "no progress bar in a pipe"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "p.json", "r.json", "s.png"]
-    assert read_span_rules(tmp_path / "p.json").num_layers == 2
+    assert read_head_schedules(tmp_path / "p.json").num_layers == 2
     assert json.loads((tmp_path / "r.json").read_text())["chosen"].startswith("plan")

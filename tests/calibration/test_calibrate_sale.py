@@ -9,30 +9,22 @@ import torch
 from families import FAMILIES, llama
 
 from sparse_patch import patched, sparsity_report
-from sparse_patch.calibration.sale import (
-    HIGHEST,
-    LOWEST,
-    LayerThresholds,
-    generated_prompts,
-    journal_of,
-    search,
-    table,
-    text_prompts,
-    thresholds,
-)
+from sparse_patch.artefacts.thresholds import read_thresholds
+from sparse_patch.calibration.prompts import generated_prompts, text_prompts
+from sparse_patch.calibration.sale import HIGHEST, LOWEST, LayerThresholds, SaleCalibration, search, table, thresholds
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import TaskError
-from sparse_patch.evaluation.generation import load_model, load_tokenizer
-from sparse_patch.evaluation.journal import Journal
+from sparse_patch.integration.observe import observed
+from sparse_patch.integration.patch import is_patched
 from sparse_patch.methods.sale import Sale
-from sparse_patch.methods.sale_thresholds import read_thresholds, write_thresholds
 from sparse_patch.model_shape import ModelShape
-from sparse_patch.observe import observed
-from sparse_patch.patching import is_patched
+from sparse_patch.models.loading import load_model, load_tokenizer
+from sparse_patch.workbench.journal import Journal
 
 LENGTH = 480
-METHOD = Sale(local_window=32, block_size=64, min_length=0)
+METHOD = Sale(window=32, block_size=64, min_length=0)
 ABOUT = {"model": "tiny"}
+CALIBRATION = SaleCalibration(window=32, block_size=64, error=0.01)
 ERROR = 0.01  # of these layers' outputs: some heads pass at once, others are halved
 
 
@@ -53,7 +45,7 @@ def prompts(model: Any) -> list[list[int]]:
 def run(
     model: Any, prompts: Sequence[Sequence[int]], error: float = ERROR, highest: float = HIGHEST
 ) -> list[LayerThresholds]:
-    return search(model, prompts, error, Journal(None, ABOUT), method=METHOD, highest=highest)
+    return search(model, prompts, error, Journal(None, ABOUT, None), method=METHOD, highest=highest)
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +106,10 @@ def test_what_is_written_loads_back_and_runs(
 ) -> None:
     path, found = tmp_path / "tau.safetensors", after_both
     shape = ModelShape.of(model.config, 3)
-    tau = thresholds(found, shape.num_layers, shape.num_heads)
-    write_thresholds(path, tau, shape, numerics="int8", local_window=32, block_size=64, error=ERROR, more=ABOUT)
-    assert torch.equal(read_thresholds(path).tau, of_heads(found))
-    settings = {"calibration": str(path), "local_window": 32, "block_size": 64, "min_length": 0}
+    CALIBRATION.write(path, found, shape, "tiny")
+    read = read_thresholds(path)
+    assert torch.equal(read.tau, of_heads(found)) and read.header == CALIBRATION.header(shape, "tiny")
+    settings = {"calibration": str(path), "window": 32, "block_size": 64, "min_length": 0}
     with torch.no_grad(), patched(model, "sale", prefill=settings):
         model(torch.tensor(prompts[1:]))
         report = sparsity_report(model)
@@ -139,13 +131,13 @@ def test_a_killed_search_goes_on_and_ends_with_the_same(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        search(model, prompts, ERROR, journal_of(path, ABOUT), die, METHOD)
+        search(model, prompts, ERROR, CALIBRATION.journal(path, "tiny"), die, METHOD)
     assert not is_patched(model)
     measured.clear()
-    assert search(model, prompts, ERROR, journal_of(path, ABOUT), measured.append, METHOD) == after_both
+    assert search(model, prompts, ERROR, CALIBRATION.journal(path, "tiny"), measured.append, METHOD) == after_both
     assert measured == ["prompt 2, layer 1", "prompt 2, layer 2"]
     with pytest.raises(TaskError, match="unfinished run with model 'tiny', this one has 'other'"):
-        journal_of(path, {"model": "other"})
+        CALIBRATION.journal(path, "other")
 
 
 def test_layers_that_stay_dense_have_no_threshold() -> None:

@@ -1,10 +1,10 @@
 """The influence of not reading a key: against attention written out in float64, and through a whole model."""
 
-import hashlib
 from typing import Any
 
 import pytest
 import torch
+from builders.model_state import fingerprint
 from families import FAMILIES, llama
 
 from sparse_patch.calibration.moa.hook import attention_by
@@ -18,7 +18,7 @@ from sparse_patch.calibration.moa.influence import (
 )
 from sparse_patch.calibration.moa.influence_triton import partial_influence
 from sparse_patch.errors import TaskError
-from sparse_patch.patching import is_patched
+from sparse_patch.integration.patch import is_patched
 
 SCALE = 0.3
 
@@ -129,17 +129,6 @@ def test_padding_on_the_right_changes_nothing() -> None:
 
 TOKENS = torch.randint(3, 90, (190,), generator=torch.Generator().manual_seed(3)).tolist()
 ANSWER = [7, 9, 11]
-
-
-def fingerprint(model: Any) -> tuple[str, str, list[bool], bool, str]:
-    """Weights, configuration, what needs gradients, and the code that runs."""
-    digest = hashlib.sha256()
-    for weight in model.state_dict().values():
-        digest.update(weight.numpy().tobytes())
-    own = sum("forward" in vars(module) for module in model.modules())
-    flags = [weight.requires_grad for weight in model.parameters()]
-    hooks = [len(module._forward_hooks) for module in model.modules()]
-    return digest.hexdigest(), model.config.to_json_string(), flags, model.training, f"{own}{hooks}"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "granite", "phi3"])

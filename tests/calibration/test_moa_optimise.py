@@ -6,10 +6,10 @@ from itertools import product
 import numpy as np
 import pytest
 
+from sparse_patch.artefacts.head_schedules import HeadSchedules
 from sparse_patch.calibration.moa.optimise import Problem, evaluate, frontier, solve, sweep
-from sparse_patch.calibration.moa.rules import FULL, STREAMING, Rule, densities, losses, rules_for
+from sparse_patch.calibration.moa.schedules import FULL, STREAMING, Rule, densities, losses, schedules_for
 from sparse_patch.errors import TaskError
-from sparse_patch.methods.span_plans import SpanRules
 from sparse_patch.model_shape import ModelShape
 
 
@@ -116,7 +116,7 @@ def test_a_frontier_falls() -> None:
 
 
 def test_what_cannot_be_asked() -> None:
-    with pytest.raises(TaskError, match="--density: no plan keeps what it may"):
+    with pytest.raises(TaskError, match="--density: no schedules keep what they may"):
         sweep(problem_of(2, 2, 4, bound=0.01))
     with pytest.raises(TaskError, match="--max-rules: expected 1 to 3, or 0 for no limit, got 4"):
         problem_of(2, 8, 4, max_rules=4)
@@ -132,13 +132,13 @@ def test_the_rules_of_the_public_code() -> None:
         if alpha + eighths / 8 * 8192 <= 8192 and alpha + eighths / 8 * 16384 <= 16384 and alpha + eighths * 256 > 0
     ]
     assert len(valid) == 48
-    found = rules_for([2048, 4096, 8192], [2048, 4096, 8192, 16384])
+    found = schedules_for([2048, 4096, 8192], [2048, 4096, 8192, 16384])
     assert found[0] == STREAMING
     found.remove(STREAMING)
     spans = {tuple(rule.kept(length) for length in (2048, 4096, 8192, 16384)) for rule in valid}
     assert set(found) <= set(valid) and {tuple(r.kept(n) for n in (2048, 4096, 8192, 16384)) for r in found} == spans
     assert len(found) == len(spans) and FULL in found
-    small = rules_for([256, 512], [256, 512])
+    small = schedules_for([256, 512], [256, 512])
     assert (
         FULL in small
         and {rule.alpha for rule in small} <= {320.0, *(128.0 * n for n in range(-2, 5))}
@@ -150,7 +150,7 @@ def test_a_rule_loses_what_its_window_drops() -> None:
     length, blocks = 640, 10
     curves = np.arange(blocks, 0, -1.0)[None, None]  # 10 with a window of nothing, 1 with one of 9 blocks
     rules = [Rule(0, 0.0), Rule(0, 0.5), Rule(256, 0.25), Rule(-64, 1.0), FULL]
-    plan = SpanRules.of(ModelShape("x", 1, 5, 5, 5), [[r.alpha for r in rules]], [[r.beta for r in rules]])
+    plan = HeadSchedules.of(ModelShape("x", 1, 5, 5, 5), [[r.alpha for r in rules]], [[r.beta for r in rules]])
     windows = [window // 64 for window in plan.spans(0, length)[1]]
     assert windows == [1, 4, 6, 8, 9]
     assert losses(curves, rules, length)[0, 0].tolist() == [9.0, 6.0, 4.0, 2.0, 0.0]

@@ -17,14 +17,15 @@ from transformers import PreTrainedModel
 
 from sparse_patch.config import load_config
 from sparse_patch.errors import ConfigError, TaskError
-from sparse_patch.evaluation.generation import encode, load_model
-from sparse_patch.evaluation.journal import Journal
 from sparse_patch.evaluation.results import Record, Row, add_to, as_json, rows, summary, table
 from sparse_patch.evaluation.scoring import found
 from sparse_patch.evaluation.suite import Asked, Evaluation, configurations, evaluate, header, measure
-from sparse_patch.evaluation.tasks import TASKS
-from sparse_patch.patching import is_patched
-from sparse_patch.writing import WriteError, write_file
+from sparse_patch.files.writing import WriteError, write_file
+from sparse_patch.integration.patch import is_patched
+from sparse_patch.models.loading import load_model
+from sparse_patch.workbench.generation import encode
+from sparse_patch.workbench.journal import Journal
+from sparse_patch.workbench.tasks import TASKS
 
 LENGTH = 600
 SPARSE = {"prefill": {"method": "flexprefill", "block_size": 32, "min_budget": 64, "min_length": 256, "gamma": 0.6}}
@@ -46,7 +47,7 @@ def without_seconds(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def journal(path: Path | None = None, **changes: Any) -> Journal:
-    return Journal(path, {"model": "needle-llama", "seed": 5, **changes})
+    return Journal(path, {"model": "needle-llama", "seed": 5, **changes}, Record)
 
 
 def test_rows_are_what_plain_generation_gives(loaded: tuple[PreTrainedModel, Any], evaluation: Evaluation) -> None:
@@ -226,10 +227,10 @@ def test_what_was_measured_is_kept_when_the_result_cannot_be_written(tmp_path: P
         match="^/dev/full: cannot be written: No space left on device; what was measured is kept in "
         rf"{path}.unfinished, the same command goes on from there$",
     )
-    with unwritten, Journal.beside(path, {"seed": 5}) as kept:
+    with unwritten, Journal.beside(path, {"seed": 5}, Record) as kept:
         kept.add(record())
         write_file(Path("/dev/full"), "{}")
-    with Journal.beside(path, {"seed": 5}) as again:
+    with Journal.beside(path, {"seed": 5}, Record) as again:
         assert list(again.records.values()) == [record()]
         write_file(path, "{}")
     assert [file.name for file in tmp_path.iterdir()] == ["r.json"]

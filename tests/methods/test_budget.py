@@ -9,9 +9,10 @@ from decode_steps import Step, decode_call, forward, forward_of_row, in_buffer
 from method_table import DECODE_METHODS, SMALL_MODEL, MethodCase
 
 from sparse_patch import ConfigError, load_config
-from sparse_patch.methods.base import DecodeMethod, registry
+from sparse_patch.artefacts.layer_roles import Roles
+from sparse_patch.methods.base.protocol import DecodeMethod
+from sparse_patch.methods.base.registry import registry
 from sparse_patch.methods.delta import Delta
-from sparse_patch.methods.layer_roles import Roles
 from sparse_patch.methods.lessismore import LessIsMore
 from sparse_patch.plans import Dense, PagePlan
 
@@ -177,7 +178,7 @@ BAD = [
     ({"method": "quest", "budget": 47, "current_page": "scored"}, "budget: 47 is below 48"),
     ({"method": "quest", "page_size": 64}, "page_size: expected 4, 8, 16 or 32, got int 64"),
     ({"method": "kinetics", "budget": 83}, "budget: 83 is below 84"),
-    ({"method": "kinetics", "local": 0}, "local: expected greater than or equal to 1"),
+    ({"method": "kinetics", "window": 0}, "window: expected greater than or equal to 1"),
     ({"method": "tidaldecode", "index_sharing": "head"}, "index_sharing: expected 'q_head', 'kv_group' or 'all'"),
     ({"method": "delta", "recency_pages": 0}, "recency_pages: expected greater than or equal to 1"),
 ]
@@ -202,7 +203,7 @@ def test_a_ratio_takes_the_place_of_the_default_budget() -> None:
 def test_the_smallest_budget_of_lessismore_holds_sinks_and_the_current_token() -> None:
     for sinks in (0, 4, 9):
         for recency in (0.01, 0.25, 0.9):
-            method = LessIsMore(sinks=sinks, recency=recency, layers=Roles(full=[0], select=[1]), min_length=0)
+            method = LessIsMore(sink=sinks, recency=recency, roles=Roles(full=[0], select=[1]), min_length=0)
             method = method.model_copy(update={"budget": method.fewest}).for_model(SMALL_MODEL)
             step = sparse_step(method, 400)
             assert step.mask[..., -1].all() and step.mask[..., :sinks].all()

@@ -7,9 +7,9 @@ import torch
 from decode_steps import decode_call, forward, lists_of
 from oracles.decode import delta, logits_of
 
+from sparse_patch.artefacts.layer_roles import Roles
 from sparse_patch.call import AttentionCall
 from sparse_patch.methods.delta import Delta
-from sparse_patch.methods.layer_roles import Roles
 from sparse_patch.model_shape import ModelShape
 
 MARGIN = 1e-5
@@ -17,8 +17,8 @@ SHAPE = ModelShape("llama", num_layers=6, num_heads=8, num_kv_heads=2, hidden_si
 
 
 def build(**settings: object) -> Delta:
-    layers = Roles(full=[0, 1, 2, 4])
-    return Delta(layers=layers, min_length=0, **settings).for_model(SHAPE)  # type: ignore[arg-type]
+    roles = Roles(full=[0, 1, 2, 4])
+    return Delta(roles=roles, min_length=0, **settings).for_model(SHAPE)  # type: ignore[arg-type]
 
 
 def logits(call: AttentionCall) -> torch.Tensor:

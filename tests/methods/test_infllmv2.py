@@ -17,7 +17,7 @@ from transformers.generation import CompileConfig
 from sparse_patch import ConfigError, growing_cache, load_config, patched, sparsity_report
 from sparse_patch.call import AttentionCall
 from sparse_patch.methods.infllmv2 import InfLLMv2
-from sparse_patch.ops.token_blocks import attend
+from sparse_patch.ops.attention.token_blocks import attend
 from sparse_patch.plans import Dense, PagePlan, TokenBlockPlan
 
 SMALL = TOKEN_METHODS[0].small
@@ -80,7 +80,7 @@ def test_what_is_read_in_any_case() -> None:
 
 def test_no_later_token_has_a_part() -> None:
     call = make_call(600)
-    plan, (output, _) = plan_of(call), attend(call, plan_of(call))
+    plan, (output, *_) = plan_of(call), attend(call, plan_of(call))
     for end in (300, 447, 448, 463):
         k, v, q = call.k.clone(), call.v.clone(), call.q.clone()
         k[:, :, end:], v[:, :, end:], q[:, :, end:] = 40.0, torch.nan, -40.0
@@ -231,7 +231,7 @@ def test_a_cache_that_crosses_the_switch_and_is_cut(model: PreTrainedModel) -> N
         at_once = model(ids[:, :442]).logits[:, -1]
     torch.testing.assert_close(again, at_once, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits[-1], at_once, atol=1e-4, rtol=1e-4)
-    assert fresh.layers[0].memory.covered == 442
+    assert fresh.layers[0].kv_state.covered == 442
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

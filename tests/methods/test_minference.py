@@ -12,10 +12,11 @@ from families import llama
 from oracles.minference import minference_mask, token_sets
 
 from sparse_patch import ConfigError, load_config, patch_model, patched, sparsity_report
+from sparse_patch.artefacts.patterns import MISSING, Pattern, read_patterns
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.minference import MISSING, MInference, Pattern, read_patterns
-from sparse_patch.ops.block_sparse import attend
-from sparse_patch.patching import is_patched
+from sparse_patch.integration.patch import is_patched
+from sparse_patch.methods.minference import MInference
+from sparse_patch.ops.attention.block_sparse import attend
 from sparse_patch.plans import BlockPlan, Dense
 
 # Float32 sums and the oracle's float64 ones may fall on different sides of a threshold that is closer than this.
@@ -81,7 +82,7 @@ def test_a_padded_row_of_mixed_heads_equals_the_row_alone() -> None:
     batch = make_call(400, queries=170, row_starts=[0, 7, 64, 129, 340, 399])
     plan = method.plan_patterns(batch, MIXED)
     assert isinstance(plan, BlockPlan)
-    output, _ = attend(batch, plan)
+    output, _, _ = attend(batch, plan)
     assert output[:, :, -1].isfinite().all()
     for row in range(6):
         alone, real = row_alone(batch, row)
@@ -190,7 +191,7 @@ def test_the_fingerprint_follows_the_content_of_the_file(tmp_path: Path, calibra
 
 
 BAD_FILES = [
-    ("{", "is no JSON; `sparse-patch calibrate minference` makes"),
+    ("{", 'is no JSON; run "sparse-patch calibrate minference'),
     ("3", "expected a list with a mapping of heads for each layer"),
     ("[[1]]", "expected a list with a mapping of heads for each layer"),
     ('[{"a": ["stream_llm", 1, 2, 3]}]', "layer 0: expected the index of a head, got 'a'"),
@@ -240,7 +241,10 @@ def test_bad_settings_are_one_line(settings: dict[str, Any], message: str) -> No
 
 @pytest.mark.parametrize(
     "layers, message",
-    [(FILE[:2], "has 2 layers and the model 3"), ([*FILE[:2], {"4": [VS, 1, 2, 3]}], "layer 2 has a head 4")],
+    [
+        (FILE[:2], "was made for another model: num_layers 2, this one has 3"),
+        ([*FILE[:2], {"4": [VS, 1, 2, 3]}], "layer 2 has a head 4, this one has heads 0 to 3"),
+    ],
 )
 def test_a_file_of_another_model_is_refused(calibration: Path, layers: Any, message: str) -> None:
     calibration.write_text(json.dumps(layers))
@@ -262,4 +266,4 @@ def test_a_model_runs_with_a_file(calibration: Path) -> None:
 
 
 def test_files_that_are_read_are_as_they_were_written(calibration: Path) -> None:
-    assert read_patterns(calibration)[0] == {0: Pattern(VS, 40, 104), 2: Pattern(STREAM, 20, 50)}
+    assert read_patterns(calibration).layers[0] == {0: Pattern(VS, 40, 104), 2: Pattern(STREAM, 20, 50)}

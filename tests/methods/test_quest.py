@@ -9,7 +9,7 @@ from calls import make_call
 from decode_steps import decode_call, forward, in_buffer, lists_of, run
 from oracles.decode import logits_of, quest, quest_bounds
 
-from sparse_patch.memory import LayerMemory
+from sparse_patch.call import KVState
 from sparse_patch.methods.quest import Quest
 from sparse_patch.plans import PagePlan
 
@@ -67,17 +67,17 @@ def test_the_first_two_layers_are_dense() -> None:
 @pytest.mark.parametrize("row_starts", [None, [0, 21]], ids=["plain", "padded"])
 def test_what_is_kept_gives_the_lists_of_a_fresh_start(static: bool, row_starts: list[int] | None) -> None:
     """A prompt, then token by token; the keys are the same ones all along."""
-    method, memory, length = build(budget=48), LayerMemory(), 226
+    method, memory, length = build(budget=48), KVState(), 226
     whole = make_call(length, row_starts=row_starts)
     for end in (200, *range(201, length)):
         first = 0 if end == 200 else end - 1
         call = replace(whole, q=whole.q[:, :, first:end], k=whole.k[:, :, :end], v=whole.v[:, :, :end], q_start=first)
         if end == 200:
-            method.remember(replace(call, memory=memory))
+            method.remember(replace(call, kv_state=memory))
             continue
         call = replace(call, phase="decode")
         fresh = run(method, call).plan
-        kept = run(method, replace(in_buffer(call, length - end) if static else call, memory=memory)).plan
+        kept = run(method, replace(in_buffer(call, length - end) if static else call, kv_state=memory)).plan
         for row in range(len(whole.k)):
             assert lists_of(kept, row) == lists_of(fresh, row), f"{end} tokens"
 
@@ -87,13 +87,13 @@ def test_bounds_are_brought_up_to_date_once_a_call(monkeypatch: pytest.MonkeyPat
 
     times, original = [], module.page_bounds
     monkeypatch.setattr(module, "page_bounds", lambda *arguments: times.append(1) or original(*arguments))
-    call = replace(decode_call(300), memory=LayerMemory())
+    call = replace(decode_call(300), kv_state=KVState())
     assert isinstance(run(build(budget=48), call).plan, PagePlan)
-    assert len(times) == 1 and not call.carried
+    assert len(times) == 1 and not call.forward_state
 
 
 def test_layers_of_a_forward_do_not_share_bounds() -> None:
-    calls = [replace(decode_call(300, layer=layer), memory=LayerMemory()) for layer in (2, 3)]
+    calls = [replace(decode_call(300, layer=layer), kv_state=KVState()) for layer in (2, 3)]
     together = forward(build(budget=48), calls)
     for step, call in zip(together, calls, strict=True):
-        assert torch.equal(step.mask, run(build(budget=48), replace(call, memory=None)).mask)
+        assert torch.equal(step.mask, run(build(budget=48), replace(call, kv_state=None)).mask)

@@ -7,28 +7,28 @@ from typing import Any
 
 import pytest
 import torch
+from builders.thresholds import sale_calibration
 from calls import make_call
 from families import llama
-from method_table import SMALL_MODEL
 from oracles.sale import SaleSettings, sale_selection
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from sparse_patch import ConfigError, load_config, patch_model, patched, sparsity_report
+from sparse_patch.artefacts.thresholds import read_thresholds
 from sparse_patch.call import AttentionCall
-from sparse_patch.inspection import inspect
+from sparse_patch.cli.inspection import inspect
+from sparse_patch.integration.patch import is_patched
 from sparse_patch.methods.sale import Sale
-from sparse_patch.methods.sale_thresholds import read_thresholds, write_thresholds
 from sparse_patch.model_shape import ModelShape
-from sparse_patch.ops.block_sparse import attend
-from sparse_patch.patching import is_patched
+from sparse_patch.ops.attention.block_sparse import attend
 from sparse_patch.plans import BlockPlan, Dense
 
 LLAMA = ModelShape("llama", num_layers=3, num_heads=4, num_kv_heads=2, hidden_size=64)
 
 
 def sale(**settings: Any) -> Sale:
-    return Sale.model_validate({"local_window": 32, "block_size": 64, "min_length": 0, **settings})
+    return Sale.model_validate({"window": 32, "block_size": 64, "min_length": 0, **settings})
 
 
 def plan_of(method: Sale, call: AttentionCall) -> BlockPlan:
@@ -61,10 +61,10 @@ def test_tau_0_is_dense_attention(tmp_path: Path) -> None:
     assert isinstance(sale(tau=0.0).plan(call), Dense) and isinstance(sale(tau=9e-6).plan(call), Dense)
     tau = torch.full((5, 4), 1.0)
     tau[0, 2] = 0
-    method = sale(calibration=str(calibration(tmp_path, tau)))
+    method = sale(calibration=str(sale_calibration(tmp_path, tau)))
     plan = plan_of(method, call)
     assert plan.density()[0, 2] == 1 and plan.density()[0, [0, 1, 3]].max() < 1
-    output, _ = attend(call, plan)
+    output, _, _ = attend(call, plan)
     expected = torch.nn.functional.scaled_dot_product_attention(
         call.q, call.k, call.v, is_causal=True, scale=call.scale, enable_gqa=True
     )
@@ -107,8 +107,8 @@ def test_what_is_dense_by_design() -> None:
     [
         ({"numerics": "int2"}, "numerics: expected 'int4' or 'int8', got str 'int2'"),
         ({"tau": -0.1}, "tau: expected greater than or equal to 0, got float -0.1"),
-        ({"local_window": 100}, "local_window: expected a multiple of 32, got int 100"),
-        ({"local_window": 0}, "local_window: expected greater than or equal to 32, got int 0"),
+        ({"window": 100}, "window: expected a multiple of 32, got int 100"),
+        ({"window": 0}, "window: expected greater than or equal to 32, got int 0"),
         ({"block_size": 32}, "block_size: expected 64 or 128, got int 32"),
         ({"calibration": 3}, "calibration: expected a valid string or null, got int 3"),
         ({"calibration": "no.safetensors"}, "calibration: no.safetensors: cannot be read: No such file or directory;"),
@@ -120,30 +120,21 @@ def test_bad_settings_are_one_line(settings: dict[str, Any], message: str) -> No
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def calibration(folder: Path, tau: torch.Tensor | None = None, shape: ModelShape = SMALL_MODEL, **changes: Any) -> Path:
-    settings = {"numerics": "int8", "local_window": 32, "block_size": 64, "error": 0.4, **changes}
-    path = folder / "sale.safetensors"
-    if tau is None:
-        tau = torch.rand(shape.num_layers, shape.num_heads)
-    write_thresholds(path, tau, shape, **settings)
-    return path
-
-
 def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
     tau = torch.rand(5, 4)
-    path = calibration(tmp_path, tau, more={"prompt": "kv_retrieval"})
+    path = sale_calibration(tmp_path, tau, prompt="kv_retrieval")
     found = read_thresholds(path)
-    assert torch.equal(found.tau, tau) and found.metadata["prompt"] == "kv_retrieval"
-    assert (found.numerics, found.local_window, found.block_size, found.error) == ("int8", 32, 64, 0.4)
-    assert found.model["num_kv_heads"] == 2 and [file.name for file in tmp_path.iterdir()] == ["sale.safetensors"]
+    assert torch.equal(found.tau, tau) and found.header.settings["prompt"] == "kv_retrieval"
+    assert (found.numerics, found.window, found.block_size, found.error) == ("int8", 32, 64, 0.4)
+    assert found.header.model.num_kv_heads == 2 and [file.name for file in tmp_path.iterdir()] == ["sale.safetensors"]
     assert sale(calibration=str(path)).head_thresholds(3, 4) == tuple(tau[3].tolist())
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^tau: expected float32 \[5, 4\] .*, got float32 \[4, 5\]$"):
-        calibration(tmp_path, torch.rand(4, 5))
+        sale_calibration(tmp_path, torch.rand(4, 5))
     with pytest.raises(ValueError, match=r"^tau: layer 1, head 2: expected a number of 0 or more, got -1.0$"):
-        calibration(tmp_path, torch.ones(5, 4).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(-1.0)))
+        sale_calibration(tmp_path, torch.ones(5, 4).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(-1.0)))
 
 
 def metadata(**changes: str | None) -> dict[str, str]:
@@ -199,7 +190,7 @@ BAD_FILES: list[tuple[dict[str, torch.Tensor], dict[str, str] | None, str]] = [
     (
         {"tau": torch.ones(5, 4)},
         metadata(local_window="128"),
-        "was made with local_window 128, the configuration has 32",
+        "was made with window 128, the configuration has 32",
     ),
     (
         {"tau": torch.ones(5, 4)},
@@ -216,7 +207,7 @@ def test_a_bad_file_is_one_line(
     path = tmp_path / "bad.safetensors"
     save_file(tensors, path, said)
     with pytest.raises(ConfigError) as error:
-        load_config("sale", prefill={"calibration": str(path), "local_window": 32})
+        load_config("sale", prefill={"calibration": str(path), "window": 32})
     assert str(error.value).startswith(f"sale.yaml: prefill.calibration: {path}: {message}")
     assert str(error.value).isprintable() and len(str(error.value)) <= 490
 
@@ -235,9 +226,9 @@ def test_a_file_that_is_no_safetensors(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_a_calibration_of_another_model_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     model = llama()
-    path = calibration(tmp_path, shape=ModelShape(**{**vars(LLAMA), **change}))
+    path = sale_calibration(tmp_path, shape=ModelShape(**{**vars(LLAMA), **change}))
     with pytest.raises(ConfigError) as error:
-        patch_model(model, "sale", prefill={"calibration": str(path), "local_window": 32})
+        patch_model(model, "sale", prefill={"calibration": str(path), "window": 32})
     assert str(error.value).startswith(f"sale.yaml: prefill.calibration: {path}: was made for another model: {message}")
     assert not is_patched(model)
 
@@ -246,7 +237,7 @@ def test_a_model_runs_with_a_calibration_and_says_so(tmp_path: Path) -> None:
     model, ids = llama(), torch.randint(3, 90, (1, 300))
     tau = torch.full((3, 4), 3.0)
     tau[1] = 0
-    settings = {"local_window": 32, "block_size": 64, "min_length": 0}
+    settings = {"window": 32, "block_size": 64, "min_length": 0}
     with torch.no_grad(), patched(model, "sale", prefill={**settings, "tau": 3.0}):
         assert model(ids).logits.isfinite().all()
         report = sparsity_report(model)
@@ -259,7 +250,7 @@ def test_a_model_runs_with_a_calibration_and_says_so(tmp_path: Path) -> None:
     decided, density = report.decided(), report.density()
     assert decided is not None and density is not None and 0 < decided < density
     assert json.loads(report.model_dump_json())["remarks"] == report.remarks != []
-    path = calibration(tmp_path, tau, LLAMA)
+    path = sale_calibration(tmp_path, tau, LLAMA)
     with torch.no_grad(), patched(model, "sale", prefill={**settings, "calibration": str(path)}):
         assert model(ids).logits.isfinite().all()
         report = sparsity_report(model)
@@ -269,11 +260,11 @@ def test_a_model_runs_with_a_calibration_and_says_so(tmp_path: Path) -> None:
 
 def test_the_fingerprint_follows_the_content_of_the_file(tmp_path: Path) -> None:
     def fingerprint() -> str:
-        return load_config("sale", prefill={"calibration": str(path), "local_window": 32}).fingerprint()
+        return load_config("sale", prefill={"calibration": str(path), "window": 32}).fingerprint()
 
-    path = calibration(tmp_path)
+    path = sale_calibration(tmp_path)
     before = fingerprint()
-    calibration(tmp_path, torch.ones(5, 4))
+    sale_calibration(tmp_path, torch.ones(5, 4))
     assert fingerprint() != before
 
 
@@ -281,13 +272,13 @@ def test_show_names_what_is_not_calibrated(tmp_path: Path, needle_llama_path: Pa
     layers, _ = inspect(needle_llama_path, load_config("sale", prefill={"layers": [0, 2]}))
     assert [layer["role"] for layer in layers[:3]] == ["uncalibrated", "", "uncalibrated"]
     layers, _ = inspect(
-        needle_llama_path, load_config(["sale", {"decode": {"method": "delta", "layers": {"full": [0]}}}])
+        needle_llama_path, load_config(["sale", {"decode": {"method": "delta", "roles": {"full": [0]}}}])
     )
     assert [layer["role"] for layer in layers[:2]] == ["uncalibrated, select", "uncalibrated, sparse"]
 
 
 def test_a_call_with_fewer_heads_than_the_calibration_is_dense(tmp_path: Path) -> None:
-    method = sale(calibration=str(calibration(tmp_path)))
+    method = sale(calibration=str(sale_calibration(tmp_path)))
     assert "tensor parallelism" in method.plan(make_call(300, heads=(2, 1))).reason  # type: ignore[union-attr]
 
 

@@ -5,7 +5,7 @@ import torch
 from decode_steps import decode_call, forward, lists_of
 from oracles.decode import logits_of, tidaldecode
 
-from sparse_patch.methods.layer_roles import Roles
+from sparse_patch.artefacts.layer_roles import Roles
 from sparse_patch.methods.tidaldecode import TidalDecode
 from sparse_patch.model_shape import ModelShape
 
@@ -14,8 +14,8 @@ SHAPE = ModelShape("llama", num_layers=6, num_heads=8, num_kv_heads=2, hidden_si
 
 
 def build(**settings: object) -> TidalDecode:
-    layers = Roles(full=[0, 1], select=[2, 4])
-    return TidalDecode(layers=layers, min_length=0, **settings).for_model(SHAPE)  # type: ignore[arg-type]
+    roles = Roles(full=[0, 1], select=[2, 4])
+    return TidalDecode(roles=roles, min_length=0, **settings).for_model(SHAPE)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sharing", ["q_head", "kv_group", "all"])

@@ -9,9 +9,9 @@ from oracles.xattention import Selection, XAttentionSettings, xattention_selecti
 from pydantic import ValidationError
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.kernels import slices
 from sparse_patch.methods.xattention import XAttention
-from sparse_patch.ops import slices
-from sparse_patch.ops.antidiagonal import block_masses
+from sparse_patch.ops.selection.antidiagonal import block_masses
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense
 
 # Float32 sums and the oracle's float64 ones may fall on different sides of a threshold that is closer than this.

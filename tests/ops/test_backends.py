@@ -8,13 +8,13 @@ import torch
 from calls import make_call
 
 from sparse_patch.errors import UnsupportedCallError
-from sparse_patch.methods.base import PrefillMethod
+from sparse_patch.methods.base.protocol import PrefillMethod
 from sparse_patch.methods.flexprefill import FlexPrefill
 from sparse_patch.methods.minference import MInference
 from sparse_patch.methods.xattention import XAttention
 from sparse_patch.ops import backends
-from sparse_patch.ops.antidiagonal import block_masses
-from sparse_patch.ops.block_sparse import attend, unsupported
+from sparse_patch.ops.attention.block_sparse import attend, why_unsupported
+from sparse_patch.ops.selection.antidiagonal import block_masses
 from sparse_patch.plans import BlockGrid, BlockPlan
 
 
@@ -27,28 +27,28 @@ class _OnGpu:
 @pytest.mark.parametrize("major, runs", [(7, False), (8, True), (9, True)])
 def test_gpus_from_ampere_on(major: int, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
-    assert backends.takes_triton(_OnGpu()) == runs  # type: ignore[arg-type]
-    assert (backends.triton_unsupported(_OnGpu()) is None) == runs  # type: ignore[arg-type]
+    assert backends.prefers_triton(_OnGpu()) == runs  # type: ignore[arg-type]
+    assert (backends.why_no_triton(_OnGpu()) is None) == runs  # type: ignore[arg-type]
 
 
 def test_a_cpu_has_the_interpreter_but_no_op_takes_it_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
-    assert backends.triton_unsupported(torch.zeros(1)) is None
-    assert not backends.takes_triton(torch.zeros(1))
+    assert backends.why_no_triton(torch.zeros(1)) is None
+    assert not backends.prefers_triton(torch.zeros(1))
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    assert backends.triton_unsupported(torch.zeros(1)) == "backend triton needs a CUDA device"
+    assert backends.why_no_triton(torch.zeros(1)) == "backend triton needs a CUDA device"
 
 
 def test_ops_that_are_asked_for_triton_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_HAS_TRITON", False)
-    assert not backends.takes_triton(_OnGpu())  # type: ignore[arg-type]
+    assert not backends.prefers_triton(_OnGpu())  # type: ignore[arg-type]
     call = make_call(40)
     grid = BlockGrid.of(call, 16)
     plan = BlockPlan.from_blocks(torch.ones(1, 4, 3, 3, dtype=torch.bool), grid)
     missing = "backend triton needs the package triton"
-    assert unsupported(call, plan, "triton") == missing
+    assert why_unsupported(call, plan, "triton") == missing
     with pytest.raises(UnsupportedCallError, match=missing):
         attend(call, plan, "triton")
     with pytest.raises(UnsupportedCallError, match=missing):
@@ -63,7 +63,7 @@ def test_wide_heads_are_selected_for_by_torch(method: PrefillMethod, monkeypatch
     """On a GPU: whole queries and keys of 512 dimensions do not fit in the shared memory that the kernels ask for."""
     call = make_call(700, head_dim=512)
     expected = method.plan(call)
-    monkeypatch.setattr(backends, "takes_triton", lambda _: True)
+    monkeypatch.setattr(backends, "prefers_triton", lambda _: True)
     for op in ("antidiagonal", "lines", "profiles"):
         monkeypatch.setitem(sys.modules, f"sparse_patch.ops.{op}.triton", None)  # importing it raises
     plan = method.plan(call)

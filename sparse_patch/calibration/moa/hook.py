@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import load_config
 from sparse_patch.errors import TaskError
-from sparse_patch.layer_state import AttentionFunction, LayerState
-from sparse_patch.patching import Patch, patched, state_of, transformers_model
+from sparse_patch.integration.layer_state import AttentionFunction, LayerState
+from sparse_patch.integration.patch import Patch, state_of, transformers_model
+from sparse_patch.integration.patching import patched
 
 # A call, and what computes it as the model does, `[B, Sq, Hq, Dv]`; the answer has that shape too.
 Attend = Callable[[AttentionCall, Callable[[], torch.Tensor]], torch.Tensor]
@@ -49,7 +50,9 @@ def _by(attend: Attend, state: LayerState, own: AttentionFunction) -> AttentionF
         if kwargs.get("sliding_window") or getattr(module, "sinks", None) is not None:
             return dense(), None
         if kwargs.get("softcap") is not None:
-            raise TaskError("--model: its logits are capped, which the search does not differentiate; no plan is made")
+            raise TaskError(
+                "--model: its logits are capped, which the search does not differentiate; use another method"
+            )
         scaling = kwargs.get("scaling")
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
         return attend(AttentionCall(q, k, v, scale, state.layer, "prefill"), dense), None

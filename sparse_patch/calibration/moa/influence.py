@@ -17,7 +17,7 @@ over the queries and the query heads of a KV head:
 - "set": sum over queries of the absolute change by the whole set.
 
 Distances are counted in tokens, i - j, not from block to block as in the public code: windows are multiples of `BLOCK`
-(see `SpanRules`), so that what a plan drops is a suffix of the bins, without a boundary that is half in.
+(see `HeadSchedules`), so that what schedules drop is a suffix of the bins, without a boundary that is half in.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 from sparse_patch.calibration.moa.hook import attention_by
 from sparse_patch.call import AttentionCall
-from sparse_patch.ops.backends import takes_triton
+from sparse_patch.kernels.availability import prefers_triton
 
 BLOCK = 64  # tokens of a bin, of the sink, and what windows are multiples of
 _SMALLEST_REST = 1e-6  # below it the rest of a row is noise
@@ -74,7 +74,7 @@ def influence(
     Returns:
         float64, computed in float32 or more; on a GPU by a Triton kernel.
     """
-    if takes_triton(q):
+    if prefers_triton(q):
         from sparse_patch.calibration.moa.influence_triton import partial_influence
 
         sums = partial_influence(q, k, v, out, grad, scale, BLOCK, _SMALLEST_REST)

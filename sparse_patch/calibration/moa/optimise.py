@@ -3,9 +3,9 @@
 MoA's public code gives the whole problem, a binary variable for each head and rule, to a commercial solver. Here a
 column is a whole layer, the rules of all its heads (Dantzig-Wolfe): the linear program over the columns known so far
 gives prices of density and loss, the best column of each layer at these prices is found exactly, and when no new one
-pays, the linear program bounds every plan from below. A program in whole numbers over the columns chooses the plan.
-Columns that could make it better by the gap are added then: all of them where they are few, and the plan is the best
-there is, else the best of each set of rules at prices around the last ones. Where a layer may have any number of
+pays, the linear program bounds every solution from below. A program in whole numbers over the columns chooses one.
+Columns that could make it better by the gap are added then: all of them where they are few, and it is the best there
+is, else the best of each set of rules at prices around the last ones. Where a layer may have any number of
 rules every head is a layer of its own, so that its columns are all there from the start.
 """
 
@@ -34,15 +34,15 @@ _FEW_LEVELS = (1 / 3, 2 / 3)
 
 @dataclass(frozen=True)
 class Problem:
-    """What a plan may cost, and what it loses.
+    """What a solution may cost, and what it loses.
 
     Attributes:
         losses: `[lengths, layers, heads, rules]`.
         densities: share of the keys that a rule keeps, `[bounded lengths, rules]`.
         bounds: largest mean density of all heads, `[bounded lengths]`.
         max_rules: different rules in a layer, at most; None for any number.
-        floors: smallest mean density of all heads, `[bounded lengths]`: without one, a plan may spend what it has at
-            the lengths with losses and keep little at the others. None for none.
+        floors: smallest mean density of all heads, `[bounded lengths]`: without one, a solution may spend what it has
+            at the lengths with losses and keep little at the others. None for none.
     """
 
     losses: np.ndarray
@@ -89,14 +89,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """A plan.
+    """The rule of each head.
 
     Attributes:
         choice: the rule of each head, `[layers, heads]`.
         losses: at each length.
         densities: at each bounded length.
-        bound: no plan within the same limits has a smaller loss at the length that was minimised.
-        gap: what the plan may lose more than the best one, relative to its own loss.
+        bound: no solution within the same limits has a smaller loss at the length that was minimised.
+        gap: what the solution may lose more than the best one, relative to its own loss.
     """
 
     choice: np.ndarray
@@ -107,7 +107,7 @@ class Solution:
 
 
 def solve(problem: Problem, primary: int, limits: Sequence[float] | None = None) -> Solution | None:
-    """The plan of the smallest loss at one length, or None where nothing is within the limits.
+    """The solution of the smallest loss at one length, or None where nothing is within the limits.
 
     Args:
         problem: what is to be chosen.
@@ -120,20 +120,20 @@ def solve(problem: Problem, primary: int, limits: Sequence[float] | None = None)
     search = _Search.of(problem.per_head() if problem.sets is None else problem, primary, limits)
     search.add_uniform()
     bound, prices = search.generate()
-    plan, least = search.choose()
-    gap = np.inf if plan is None else search.value(plan) - bound
+    choice, least = search.choose()
+    gap = np.inf if choice is None else search.value(choice) - bound
     if problem.sets is None or problem.max_rules == 1:  # the columns are all there
         bound = max(bound, least)
     elif gap > _TOLERANCE:
         complete = search.add_all_within(prices, gap)
         if not complete:
             search.add_around(prices)
-        plan, least = search.choose()
+        choice, least = search.choose()
         bound = least if complete else bound
-    if plan is None:
+    if choice is None:
         return None
     return _solution(
-        problem, primary, plan.reshape(problem.layers, problem.heads), bound * float(problem.scales[primary])
+        problem, primary, choice.reshape(problem.layers, problem.heads), bound * float(problem.scales[primary])
     )
 
 
@@ -147,33 +147,33 @@ def sweep(problem: Problem) -> list[Solution]:
     """Plans for several lengths, none of which is worse than another at every length; the epsilon-constraint method.
 
     Each length is minimised alone, and then with the losses at the others held below several levels of the ranges
-    that this gave. (The public code holds them from below as well, which only leaves plans out.) They come by their
+    that this gave. (The public code holds them from below as well, which only leaves solutions out.) They come by their
     loss at the first length.
 
     Raises:
-        TaskError: no plan is within the bounds.
+        TaskError: no solution is within the bounds.
         SparsePatchError: scipy is not installed.
     """
     lengths = range(len(problem.losses))
     alone = [solve(problem, primary) for primary in lengths]
-    found = [plan for plan in alone if plan is not None]
+    found = [solution for solution in alone if solution is not None]
     if len(found) < len(alone):
-        raise TaskError("--density: no plan keeps what it may at every length and no less than it must; ask for more")
-    best, worst = (pick([plan.losses for plan in found], axis=0) for pick in (np.min, np.max))
+        raise TaskError("--density: no schedules keep what they may at every length and what they must; ask for more")
+    best, worst = (pick([solution.losses for solution in found], axis=0) for pick in (np.min, np.max))
     levels = _LEVELS.get(len(lengths), _FEW_LEVELS)
     for primary in lengths:
         others = [length for length in lengths if length != primary and worst[length] > best[length]]
         for held in product(levels, repeat=len(others)) if others else ():
             limits = np.full(len(lengths), np.inf)
             limits[others] = best[others] + np.array(held) * (worst[others] - best[others])
-            plan = solve(problem, primary, limits.tolist())
-            if plan is not None:
-                found.append(plan)
+            solution = solve(problem, primary, limits.tolist())
+            if solution is not None:
+                found.append(solution)
     return _pareto(found)
 
 
 def frontier(problem: Problem, primary: int, bounds: Sequence[float]) -> list[Solution | None]:
-    """The plans of the smallest loss at one length under each of several bounds on the density, without floors."""
+    """The solutions of the smallest loss at one length under each of several bounds on the density, without floors."""
     same = [replace(problem, bounds=np.full_like(problem.bounds, bound), floors=None) for bound in bounds]
     return [solve(one, primary) for one in same]
 
@@ -194,14 +194,18 @@ def _solution(problem: Problem, primary: int, choice: np.ndarray, bound: float) 
     return Solution(choice, losses, densities, bound, (loss - bound) / loss if loss > 0 else 0.0)
 
 
-def _pareto(plans: Sequence[Solution]) -> list[Solution]:
-    """Without plans that are twice there or worse than another, by loss at the first length."""
-    single = list({plan.choice.tobytes(): plan for plan in reversed(plans)}.values())
+def _pareto(solutions: Sequence[Solution]) -> list[Solution]:
+    """Without solutions that are twice there or worse than another, by loss at the first length."""
+    single = list({solution.choice.tobytes(): solution for solution in reversed(solutions)}.values())
 
-    def worse(plan: Solution) -> bool:
-        return any((other.losses <= plan.losses).all() and (other.losses < plan.losses).any() for other in single)
+    def worse(solution: Solution) -> bool:
+        return any(
+            (other.losses <= solution.losses).all() and (other.losses < solution.losses).any() for other in single
+        )
 
-    return sorted((plan for plan in single if not worse(plan)), key=lambda plan: float(plan.losses[0]))
+    return sorted(
+        (solution for solution in single if not worse(solution)), key=lambda solution: float(solution.losses[0])
+    )
 
 
 @dataclass
@@ -261,9 +265,9 @@ class _Search:
                 return best, prices
 
     def choose(self) -> tuple[np.ndarray | None, float]:
-        """The best plan of the columns, `[layers, heads]`, and a bound on those of these columns from below.
+        """The best solution of the columns, `[layers, heads]`, and a bound on those of these columns from below.
 
-        None where no plan of them is within the limits.
+        None where no solution of them is within the limits.
         """
         optimize = require_scipy()
         cost, use, layer = self._arrays()
@@ -280,7 +284,7 @@ class _Search:
         return np.array(rows), float(found.mip_dual_bound)
 
     def add_all_within(self, prices: np.ndarray, gap: float) -> bool:
-        """Add every column that a plan better by `gap` than the bound may have; False where they are too many."""
+        """Add every column that a solution better by `gap` than the bound may have; False where they are too many."""
         if self.problem.rules**self.problem.heads > _MOST_ASSIGNMENTS:
             return False
         reduced = self.cost - np.tensordot(prices, self.use, 1)

@@ -12,10 +12,11 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from sparse_patch.calibration.moa.influence import BLOCK
-from sparse_patch.calibration.sale import text_prompts
+from sparse_patch.calibration.prompts import text_prompts
 from sparse_patch.errors import TaskError
-from sparse_patch.evaluation.generation import check_context, continue_greedily, encode, prefill, stop_tokens
-from sparse_patch.evaluation.tasks import tasks_of
+from sparse_patch.models.loading import check_context
+from sparse_patch.workbench.generation import continue_greedily, encode, prefill, stop_tokens
+from sparse_patch.workbench.tasks import tasks_of
 
 ANSWER = 128  # tokens of an answer, at most; MoA's public code generates as many
 SHORTEST = 512  # tokens of prompt and answer together

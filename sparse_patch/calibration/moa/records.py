@@ -2,15 +2,13 @@
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from sparse_patch.calibration.moa.influence import BLOCK, Influence, Objective
 from sparse_patch.calibration.moa.prompts import Answers
-from sparse_patch.evaluation.journal import Journal
 
 TASKS = ("recite", "niah_multikey_2", "kv_retrieval", "vt")
-BASELINES = 4  # that the chosen plan is compared with
+BASELINES = 4  # that the chosen schedules are compared with
 
 
 @dataclass(frozen=True)
@@ -19,17 +17,17 @@ class Settings:
 
     Attributes:
         lengths: tokens of prompt and answer together, at each of which the influence is measured.
-        density: largest mean share of the KV entries that a plan keeps, at each length and at `validate_length`.
-        validate_length: tokens of the prompts that choose among plans; None for half as many again as the longest.
+        density: largest mean share of the KV entries that schedules keep, at each length and at `validate_length`.
+        validate_length: tokens of the prompts that choose among schedules; None for half as many again as the longest.
         samples: prompts of each length.
-        validate_samples: prompts that choose among plans.
+        validate_samples: prompts that choose among schedules.
         tasks: offline tasks that the prompts are of, in turn.
         text: file to take prompts from in place of tasks.
         answers: who answers the tasks; texts are always gone on with by the model.
         objective: what an answer loses; see `Objective`.
         influence: "moa" or "set"; see `Influence`.
         max_rules: different rules in a layer; None for any number.
-        plans: most plans that are validated: those nearest to the best at all lengths.
+        plans: most schedules that are validated: those nearest to the best at all lengths.
         seed: chooses everything that is random.
     """
 
@@ -49,7 +47,7 @@ class Settings:
 
     @property
     def unseen(self) -> int:
-        """The length that chooses among plans."""
+        """The length that chooses among schedules."""
         return self.validate_length or max(self.lengths) * 3 // 2 // BLOCK * BLOCK
 
     @property
@@ -108,7 +106,7 @@ class Profiled:
 
 @dataclass(frozen=True)
 class Scored:
-    """The cross-entropy of the answer to a prompt under a plan, or densely; `plan` are digits that tell plans apart."""
+    """The cross-entropy of an answer under schedules, or densely; `plan` are digits that tell these apart."""
 
     plan: str
     length: int
@@ -118,6 +116,9 @@ class Scored:
     @property
     def key(self) -> tuple[Any, ...]:
         return "score", self.plan, self.length, self.sample
+
+
+RECORD = Profiled | Scored | Answered  # of a journal
 
 
 def profiled(length: int, number: int, task: str, found: dict[int, Influence], loss: float) -> Profiled:
@@ -130,11 +131,6 @@ def profiled(length: int, number: int, task: str, found: dict[int, Influence], l
 
     sink = [_short(found[layer].sink.tolist()) for layer in layers]
     return Profiled(length, number, task, loss, layers, sink, curves("moa"), curves("set"))
-
-
-def journal_of(path: Path, about: dict[str, Any]) -> Journal[Any]:
-    """The journal beside a file that is to be written."""
-    return Journal.beside(path, about, Profiled | Scored | Answered, "--out")
 
 
 def _short(row: list[float]) -> list[float]:

@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 
 from sparse_patch.calibration.moa.candidates import Candidate, Profile
-from sparse_patch.calibration.moa.rules import Rule
+from sparse_patch.calibration.moa.schedules import Rule
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Found:
         profile: what the prompts showed.
         dense: mean cross-entropy of the dense model at the unseen length.
         plans: by loss at the first length.
-        baselines: of the chosen plan.
-        chosen: the plan of the least validated loss, with its provenance.
+        baselines: of the chosen schedules.
+        chosen: the schedules of the least validated loss.
     """
 
     profile: Profile
@@ -30,11 +30,11 @@ class Found:
 
 
 def table(found: Found) -> Table:
-    """A line a plan and baseline: what it keeps, what it loses by the influence, and its loss at the unseen length."""
+    """A line for each candidate: what it keeps, what it loses by the influence, and its loss at the unseen length."""
     settings = found.profile.settings
     drawn = Table(
-        title=f"plans within a density of {settings.density:g}; cross-entropy of answers at {settings.unseen} tokens, "
-        f"dense {found.dense:.4f}",
+        title=f"schedules within a density of {settings.density:g}; "
+        f"cross-entropy of answers at {settings.unseen} tokens, dense {found.dense:.4f}",
         title_justify="left",
         box=box.SIMPLE,
     )
@@ -49,7 +49,7 @@ def table(found: Found) -> Table:
 
 
 def spans_table(found: Found) -> Table:
-    """The chosen plan: a line a layer, the rule of each KV head and the tokens it keeps at the longest length."""
+    """The chosen schedules: a line a layer, the rule of each KV head and the tokens it keeps at the longest length."""
     length, rules = found.profile.longest, found.chosen.rules
     drawn = Table(title=f"spans of {found.chosen.name} at {length} tokens", title_justify="left", box=box.SIMPLE)
     for column in ("layer", *(f"head {head}" for head in range(rules.num_kv_heads))):
@@ -61,11 +61,11 @@ def spans_table(found: Found) -> Table:
 
 
 def as_json(found: Found) -> dict[str, Any]:
-    """Everything: settings, plans and baselines, the influence, and the spans of the chosen plan at every length."""
+    """Everything: settings, schedules and baselines, the influence, the spans of the chosen ones at every length."""
     profile, rules = found.profile, found.chosen.rules
 
     def plain(one: Candidate) -> dict[str, Any]:
-        return {**vars(one), "rules": one.rules.model_dump(exclude={"provenance"})}
+        return {**vars(one), "rules": one.rules.model_dump(exclude={"header": {"settings"}, "measured": True})}
 
     return {
         "settings": asdict(profile.settings),

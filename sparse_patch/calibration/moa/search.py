@@ -3,29 +3,30 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 from transformers import PreTrainedModel
 
+from sparse_patch.artefacts.head_schedules import HeadSchedules, write_head_schedules
+from sparse_patch.calibration.base import Calibration, shape_of
 from sparse_patch.calibration.moa.candidates import Candidate, Profile
 from sparse_patch.calibration.moa.influence import influence_of_prompt
 from sparse_patch.calibration.moa.optimise import require_scipy
 from sparse_patch.calibration.moa.prompts import Prompt, answer_of, check_lengths, pieces, task_prompts
-from sparse_patch.calibration.moa.records import Answered, Profiled, Scored, Settings, profiled
-from sparse_patch.calibration.moa.report import Found
-from sparse_patch.calibration.moa.rules import least_density
-from sparse_patch.calibration.moa.validate import plan_loss
+from sparse_patch.calibration.moa.records import RECORD, Answered, Profiled, Scored, Settings, profiled
+from sparse_patch.calibration.moa.report import Found, as_json, spans_table, table
+from sparse_patch.calibration.moa.schedules import least_density
+from sparse_patch.calibration.moa.validate import loss_under
 from sparse_patch.errors import TaskError
-from sparse_patch.evaluation.journal import Journal
-from sparse_patch.methods.span_plans import SpanRules
 from sparse_patch.model_shape import ModelShape
-from sparse_patch.progress import Step
-from sparse_patch.version import __version__
+from sparse_patch.workbench.journal import Journal
+from sparse_patch.workbench.progress import Step
 
 
 def search(
@@ -35,7 +36,7 @@ def search(
     journal: Journal[Any],
     progress: Step = lambda _: None,
 ) -> Found:
-    """Search a plan; what the journal has is not measured again.
+    """Search head schedules; what the journal has is not measured again.
 
     Args:
         model: not patched, in evaluation mode; it is left so.
@@ -46,7 +47,7 @@ def search(
 
     Raises:
         PatchError: the model is patched already, or cannot be.
-        TaskError: a setting does not fit the model, or no plan is within the density.
+        TaskError: a setting does not fit the model, or no schedules are within the density.
         SparsePatchError: scipy is not installed.
     """
     require_scipy()
@@ -57,8 +58,7 @@ def search(
         return _answered(model, tokenizer, journal, length, number, prompts[length][number])
 
     measured = _measured(model, settings, journal, answered, progress)
-    shape = ModelShape.of(model.config, model.config.get_text_config(decoder=True).num_hidden_layers)
-    profile = Profile.of(settings, shape, measured)
+    profile = Profile.of(settings, shape_of(model), measured)
     score = partial(_score, model, settings, journal, answered, progress)
     dense, plans = score("dense", None), profile.plans()
     for number in _even(plans, settings.plans):
@@ -66,7 +66,7 @@ def search(
     scored = [(one.loss, one) for one in plans if one.loss is not None]
     chosen = min(scored, key=lambda pair: pair[0])[1]
     baselines = [replace(one, loss=score(one.name, one.rules)) for one in profile.baselines(chosen.rules)]
-    rules = chosen.rules.model_copy(update={"provenance": _provenance(settings, dense, chosen, baselines)})
+    rules = chosen.rules.model_copy(update={"measured": _measured_of(settings, dense, chosen, baselines)})
     return Found(profile, dense, plans, baselines, replace(chosen, rules=rules))
 
 
@@ -74,7 +74,7 @@ def _check(model: PreTrainedModel, settings: Settings) -> None:
     check_lengths(model, settings.lengths, "--lengths")
     check_lengths(model, [settings.unseen], "--validate-length")
     if settings.unseen in settings.lengths:
-        raise TaskError(f"--validate-length: {settings.unseen} is among --lengths; plans are chosen at an unseen one")
+        raise TaskError(f"--validate-length: {settings.unseen} is among --lengths; name one that is not")
     least = least_density(settings.lengths, (*settings.lengths, settings.unseen))
     if not least <= settings.density <= 1:
         raise TaskError(
@@ -124,7 +124,7 @@ def _measured(
             if not found:
                 raise TaskError("--model: no layer of this model has full attention, see `sparse-patch show`")
             if len({len(one.sink) for one in found.values()}) > 1:
-                raise TaskError("--model: its layers differ in their KV heads; a plan has as many rules in each")
+                raise TaskError("--model: its layers differ in their KV heads; schedules have as many rules in each")
             journal.add(profiled(length, number, prompt.task, found, loss))
     return [journal.records[key] for key in keys]
 
@@ -136,41 +136,78 @@ def _score(
     answered: Callable[[int, int], Prompt],
     progress: Step,
     name: str,
-    rules: SpanRules | None,
+    rules: HeadSchedules | None,
 ) -> float:
-    """Mean cross-entropy of the answers at the unseen length under a plan; densely for None."""
+    """Mean cross-entropy of the answers at the unseen length under schedules; densely for None."""
     digest = "dense" if rules is None else _digest(rules)
     keys = [("score", digest, settings.unseen, number) for number in range(settings.validate_samples)]
     for number, key in enumerate(keys):
         if key not in journal.records:
             progress(f"{name} at {settings.unseen} tokens, prompt {number + 1}")
-            loss = plan_loss(model, rules, settings.unseen, answered(settings.unseen, number))
+            loss = loss_under(model, rules, settings.unseen, answered(settings.unseen, number))
             journal.add(Scored(digest, settings.unseen, number, loss))
     return fmean(journal.records[key].loss for key in keys)
 
 
 def _even(plans: Sequence[Candidate], most: int) -> list[int]:
-    """The plans that come nearest to the best at all lengths, in shares of the range of losses at each."""
+    """The schedules that come nearest to the best at all lengths, in shares of the range of losses at each."""
     losses = np.array([plan.predicted for plan in plans])
     best, worst = losses.min(0), losses.max(0)
     distance = ((losses - best) / np.where(worst > best, worst - best, 1.0)).sum(1)
     return sorted(np.argsort(distance, kind="stable")[:most].tolist())
 
 
-def _digest(rules: SpanRules) -> str:
-    data = rules.model_dump(exclude={"provenance"})
+def _digest(rules: HeadSchedules) -> str:
+    data = rules.model_dump(exclude={"header", "measured"})
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12]
 
 
-def _provenance(settings: Settings, dense: float, chosen: Candidate, baselines: Sequence[Candidate]) -> dict[str, Any]:
-    """How a plan was made, as JSON has it."""
+def _measured_of(settings: Settings, dense: float, chosen: Candidate, baselines: Sequence[Candidate]) -> dict[str, Any]:
+    """What was found of the chosen schedules, as JSON has it."""
     return {
-        **settings.measured,
-        "density": settings.density,
-        "influence": settings.influence,
-        "max_rules": settings.max_rules,
-        "validate_length": settings.unseen,
         "predicted": dict(zip(map(str, (*settings.lengths, settings.unseen)), chosen.predicted, strict=True)),
         "validated": {"dense": dense, "plan": chosen.loss, **{one.name: one.loss for one in baselines}},
-        "sparse_patch": __version__,
     }
+
+
+@dataclass(frozen=True)
+class MoACalibration(Calibration[Found]):
+    """The search for head schedules, from the influence of far keys on the answers to long prompts.
+
+    Attributes:
+        options: what is searched for, and with what.
+    """
+
+    name = "moa"
+    record = RECORD
+    makes = "head schedules"
+    used_by = "both.calibration"
+
+    options: Settings
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**json.loads(json.dumps(asdict(self.options))), "validate_length": self.options.unseen}
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        return self.options.measured
+
+    def check(self) -> None:
+        require_scipy()
+
+    def steps(self, shape: ModelShape) -> int:
+        return self.options.steps
+
+    def search(self, model: PreTrainedModel, tokenizer: Any, journal: Journal[Any], progress: Step) -> Found:
+        return search(model, tokenizer, self.options, journal, progress)
+
+    def table(self, found: Found) -> list[Table]:
+        return [table(found), spans_table(found)]
+
+    def write(self, path: Path, found: Found, shape: ModelShape, model_id: str) -> None:
+        header = {"header": self.header(shape, model_id)}
+        write_head_schedules(path, found.chosen.rules.model_copy(update=header))
+
+    def as_json(self, found: Found, shape: ModelShape, model_id: str) -> dict[str, Any]:
+        return as_json(found)

@@ -1,27 +1,27 @@
-"""What a plan costs under the mask that it runs with: the cross-entropy of answers."""
+"""What head schedules cost under the mask that they run with: the cross-entropy of answers."""
 
 from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel
 
+from sparse_patch.artefacts.head_schedules import HeadSchedules
 from sparse_patch.calibration.moa.hook import attention_by
 from sparse_patch.calibration.moa.influence import answer_loss, dense_attention
 from sparse_patch.calibration.moa.prompts import Prompt
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.span_plans import SpanRules
-from sparse_patch.ops import span
+from sparse_patch.ops.attention import span
 from sparse_patch.plans import SpanPlan
 
 
 @torch.no_grad()
-def plan_loss(model: PreTrainedModel, rules: SpanRules | None, length: int, prompt: Prompt) -> float:
-    """What an answer loses under a plan, or densely.
+def loss_under(model: PreTrainedModel, rules: HeadSchedules | None, length: int, prompt: Prompt) -> float:
+    """What an answer loses under head schedules, or densely.
 
     Args:
         model: not patched; it is left so.
-        rules: the plan; None for dense attention.
-        length: M, for the plan's spans.
+        rules: the schedules; None for dense attention.
+        length: M, for the spans.
         prompt: with an answer.
     """
 

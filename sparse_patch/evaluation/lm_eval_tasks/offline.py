@@ -30,9 +30,9 @@ def documents(
     from datasets import Dataset
 
     from sparse_patch.errors import TaskError, short
-    from sparse_patch.evaluation.generation import load_tokenizer
-    from sparse_patch.evaluation.prompts import read_haystack
-    from sparse_patch.evaluation.tasks import TASKS, as_json
+    from sparse_patch.models.loading import load_tokenizer
+    from sparse_patch.workbench.prompts import read_haystack
+    from sparse_patch.workbench.tasks import TASKS, as_json
 
     name = tokenizer or pretrained
     if not isinstance(name, str):

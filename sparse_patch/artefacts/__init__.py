@@ -1,0 +1,1 @@
+"""Files that calibrations write and methods read, one format a module."""

@@ -1,0 +1,105 @@
+"""The choice of selecting layers, from what prompts showed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb
+from statistics import fmean
+
+import torch
+
+from sparse_patch.calibration.layers.measure import MATRICES, Measured
+from sparse_patch.errors import TaskError
+
+FULL = 2  # first layers that stay dense and select nothing
+_MOST_SETS = 20_000  # that are tried one by one; beyond that layers are chosen one after another
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The means of all prompts; attributes as those of `Measured`."""
+
+    layers: list[int]
+    mass_per_head: torch.Tensor
+    mass_shared: torch.Tensor
+    overlap_per_head: torch.Tensor
+    overlap_shared: torch.Tensor
+    jumps: list[float]
+
+    @classmethod
+    def of(cls, measured: Sequence[Measured]) -> "Curves":
+        def mean(name: str) -> torch.Tensor:
+            return torch.tensor([getattr(one, name) for one in measured], dtype=torch.float64).mean(0)
+
+        return cls(measured[0].layers, **{name: mean(name) for name in MATRICES}, jumps=mean("jumps").tolist())
+
+    @property
+    def mass(self) -> torch.Tensor:
+        """Of both kinds of lists, `[selecting layer, layer]`."""
+        return (self.mass_per_head + self.mass_shared) / 2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers, by their index in the model.
+
+    Attributes:
+        full: dense, and select nothing.
+        select: dense, and select for the sparse layers behind them.
+        mass: what their lists hold of the attention of a sparse layer, mean over these.
+        worst: the same of the sparse layer that finds least.
+    """
+
+    full: list[int]
+    select: list[int]
+    mass: float
+    worst: float
+
+
+def choose(curves: Curves, reselect: int, full: int = FULL) -> Choice:
+    """The first `full` layers dense, the next one selecting, and the best `reselect` layers after it.
+
+    The last layer is no candidate, it would select for none. Layers that cannot run sparse attention count for nothing.
+
+    Raises:
+        TaskError: there are not as many layers.
+    """
+    candidates = candidates_of(curves, full)
+    check_number(reselect, len(curves.layers), full)
+    if comb(len(candidates), reselect) <= _MOST_SETS:
+        sets = combinations(candidates, reselect)
+        return max((choice_of(curves, full, chosen) for chosen in sets), key=lambda choice: choice.mass)
+    best, chosen = choice_of(curves, full, ()), list[int]()
+    for _ in range(reselect):
+        left = [layer for layer in candidates if layer not in chosen]
+        trials = {layer: choice_of(curves, full, sorted([*chosen, layer])) for layer in left}
+        chosen.append(max(trials, key=lambda layer: trials[layer].mass))
+        best = trials[chosen[-1]]
+    return best
+
+
+def check_number(reselect: int, layers: int, full: int = FULL) -> None:
+    """Raise TaskError if so many layers have fewer to choose from than are to be chosen; known before the work."""
+    left = max(0, layers - full - 2)
+    if reselect > left:
+        raise TaskError(f"--select: the model has {left} layers to choose from, not {reselect}")
+
+
+def choice_of(curves: Curves, full: int, reselect: Sequence[int]) -> Choice:
+    """A choice of layers and what the sparse layers find; `reselect` counts the layers of the curves, in order."""
+    select = [full, *reselect]
+    mass = curves.mass
+    found = [
+        float(mass[max(chosen for chosen in select if chosen < layer), layer])
+        for layer in range(full + 1, len(curves.layers))
+        if layer not in select
+    ]
+    names = curves.layers
+    return Choice(names[:full], [names[layer] for layer in select], fmean(found), min(found))
+
+
+def candidates_of(curves: Curves, full: int) -> range:
+    number, least = len(curves.layers), full + 2
+    if number < least:
+        raise TaskError(f"--model: {number} of its layers can run sparse attention; a search needs {least}")
+    return range(full + 1, number - 1)

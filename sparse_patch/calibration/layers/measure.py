@@ -1,0 +1,166 @@
+"""What prompts show: what each layer would have found in the lists of every layer before it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sparse_patch.call import AttentionCall, apply_softcap
+from sparse_patch.errors import TaskError
+from sparse_patch.integration.observe import observed
+from sparse_patch.models.loading import check_context
+from sparse_patch.workbench.generation import encode
+from sparse_patch.workbench.journal import Journal
+from sparse_patch.workbench.progress import Step
+from sparse_patch.workbench.tasks import TASKS, Sample
+
+PROMPTS = ("recite", "niah_multikey_1", "niah_multikey_2", "niah_multivalue")
+POSITIONS = 16  # tokens of each answer whose attention is looked at
+MATRICES = ("mass_per_head", "mass_shared", "overlap_per_head", "overlap_shared")
+
+Matrix = list[list[float]]  # [selecting layer][layer]; meaningful where the second is not before the first
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one prompt showed. Matrices count the layers that can run sparse attention, not all layers.
+
+    Attributes:
+        sample: number of the prompt.
+        task: its task.
+        layers: indices of the layers that can run sparse attention.
+        mass_per_head: attention mass that the lists of a layer hold, for lists per query head.
+        mass_shared: the same for one list of all heads.
+        overlap_per_head: share of the best keys that the lists hold, for lists per query head.
+        overlap_shared: the same for one list of all heads.
+        jumps: 1 - cosine of the attention of a layer and the one before it; 0 for the first.
+    """
+
+    sample: int
+    task: str
+    layers: list[int]
+    mass_per_head: Matrix
+    mass_shared: Matrix
+    overlap_per_head: Matrix
+    overlap_shared: Matrix
+    jumps: list[float]
+
+    @property
+    def key(self) -> int:
+        return self.sample
+
+
+def samples_of(tokenizer: Any, length: int, number: int, seed: int) -> list[Sample]:
+    """The prompts to look at: the tasks in turn; raises TaskError for a length that is too short."""
+    turns = [divmod(sample, len(PROMPTS)) for sample in range(number)]
+    return [TASKS[PROMPTS[task]].sample(tokenizer, length, seed, index) for index, task in turns]
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    budget: int,
+    journal: Journal[Measured],
+    progress: Step = lambda _: None,
+) -> list[Measured]:
+    """What every prompt shows, in order; prompts that the journal has are not read again.
+
+    Args:
+        model: not patched; it is left so.
+        tokenizer: the model's.
+        samples: the prompts, with their answers.
+        budget: keys of a list.
+        journal: gets each prompt as it was read.
+        progress: called with a description before each prompt that is read.
+
+    Raises:
+        PatchError: the model is patched already, or cannot be.
+        TaskError: a prompt does not fit the model's context or is no longer than the budget, or no layer of the model
+            can run sparse attention.
+    """
+    asked = [encode(tokenizer, sample.prompt, sample.answer) for sample in samples]
+    for sample, (tokens, answer) in zip(samples, asked, strict=True):
+        check_context(model, len(tokens), len(answer), "--length")
+        if budget >= len(tokens):
+            raise TaskError(f"--budget: {budget} tokens are all of a prompt of {sample.length}; ask for fewer")
+    for number, (tokens, answer) in enumerate(asked):
+        if number not in journal.records:
+            progress(f"{samples[number].task}, prompt {number + 1}")
+            journal.add(_read(model, tokens, answer, budget, number, samples[number].task))
+    return [journal.records[number] for number in range(len(samples))]
+
+
+def _read(
+    model: PreTrainedModel, tokens: Sequence[int], answer: Sequence[int], budget: int, number: int, task: str
+) -> Measured:
+    spread = torch.linspace(len(tokens), len(tokens) + len(answer) - 1, min(POSITIONS, len(answer)))
+    lists = _Lists(spread.round().long(), budget)
+    with observed(model, lists.see):
+        ids = torch.tensor([[*tokens, *answer]], device=model.device)
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    if not lists.layers:
+        raise TaskError("--model: no layer of this model can run sparse attention, see `sparse-patch show`")
+    return lists.measured(number, task)
+
+
+class _Lists:
+    """The lists of the layers seen so far, and what each later layer finds in them. Never N x N, one layer at a time.
+
+    Attributes:
+        positions: of the queries to look at, int64 `[n]`.
+        budget: keys of a list.
+        layers: that were seen.
+        found: for each of them a list with (mass per head, mass shared, overlap per head, overlap shared) in the lists
+            of every layer up to itself.
+        jumps: for each of them.
+    """
+
+    def __init__(self, positions: torch.Tensor, budget: int) -> None:
+        self.positions, self.budget = positions, budget
+        self.layers: list[int] = []
+        self.found: list[list[list[float]]] = []
+        self.jumps: list[float] = []
+        self._per_head: list[torch.Tensor] = []  # int32 [Hq, n, budget] of each layer
+        self._shared: list[torch.Tensor] = []  # int32 [1, n, budget]
+        self._before: torch.Tensor | None = None
+
+    def see(self, call: AttentionCall) -> None:
+        probability = attention_of(call, self.positions.to(call.q.device))
+        together = probability.amax(0, keepdim=True)
+        own = probability.topk(self.budget, -1).indices
+        self._per_head.append(own.int())
+        self._shared.append(together.topk(self.budget, -1).indices.int())
+        best = torch.zeros_like(probability).scatter_(-1, own, 1 / self.budget)
+        lists = zip(self._per_head, self._shared, strict=True)
+        self.found.append([[_held(x, keys) for x in (probability, best) for keys in pair] for pair in lists])
+        if self._before is None:
+            self.jumps.append(0.0)
+        else:
+            self.jumps.append(1 - float(torch.cosine_similarity(self._before, together, dim=-1).mean()))
+        self._before = together
+        self.layers.append(call.layer)
+
+    def measured(self, number: int, task: str) -> Measured:
+        size = range(len(self.layers))
+        matrices = {
+            name: [[round(self.found[at][by][kind], 5) if by <= at else 0.0 for at in size] for by in size]
+            for kind, name in enumerate(MATRICES)
+        }
+        return Measured(number, task, self.layers, **matrices, jumps=[round(jump, 5) for jump in self.jumps])
+
+
+def attention_of(call: AttentionCall, positions: torch.Tensor) -> torch.Tensor:
+    """The attention of some queries of a call of one row over all keys, float32 `[Hq, n, Skv]`."""
+    q = call.q[0][:, positions].float().unflatten(0, (call.k.shape[1], call.group_size))
+    logits = torch.einsum("hgnd,hsd->hgns", q, call.k[0].float()).flatten(0, 1) * call.scale
+    later = torch.arange(call.kv_length, device=q.device) > (call.q_start + positions)[:, None]
+    return apply_softcap(logits, call.softcap).masked_fill_(later, -torch.inf).softmax(-1)
+
+
+def _held(weights: torch.Tensor, keys: torch.Tensor) -> float:
+    """What lies on the listed keys, mean over heads and queries."""
+    return float(weights.gather(-1, keys.long().expand(len(weights), -1, -1)).sum(-1).mean())

@@ -1,0 +1,110 @@
+"""What a configuration means for a model, without its weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from sparse_patch.call import PHASES
+from sparse_patch.config import PatchConfig
+from sparse_patch.integration.patching import patched
+from sparse_patch.integration.reporting import sparsity_report
+from sparse_patch.methods.base.spans import SpanMethod
+from sparse_patch.model_shape import ModelShape, attention_kind, can_forget, config_of_layer, kv_heads_of
+from sparse_patch.models.loading import check_config, loading
+from sparse_patch.models.minicpm import is_minicpm, minicpm_config
+from sparse_patch.ops.attention.span_ring import RingLayout
+from sparse_patch.report import LayerReport
+
+
+@dataclass(frozen=True)
+class KVBytes:
+    """Bytes of the keys and values of one row in the layers with full attention.
+
+    Attributes:
+        length: tokens of the row.
+        planned: what the spans of the decode method keep.
+        dense: what a cache of all tokens takes.
+    """
+
+    length: int
+    planned: int
+    dense: int
+
+
+def inspect(
+    model: str | Path, settings: PatchConfig, length: int = 16384
+) -> tuple[list[dict[str, Any]], KVBytes | None]:
+    """What each layer of a model would run, and what its cache would take, from the model's config alone.
+
+    Args:
+        model: a model folder or id.
+        settings: the configuration.
+        length: tokens of prompt and answer, for the cache.
+
+    Returns:
+        A mapping for each layer, and the cache's bytes; None where decode has no spans, so that everything is kept.
+
+    Raises:
+        SparsePatchError: the model is not there, or cannot be patched.
+    """
+    check_config("--model", model)
+    with loading("--model", model):
+        config = minicpm_config(model) if is_minicpm(model) else AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+    text = skeleton.config.get_text_config(decoder=True)
+    with patched(skeleton, settings):
+        layers = sparsity_report(skeleton).layers
+        resolved = settings.for_model(ModelShape.of(text, 1 + max(layer.layer for layer in layers)))
+        rows = [
+            {
+                "layer": layer.layer,
+                "attention": attention_kind(text, layer.layer),
+                **_heads(config_of_layer(text, layer.layer)),
+                "prefill": layer.prefill_method or "dense",
+                "decode": layer.decode_method or "dense",
+                "role": _roles(resolved, layer, text),
+            }
+            for layer in layers
+        ]
+        return rows, _kv_bytes(resolved, rows, length, text)
+
+
+def _kv_bytes(
+    settings: PatchConfig, layers: list[dict[str, Any]], length: int, config: PreTrainedConfig
+) -> KVBytes | None:
+    method = settings.decode
+    if not isinstance(method, SpanMethod) or not can_forget(config):
+        return None
+    planned = dense = 0
+    each = config.dtype.itemsize if isinstance(config.dtype, torch.dtype) else 2
+    for layer in layers:
+        if layer["attention"] != "full":
+            continue
+        heads = layer["kv_heads"]
+        token = 2 * layer["head_dim"] * each
+        dense += token * heads * length
+        ring = RingLayout.of(*method.spans(layer["layer"], length, heads), room=length)
+        planned += token * (ring.total if layer["decode"] == method.method else heads * length)
+    return KVBytes(length, planned, dense)
+
+
+def _heads(config: PreTrainedConfig) -> dict[str, int]:
+    return {
+        "query_heads": config.num_attention_heads,
+        "kv_heads": kv_heads_of(config),
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    }
+
+
+def _roles(settings: PatchConfig, layer: LayerReport, config: PreTrainedConfig) -> str:
+    """What a layer does in prefill and in decode, as far as its methods say more than their names."""
+    if attention_kind(config, layer.layer) != "full":
+        return ""
+    used = {"prefill": layer.prefill_method, "decode": layer.decode_method}
+    methods = (settings.method(phase) for phase in PHASES if used[phase])
+    roles = (method.role(layer.layer) for method in methods if method is not None)
+    return ", ".join(dict.fromkeys(role for role in roles if role))

@@ -1,0 +1,1 @@
+"""Files: how they are read, with limits, and written, all or nothing."""

@@ -1,0 +1,45 @@
+"""New caches with our layers in them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+from sparse_patch.errors import SparsePatchError, short
+from sparse_patch.integration.caches.layers import FixedLayer, GrowingLayer
+from sparse_patch.integration.caches.rings import FixedRingLayer, RingLayer, SpansOf
+
+
+def growing_cache(config: PreTrainedConfig) -> DynamicCache:
+    """The cache that `generate` makes for a model, with growing layers in place of those that copy.
+
+    Raises:
+        SparsePatchError: what was passed is not a model's config.
+    """
+    if not isinstance(config, PreTrainedConfig):
+        raise SparsePatchError(f"growing_cache: config: expected model.config, got {short(config)}")
+    cache = DynamicCache(config=config)
+    adopt(cache)
+    return cache
+
+
+def adopt(cache: Cache, spans: Mapping[int, SpansOf] | None = None, max_length: int = 0) -> None:
+    """Give a new cache of Transformers our layers; layers of other kinds, such as sliding windows, stay as they are.
+
+    Args:
+        cache: is changed.
+        spans: those of layers that become rings, by number.
+        max_length: tokens of prompt and answer together; 0 where that is not known. A static cache knows it itself.
+    """
+    if not getattr(cache, "offloading", False):
+        cache.layers = [_ours(layer, (spans or {}).get(i), max_length) for i, layer in enumerate(cache.layers)]
+
+
+def _ours(layer: Any, spans: SpansOf | None, max_length: int) -> Any:
+    if type(layer) not in (DynamicLayer, StaticLayer) or layer.is_initialized:
+        return layer
+    if type(layer) is DynamicLayer:
+        return GrowingLayer(max_length) if spans is None else RingLayer(spans, max_length)
+    length = layer.max_cache_len
+    return FixedLayer(length) if spans is None else FixedRingLayer(spans, length)

@@ -1,0 +1,104 @@
+"""The cache of `generate` on a patched model."""
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+
+from sparse_patch.errors import SparsePatchError, short
+from sparse_patch.integration.caches.layers import GrowingLayer
+from sparse_patch.integration.caches.lookup import Prompt, note_prompt, prompt_of
+from sparse_patch.integration.caches.making import adopt
+from sparse_patch.integration.caches.rings import RingLayer, SpansOf
+from sparse_patch.integration.patch import PATCHING, is_patched, patch_of, state_of, transformers_model
+from sparse_patch.integration.transformers_internals import dropped_mask_length, prepare_cache_of_class
+from sparse_patch.methods.base.spans import SpanMethod, Spans
+from sparse_patch.model_shape import attention_kind, can_forget, config_of_layer, kv_heads_of
+from sparse_patch.tensor_parallel import HeadShard
+
+
+def span_cache(model: nn.Module, max_length: int) -> DynamicCache:
+    """The cache that `generate` makes for a model as it is patched, for forwards of your own or for a longer text.
+
+    Layers whose decode method has spans (`moa`, `duoattention`, `streamingllm`) keep what these have and forget the
+    rest; the others keep everything.
+
+    Args:
+        model: the model, patched or not.
+        max_length: tokens of prompt and answer together, padding included, in all turns.
+
+    Returns:
+        An empty cache, for this model while it is patched so.
+
+    Raises:
+        PatchError: the model is none of Transformers.
+        SparsePatchError: `max_length` is no number of tokens.
+    """
+    root = transformers_model(model)
+    if not isinstance(max_length, int) or max_length < 1:
+        raise SparsePatchError(f"span_cache: max_length: expected a number of tokens above 0, got {short(max_length)}")
+    cache = DynamicCache(config=root.config)
+    adopt(cache, spans_of(root), max_length)
+    return cache
+
+
+def spans_of(root: PreTrainedModel) -> dict[int, SpansOf]:
+    """The spans of the layers that decode by spans and can have a ring, by layer."""
+    config = root.config.get_text_config(decoder=True)
+    with PATCHING:
+        modules = patch_of(root).attention if is_patched(root) and can_forget(config) else []
+        states = [state_of(module) for module in modules]
+    spans: dict[int, SpansOf] = {}
+    for state in states:
+        method = state.config.decode if "decode" in state.phases else None
+        if isinstance(method, SpanMethod) and attention_kind(config, state.layer) == "full":
+            in_all = kv_heads_of(config_of_layer(config, state.layer))
+            spans[state.layer] = partial(_spans_here, method, state.shard, state.layer, in_all)
+    return spans
+
+
+def _spans_here(method: SpanMethod, shard: HeadShard, layer: int, in_all: int, length: int, kv_heads: int) -> Spans:
+    """The spans of the `kv_heads` KV heads that this process has of a layer's `in_all`."""
+    return method.spans_of(shard.of_layer(kv_heads, in_all), layer, length, kv_heads)
+
+
+def prepare_cache(
+    self: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: GenerationMode,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    """What `generate` makes when the user passes no cache, with layers that do not copy and that have a `KVState`.
+
+    Where candidates are taken back (assisted decoding) every layer keeps everything.
+    """
+    given = model_kwargs.get("past_key_values")
+    prepare_cache_of_class(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(cache, Cache):
+        return
+    is_assistant = bool(getattr(generation_config, "is_assistant", False))  # says who generates the candidates
+    verifies = generation_mode == GenerationMode.ASSISTED_GENERATION
+    if given is None:
+        adopt(cache, None if is_assistant or verifies else spans_of(self), max_cache_length)
+    if not (is_assistant and prompt_of(given)):  # an assistant is asked again and again about one text
+        end = _prompt_length(generation_config, model_kwargs)
+        note_prompt(cache, None if end is None else Prompt(end, verifies))
+    for layer in cache.layers:
+        if isinstance(layer, RingLayer | GrowingLayer):
+            layer.make_room(max_cache_length)
+
+
+def _prompt_length(generation_config: Any, model_kwargs: dict[str, Any]) -> int | None:
+    """Tokens of the prompt, with those that the cache has and padding; None where `generate` does not say."""
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        return int(mask.shape[1])
+    length = dropped_mask_length(generation_config)
+    if length is None and generation_config.max_new_tokens is not None:
+        length = generation_config.max_length - generation_config.max_new_tokens
+    return length

@@ -1,0 +1,367 @@
+"""The hook: the attention function that Transformers calls on a patched model.
+
+It turns module, tensors and mask into an `AttentionCall`, asks the layer's method for a plan and has an op execute it.
+Whatever a sparse path cannot serve goes, counted with its reason, to the implementation that the model had before, with
+the very mask that this implementation would have got.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+
+from sparse_patch.call import PHASES, AttentionCall, KVState, Phase
+from sparse_patch.errors import PatchError, UnsupportedCallError
+from sparse_patch.integration.caches.lookup import keep_all, kv_state_of, max_length_of, ring_of
+from sparse_patch.integration.caches.rings import RingLayer
+from sparse_patch.integration.counting import count_dense, count_dense_kernel, count_sparse
+from sparse_patch.integration.fallbacks import dense_by_design, untraceable, why_unsupported
+from sparse_patch.integration.layer_state import LayerState
+from sparse_patch.integration.masks import DECODE_MAX_QUERIES, LazyMask, lazy_mask, lazy_mask_for_kernels
+from sparse_patch.integration.names import HOOK, ON_KERNELS, hook_name
+from sparse_patch.integration.request import Request
+from sparse_patch.integration.unpatched import attend_densely, attend_unpatched
+from sparse_patch.kernels.autocast import as_autocast
+from sparse_patch.kernels.inference_mode import ordinary_tensors
+from sparse_patch.methods.base.protocol import DecodeMethod, Method
+from sparse_patch.ops.attention import dense as dense_kernels
+from sparse_patch.ops.attention import page_decode, span_ring, table
+from sparse_patch.ops.attention.op import Attended
+from sparse_patch.plans import Dense, PagePlan, SpanPlan, SparsePlan
+from sparse_patch.tensor_parallel import HeadShard
+
+T = TypeVar("T")
+
+
+def register(unpatched: str | None) -> None:
+    """Register the hook with Transformers, for models that had an implementation; doing it again changes nothing."""
+    for kind, mask_function in {HOOK: lazy_mask, ON_KERNELS: lazy_mask_for_kernels}.items():
+        AttentionInterface.register(hook_name(unpatched, kind), sparse_attention)
+        AttentionMaskInterface.register(hook_name(unpatched, kind), mask_function)
+
+
+def join_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    """Before the forward of an attention module: tell the mask which cache is used. The hook is told the mask only.
+
+    The arguments have other names in some models (`layer_past`, ...), so they are known by what they are. While another
+    thread patches or unpatches the model PyTorch may call this without `kwargs`, or when the state is gone: attention
+    is not patched then.
+    """
+    state: LayerState | None = getattr(module, "sparse_patch", None)
+    if state is None or kwargs is None:
+        return
+    cache = mask = None
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, LazyMask):
+            mask = value
+        elif isinstance(value, Cache):
+            cache = value
+    if mask is not None:
+        mask.forward.join(state.patch)
+        mask.forward.use(cache)
+    if cache is not None:
+        _announce(cache, state.cache_layer, mask)
+
+
+def _announce(cache: Cache, layer: int, mask: LazyMask | None) -> None:
+    """Tell a layer of a cache that a forward is coming; without a lazy mask nobody will know of it in the hook."""
+    ring = ring_of(cache, layer)
+    if ring is not None:
+        if ring.is_left_behind or (ring.is_empty and mask is None):
+            keep_all(cache, layer)
+        else:
+            ring.expect()
+    elif mask is None and (kv_state := kv_state_of(cache, layer)) is not None:
+        kv_state.clear()
+
+
+def sparse_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function that is registered with Transformers (see its AttentionInterface).
+
+    Args:
+        module: the attention module. One without a patch, of a model made from a patched one's config, is dense.
+        query: `[B, Hq, Sq, D]`.
+        key: `[B, Hkv, Skv, D]`, everything the cache returns.
+        value: `[B, Hkv, Skv, Dv]`.
+        attention_mask: a `LazyMask`, or what the caller passed in its place.
+        scaling: factor on the logits; None for `D ** -0.5`.
+
+    Returns:
+        The output `[B, Sq, Hq, Dv]`, and the attention weights where the implementation that the model had gives them.
+
+    Raises:
+        PatchError: the cache is a paged one, which goes around the mask, or the model was patched anew or unpatched
+            while the forward ran.
+        UnsupportedCallError: the method cannot serve the call, and the configuration says `on_unsupported: error`, or a
+            ring has forgotten the keys that a dense call needs.
+    """
+    if kwargs.get("cache") is not None:
+        raise PatchError("continuous batching does not work on a patched model; use generate, or unpatch_model first")
+    state: LayerState | None = getattr(module, "sparse_patch", None)
+    if state is None:
+        return attend_unpatched(module, (query, key, value), attention_mask, scaling=scaling, **kwargs)
+    request = Request(state, module, query, key, value, attention_mask, scaling, kwargs)
+    if not query.is_cuda or torch.compiler.is_compiling():
+        return _dispatch(request)
+    with torch.cuda.device(query.get_device()):  # Triton launches on the current device; a model may lie on several
+        return _dispatch(request)
+
+
+def _dispatch(request: Request) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`sparse_attention`, on the device of its tensors."""
+    state, mask = request.state, request.mask
+    if not isinstance(mask, LazyMask):
+        return _attend(request)
+    mask.forward.join(state.patch)  # again: the model may have been patched since the module was called
+    ring = ring_of(mask.forward.cache, state.cache_layer)
+    if ring is not None and not ring.is_empty:
+        return _in_one_precision(request, partial(_attend_to_ring, ring)), None
+    if ring is not None:
+        request = replace(request, mask=mask.alone)
+        attended = _attend(request)
+        _fill(request, ring)
+        return attended
+    if state.cache_layer in mask.forward.gave_way:  # the layer attends twice; the keys are the forward's own still
+        request = replace(request, mask=mask.alone)
+    queries = request.mask.queries_of_prompt
+    if queries is not None and _decides_in_some_phase(request):
+        return _attend_in_parts(request, queries)
+    return _attend(request)
+
+
+def _fill(request: Request, ring: RingLayer) -> None:
+    """After the first forward: begin the ring, or keep every token if a ring could not serve the forwards to come."""
+    serves = torch.compiler.is_compiling() or ring.hands_over(request.key, request.value)  # a graph has no identities
+    if not (serves and _in_one_precision(request, partial(_begin, ring))):
+        keep_all(request.mask.forward.cache, request.state.cache_layer)
+        request.mask.forward.gave_way.add(request.state.cache_layer)
+
+
+def _begin(ring: RingLayer, request: Request) -> bool:
+    """Write the first tokens of a ring; False if it cannot serve such calls."""
+    if why_unsupported(request) is not None:
+        return False
+    ring.write(request.key, request.value, request.mask.tokens_before, request.state.config.backend)
+    return True
+
+
+def _attend_in_parts(request: Request, queries: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A forward that begins with the last `queries` tokens of a prompt and goes on with candidates to verify.
+
+    The prompt comes out as it does without candidates, and those are decoded.
+    """
+    query, key, value = request.tensors
+    mask, of_candidates = request.mask.parted(queries)
+    key, value = key[:, :, : mask.kv_length], value[:, :, : mask.kv_length]
+    prompt, _ = _attend(replace(request, query=query[:, :, :queries], key=key, value=value, mask=mask))
+    candidates, _ = _attend(replace(request, query=query[:, :, queries:], mask=of_candidates))
+    return torch.cat([prompt, candidates], dim=1), None
+
+
+def _decides_in_some_phase(request: Request) -> bool:
+    """Whether a method of the configuration has a say in calls of this layer."""
+    return not request.wants_weights and any(dense_by_design(request, phase) is None for phase in PHASES)
+
+
+def _attend(request: Request) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`sparse_attention` where all keys are at hand."""
+    output = _in_one_precision(request, _attend_by_plan)
+    return attend_densely(request) if output is None else (output, None)
+
+
+def _in_one_precision(request: Request, attend: Callable[[Request], T]) -> T:
+    """What `attend` gives; where autocast is on, for tensors that were cast once, and with nothing cast after that."""
+    device = request.query.device.type
+    if not torch.is_autocast_enabled(device):
+        return attend(request)
+    cast = request.having(as_autocast(*request.tensors))
+    with torch.autocast(device, enabled=False):
+        return attend(cast)
+
+
+def _attend_by_plan(request: Request) -> torch.Tensor | None:
+    """What the plan of a call gives, `[B, Sq, Hq, Dv]`; None for what the model did before it was patched."""
+    state, mask, phase = request.state, request.mask, _phase(request)
+    kv_state = kv_state_of(mask.forward.cache, state.cache_layer) if isinstance(mask, LazyMask) else None
+    dense, unserved = dense_by_design(request, phase), None
+    if dense is None and kv_state is not None and kv_state.at_rest:
+        dense = Dense("cache correction")
+    call = None
+    if dense is None or state.remembers or _may_be_best(request):
+        unserved = why_unsupported(request) or untraceable(request, phase)
+        if unserved is None:
+            call = _attention_call(request, phase, kv_state)
+    _remember(state, call, kv_state)
+    if dense is None and call is not None:
+        plan = _method(state, phase).plan(call)
+        if isinstance(plan, Dense):
+            dense = plan
+        else:
+            reason = table.why_unsupported(call, plan, state.config.backend)
+            if reason is None:
+                return _attend_sparsely(request, call, plan)
+            unserved = Dense(reason)
+    count_dense(request, phase, dense, unserved)
+    if dense is not None and call is not None and _may_be_best(request):
+        return _attend_at_best(request, call)
+    return None
+
+
+def _attend_to_ring(ring: RingLayer, request: Request) -> torch.Tensor:
+    """A forward after others on a ring, the next chunk of a prompt or a token: the output `[B, Sq, Hq, Dv]`.
+
+    The ring says what is read, whatever the method of the phase: nothing else is there.
+    """
+    state, mask, phase, backend = request.state, request.mask, _phase(request), request.state.config.backend
+    unserved = why_unsupported(request, ring)
+    if unserved is not None:
+        raise _refusal(state, ring, phase, unserved.reason)
+    dtype = request.query.dtype
+    held = ring.holding(dtype)  # another one if autocast was on when it was filled, and is off now, or the other way
+    if held != dtype:
+        request = request.having(tensor.to(held) for tensor in request.tensors)
+    call = _attention_call(request, phase, kv_state=None)
+    if reason := span_ring.why_unsupported(call, backend):
+        raise _refusal(state, ring, phase, reason)
+    attended = _with_sinks(request, ring.attend(call, mask.tokens_before, backend))
+    plan = None if torch.compiler.is_compiling() else _ring_plan(ring, call, mask)
+    count_sparse(state, call, plan, mask, keeps_all=False)
+    return attended.out.transpose(1, 2).contiguous().to(dtype)
+
+
+def _refusal(state: LayerState, ring: RingLayer, phase: Phase, reason: str) -> UnsupportedCallError:
+    """What is raised in place of dense attention; the ring is as it was before the forward."""
+    ring.take_back()
+    return UnsupportedCallError(
+        f"{state.name}: {phase}: {reason}: not served by a span cache, which has forgotten keys that dense attention "
+        "needs; pass past_key_values=growing_cache(model.config)"
+    )
+
+
+def _ring_plan(ring: RingLayer, call: AttentionCall, mask: LazyMask) -> SpanPlan:
+    """What a forward reads of all tokens ever seen. Layers of the same spans share it, and with it what is counted."""
+    assert ring.layout is not None
+    sinks, windows = ring.layout.sinks, ring.layout.windows
+    key = f"spans of {call.q.shape[1]} heads: {sinks} {windows} on {call.q.device}"
+    if key not in mask.forward.forward_state:
+        _, heads, q_length, _ = call.q.shape
+        of_rows = mask.tokens_before + q_length, call.row_starts()
+        mask.forward.forward_state[key] = SpanPlan(sinks, windows, heads, q_length, mask.kv_length, *of_rows)
+    plan: SpanPlan = mask.forward.forward_state[key]
+    return plan
+
+
+def _phase(request: Request) -> Phase:
+    mask = request.mask
+    is_decode = mask.is_decode if isinstance(mask, LazyMask) else request.query.shape[2] <= DECODE_MAX_QUERIES
+    return "decode" if is_decode else "prefill"
+
+
+def _attention_call(request: Request, phase: Phase, kv_state: KVState | None) -> AttentionCall:
+    state, mask, query = request.state, request.mask, request.query
+    key, value, q_start, end = request.key, request.value, 0, None
+    if phase == "decode":
+        end = mask.end_on_device
+    if end is None:  # the tail of a static cache is not valid
+        q_start, valid = mask.q_start, mask.q_start + mask.q_length
+        key, value = key[:, :, :valid], value[:, :, :valid]
+    return AttentionCall(
+        q=query,
+        k=key,
+        v=value,
+        scale=query.shape[-1] ** -0.5 if request.scaling is None else request.scaling,
+        layer=state.layer,
+        phase=phase,
+        q_start=q_start,
+        kv_start=mask.real_row_starts,
+        softcap=request.kwargs.get("softcap"),
+        kv_end=end,
+        forward_state=mask.forward.forward_state,
+        kv_state=kv_state,
+        max_length=max_length_of(mask.forward.cache, state.cache_layer),
+        split=_split(state, query.shape[1]),
+    )
+
+
+def _split(state: LayerState, heads: int) -> HeadShard | None:
+    """The part of the layer's heads that this process has; None where no heads are split."""
+    if state.shard.size == 1:
+        return None
+    return state.shard.of_layer(heads, state.original_config.num_attention_heads)
+
+
+def _remember(state: LayerState, call: AttentionCall | None, kv_state: KVState | None) -> None:
+    """Keep what the decode method keeps in step with the keys; where it cannot see them it must start again."""
+    if not state.remembers or kv_state is None:
+        return
+    if call is None:
+        kv_state.clear()
+    elif state.decoder is not None:
+        with ordinary_tensors():
+            state.decoder.remember(call)
+
+
+def _method(state: LayerState, phase: Phase) -> Method:
+    method = state.config.method(phase)
+    assert method is not None, "a phase without a method is dense by design"
+    return method
+
+
+def decode_step(call: AttentionCall, plan: SparsePlan, method: DecodeMethod | None, backend: str) -> Attended:
+    """Attend by a plan, and let the decode method that asked for logits select by them."""
+    attended = table.attend(call, plan, backend)
+    _select(call, attended, method)
+    return attended
+
+
+def _select(call: AttentionCall, attended: Attended, method: DecodeMethod | None) -> None:
+    if attended.logits is not None:
+        assert method is not None and attended.lse is not None, "only a plan of a decode method wants logits"
+        method.select(call, attended.logits, attended.lse[..., -1])
+
+
+def _with_sinks(request: Request, attended: Attended) -> Attended:
+    return attended if request.sinks is None else attended.with_sinks(request.sinks)
+
+
+def _attend_sparsely(request: Request, call: AttentionCall, plan: SparsePlan) -> torch.Tensor:
+    """Attend and record: the output `[B, Sq, Hq, Dv]`."""
+    state = request.state
+    attended = table.attend(call, plan, state.config.backend, return_lse=request.sinks is not None)
+    attended = _with_sinks(request, attended)
+    _select(call, attended, state.decoder)
+    count_sparse(state, call, plan, request.mask)
+    return attended.out.transpose(1, 2).contiguous()
+
+
+def _may_be_best(request: Request) -> bool:
+    """Whether a call that is dense anyway may run on a faster kernel than the model's own."""
+    return request.state.config.dense == "best" and not request.has_window
+
+
+def _attend_at_best(request: Request, call: AttentionCall) -> torch.Tensor | None:
+    """`dense: best`: the output `[B, Sq, Hq, Dv]` of the fastest dense kernel; None if none is faster or serves."""
+    kernel, attended, state = None, None, request.state
+    if call.phase == "decode":
+        plan = PagePlan.every(call)
+        if page_decode.fastest(call, plan) == "triton":
+            kernel, attended = "page_decode", page_decode.attend(call, plan, "triton", request.sinks is not None)
+    elif request.sinks is None:  # the dense kernels give no LSE
+        kernel = dense_kernels.fastest(call)
+        attended = dense_kernels.attend(call, kernel) if kernel else None
+    if kernel is None or attended is None:
+        return None
+    count_dense_kernel(state, call.phase, kernel)
+    return _with_sinks(request, attended).out.transpose(1, 2).contiguous()

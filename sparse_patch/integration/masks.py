@@ -1,0 +1,361 @@
+"""The lazy mask: what the mask of a forward is, without building it (a dense one is 16 GiB at 128k tokens)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+from transformers.masking_utils import causal_mask_function
+
+from sparse_patch.call import causal_pairs
+from sparse_patch.integration.forward import Forward
+from sparse_patch.integration.names import unpatched_name
+from sparse_patch.integration.transformers_internals import adds_to_causal, implementation_of, mask_function_of
+from sparse_patch.ops.attention.span_ring import tokens_before
+from sparse_patch.plans.once import once
+from sparse_patch.report import Work
+
+DECODE_MAX_QUERIES = 16  # speculative decoding verifies a few tokens at once: still decode
+_ALL = slice(None)
+
+
+class TensorInWaiting:
+    """Behaves as the tensor that `tensor` makes where it is asked for more than its class has.
+
+    Decoders that compute on their mask between making it and attending (Doge, DeepSeek-V3.2, GLM-5) get what they had
+    unpatched, and hand a tensor on.
+    """
+
+    def tensor(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # protocols of copying, pickling and printing
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.tensor(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See `torch.overrides`: a function of PyTorch gets the tensor."""
+        return func(*tree_map(_made, args), **tree_map(_made, kwargs or {}))
+
+
+def _made(value: Any) -> Any:
+    return value.tensor() if isinstance(value, TensorInWaiting) else value
+
+
+def _operator(name: str) -> Any:
+    def operate(self: TensorInWaiting, *others: Any) -> Any:
+        return getattr(self.tensor(), name)(*(_made(other) for other in others))
+
+    operate.__name__ = name
+    return operate
+
+
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+_COMPARED = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
+TensorInWaiting.__hash__ = object.__hash__  # type: ignore[method-assign]
+for _name in (
+    *(f"__{r}{name}__" for name in _BINARY for r in ("", "r")),
+    *_COMPARED,
+    "__neg__",
+    "__abs__",
+    "__invert__",
+):
+    setattr(TensorInWaiting, _name, _operator(_name))
+
+
+@dataclass(frozen=True, eq=False)
+class LazyMask(TensorInWaiting):
+    """The arguments that Transformers hands to a mask function; the mask itself is built on demand.
+
+    One object serves all layers of a forward. It passes through Transformers where a 4-D mask tensor would. A model
+    that computes on its mask gets the tensor that it had unpatched (`TensorInWaiting`).
+    """
+
+    arguments: dict[str, Any]
+    forward: Forward
+    parent: "tuple[LazyMask, slice] | None" = None  # the mask that this one is some query rows of
+    is_prepared: bool = False  # for a graph, see `prepare_for_a_graph`
+    _built: dict[str | None, torch.Tensor | None] = field(default_factory=dict)
+    _derived: dict[Any, "LazyMask"] = field(default_factory=dict)  # on other devices, of other query rows
+
+    ndim = 4
+
+    def tensor(self) -> torch.Tensor:
+        """The mask as a tensor, for a model that computes on it: what the implementation before the patch gets.
+
+        Raises:
+            PatchError: the model was unpatched while the forward ran.
+        """
+        self.forward.check_patched()
+        name = unpatched_name(implementation_of(self.arguments["config"]))
+        function = mask_function_of(name)
+        if function is None:
+            name, function = "eager", mask_function_of("eager")
+        assert function is not None, "eager attention has masks"
+        mask = self.build(name)
+        if mask is not None:
+            return mask
+        key = f"{name}, never skipped"  # the implementation would do without one; the model asks for it all the same
+        if key not in self._built:
+            self._built[key] = function(**{**self.arguments, "allow_is_causal_skip": False})
+        made = self._built[key]
+        assert made is not None, "no implementation skips a mask that it was told not to skip"
+        return made
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.arguments["batch_size"], 1, self.q_length, self.kv_length
+
+    @property
+    def q_length(self) -> int:
+        return int(self.arguments["q_length"])
+
+    @property
+    def kv_length(self) -> int:
+        """Keys that the cache returns; of a static cache the whole buffer."""
+        return int(self.arguments["kv_length"])
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.arguments["device"])
+
+    @property
+    def padding(self) -> torch.Tensor | None:
+        """The 2-D padding mask of the batch, bool, or None."""
+        padding: torch.Tensor | None = self.arguments["attention_mask"]
+        return padding
+
+    @property
+    def window(self) -> int | None:
+        """Width of the window in sliding-window and chunked layers, None in full ones."""
+        window: int | None = self.arguments.get("local_size")
+        return window
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def contiguous(self) -> "LazyMask":
+        return self
+
+    def to(self, device: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The mask on another device: accelerate calls this before a layer that lives elsewhere."""
+        if torch.is_tensor(device):
+            return self.tensor().to(device, *args, **kwargs)
+        if isinstance(device, torch.dtype) or device is None or torch.device(device) == self.device:
+            return self
+        device = torch.device(device)
+        if device not in self._derived:
+            moved = {
+                key: value.to(device) if torch.is_tensor(value) else value for key, value in self.arguments.items()
+            }
+            parent = None if self.parent is None else (self.parent[0].to(device), self.parent[1])
+            self._derived[device] = LazyMask({**moved, "device": device}, self.forward, parent)
+        return self._derived[device]
+
+    def __getitem__(self, index: Any) -> Any:
+        """`mask[:, :, rows, :]` is lazy, which Gemma's KV-shared layers take; of anything else a tensor's part."""
+        if not _is_of_query_rows(index):
+            return self.tensor()[index]
+        start, stop, _ = index[2].indices(self.q_length)
+        rows = {"q_offset": self.arguments["q_offset"] + start, "q_length": max(stop - start, 0)}
+        return LazyMask({**self.arguments, **rows}, self.forward, (self, slice(start, stop)))
+
+    def build(self, implementation: str | None) -> torch.Tensor | None:
+        """The mask that Transformers would have built for `implementation`, kept for the other layers."""
+        if implementation not in self._built:
+            self._built[implementation] = self._build(implementation)
+        return self._built[implementation]
+
+    def _build(self, implementation: str | None) -> torch.Tensor | None:
+        function = mask_function_of(implementation)
+        if function is None:
+            return None
+        if self.parent is None:
+            return function(**self.arguments)
+        whole, rows = self.parent
+        mask = whole.build(implementation)
+        if mask is not None:
+            return mask[:, :, rows] if mask.ndim == 4 else mask
+        offset = self.arguments["q_offset"]
+        last_query = self.q_length == 1 and isinstance(offset, int)
+        if self.q_length == whole.q_length or (
+            last_query and offset + 1 == self.kv_length + self.arguments["kv_offset"]
+        ):
+            return None  # causality alone still says what is visible
+        return function(**{**self.arguments, "allow_is_causal_skip": False})
+
+    def prepare_for_a_graph(self, implementations: Sequence[str]) -> None:
+        """Compute what a compiled forward asks for: a graph cannot read it, or ties it to the objects of this step."""
+        for implementation in implementations if self.is_decode else ():
+            self.build(implementation)
+        _ = self.end_on_device, self.real_row_starts, self.tokens_before
+        if not self.is_decode:
+            _ = self.q_start
+
+    @property
+    def is_plain_causal(self) -> bool:
+        """Whether nothing but causality and padding decides what is visible."""
+        return self.arguments["mask_function"] is causal_mask_function
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the forward generates. Some rows of a forward are of the phase that the whole forward is.
+
+        Inside `generate` it does once the prompt has been read, whatever the number of queries: assisted decoding may
+        verify many at once. Elsewhere, and with a static cache, which hides on the device how many tokens came before,
+        it does if few queries follow on a cache.
+        """
+        if self.parent is not None:
+            return self.parent[0].is_decode
+        offset, prompt = self.arguments["q_offset"], self.forward.prompt
+        few = self.q_length <= DECODE_MAX_QUERIES
+        if torch.is_tensor(offset):
+            return few
+        if prompt is None:
+            return few and offset > 0
+        return offset >= prompt.end and (few or prompt.verifies)
+
+    @property
+    def queries_of_prompt(self) -> int | None:
+        """How many of the first queries are the end of a prompt, if the others are candidates to verify; else None.
+
+        The first forward of assisted decoding reads the prompt and its first candidates at once.
+        """
+        offset, prompt = self.arguments["q_offset"], self.forward.prompt
+        if prompt is None or not prompt.verifies or torch.is_tensor(offset) or self.parent is not None:
+            return None
+        queries = prompt.end - offset
+        return queries if 0 < queries < self.q_length else None
+
+    def parted(self, queries: int) -> "tuple[LazyMask, LazyMask]":
+        """The masks of the first queries, over the keys up to them, and of the others."""
+        first = {"q_length": queries, "kv_length": self.q_start + queries}
+        others = {"q_length": self.q_length - queries, "q_offset": self.q_start + queries}
+        for part in (first, others):
+            key = tuple(part.items())
+            if key not in self._derived:
+                self._derived[key] = LazyMask({**self.arguments, **part}, self.forward)
+        return self._derived[tuple(first.items())], self._derived[tuple(others.items())]
+
+    @once
+    def q_start(self) -> int:
+        """Absolute position of the first query. With a static cache it is read from the device, once per forward."""
+        return int(self.arguments["q_offset"])
+
+    @once
+    def end_on_device(self) -> torch.Tensor | None:
+        """Valid keys, int64 `[]`, where the cache is static and counts them on the device; None elsewhere."""
+        offset = self.arguments["q_offset"]
+        return (offset + self.q_length).reshape(()) if torch.is_tensor(offset) else None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the queries lie within the keys, as far as the host knows without asking the device in decode."""
+        if self.is_decode and self.end_on_device is not None:
+            return True
+        return self.q_start + self.q_length <= self.kv_length
+
+    @once
+    def row_starts(self) -> torch.Tensor | None:
+        """First real key of each row, int64 `[B]`; None when the batch came without a padding mask."""
+        return None if self.padding is None else self.padding.to(torch.uint8).argmax(-1)
+
+    @once
+    def _padding_facts(self) -> tuple[bool, bool]:
+        """(each row is padding and then tokens, some row is padded); read from the device, once per forward."""
+        if self.padding is None or self.row_starts is None:
+            return True, False
+        padding = self.padding[:, : self.q_start + self.q_length]
+        tokens = padding.sum(-1)
+        left_only = (tokens > 0) & (tokens == padding.shape[-1] - self.row_starts)
+        facts = torch.stack([left_only.all(), (self.row_starts > 0).any()]).tolist()
+        return facts[0], facts[1]
+
+    @property
+    def has_left_padding_only(self) -> bool:
+        return self._padding_facts[0]
+
+    @property
+    def real_row_starts(self) -> torch.Tensor | None:
+        """`row_starts`, or None when no row turns out to be padded."""
+        return self.row_starts if self._padding_facts[1] else None
+
+    @once
+    def tokens_before(self) -> torch.Tensor:
+        """Tokens that each row had before the forward, int64 `[B]`; see `span_ring.tokens_before`."""
+        seen = self.q_start if self.end_on_device is None else self.end_on_device - self.q_length
+        return tokens_before(seen, self.real_row_starts, self.shape[0], self.device)
+
+    @once
+    def alone(self) -> "LazyMask":
+        """The mask of a forward with nothing before it, over its own keys; no tail of a static cache."""
+        if self.kv_length == self.q_length:
+            return self
+        return LazyMask({**self.arguments, "q_offset": 0, "kv_length": self.q_length}, self.forward)
+
+    @once
+    def work(self) -> Work:
+        """How much a dense call of this forward does; on the host where that needs no reading from the device."""
+        batch, offset = self.shape[0], self.arguments["q_offset"]
+        if self.row_starts is None and isinstance(offset, int):
+            return _work(batch, offset, self.q_length, self.window)
+        starts = (
+            torch.zeros(batch, dtype=torch.int64, device=self.device) if self.row_starts is None else self.row_starts
+        )
+        end = offset + self.q_length
+        causal = causal_pairs(offset, end, starts).sum()
+        queries = (end - torch.maximum(starts, starts.new_zeros(()) + offset)).clamp(min=0).sum()
+        attended = causal if self.window is None else torch.minimum(causal, queries * self.window)
+        return Work(queries, causal, attended)
+
+
+def _work(batch: int, q_start: int, q_length: int, window: int | None) -> Work:
+    end = q_start + q_length
+    causal = (end * (end + 1) - q_start * (q_start + 1)) // 2
+    attended = causal
+    if window is not None and end > window:
+        inside = max(window - q_start, 0)  # queries that see fewer keys than the window is wide
+        triangle = (window * (window + 1) - q_start * (q_start + 1)) // 2 if inside else 0
+        attended = triangle + (q_length - inside) * window
+    return Work(batch * q_length, batch * causal, batch * attended)
+
+
+def lazy_mask(**arguments: Any) -> LazyMask:
+    """The mask function that is registered with Transformers: keeps the arguments for later."""
+    return _lazy_mask(arguments, ("sdpa", "eager"))
+
+
+def lazy_mask_for_kernels(**arguments: Any) -> LazyMask:
+    """The same for models whose decode steps run on kernels of ours: no mask is built ahead for every step."""
+    return _lazy_mask(arguments, ())
+
+
+def _is_of_query_rows(index: Any) -> bool:
+    """Whether an index is `[:, :, rows, :]` with a slice of rows that follow on each other."""
+    if not (isinstance(index, tuple) and len(index) == 4 and all(isinstance(part, slice) for part in index)):
+        return False
+    return (*index[:2], index[3]) == (_ALL, _ALL, _ALL) and index[2].step in (None, 1)
+
+
+def _lazy_mask(arguments: dict[str, Any], ahead: Sequence[str]) -> LazyMask:
+    """`ahead`: implementations whose masks a compiled step may ask for."""
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, LazyMask):  # `generate` builds the masks of a static cache ahead
+        return mask
+    if arguments["q_length"] == 1 and not torch.compiler.is_compiling() and adds_to_causal(arguments["mask_function"]):
+        # Tokens of an image see each other both ways; for a last token there is nothing behind it to see.
+        arguments = {**arguments, "mask_function": causal_mask_function}
+    forward = Forward(arguments.get("config"))
+    if not isinstance(arguments["q_offset"], torch.Tensor):
+        return LazyMask(arguments, forward)
+    # With a static cache this is the cache's own counter, which moves on before attention runs.
+    is_made_outside = not torch.compiler.is_compiling()
+    mask = LazyMask({**arguments, "q_offset": arguments["q_offset"].clone()}, forward, is_prepared=is_made_outside)
+    if is_made_outside:
+        mask.prepare_for_a_graph(ahead)
+    return mask

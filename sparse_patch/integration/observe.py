@@ -1,0 +1,41 @@
+"""Looking at the attention calls of a model through the hook that sparse methods use."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.config import PatchConfig
+from sparse_patch.integration.patching import patched
+from sparse_patch.methods.base.protocol import Method
+from sparse_patch.plans import Dense, Plan
+
+
+class _Observer(Method):
+    """Shows every prefill call to a function; the model stays dense."""
+
+    phases = ("prefill",)
+    summary = "looks on"
+    paper = "none"
+
+    method: Literal["observer"] = "observer"
+    see: Callable[[AttentionCall], None]
+
+    def plan(self, call: AttentionCall) -> Plan:
+        self.see(call)
+        return Dense("observed")
+
+
+@contextmanager
+def observed(model: PreTrainedModel, see: Callable[[AttentionCall], None]) -> Iterator[None]:
+    """Call `see` for each prefill call that a sparse method could serve, in a `with` block, before it runs densely.
+
+    Layers that always stay dense (sliding windows, attention sinks in the softmax) are not seen.
+
+    Raises:
+        PatchError: the model is patched already, or cannot be.
+    """
+    with patched(model, PatchConfig(prefill=_Observer(see=see), on_unsupported="silent", source="observer")):
+        yield

@@ -1,0 +1,116 @@
+"""What a patched model says of itself: its report, and the plans of its calls."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import transformers
+from torch import nn
+
+from sparse_patch.call import PHASES, Phase
+from sparse_patch.integration.layer_state import LayerState
+from sparse_patch.integration.names import is_hook
+from sparse_patch.integration.patch import PATCHING, config_of, patch_of, states_on, transformers_model
+from sparse_patch.integration.transformers_internals import implementation_of
+from sparse_patch.plans import Plan
+from sparse_patch.report import COUNTING, LayerCounts, LayerReport, SparsityReport
+from sparse_patch.version import __version__
+
+
+def sparsity_report(model: nn.Module) -> SparsityReport:
+    """What the model computed since it was patched, or since `reset_report`, layer by layer and head by head.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    with PATCHING:
+        patch, states = patch_of(transformers_model(model)), states_on(model)
+        active = all(is_hook(implementation_of(config_of(module))) for module in patch.attention)
+    with COUNTING:
+        layers = [_layer_report(state) for state in states]
+    return SparsityReport(
+        config=patch.config.settings(),
+        source=patch.config.source,
+        fingerprint=patch.config.fingerprint(),
+        hook_active=active,
+        versions=versions(),
+        layers=layers,
+        remarks=_remarks(states[0]),
+    )
+
+
+def _remarks(state: LayerState) -> list[str]:
+    """What the methods say, each thing once, and which heads are counted; of any layer."""
+    methods = (state.config.method(phase) for phase in PHASES)
+    remarks = list(dict.fromkeys(remark for method in methods if method and (remark := method.remark())))
+    if state.shard.size > 1:
+        remarks.append(f"tensor parallelism: only the heads of rank {state.shard.rank} of {state.shard.size}")
+    return remarks
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {
+        "sparse_patch": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+
+
+def reset_report(model: nn.Module) -> None:
+    """Start the counts of `sparsity_report` again from zero.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    for state in states_on(model):
+        state.counts = LayerCounts()
+
+
+@contextmanager
+def uncounted(model: nn.Module) -> Iterator[None]:
+    """Leave what runs in a `with` block out of `sparsity_report`: warm-ups, trials of batch sizes.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    states = states_on(model)
+    counts = [state.counts for state in states]
+    for state in states:
+        state.counts = LayerCounts()
+    try:
+        yield
+    finally:
+        for state, count in zip(states, counts, strict=True):
+            state.counts = count
+
+
+@contextmanager
+def capture_plans(model: nn.Module) -> Iterator[dict[int, list[tuple[Phase, Plan]]]]:
+    """Keep the plans of the calls that run in a `with` block, by layer, oldest first: for pictures and for tests.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    states = states_on(model)
+    captured: dict[int, list[tuple[Phase, Plan]]] = {}
+    for state in states:
+        state.captured = captured.setdefault(state.layer, [])
+    try:
+        yield captured
+    finally:
+        for state in states:
+            state.captured = None
+
+
+def _layer_report(state: LayerState) -> LayerReport:
+    method = {phase: state.config.method(phase) if phase in state.phases else None for phase in PHASES}
+    return LayerReport(
+        layer=state.layer,
+        name=state.name,
+        prefill_method=method["prefill"].method if method["prefill"] else None,
+        decode_method=method["decode"].method if method["decode"] else None,
+        prefill=state.counts.prefill.report(),
+        decode=state.counts.decode.report(),
+        compiled=state.counts.compiled,
+    )

@@ -1,0 +1,67 @@
+"""What the model asks of the hook: one call of attention, as Transformers makes it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_patch.integration.layer_state import LayerState
+from sparse_patch.integration.masks import LazyMask
+
+SINKS = "s_aux"  # the argument by which Transformers hands the logits of attention sinks on (gpt-oss)
+
+
+@dataclass(eq=False)
+class Request:
+    """One call of attention; see `sparse_attention` for the arguments.
+
+    Attributes:
+        state: what the module carries.
+        module: the attention module.
+        query: `[B, Hq, Sq, D]`.
+        key: `[B, Hkv, Skv, D]`, everything the cache returns.
+        value: `[B, Hkv, Skv, Dv]`.
+        mask: a `LazyMask`, or what the caller passed in its place.
+        scaling: factor on the logits; None for `D ** -0.5`.
+        kwargs: the other arguments, by the names that Transformers gives them.
+    """
+
+    state: LayerState
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: Any
+    scaling: float | None
+    kwargs: dict[str, Any]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.query, self.key, self.value
+
+    @property
+    def sinks(self) -> torch.Tensor | None:
+        """The logits of attention sinks in the softmax, `[Hq]`; None for a model without."""
+        sinks: torch.Tensor | None = self.kwargs.get(SINKS)
+        return sinks
+
+    def having(self, tensors: Iterable[torch.Tensor]) -> "Request":
+        """The same request with its query, key and value in another precision."""
+        query, key, value = tensors
+        return replace(self, query=query, key=key, value=value)
+
+    @property
+    def has_window(self) -> bool:
+        """Whether the layer is one with a sliding window or with chunks."""
+        return bool(self.kwargs.get("sliding_window")) or (
+            isinstance(self.mask, LazyMask) and self.mask.window is not None
+        )
+
+    @property
+    def wants_weights(self) -> bool:
+        """Whether the attention weights are asked for; by the config only of a model whose implementation has them."""
+        return bool(self.kwargs.get("output_attentions")) or (
+            self.state.has_weights and bool(getattr(self.module.config, "output_attentions", False))
+        )

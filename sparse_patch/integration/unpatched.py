@@ -1,0 +1,93 @@
+"""What a model computes without a patch: its config, its attention function, and a dense call as it was before."""
+
+import copyreg
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from sparse_patch.integration.discovery import dispatch_scope
+from sparse_patch.integration.layer_state import AttentionFunction
+from sparse_patch.integration.masks import LazyMask
+from sparse_patch.integration.names import is_hook, unpatched_name
+from sparse_patch.integration.request import Request
+from sparse_patch.integration.transformers_internals import IMPLEMENTATION, implementation_of, set_implementation_of_one
+
+
+class _Unpatched:
+    """The module as its own attention function knows it: with the config it had before, everything else its own."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self._module = module
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def attend_unpatched(
+    module: nn.Module, tensors: tuple[torch.Tensor, ...], mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a module computes that was made from a patched model's config and has no patch itself."""
+    if isinstance(mask, LazyMask):
+        mask.forward.check_patched()
+    config = unpatched_config(module.config)
+    return _attend_with(config, unpatched_function(module, config), module, tensors, mask, kwargs)
+
+
+def unpatched_config(config: Any) -> Any:
+    """A config as it is without the patch: itself, or a copy with the implementation that the hook's name says."""
+    if not is_hook(implementation_of(config)):
+        return config
+    config, name = copy(config), unpatched_name(implementation_of(config))
+    set_implementation_of_one(config, name)
+    return config
+
+
+def copies_are_plain(kind: type[PreTrainedConfig]) -> None:
+    """Have configs of a class copied and pickled as they are without the patch: none leaves a model with its config.
+
+    Only the class can say how its objects are pickled. Doing it again changes nothing.
+    """
+    copyreg.pickle(kind, _reduced)
+
+
+def _reduced(config: PreTrainedConfig) -> Any:
+    """What pickle gets of a config, with the unpatched implementation."""
+    reduced: Any = config.__reduce_ex__(4)
+    make, args, state, *others = reduced
+    name = state.get(IMPLEMENTATION)
+    return make, args, {**state, IMPLEMENTATION: unpatched_name(name)} if is_hook(name) else state, *others
+
+
+def unpatched_function(module: nn.Module, config: Any) -> AttentionFunction:
+    """The attention function of the implementation that a config of no patch names."""
+    scope = dispatch_scope(module)
+    assert scope is not None, "a module that reached the hook asks the attention interface"
+    function: AttentionFunction = scope["ALL_ATTENTION_FUNCTIONS"].get_interface(
+        implementation_of(config), scope.get("eager_attention_forward")
+    )
+    return function
+
+
+def attend_densely(request: Request) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the model did before it was patched."""
+    config, function = request.state.original_config, request.state.dense
+    kwargs = {"scaling": request.scaling, **request.kwargs}
+    return _attend_with(config, function, request.module, request.tensors, request.mask, kwargs)
+
+
+def _attend_with(
+    config: Any,
+    function: AttentionFunction,
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, ...],
+    mask: Any,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a config's attention function gives, with the mask that this implementation gets."""
+    if isinstance(mask, LazyMask):
+        mask = mask.build(implementation_of(config))
+    return function(_Unpatched(module, config), *tensors, mask, **kwargs)

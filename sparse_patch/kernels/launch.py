@@ -1,0 +1,170 @@
+"""What the launches of several Triton kernels need."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, wraps
+from inspect import Parameter, signature
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
+
+import torch
+
+from sparse_patch.kernels.alignment import STEP, is_aligned
+
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class LaunchOp(Protocol[P, R_co]):
+    """What `launch_op` makes of a launch.
+
+    Attributes:
+        op: the custom op.
+    """
+
+    op: Any
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+def no_outputs() -> None:
+    """The outputs of a launch that only writes to its arguments."""
+
+
+def launch_op(
+    name: str, outputs: Callable[..., Any] = no_outputs, mutates_args: Sequence[str] = ()
+) -> Callable[[Callable[P, R_co]], LaunchOp[P, R_co]]:
+    """A kernel's launch as a custom op `sparse_patch::name`, where torch.compile or a fake tensor has to know one.
+
+    Eager calls go past the op, whose wrapper takes as long on the host as the launch. The first argument is a tensor.
+
+    Args:
+        name: of the op.
+        outputs: room for what the launch returns: empty tensors of the same shapes, dtypes and strides. It takes the
+            arguments of the launch that it needs, under their names in the launch; its keyword-only parameters keep
+            their defaults.
+        mutates_args: names of the tensors that the launch writes to.
+
+    Raises:
+        TypeError: `outputs` needs an argument that the launch does not have.
+    """
+
+    def decorate(launch: Callable[P, R_co]) -> LaunchOp[P, R_co]:
+        op = torch.library.custom_op(f"sparse_patch::{name}", launch, mutates_args=mutates_args)
+        op.register_fake(_fake(launch, outputs))
+
+        @wraps(launch)
+        def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+                return op(x, *args, **kwargs)
+            return cast(Any, launch)(x, *args, **kwargs)
+
+        made = cast(Any, call)
+        made.op = op
+        return cast(LaunchOp[P, R_co], made)
+
+    return decorate
+
+
+def _fake(launch: Callable[..., Any], outputs: Callable[..., Any]) -> Callable[..., Any]:
+    """The launch as torch.compile plans with it: any call of it gives what `outputs` gives."""
+    arguments = signature(launch)
+    needed = [x.name for x in signature(outputs).parameters.values() if x.kind is not Parameter.KEYWORD_ONLY]
+    unknown = [name for name in needed if name not in arguments.parameters]
+    if unknown:
+        raise TypeError(f"the outputs of {launch.__name__} need {', '.join(unknown)}, which it is not given")
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        given = arguments.bind(*args, **kwargs)
+        given.apply_defaults()
+        return outputs(*(given.arguments[name] for name in needed))
+
+    return fake
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the kernel is cut: queries and keys of a tile, warps of a program, depth of its pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_of(head_dim: int, dtype: torch.dtype, block_size: int, capability: tuple[int, int]) -> Tile:
+    """The tile for a head size, dtype and GPU generation; static, so that no prompt length waits for a search."""
+    wide = head_dim > 128
+    if dtype == torch.float32:
+        tile = Tile(64, 32, 4, 1)
+    elif capability >= (9, 0):
+        tile = Tile(128, 64, 8, 2) if wide else Tile(64, 64, 4, 3) if head_dim > 64 else Tile(64, 128, 4, 2)
+    elif capability == (8, 0):
+        tile = Tile(64, 64, 4, 2) if wide else Tile(128, 64, 8, 3)
+    else:  # about 100 KB of shared memory
+        tile = Tile(64, 32, 4, 2) if wide else Tile(64, 64, 4, 2)
+    return Tile(min(tile.block_m, block_size), min(tile.block_n, block_size), tile.num_warps, tile.num_stages)
+
+
+@cache
+def gpu_properties(device: torch.device) -> tuple[int, tuple[int, int]]:
+    """Number of SMs and compute capability; of a small GPU where the interpreter runs."""
+    if device.type != "cuda":
+        return 4, (9, 0)
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, (properties.major, properties.minor)
+
+
+def rows_in_one_piece(x: torch.Tensor) -> torch.Tensor:
+    """A tensor whose last stride is 1: itself, or a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def tma_ready(x: torch.Tensor) -> torch.Tensor:
+    """A tensor that a tensor descriptor can describe: itself, or a copy with room behind each row."""
+    if is_aligned(x):
+        return x
+    steps = STEP // x.element_size()
+    room = x.new_empty(*x.shape[:-1], -(-x.shape[-1] // steps) * steps)
+    return room[..., : x.shape[-1]].copy_(x)
+
+
+def by_row(numbers: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:
+    """Numbers one after the other, as those of the rows, `[B]`; `instead`, which is not read, if there are none."""
+    return instead if numbers is None else numbers.contiguous()
+
+
+def given(x: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:
+    """A tensor that a kernel can do without; `instead`, which is not read, if there is none."""
+    return instead if x is None else x
+
+
+def block_of(size: int) -> int:
+    """The side of a tile that holds so many numbers: a power of two, and enough for a product of tiles."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How a kernel multiplies tiles of a dtype."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def attention_constants(q: torch.Tensor, v: torch.Tensor, softcap: float) -> dict[str, Any]:
+    """What every kernel of attention is compiled for, of queries and values `[..., D]` and a softcap, 0 for none."""
+    head_dim, value_dim = q.shape[-1], v.shape[-1]
+    return {
+        "D": head_dim,
+        "DV": value_dim,
+        "BLOCK_D": block_of(head_dim),
+        "BLOCK_DV": block_of(value_dim),
+        "HAS_SOFTCAP": softcap > 0,
+        "PRECISION": precision_of(q.dtype),
+    }
+
+
+def attention_outputs(
+    q: torch.Tensor, v: torch.Tensor, return_lse: bool, *, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for an output `[B, Hq, Sq, Dv]`, in memory as `[B, Sq, Hq, Dv]`, and its LSE, empty if not asked for."""
+    batch, heads, q_length, _ = q.shape
+    out = q.new_empty(batch, q_length, heads, v.shape[-1], dtype=dtype or q.dtype).transpose(1, 2)
+    return out, q.new_empty((batch, heads, q_length) if return_lse else (0,), dtype=torch.float32)

@@ -1,0 +1,113 @@
+"""What the decode methods with a budget of keys have in common: how many keys a row may read, and when that is all."""
+
+import math
+from typing import Annotated, Any, TypeVar
+
+import torch
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.files.reading import MOST
+from sparse_patch.methods.base.protocol import DecodeMethod
+from sparse_patch.ops.selection.top_pages import top_pages
+from sparse_patch.plans import Dense
+
+Count = TypeVar("Count", int, torch.Tensor)
+
+
+class BudgetedMethod(DecodeMethod):
+    """A decode method that reads a limited number of keys. Exactly one of `budget` and `budget_ratio` is set.
+
+    A row of the batch with no more keys than its budget reads all of them.
+
+    Attributes:
+        budget: tokens that a list holds, everything that is always read included.
+        budget_ratio: the same as a share of the row's keys, in (0, 1]. Its selection sorts, which is slower.
+    """
+
+    budget: Annotated[int, Field(gt=0, le=MOST)] | None = 2048
+    budget_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_ratio_replaces_the_default(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("budget_ratio") is not None and "budget" not in data:
+            return {**data, "budget": None}
+        return data
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.budget is None and self.budget_ratio is None:
+            raise ValueError("budget: missing; give budget in tokens or budget_ratio as a share of the keys")
+        if self.budget is not None and self.budget_ratio is not None:
+            raise ValueError(f"budget_ratio: budget is {self.budget} already; set budget: null to use a ratio")
+        if self.budget is not None and self.budget < self.fewest:
+            raise ValueError(f"budget: {self.budget} is below {self.fewest}, the tokens that a list needs at least")
+        return self
+
+    @property
+    def fewest(self) -> int:
+        """Tokens that every list holds at least; smaller budgets are refused, smaller shares raised to it."""
+        return 1
+
+    def pages(self, tokens: Count) -> Count:
+        """How many of the pages that the method ranks a budget of tokens is worth."""
+        return tokens
+
+    def why_dense(self, call: AttentionCall) -> Dense | None:
+        """Short caches, several queries at a time (speculative decoding), and what a budget covers in any case."""
+        if short := super().why_dense(call):
+            return short
+        if call.q.shape[2] > 1:
+            return Dense("more than one query")
+        if call.kv_length <= self.most(call.kv_length):
+            return Dense("no more keys than the budget")
+        return None
+
+    def most(self, length: int) -> int:
+        """The budget of a row of so many keys, in tokens."""
+        if self.budget is not None:
+            return self.budget
+        assert self.budget_ratio is not None, "checked by _one_budget"
+        return max(math.ceil(self.budget_ratio * length), self.fewest)
+
+    def tokens(self, lengths: torch.Tensor) -> torch.Tensor:
+        """The budgets of rows of so many keys, int64 `[B]` both, on the device."""
+        if self.budget is not None:
+            return torch.full_like(lengths, self.budget)
+        assert self.budget_ratio is not None, "checked by _one_budget"
+        return lengths.double().mul(self.budget_ratio).ceil().long().clamp(min=self.fewest)
+
+    def highest(
+        self, call: AttentionCall, scores: torch.Tensor, limits: torch.Tensor, page_size: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pages with the highest scores, as many as each row's budget is worth.
+
+        Args:
+            call: the call.
+            scores: float32 `[B, L, N]`; +inf for a page that is always read.
+            limits: pages that each row has, or with a `page_size` the tokens of them, int64 `[B]`; what lies behind has
+                no meaning.
+            page_size: tokens of a page, where `limits` are tokens.
+
+        Returns:
+            As the arguments of `PagePlan.of`: int32 `[B, L, K]`, ascending, and counts, int32 `[B, L]`.
+        """
+        most = self.pages(self.most(call.kv_length))
+        if self.budget is not None:
+            return top_pages(scores, limits, most, page_size)
+        return _highest(scores, -(-limits // page_size), self.pages(self.tokens(call.lengths())), most)
+
+
+def _highest(
+    scores: torch.Tensor, limits: torch.Tensor, wanted: torch.Tensor, most: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`top_pages` with a number of pages of its own for each row, `wanted` `[B]`, none above `most`."""
+    number = torch.arange(scores.shape[-1], device=scores.device)
+    inside = scores.masked_fill(number >= limits[:, None, None], -torch.inf)
+    order = inside.argsort(dim=-1, descending=True, stable=True)[..., :most]
+    counts = torch.minimum(wanted, limits)[:, None].expand(scores.shape[:2])
+    rank = torch.arange(order.shape[-1], device=scores.device)
+    pages = order.masked_fill(rank >= counts[..., None], scores.shape[-1]).sort(-1).values
+    return pages.clamp(max=scores.shape[-1] - 1).int(), counts.int()

@@ -1,0 +1,159 @@
+"""What TidalDecode, LessIsMore and DELTA have in common: a few layers choose what the others read.
+
+A full layer reads everything. A selecting layer reads everything as well, and chooses a list of keys by its own
+attention. Any other layer is sparse: it reads the list of the nearest selecting layer before it, in the same forward.
+Layers without full attention (sliding windows and the like) stay as the model has them.
+
+Which layer does what depends on the model. It comes from `roles` if that is set, else from the file of `calibration`,
+else from a published choice for the model's shape.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from typing import ClassVar, NamedTuple
+
+import torch
+from pydantic import model_validator
+from typing_extensions import Self
+
+from sparse_patch.artefacts.base import check_shape
+from sparse_patch.artefacts.layer_roles import MAKE_ONE, Calibration, Roles, read_calibration
+from sparse_patch.call import AttentionCall
+from sparse_patch.errors import one_line
+from sparse_patch.methods.base.budget import BudgetedMethod
+from sparse_patch.model_shape import ModelShape
+from sparse_patch.plans import Dense, PagePlan, Plan
+
+
+class Preset(NamedTuple):
+    """A published choice of layers.
+
+    Attributes:
+        model: its name.
+        shape: any model of this shape gets the choice.
+        layers: the choice.
+        source: who published it.
+    """
+
+    model: str
+    shape: ModelShape
+    layers: Roles
+    source: str
+
+
+class LayeredMethod(BudgetedMethod):
+    """A method of full, selecting and sparse layers.
+
+    Attributes:
+        presets: published choices of layers.
+        roles: which layers do what; see `Roles`. None to take it from `calibration` or from a preset.
+        calibration: YAML file that `sparse-patch calibrate layers` wrote, used if `roles` is None. A relative path
+            counts from the folder of the YAML file that names it.
+    """
+
+    files = ("calibration",)
+    forms: ClassVar[Mapping[str, str]] = {
+        "layers": f"{BudgetedMethod.forms['layers']}; which of them choose is set by roles",
+        "roles": "{full: [numbers], select: [numbers]} or null",
+    }
+    presets: ClassVar[tuple[Preset, ...]] = ()
+
+    roles: Roles | None = None
+    calibration: str | None = None
+
+    @model_validator(mode="after")
+    def _calibration_is_readable(self) -> Self:
+        _ = self.calibrated
+        return self
+
+    @cached_property
+    def calibrated(self) -> Calibration | None:
+        """What the file of `calibration` holds; None without one."""
+        return None if self.calibration is None else read_calibration(self.calibration)
+
+    def for_model(self, shape: ModelShape) -> Self:
+        """The method with `roles` set to those of the model's layers; see `Method.for_model`."""
+        if self.roles is not None:
+            roles, place = self.roles, "roles."
+        elif self.calibrated is not None:
+            place = f"calibration: {one_line(self.calibration)}"
+            check_shape(self.calibrated.header, shape, place)
+            roles, place = self.calibrated.layers, f"{place}: "
+        else:
+            roles, place = self._published(shape), "roles."
+        others = frozenset(range(shape.num_layers)) - self.layers_of(shape.num_layers)
+        return self.model_copy(update={"roles": roles.resolved(shape, place, others)})
+
+    def _published(self, shape: ModelShape) -> Roles:
+        for preset in self.presets:
+            if preset.shape == shape:
+                return preset.layers
+        raise ValueError(
+            f"roles: no published choice for this model ({shape.model_type}, {shape.num_layers} layers); {MAKE_ONE} "
+            f"and set decode.calibration: FILE"
+        )
+
+    def role(self, layer: int) -> str:
+        """ "full", "select" or "sparse"; of a method that `for_model` returned."""
+        assert self.roles is not None and self.roles.select is not None, "for_model was not called"
+        if layer in self.roles.select:
+            return "select"
+        return "full" if layer in self.roles.full else "sparse"
+
+    @property
+    def list_page_size(self) -> int:
+        """Tokens of a page of the lists."""
+        return 1
+
+    def plan(self, call: AttentionCall) -> Plan:
+        """Everything, with or without the logits, or the list that is at hand; see `Method.plan`."""
+        if dense := self.why_dense(call):
+            return dense
+        role = self.role(call.layer)
+        if role == "full":
+            return Dense("full layer")
+        if role == "select":
+            return PagePlan.every(call, self.list_page_size, wants_logits=True)
+        plan: PagePlan | None = call.forward_state.get(self.method)
+        if plan is None or plan.pages is None or plan.counts is None:
+            return Dense("no list: the selecting layer was dense")
+        if plan.pages.shape[1] not in (1, call.k.shape[1], call.q.shape[1]):
+            return Dense("the selecting layer has another number of heads")
+        if plan.pages.device == call.q.device and plan.heads == call.q.shape[1]:
+            return plan
+        device = call.q.device  # layers may lie on several devices
+        plan = PagePlan.of(call, plan.pages.to(device), plan.counts.to(device), self.list_page_size)
+        call.forward_state[self.method] = plan
+        return plan
+
+    def select(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> None:
+        """Choose the list of the layers that follow; see `DecodeMethod.select`."""
+        call.forward_state[self.method] = PagePlan.of(call, *self.choose(call, logits, lse), self.list_page_size)
+
+    @abstractmethod
+    def choose(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The lists that a selecting layer makes: pages, int32 `[B, L, K]`, and counts, int32 `[B, L]`.
+
+        Arguments as those of `DecodeMethod.select`.
+        """
+
+
+_LLAMA_2_7B = ModelShape("llama", num_layers=32, num_heads=32, num_kv_heads=32, hidden_size=4096)
+_LLAMA_3_8B = ModelShape("llama", num_layers=32, num_heads=32, num_kv_heads=8, hidden_size=4096)
+_QWEN_3_8B = ModelShape("qwen3", num_layers=36, num_heads=32, num_kv_heads=8, hidden_size=4096)
+_QWEN_3_4B = ModelShape("qwen3", num_layers=36, num_heads=32, num_kv_heads=8, hidden_size=2560)
+
+
+def _select_twice(again: int) -> Roles:
+    """TidalDecode's structure: two full layers, a selecting one, sparse ones, and one that selects again."""
+    return Roles(full=[0, 1], select=[2, again])
+
+
+# LessIsMore has TidalDecode's structure, by the same authors; layers from 0.
+TIDAL_PRESETS = (
+    Preset("Llama-2-7B", _LLAMA_2_7B, _select_twice(7), "TidalDecode, authors' blog"),
+    Preset("Llama-3-8B, Llama-3.1-8B", _LLAMA_3_8B, _select_twice(13), "TidalDecode, public code's scripts"),
+    Preset("Qwen3-8B", _QWEN_3_8B, _select_twice(12), "LessIsMore, paper"),
+    Preset("Qwen3-4B", _QWEN_3_4B, _select_twice(20), "LessIsMore, paper"),
+)

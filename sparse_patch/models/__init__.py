@@ -1,0 +1,1 @@
+"""Checkpoints: how any is loaded, and those with a loader of their own."""

@@ -1,0 +1,116 @@
+"""Loading any checkpoint: model and tokenizer, with one line for whatever fails there."""
+
+import json
+import pickle
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from sparse_patch.errors import SparsePatchError, TaskError, one_line
+from sparse_patch.models.minicpm import is_minicpm, load_minicpm
+
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # files that a tokenizer is made of
+
+
+def load_model(path: str | Path) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer from a local folder or a hub id: float32 on a CPU, bfloat16 on a GPU, evaluation mode.
+
+    MiniCPM is loaded as a native model, without the code beside its weights.
+
+    Raises:
+        SparsePatchError: they cannot be loaded.
+    """
+    check_config("--model", path)
+    on_gpu = torch.cuda.is_available()
+    tokenizer = load_tokenizer(path)
+    load = load_minicpm if is_minicpm(path) else partial(AutoModelForCausalLM.from_pretrained, weights_only=True)
+    with loading("--model", path):
+        model = load(path, dtype=torch.bfloat16 if on_gpu else torch.float32)
+        model = model.cuda() if on_gpu else model  # type: ignore[call-arg]
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(path: str | Path, option: str = "--model") -> Any:
+    """A tokenizer from a local folder or a hub id.
+
+    Raises:
+        SparsePatchError: it cannot be loaded; the message begins with the option that named it.
+    """
+    _check_folder(option, path, _TOKENIZERS, "tokenizer; put it there with `tokenizer.save_pretrained(folder)`")
+    # without a config Transformers would look for the class of MiniCPM's own, and ask whether to run the code beside it
+    config = PreTrainedConfig() if is_minicpm(path) else None
+    with loading(option, path, "tokenizer: "):
+        return AutoTokenizer.from_pretrained(path, config=config)
+
+
+@contextmanager
+def loading(option: str, path: str | Path, part: str = "") -> Iterator[None]:
+    """For a `with` block that loads what a folder or a hub id holds: whatever fails there is one line.
+
+    Transformers, tokenizers and safetensors each raise what they like for a file that is damaged.
+
+    Raises:
+        SparsePatchError: it cannot be loaded; the message begins with the option that named it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error that follows says it better
+            yield
+    except SparsePatchError:
+        raise
+    except Exception as error:
+        part = part if Path(path).is_dir() else ""
+        raise SparsePatchError(
+            f"{option}: {one_line(path)}: cannot be loaded: {part}{_reason(Path(path), error)}"
+        ) from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why nothing could be loaded, in our words where they are clearer."""
+    text = one_line(" ".join(str(error).split()), 240)
+    if isinstance(error, pickle.UnpicklingError):
+        return "its weights are a pickle of more than tensors, which is never opened; save them as safetensors"
+    if not path.exists():
+        return f"no such folder; as a hub id: {text}"
+    if not path.is_dir():
+        return "it is not a folder; name that of a checkpoint"
+    return text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"
+
+
+def _check_folder(option: str, path: str | Path, needed: Sequence[str], what: str) -> None:
+    """Raise if there is such a folder and it has none of the files that are needed; a hub id passes."""
+    if Path(path).is_dir() and not any(any(Path(path).glob(pattern)) for pattern in needed):
+        raise SparsePatchError(f"{option}: {one_line(path)}: cannot be loaded: has no {what}")
+
+
+def check_config(option: str, path: str | Path) -> None:
+    """Raise if a folder has no config.json, or one that is no JSON object; a hub id passes.
+
+    Raises:
+        SparsePatchError: see above.
+    """
+    _check_folder(option, path, ["config.json"], "config.json; name the folder of a checkpoint")
+    file = Path(path) / "config.json"
+    if file.is_file():
+        try:
+            data = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise SparsePatchError(f"{option}: {file}: cannot be read: {error}") from None
+        if not isinstance(data, dict):
+            raise SparsePatchError(f"{option}: {file}: expected a JSON object, got a {type(data).__name__}")
+
+
+def check_context(model: PreTrainedModel, length: int, answer: int, option: str) -> None:
+    """Raise TaskError if a prompt and its answer do not fit the positions that the model was made for."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and length + answer > context:
+        raise TaskError(
+            f"{option}: a prompt of {length} tokens and {answer} for the answer do not fit the model's context of "
+            f"{context}; ask for at most {context - answer}"
+        )

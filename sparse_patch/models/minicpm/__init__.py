@@ -1,0 +1,22 @@
+"""MiniCPM 1, 2, 4 and 4.1 as native Transformers models; the code that a checkpoint brings along never runs.
+
+Transformers has no dense MiniCPM of its own, and the checkpoints' code does not ask its attention interface. But
+MiniCPM is a Llama with four constants, and Granite is the same Llama with the same constants under other names:
+
+    embeddings  x scale_emb                              embedding_multiplier
+    residuals   x scale_depth / sqrt(num_hidden_layers)  residual_multiplier
+    logits      / (hidden_size / dim_model_base)         logits_scaling
+    q.k         x head_dim ** -0.5                       attention_multiplier
+
+so the weights, whose names are equal, are loaded into `GraniteForCausalLM`. Sources: MiniCPM (arXiv 2404.06395),
+MiniCPM4 (arXiv 2506.07900) and Transformers' Granite. Neither published weights nor the code beside them were at hand:
+what is said of that code here is from memory.
+
+`rope` has the kinds of rotary embedding -> `config` reads config.json -> `weights` checks the weights -> `loading`
+makes the model.
+"""
+
+from sparse_patch.models.minicpm.config import MODEL_TYPE
+from sparse_patch.models.minicpm.loading import is_minicpm, load_minicpm, minicpm_config
+
+__all__ = ["MODEL_TYPE", "is_minicpm", "load_minicpm", "minicpm_config"]

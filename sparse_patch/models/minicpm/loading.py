@@ -1,0 +1,89 @@
+"""From a folder or a hub id to a native model."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedConfig
+
+from sparse_patch.errors import SparsePatchError, reason, short
+from sparse_patch.models.minicpm.config import MODEL_TYPE, read_config
+from sparse_patch.models.minicpm.weights import LM_HEAD, check_weights, weights_in
+
+
+def load_minicpm(
+    path: str | Path,
+    /,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+) -> GraniteForCausalLM:
+    """Load a dense MiniCPM checkpoint as a native Transformers model, in evaluation mode.
+
+    `save_pretrained` of it writes a Granite checkpoint, which `AutoModelForCausalLM` loads. Its config says what was
+    carried over: `config.minicpm` has MiniCPM's constants and the kind of RoPE, `config.sparse_config` the settings of
+    InfLLM-V2 for the method `infllmv2`, or None; attention is dense until `patch_model`. Embeddings are tied if
+    config.json says so, or if it says nothing and the weights have no lm_head.
+
+    Args:
+        path: a folder with config.json and weights (safetensors or pytorch_model.bin, whole or in parts), or a hub id.
+        dtype: of the weights; "auto" for the one in config.json, else that of the weights.
+        device_map: as in Transformers: "cuda", "auto", ...; by default the CPU.
+        attn_implementation: as in Transformers.
+        revision: of a hub id.
+
+    Raises:
+        SparsePatchError: there is no such checkpoint, or it is not a dense MiniCPM, whole and unquantized.
+    """
+    folder = _folder(path, revision)
+    fields = read_config(folder)
+    weights = weights_in(folder)
+    tied = LM_HEAD not in weights if fields.tie_word_embeddings is None else fields.tie_word_embeddings
+    config = fields.granite(tied)
+    check_weights(folder, weights, config)
+    return GraniteForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        device_map=device_map,
+        attn_implementation=attn_implementation,
+        trust_remote_code=False,
+    )
+
+
+def is_minicpm(path: str | Path) -> bool:
+    """Whether a folder or hub id has a config.json of MiniCPM's own, so that `load_minicpm` is the way to load it."""
+    try:
+        data, _ = PreTrainedConfig.get_config_dict(path)
+        return data.get("model_type") == MODEL_TYPE
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # no such file, or no JSON object
+        return False
+
+
+def minicpm_config(path: str | Path) -> GraniteConfig:
+    """The config of the model that `load_minicpm` would give, without its weights.
+
+    Raises:
+        SparsePatchError: there is no config, or it is not that of a dense MiniCPM.
+    """
+    fields = read_config(path)
+    return fields.granite(tied=fields.tie_word_embeddings is not False)
+
+
+def _folder(path: str | Path, revision: str | None) -> Path:
+    """The checkpoint's folder, downloaded if it is a hub id; no code is fetched."""
+    if not isinstance(path, str | os.PathLike):
+        raise SparsePatchError(f"load_minicpm: path: expected a folder or a hub id, got {short(path)}")
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):  # pickled weights are often there too: only if need be
+            snapshot_download(str(path), revision=revision, allow_patterns=["*.json", "*.bin"])
+    except (OSError, ValueError) as error:
+        raise SparsePatchError(f"{path}: no such folder, and not to be had from the hub: {reason(error)}") from None
+    return folder

@@ -1,0 +1,10 @@
+"""Dense causal attention: the kernels that are present, for the baselines of `sparse-patch bench` and `dense: best`.
+
+Kernels: `flash4` (flash-attn-4, Hopper), `cudnn`, `flash2` and `efficient` (backends of PyTorch's SDPA) and `sdpa`
+(whatever SDPA picks, on any device). Contract of every kernel: grouped KV heads without repeating them, any scale, no
+padding and no softcap; what else it cannot serve it says in `why_unsupported`.
+"""
+
+from sparse_patch.ops.attention.dense.dispatch import KERNELS, attend, fastest, why_unsupported
+
+__all__ = ["KERNELS", "attend", "fastest", "why_unsupported"]

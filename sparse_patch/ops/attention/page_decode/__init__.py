@@ -1,0 +1,45 @@
+"""Decode attention over pages: a few queries against the keys that a `PagePlan` lists, or against every key.
+
+Backends: `reference` (float32 softmax under the plan's mask, the oracle), `torch` (gathers only the listed keys; for
+CPUs) and `triton` (split-KV flash decoding: one kernel for every plan, one that merges the splits).
+Contract of every backend: float16, bfloat16 or float32; grouped KV heads without repeating them; `Dv != D`; any
+positive scale; softcap; left padding per row; static buffers, of which nothing is read at `kv_end` or behind; any
+length and strides; a query with no key gives 0, never NaN; accumulation in float32; LSE in natural log (`-inf` for a
+query with no key); no value of a tensor is read on the host.
+"""
+
+from typing import Any
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.ops import backends
+from sparse_patch.ops.attention.op import AttentionOp
+from sparse_patch.plans import PagePlan
+
+__all__ = ["OP", "attend", "fastest", "why_unsupported"]
+
+
+def _fastest(call: AttentionCall, plan: PagePlan) -> str:
+    return backends.fastest(call)
+
+
+def _why(call: AttentionCall, plan: PagePlan, backend: str) -> str | None:
+    return backends.why_unsupported(call, backend)
+
+
+def _module(backend: str) -> Any:
+    """The backend's module, by statements that torch.compile can trace."""
+    if backend == "triton":
+        from sparse_patch.ops.attention.page_decode import triton
+
+        return triton
+    if backend == "torch":
+        from sparse_patch.ops.attention.page_decode import torch
+
+        return torch
+    from sparse_patch.ops.attention.page_decode import reference
+
+    return reference
+
+
+OP = AttentionOp(PagePlan, _module, ("reference", "torch", "triton"), _fastest, _why)
+attend, fastest, why_unsupported = OP.attend, OP.fastest, OP.why_unsupported

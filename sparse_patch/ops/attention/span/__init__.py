@@ -1,0 +1,49 @@
+"""Span attention: each query reads the first keys of its row and a window up to itself, by KV head (`SpanPlan`).
+
+Here all keys of a row lie in the call's buffers; `ops.span_ring` is the same attention over a cache that keeps no more
+than the spans. Backends: `reference` (float32 softmax under the plan's mask, the oracle), `torch` (gathers only the
+keys that a slice of queries reads; for CPUs) and `triton` (one kernel, which touches no tile outside of the spans).
+Contract of every backend: float16, bfloat16 or float32; grouped KV heads without repeating them; `Dv != D`; any
+positive scale; softcap; left padding per row; chunks, `q_start > 0`; static buffers, of which nothing is read at
+`kv_end` or behind; any length and strides; a query with no key gives 0, never NaN; accumulation in float32; LSE in
+natural log (`-inf` for a query with no key); no value of a tensor is read on the host.
+
+A `kv_start` may be negative: then the row began so many tokens before the first key of the buffer, and queries read
+those keys of their spans that are there.
+"""
+
+from typing import Any
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.ops import backends
+from sparse_patch.ops.attention.op import AttentionOp
+from sparse_patch.plans import SpanPlan
+
+__all__ = ["OP", "attend", "fastest", "why_unsupported"]
+
+
+def _fastest(call: AttentionCall, plan: SpanPlan) -> str:
+    return backends.fastest(call)
+
+
+def _why(call: AttentionCall, plan: SpanPlan, backend: str) -> str | None:
+    return backends.why_unsupported(call, backend)
+
+
+def _module(backend: str) -> Any:
+    """The backend's module, by statements that torch.compile can trace."""
+    if backend == "triton":
+        from sparse_patch.ops.attention.span import triton
+
+        return triton
+    if backend == "torch":
+        from sparse_patch.ops.attention.span import torch
+
+        return torch
+    from sparse_patch.ops.attention.span import reference
+
+    return reference
+
+
+OP = AttentionOp(SpanPlan, _module, ("reference", "torch", "triton"), _fastest, _why)
+attend, fastest, why_unsupported = OP.attend, OP.fastest, OP.why_unsupported

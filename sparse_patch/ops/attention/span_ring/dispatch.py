@@ -1,0 +1,76 @@
+"""Choice of the backend: a module here with `attend` and `write`."""
+
+from typing import Any
+
+import torch
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.errors import UnsupportedCallError
+from sparse_patch.kernels.availability import prefers_triton, why_no_triton
+from sparse_patch.ops.attention.op import Attended
+from sparse_patch.ops.attention.span_ring.ring import Ring
+from sparse_patch.ops.backends import DEFERS_TO_AUTO, fastest, why_unsupported
+
+
+def attend(call: AttentionCall, ring: Ring, before: torch.Tensor, backend: str = "auto") -> Attended:
+    """Attention of a forward's queries to all the keys that their spans have, in the ring and in the forward.
+
+    Args:
+        call: queries, keys and values of the forward alone, scale and softcap; the rest of it is not read.
+        ring: of one token, after `write`; of several, before it.
+        before: tokens that each row had before the forward, int64 `[B]`, as `tokens_before` says.
+        backend: one of `BACKENDS`, or "auto" or "flash" for the fastest one that serves the call.
+
+    Returns:
+        Output and LSE.
+
+    Raises:
+        UnsupportedCallError: the backend cannot serve the call; `why_unsupported` tells before.
+    """
+    if backend in DEFERS_TO_AUTO:
+        backend = fastest(call)
+    elif reason := why_unsupported(call, backend):
+        raise UnsupportedCallError(reason)
+    attended: Attended = _module(backend).attend(call, ring, before)
+    return attended
+
+
+def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, backend: str = "auto") -> None:
+    """Put the keys and values of a forward into the ring: those that the spans of later queries have.
+
+    Args:
+        ring: is changed.
+        k: `[B, Hkv, S, D]`.
+        v: `[B, Hkv, S, Dv]`.
+        before: tokens that each row had before the forward, int64 `[B]`; padding is not written.
+        backend: one of `BACKENDS`, or "auto" or "flash" for the fastest one.
+
+    Raises:
+        UnsupportedCallError: backend triton does not run on the device.
+    """
+    if backend in DEFERS_TO_AUTO:
+        backend = "triton" if prefers_triton(k) else "torch"
+    elif backend == "triton" and (reason := why_no_triton(k)):
+        raise UnsupportedCallError(reason)
+    _module(backend).write(ring, k, v, before)
+
+
+def prepare(ring: Ring) -> None:
+    """Bring what the kernels ask of a layout to the ring's device, before a step is captured: a graph cannot do it."""
+    if prefers_triton(ring.k):
+        _module("triton").prepare(ring.layout, ring.k.device)
+
+
+def _module(backend: str) -> Any:
+    """The backend's module, by statements that torch.compile can trace."""
+    if backend == "triton":
+        from sparse_patch.ops.attention.span_ring import triton
+
+        return triton
+    if backend == "torch":
+        from sparse_patch.ops.attention.span_ring import torch
+
+        return torch
+    from sparse_patch.ops.attention.span_ring import reference
+
+    return reference

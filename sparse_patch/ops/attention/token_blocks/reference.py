@@ -1,0 +1,11 @@
+"""The oracle: a float32 softmax under the plan's token mask. Slow and N x N large, obviously right."""
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.ops.attention.op import Attended
+from sparse_patch.ops.attention.span.reference import attend_under
+from sparse_patch.plans import TokenBlockPlan
+
+
+def attend(call: AttentionCall, plan: TokenBlockPlan, return_lse: bool = False) -> Attended:
+    """See `ops.token_blocks.attend`."""
+    return attend_under(call, call.k, call.v, plan.mask())

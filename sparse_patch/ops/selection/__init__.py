@@ -1,0 +1,1 @@
+"""Ways to score keys, from which methods make their plans."""

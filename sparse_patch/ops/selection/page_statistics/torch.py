@@ -1,0 +1,61 @@
+"""PyTorch backend of the pages' statistics and scores."""
+
+import torch
+
+from sparse_patch.call import AttentionCall
+from sparse_patch.ops.selection.page_statistics.pages import pages_of
+
+
+def refresh(call: AttentionCall, tensors: list[torch.Tensor], tokens: int, page_size: int, offset: int) -> None:
+    """Compute, in place, the pages of each row that hold one of its last `tokens` tokens: bounds or means.
+
+    A row has them in a window of as many pages as any row can need. Where the window would run out of the tensors it
+    begins earlier instead: an earlier page comes out as it was.
+    """
+    rows = torch.arange(len(call.k), device=call.k.device)[:, None]
+    starts, lengths = call.row_starts()[:, None], call.lengths()[:, None]
+    capacity = tensors[0].shape[2]
+    number = min(pages_of(tokens, page_size), capacity)
+    first = ((lengths - tokens - offset).clamp(min=0) // page_size).clamp(max=capacity - number)
+    page = first + torch.arange(number, device=rows.device)  # [B, T]
+    position = (offset + page * page_size)[..., None] + torch.arange(page_size, device=rows.device)
+    real = position < lengths[..., None]
+    index = (starts[..., None] + position).clamp(max=call.kv_length - 1)
+    keys = call.k.transpose(1, 2)[rows[..., None], index]  # [B, T, P, Hkv, D]
+    for tensor, value in zip(tensors, _statistics(keys, real, len(tensors)), strict=True):
+        tensor.transpose(1, 2)[rows, page] = value.to(tensor.dtype)
+
+
+def _statistics(keys: torch.Tensor, real: torch.Tensor, number: int) -> list[torch.Tensor]:
+    """Bounds or mean over the real ones of keys `[B, T, P, Hkv, D]`, `[B, T, Hkv, D]` each."""
+    absent = ~real[..., None, None]
+    if number == 1:
+        count = real.sum(-1).clamp(min=1)[..., None, None]
+        return [keys.masked_fill(absent, 0.0).sum(2, dtype=torch.float32) / count]
+    return [keys.masked_fill(absent, torch.inf).amin(2), keys.masked_fill(absent, -torch.inf).amax(2)]
+
+
+def bound_scores(
+    q: torch.Tensor, low: torch.Tensor, high: torch.Tensor, lengths: torch.Tensor, page_size: int
+) -> torch.Tensor:
+    """See `ops.page_statistics`."""
+    scores = _products(q.clamp(min=0), high) + _products(q.clamp(max=0), low)
+    return _of_pages(scores, lengths, page_size, 0)
+
+
+def mean_scores(
+    q: torch.Tensor, means: torch.Tensor, lengths: torch.Tensor, page_size: int, offset: int = 0
+) -> torch.Tensor:
+    """See `ops.page_statistics`."""
+    return _of_pages(_products(q, means), lengths, page_size, offset)
+
+
+def _products(q: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """Products of queries `[B, Hq, D]` with what each page `[B, Hkv, Np, D]` has, float32 `[B, Hq, Np]`."""
+    grouped = q.float().unflatten(1, (pages.shape[1], -1))
+    return (grouped @ pages.float().transpose(-1, -2)).flatten(1, 2)
+
+
+def _of_pages(scores: torch.Tensor, lengths: torch.Tensor, page_size: int, offset: int) -> torch.Tensor:
+    first = offset + torch.arange(scores.shape[-1], device=scores.device) * page_size
+    return scores.masked_fill((first >= lengths[:, None])[:, None], -torch.inf)

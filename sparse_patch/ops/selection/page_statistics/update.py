@@ -1,0 +1,78 @@
+"""The statistics of a layer's pages in its `KVState`: when they are made, grown and refreshed."""
+
+import sys
+
+import torch
+
+from sparse_patch.call import AttentionCall, KVState
+from sparse_patch.kernels.availability import prefers_triton
+from sparse_patch.kernels.room import SPARE
+from sparse_patch.ops.selection.page_statistics.pages import num_pages
+
+
+def up_to_date(call: AttentionCall, names: tuple[str, ...], page_size: int, offset: int) -> list[torch.Tensor]:
+    """The tensors `names` with the pages of the call's keys, `[B, Hkv, Np, D]` each: bounds if two, means if one."""
+    pages = num_pages(call.kv_length, page_size, offset)
+    kv_state = call.kv_state
+    if kv_state is None:
+        tensors, whole = _new(call, len(names), pages), True
+    else:
+        whole = _is_behind(call, kv_state, names)
+        tensors = _with_room(call, kv_state, names, whole, page_size, offset)
+        if call.kv_end is None:
+            kv_state.covered = call.kv_length
+    if pages:
+        _refresh(call, tensors, call.kv_length if whole else call.q.shape[2], page_size, offset)
+    return [tensor[:, :, :pages] for tensor in tensors]
+
+
+def _is_behind(call: AttentionCall, kv_state: KVState, names: tuple[str, ...]) -> bool:
+    """Whether the state lacks tokens from before the call. Of a static cache's decode step only the device knows."""
+    if any(name not in kv_state.tensors for name in names) or kv_state.tensors[names[0]].shape[0] != call.k.shape[0]:
+        return True
+    return call.kv_end is None and kv_state.covered < call.q_start
+
+
+def _with_room(
+    call: AttentionCall, kv_state: KVState, names: tuple[str, ...], whole: bool, page_size: int, offset: int
+) -> list[torch.Tensor]:
+    """The tensors in kv_state, with room for the call's pages: replaced where they are too small or not there."""
+    kept = [kv_state.tensors[name] for name in names if name in kv_state.tensors]
+    fits = len(kept) == len(names) and kept[0].shape[0] == call.k.shape[0]
+    if fits and kept[0].shape[2] >= num_pages(call.kv_length, page_size, offset):
+        return kept
+    tensors = _new(call, len(names), num_pages(_room(call), page_size, offset))
+    if not whole:
+        for new, old in zip(tensors, kept, strict=True):
+            new[:, :, : old.shape[2]] = old
+    for name in [name for name in kv_state.tensors if name.startswith("page_")]:
+        del kv_state.tensors[name]  # statistics of another kind would not be refreshed from here on
+    kv_state.tensors.update(zip(names, tensors, strict=True))
+    return tensors
+
+
+def _room(call: AttentionCall) -> int:
+    """Tokens to have room for: as many as the keys' own buffer, of which a call may show the filled part only."""
+    buffer = call.k.stride(1) // max(call.k.stride(2), 1)  # `[B, Hkv, room, D]` in memory
+    if call.kv_end is not None or buffer > call.kv_length:
+        return max(buffer, call.kv_length)
+    return call.kv_length + SPARE + call.kv_length // 8
+
+
+def _new(call: AttentionCall, number: int, pages: int) -> list[torch.Tensor]:
+    batch, heads, _, head_dim = call.k.shape
+    tensors = [call.k.new_empty(batch, heads, pages, head_dim) for _ in range(number)]
+    # A static cache's own tensors are marked too, which imports this; it takes seconds and others do not need it.
+    if not torch.compiler.is_compiling() and "torch._dynamo" in sys.modules:
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
+    return tensors
+
+
+def _refresh(call: AttentionCall, tensors: list[torch.Tensor], tokens: int, page_size: int, offset: int) -> None:
+    """Compute the pages that hold one of each row's last `tokens` tokens."""
+    if prefers_triton(call.k):
+        from sparse_patch.ops.selection.page_statistics.triton import refresh
+    else:
+        from sparse_patch.ops.selection.page_statistics.torch import refresh
+    refresh(call, tensors, tokens, page_size, offset)

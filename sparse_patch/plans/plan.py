@@ -1,0 +1,64 @@
+"""What every plan can say of itself."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from sparse_patch.plans.once import once
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Read every key: what a method answers when sparsity has nothing to give (short prompt, `gamma: 1`, ...)."""
+
+    reason: str
+
+    def density(self) -> float:
+        return 1.0
+
+
+class SparsePlan(ABC):
+    """Which keys each query of a call reads. One op in `ops.attention` executes plans of a kind.
+
+    Attributes:
+        known_beforehand: whether the plan follows from positions only, so that a cache may forget what no query reads.
+        decided_pairs: causal pairs that the method decided to read, if it decides finer than the plan says, int64
+            `[B, Hq]`; None if the plan is its decision. For the report.
+    """
+
+    known_beforehand: ClassVar[bool] = False
+    decided_pairs: torch.Tensor | None = None
+
+    @abstractmethod
+    def mask(self) -> torch.Tensor:
+        """The plan as a mask of tokens, bool `[B, Hq, Sq, Skv]`: for the oracle and for pictures, N x N large."""
+
+    @abstractmethod
+    def computed_pairs(self) -> torch.Tensor:
+        """Causal (query, key) pairs of real tokens that the plan computes, int64 `[B, Hq]`."""
+
+    @abstractmethod
+    def causal_pairs(self) -> torch.Tensor:
+        """Causal (query, key) pairs of real tokens that there are, int64 `[B]`."""
+
+    @abstractmethod
+    def block_map(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What one query head of the first row reads, for pictures.
+
+        Returns:
+            The blocks with a key that is read, and the causal ones: bool `[query blocks, key blocks]`, on the CPU.
+        """
+
+    @once
+    def pairs_by_head(self) -> torch.Tensor:
+        """`computed_pairs`, summed over the batch, int64 `[Hq]`; computed once, because layers may share a plan."""
+        return self.computed_pairs().sum(0)
+
+    def density(self) -> torch.Tensor:
+        """Share of the causal pairs that is computed, float32 `[B, Hq]`."""
+        return self.computed_pairs().float() / self.causal_pairs()[:, None].clamp(min=1).float()
+
+
+Plan = SparsePlan | Dense

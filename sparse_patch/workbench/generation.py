@@ -1,0 +1,112 @@
+"""Running a model on a prompt: prefill and decode apart, each timed."""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from sparse_patch.integration.caches.making import growing_cache
+from sparse_patch.integration.generation_cache import span_cache
+from sparse_patch.workbench.machine import synchronize
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A model that has read a prompt: the logits of its last token, the cache, and the seconds that it took."""
+
+    logits: torch.Tensor
+    cache: DynamicCache
+    seconds: float
+
+
+def prefill(model: PreTrainedModel, tokens: Sequence[int], answer: int | None = None) -> Prefilled:
+    """Read a prompt in one forward.
+
+    Args:
+        model: the model, patched or not.
+        tokens: the prompt.
+        answer: tokens that may follow, for a cache as `generate` makes it; None for one that keeps everything.
+    """
+    cache = growing_cache(model.config) if answer is None else span_cache(model, len(tokens) + answer)
+    synchronize()
+    start = time.perf_counter()
+    logits = forward(model, tokens, cache)
+    synchronize()
+    return Prefilled(logits, cache, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
+    """Feed tokens after what the cache holds; the logits of the last one, `[vocabulary]`."""
+    ids = torch.tensor([tokens], device=model.device)
+    logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+    return logits[0, -1]
+
+
+@dataclass(frozen=True)
+class Forced:
+    """What a model predicted at each token of an expected answer, fed token by token whatever it predicted.
+
+    Attributes:
+        predicted: the most probable token where each expected one stands.
+        right: for each expected token, whether it was the most probable one.
+        seconds: time of the decode steps, of which there is one less than tokens.
+        detour: where the first prediction was wrong: the tokens up to and with the wrong one, and a copy of the cache
+            from before it. None if all were right, or if no copy was asked for.
+    """
+
+    predicted: list[int]
+    right: list[bool]
+    seconds: float
+    detour: tuple[list[int], DynamicCache] | None
+
+
+def force(model: PreTrainedModel, start: Prefilled, expected: Sequence[int], fork: bool = False) -> Forced:
+    """Feed an expected answer one token at a time, as generation would, and note what the model predicts.
+
+    With `fork` the cache is copied where the first prediction is wrong, so that generation can go on from there.
+    """
+    predicted: list[int] = []
+    seconds, detour, logits = 0.0, None, start.logits
+    for number, token in enumerate(expected):
+        predicted.append(int(logits.argmax()))
+        if predicted[-1] != token and fork and detour is None:
+            detour = ([*expected[:number], predicted[-1]], copy.deepcopy(start.cache))
+        if number + 1 < len(expected):
+            begin = time.perf_counter()
+            logits = forward(model, [token], start.cache)
+            synchronize()
+            seconds += time.perf_counter() - begin
+    right = [guess == token for guess, token in zip(predicted, expected, strict=True)]
+    return Forced(predicted, right, seconds, detour)
+
+
+def continue_greedily(
+    model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache, max_new_tokens: int, stop: Sequence[int]
+) -> list[int]:
+    """Generate after the last of `tokens`, which the cache does not hold yet, until there are `max_new_tokens`."""
+    generated = list(tokens)
+    while len(generated) < max_new_tokens and generated[-1] not in stop:
+        generated.append(int(forward(model, generated[-1:], cache).argmax()))
+    return generated
+
+
+def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """The tokens of a prompt, and those of its answer as they follow it; on its own where both merge into one token."""
+    before: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    both: list[int] = tokenizer(prompt + answer, verbose=False)["input_ids"]
+    if both[: len(before)] == before and len(both) > len(before):
+        return before, both[len(before) :]
+    alone: list[int] = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return before, alone
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """The tokens that end a text, by the tokenizer and by the model's generation settings."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    return [token for token in known if token is not None]

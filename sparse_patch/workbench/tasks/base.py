@@ -1,0 +1,123 @@
+"""What a task, its samples and their questions are."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from random import Random
+from typing import Any, ClassVar
+
+from sparse_patch.errors import TaskError
+from sparse_patch.workbench.prompts import Count, Draft, default_haystack, token_counter
+from sparse_patch.workbench.tasks.drafts import first_fit
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about a text.
+
+    Attributes:
+        input: the question; follows the text.
+        gen_prefix: how the answer begins; given to the model.
+        outputs: the strings that RULER's score looks for.
+        answer: the whole continuation of the prompt, without a closing full stop.
+    """
+
+    input: str
+    gen_prefix: str
+    outputs: list[str]
+    answer: str
+
+    @property
+    def text(self) -> str:
+        return _join(self.input, self.gen_prefix)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and what is expected of it. Field names are those of RULER's files.
+
+    Attributes:
+        task: the task's name.
+        index: number of the sample.
+        input: text and question.
+        gen_prefix: how the answer begins; the prompt is `input` and this, with a space between them if neither has one.
+        outputs: the strings that the score looks for in what the model generates.
+        answer: the whole continuation of the prompt, without a closing full stop.
+        length: tokens of the prompt, special tokens included.
+        max_new_tokens: tokens to generate for the score: RULER's number, or those of the answer if they are more.
+        forced: the score looks at what the model predicts for each token of the answer after the right ones before it,
+            not at what it generates by itself.
+    """
+
+    task: str
+    index: int
+    input: str
+    gen_prefix: str
+    outputs: list[str]
+    answer: str
+    length: int
+    max_new_tokens: int
+    forced: bool
+
+    @property
+    def prompt(self) -> str:
+        return _join(self.input, self.gen_prefix)
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """A kind of prompt.
+
+    Attributes:
+        name: RULER's name where RULER has the task.
+        summary: what is asked, in one line.
+        max_new_tokens: tokens to generate for the score, at least.
+        forced: see `Sample`.
+    """
+
+    name: str
+    summary: str
+    max_new_tokens: int
+    forced: ClassVar[bool] = False
+
+    def sample(self, tokenizer: Any, length: int, seed: int = 0, index: int = 0, haystack: str | None = None) -> Sample:
+        """The sample of this seed, length and number, for a tokenizer of Transformers.
+
+        Args:
+            tokenizer: decides what a token is.
+            length: tokens of the prompt.
+            seed: chooses everything that is random, together with the task's name, `length` and `index`.
+            index: number of the sample.
+            haystack: the text to hide things in; by default Python's own help topics.
+
+        Raises:
+            TaskError: the length is too short for what is hidden, or the haystack for the length.
+        """
+        rng = Random(f"{seed} {self.name} {length} {index}")
+        count = token_counter(tokenizer)
+        text = default_haystack() if haystack is None else haystack
+        try:
+            prompt, question = first_fit(lambda: self.draft(rng, length, count, text), length, count)
+        except TaskError as error:
+            raise TaskError(f"{self.name}: {error}") from None
+        return Sample(
+            task=self.name,
+            index=index,
+            input=prompt[: len(prompt) - len(question.text)] + question.input,
+            gen_prefix=question.gen_prefix,
+            outputs=question.outputs,
+            answer=question.answer,
+            length=length,
+            max_new_tokens=max(self.max_new_tokens, count(question.answer)),
+            forced=self.forced,
+        )
+
+    @abstractmethod
+    def draft(self, rng: Random, length: int, count: Count, haystack: str) -> tuple[Draft, Question]:
+        """A text with the question at its end, at least `length` tokens long, and the question."""
+
+
+def _join(text: str, gen_prefix: str) -> str:
+    """As lm-eval joins them: a space between, unless one of them has whitespace there."""
+    if not gen_prefix or text[-1:].isspace() or gen_prefix[0].isspace():
+        return text + gen_prefix
+    return f"{text} {gen_prefix}"

@@ -1,0 +1,1 @@
+"""What several tests build: plans, patches, files of calibrations, tables of ops."""

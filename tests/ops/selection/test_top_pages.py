@@ -1,0 +1,137 @@
+"""Lists of the highest pages, in Triton and in PyTorch, against Python's sort."""
+
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import sparse_patch.ops.selection.top_pages as ops
+from sparse_patch.ops.selection.top_pages import top_pages
+from sparse_patch.ops.selection.top_pages import top_pages as op
+from sparse_patch.ops.selection.top_pages import triton as kernels
+from sparse_patch.ops.selection.top_pages.torch import top_pages as in_torch
+
+INF, NAN = math.inf, math.nan
+
+
+def in_triton(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return kernels.top_pages(scores, limits, k)
+
+
+BACKENDS = pytest.mark.parametrize("backend", [in_torch, in_triton], ids=["torch", "triton"])
+
+
+def by_sorting(scores: torch.Tensor, limits: torch.Tensor, k: int) -> list[list[list[int]]]:
+    """The pages of each list of each row: best first, lower first, the first k; then in order."""
+    return [
+        [
+            sorted(sorted(range(limit), key=lambda i: (-(-INF if math.isnan(s[i]) else s[i]), i))[:k])
+            for s, limit in zip(row, row_limits, strict=True)
+        ]
+        for row, row_limits in zip(scores.tolist(), limits.clamp(0, scores.shape[-1]).tolist(), strict=True)
+    ]
+
+
+def assert_exact(backend: object, scores: torch.Tensor, limits: torch.Tensor, k: int) -> None:
+    k = min(k, scores.shape[-1])
+    pages, counts = backend(scores, limits, k)  # type: ignore[operator]
+    assert pages.dtype == counts.dtype == torch.int32
+    assert pages.shape == (*scores.shape[:2], k) and counts.shape == scores.shape[:2]
+    assert ((pages >= 0) & (pages < scores.shape[-1])).all()
+    for row, lists in enumerate(by_sorting(scores, limits, k)):
+        for i, expected in enumerate(lists):
+            assert pages[row, i, : counts[row, i]].tolist() == expected
+
+
+def structured(kind: str, *shape: int) -> torch.Tensor:
+    scores = torch.randn(shape)
+    if kind == "ties":
+        scores = (scores * 2).round() / 2  # has 0.0 and -0.0
+    elif kind == "equal":
+        scores.zero_()
+    elif kind == "holes":
+        scores[torch.rand(shape) < 0.7] = -INF
+        scores[torch.rand(shape) < 0.1] = NAN
+    elif kind == "forced":
+        scores = scores.exp()
+        scores[..., -9:-1] = INF
+    elif kind == "close":
+        scores = 1 + scores * 1e-6
+    elif kind == "wide":
+        scores = scores * 10.0 ** torch.randint(-45, 38, shape)
+    return scores
+
+
+@BACKENDS
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "holes", "forced", "close", "wide"])
+@pytest.mark.parametrize("size", [1, 2, 32, 33, 150])
+def test_exact(backend: object, kind: str, size: int) -> None:
+    scores = structured(kind, 3, 2, size)
+    limits = torch.tensor([[size, 0], [size // 2, 1], [max(size - 1, 0), size + 7]])
+    scores[0, 1] = scores[2, 0, -1] = NAN  # behind the limit
+    for k in sorted({1, size // 3, size + 5} - {0}):
+        assert_exact(backend, scores, limits, k)
+
+
+@BACKENDS
+def test_a_long_list_of_random_scores(backend: object) -> None:
+    scores = torch.randn(1, 2, 3000)
+    assert_exact(backend, scores, torch.tensor([[3000, 2345]]), 777)
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "holes", "forced"])
+@pytest.mark.parametrize("size, k", [(65, 3), (64, 31), (200, 40), (290, 10)])
+def test_lists_in_parts(kind: str, size: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list too long for one program: the best of each part, and the best of those."""
+    monkeypatch.setattr(kernels, "_PART", (32, 32))
+    scores = structured(kind, 2, 2, size)
+    limits = torch.tensor([[size, 40], [size - 20, 1]])
+    assert_exact(in_triton, scores, limits, k)
+
+
+def test_a_choice_too_wide_for_a_program_is_left_to_pytorch() -> None:
+    assert kernels.why_unsupported(torch.empty(1, 1, 1 << 17), 1 << 15) is not None
+    assert kernels.why_unsupported(torch.empty(1, 1, 1 << 17), 1 << 14) is None
+    assert kernels.why_unsupported(torch.empty(1, 1, 1 << 15), 1 << 15) is None
+    assert kernels.why_unsupported(torch.empty(1, 1, 5), 0) is not None
+
+
+@BACKENDS
+def test_any_strides(backend: object) -> None:
+    scores = torch.randn(40, 3, 2).permute(2, 1, 0)
+    limits = torch.tensor([30, 40])[:, None].expand(2, 3)
+    assert_exact(backend, scores, limits, 7)
+
+
+def test_limits_of_rows() -> None:
+    scores = torch.randn(2, 3, 20)
+    assert_exact(lambda s, _, k: op(s, torch.tensor([5, 20]), k), scores, torch.tensor([[5] * 3, [20] * 3]), 9)
+
+
+def test_no_pages_at_all() -> None:
+    for size, k in ((0, 4), (4, 0)):
+        pages, counts = op(torch.randn(2, 3, size), torch.tensor([4, 4]), k)
+        assert pages.shape == (2, 3, 0) and counts.tolist() == [[0] * 3] * 2
+
+
+def test_no_host_sync() -> None:
+    with FakeTensorMode():
+        pages, counts = op(torch.empty(2, 3, 100), torch.empty(2, dtype=torch.int64), 7)
+        assert pages.shape == (2, 3, 7) and counts.shape == (2, 3)
+
+
+def test_the_kernel_declares_what_it_does() -> None:
+    arguments = torch.randn(2, 3, 40), torch.full((2, 3), 40), 7, 1
+    torch.library.opcheck(kernels.select_pages.op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_limits_may_be_given_in_tokens(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randn(5, 2, 9, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([0, 1, page_size, 3 * page_size + 1, 9 * page_size])
+    expected = top_pages(scores, -(-tokens // page_size), 4)
+    for takes in (False, True):
+        monkeypatch.setattr(ops, "prefers_triton", lambda _, takes=takes: takes)
+        for found, wanted in zip(top_pages(scores, tokens, 4, page_size), expected, strict=True):
+            assert torch.equal(found, wanted)
