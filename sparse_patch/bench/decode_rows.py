@@ -17,7 +17,7 @@ from sparse_patch.integration.caches.rings import FixedRingLayer
 from sparse_patch.integration.caches.size import cache_bytes
 from sparse_patch.kernels.room import SPARE
 from sparse_patch.methods.base.spans import SpanMethod
-from sparse_patch.ops.attention import page_decode
+from sparse_patch.ops.attention import table
 from sparse_patch.ops.selection.page_scores import page_scores
 from sparse_patch.ops.selection.top_pages import top_pages
 from sparse_patch.plans import PagePlan
@@ -28,7 +28,7 @@ def ours(layers: Layers) -> Row:
 
     def step() -> None:
         for call in layers.calls:
-            page_decode.attend(call, PagePlan.every(call))
+            table.attend(call, PagePlan.every(call))
 
     return layers.row(
         "dense", f"{OURS} ({layers.backend})", step, bytes_of(layers.calls[0], PagePlan.every(layers.calls[0]))
@@ -61,7 +61,7 @@ def random_lists_row(layers: Layers, label: str, budget: int, lists: int, page: 
 
     def step() -> None:
         for call, plan in zip(layers.calls, plans, strict=True):
-            page_decode.attend(call, plan)
+            table.attend(call, plan)
 
     return layers.row("lists", label, step, bytes_of(layers.calls[0], plans[0]))
 
@@ -70,7 +70,7 @@ def selecting_layer(layers: Layers, budget: int, page: int) -> Row:
     """Dense with logits, page scores and top pages."""
 
     def select(call: AttentionCall) -> None:
-        _, lse, logits = page_decode.attend(call, PagePlan.every(call, page, wants_logits=True))
+        _, lse, logits = table.attend(call, PagePlan.every(call, page, wants_logits=True))
         assert lse is not None and logits is not None, "the plan wants them"
         lengths = call.lengths()
         scores = page_scores(logits, lse[..., -1], lengths, page)
@@ -119,7 +119,7 @@ def all_layers_of_spans(layers: Layers, name: str, config: PatchConfig) -> Row:
     def step() -> None:
         for ring, call, token in zip(rings, layers.calls, own, strict=True):
             if ring is None:
-                page_decode.attend(call, PagePlan.every(call), config.backend)
+                table.attend(call, PagePlan.every(call), config.backend)
             else:
                 ring.attend(token, before, config.backend)
 

@@ -8,7 +8,7 @@ from sparse_patch.call import AttentionCall
 from sparse_patch.config import PatchConfig
 from sparse_patch.integration.hook import decode_step
 from sparse_patch.methods.base.protocol import DecodeMethod
-from sparse_patch.ops.attention import page_decode
+from sparse_patch.ops.attention import table
 from sparse_patch.plans import Dense, PagePlan
 
 
@@ -38,7 +38,7 @@ def run_stack(config: PatchConfig, calls: Sequence[AttentionCall]) -> list[PageP
             plans.append(run_layer(config, replace(call, forward_state=forward_state)))
         else:
             plans.append(PagePlan.every(call))
-            page_decode.attend(call, plans[-1], config.backend)
+            table.attend(call, plans[-1], config.backend)
     return plans
 
 

@@ -112,14 +112,14 @@ def test_a_stack_runs_every_layer_in_its_role(tmp_path: Path, monkeypatch: pytes
     """A sparse layer reads what the selecting layer before it chose, by that layer's own queries and keys."""
     benchmark = made(tmp_path, "delta")
     config, calls, outputs = benchmark.methods["delta"], benchmark.calls(200), list[torch.Tensor]()
-    attend = page_decode.attend
+    attend = page_decode.OP.attend
 
     def attended(*arguments: Any) -> Any:
         result = attend(*arguments)
         outputs.append(result[0])
         return result
 
-    monkeypatch.setattr(page_decode, "attend", attended)
+    monkeypatch.setattr(page_decode.OP, "attend", attended)
     plans = run_stack(config, calls)
     assert [plan.pages is None for plan in plans] == [True, True, False, False, True, False]
     assert [plan.wants_logits for plan in plans] == [False, True, False, False, True, False]
@@ -161,14 +161,14 @@ def test_what_stays_dense_is_our_dense_decode(tmp_path: Path) -> None:
 
 
 def test_out_of_memory_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = page_decode.attend
+    attend = page_decode.OP.attend
 
     def attended(call: Any, plan: PagePlan, *rest: Any) -> Any:
         if plan.pages is None:
             raise torch.OutOfMemoryError("much")
         return attend(call, plan, *rest)
 
-    monkeypatch.setattr(page_decode, "attend", attended)
+    monkeypatch.setattr(page_decode.OP, "attend", attended)
     result = bench_decode(made(tmp_path))
     assert result.skipped["page_decode: out of memory"] == [200] and {row.dense for row in result.rows} == {None}
     monkeypatch.setattr(Benchmark, "calls", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("more")))

@@ -97,7 +97,7 @@ def test_a_method_is_its_selection_and_the_kernel_on_its_plan(
 ) -> None:
     """With a clock that counts runs: the kernel, the selection, and both, each timed alone."""
     calls: list[str] = []
-    attend, config = block_sparse.attend, benchmark_.methods["mine"]
+    attend, config = block_sparse.OP.attend, benchmark_.methods["mine"]
     assert config.prefill is not None
     plan = type(config.prefill).plan
 
@@ -115,7 +115,7 @@ def test_a_method_is_its_selection_and_the_kernel_on_its_plan(
         return {("attend",): 3.0, ("plan",): 2.0, ("plan", "attend"): 4.5}[tuple(calls)]
 
     monkeypatch.setattr(type(config.prefill), "plan", planned)
-    monkeypatch.setattr(block_sparse, "attend", attended)
+    monkeypatch.setattr(block_sparse.OP, "attend", attended)
     monkeypatch.setattr(common, "clocked", clocked)
     row = prefill._method_row(benchmark_.inputs.make(640), "mine", config)
     assert (row.ms, row.selection_ms, row.total_ms) == (3.0, 2.0, 4.5)

@@ -29,13 +29,14 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparse_patch
-from sparse_patch import SparsePatchError, load_config, methods, plans
+from sparse_patch import SparsePatchError, load_config, plans
 from sparse_patch.bench import common
 from sparse_patch.cli import app, checked_commands, parsed
 from sparse_patch.evaluation.document import needle_document
 from sparse_patch.evaluation.lm_eval import TASKS
 from sparse_patch.integration.patch import is_patched
 from sparse_patch.kernels import availability
+from sparse_patch.methods.base import protocol
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
@@ -238,7 +239,7 @@ def test_commands_that_stand_for_several() -> None:
 def test_the_method_of_the_guide() -> None:
     """CONTRIBUTING's class is a method: with every block chosen its plan is dense causal attention."""
     (block,) = (each for each in SHOWN["CONTRIBUTING.md"] if "class MyMethod" in each.text)
-    names: dict[str, Any] = {**vars(methods.base), **vars(plans), **vars(typing)}
+    names: dict[str, Any] = {**vars(protocol), **vars(plans), **vars(typing)}
     exec(block.text.replace("blocks = ...", "blocks = every(grid)"), names)
     names["every"] = lambda grid: torch.ones(1, 4, grid.num_query_blocks, grid.num_key_blocks) > 0
     method, call = names["MyMethod"](min_length=0), make_call(300)

@@ -16,6 +16,7 @@ from benchmarks.families.probe import RAW, WRONG, Probe
 from benchmarks.families.settings import METHODS
 from benchmarks.families.sweep import measure
 from sparse_patch.ops.attention import page_decode
+from sparse_patch.ops.attention.op import Attended
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,20 +86,20 @@ def test_the_page_is_made_of_the_table() -> None:
 
 
 def test_wrong_numbers_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = page_decode.attend
+    attend = page_decode.OP.attend
 
-    def a_little_off(*args: Any, **kwargs: Any) -> Any:
-        output, *others = attend(*args, **kwargs)
-        return 1.01 * output, *others
+    def a_little_off(*args: Any, **kwargs: Any) -> Attended:
+        attended = attend(*args, **kwargs)
+        return attended._replace(out=1.01 * attended.out)
 
-    monkeypatch.setattr(page_decode, "attend", a_little_off)
+    monkeypatch.setattr(page_decode.OP, "attend", a_little_off)
     found = measure("LlamaForCausalLM", ["quest", "flexprefill"])
     assert status_of(found) == WRONG
     assert [outcome.partition(":")[0] for outcome in found["methods"]] == ["WRONG", "sparse"]
 
 
 def test_exceptions_that_are_not_ours_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_decode, "attend", lambda *_, **__: torch.zeros(2) + torch.zeros(3))
+    monkeypatch.setattr(page_decode.OP, "attend", lambda *_, **__: torch.zeros(2) + torch.zeros(3))
     found = measure("LlamaForCausalLM", ["quest"])
     assert status_of(found) == RAW
 
