@@ -46,7 +46,7 @@ def run_ring(
 
 
 def assert_ring_matches(call: AttentionCall, spans: Any, lengths: Sequence[int], backend: str, **options: Any) -> None:
-    expected, expected_lse, _ = span.attend(call, SpanPlan.of(call, *spans), "reference")
+    expected, expected_lse, _ = span.attend(call, SpanPlan.of(call, *spans), "reference", return_lse=True)
     layout = RingLayout.of(*spans, room=call.kv_length)
     output, lse, _ = run_ring(call, layout, lengths, backend, **options)
     assert output.dtype == call.q.dtype and output.shape == expected.shape

@@ -26,7 +26,7 @@ def test_bad_plans_are_one_line(tmp_path: Path) -> None:
     refused(
         model, "moa", 'prefill.calibration: moa needs head schedules for this model; run "sparse-patch calibrate moa'
     )
-    refused(model, "duoattention", "duoattention needs a plan for this model")
+    refused(model, "duoattention", "duoattention needs head schedules for this model")
     refused(model, moa(tmp_path, model, rules_of(qwen3())), "was made for another model: model_type qwen3, this one")
     one = moa(tmp_path, model)["both"]
     refused(

@@ -36,8 +36,8 @@ SPANS: list[tuple[tuple[int, ...], tuple[Window, ...]]] = [
 
 
 def assert_matches(call: AttentionCall, plan: SpanPlan, backend: str) -> None:
-    expected, expected_lse, _ = attend(call, plan, "reference")
-    output, lse, _ = attend(call, plan, backend)
+    expected, expected_lse, _ = attend(call, plan, "reference", return_lse=True)
+    output, lse, _ = attend(call, plan, backend, return_lse=True)
     assert output.dtype == call.q.dtype and output.shape == expected.shape
     tolerance = TOLERANCE[call.q.dtype]
     torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
@@ -97,11 +97,11 @@ def test_padding_chunks_and_softcap(
 @pytest.mark.parametrize("windows", [(20, 64), (HALF, SLOW)], ids=["fixed", "growing"])
 def test_chunks_equal_one_shot(backend: str, windows: tuple[Window, ...], split: int) -> None:
     call = make_call(130, row_starts=[0, 17])
-    whole, lse, _ = attend(call, SpanPlan.of(call, (9, 30), windows), backend)
+    whole, lse, _ = attend(call, SpanPlan.of(call, (9, 30), windows), backend, return_lse=True)
     for begin in range(0, 130, split):
         end = min(begin + split, 130)
         chunk = replace(call, q=call.q[:, :, begin:end], k=call.k[:, :, :end], v=call.v[:, :, :end], q_start=begin)
-        output, chunk_lse, _ = attend(chunk, SpanPlan.of(chunk, (9, 30), windows), backend)
+        output, chunk_lse, _ = attend(chunk, SpanPlan.of(chunk, (9, 30), windows), backend, return_lse=True)
         torch.testing.assert_close(output, whole[:, :, begin:end], atol=2e-5, rtol=2e-5)
         torch.testing.assert_close(chunk_lse, lse[:, :, begin:end], atol=2e-5, rtol=2e-5)
 
@@ -129,10 +129,10 @@ def test_spans_of_everything_equal_dense_attention(backend: str) -> None:
 @pytest.mark.parametrize("backend", EVERYWHERE)
 def test_padded_rows_equal_rows_alone(backend: str) -> None:
     call = make_call(150, queries=90, row_starts=[0, 47, 100])
-    output, lse, _ = attend(call, SpanPlan.of(call, (4, 20), (10, 33)), backend)
+    output, lse, _ = attend(call, SpanPlan.of(call, (4, 20), (10, 33)), backend, return_lse=True)
     for row in range(3):
         alone, queries = row_alone(call, row)
-        expected, expected_lse, _ = attend(alone, SpanPlan.of(alone, (4, 20), (10, 33)), backend)
+        expected, expected_lse, _ = attend(alone, SpanPlan.of(alone, (4, 20), (10, 33)), backend, return_lse=True)
         torch.testing.assert_close(output[row, :, queries], expected[0], atol=2e-5, rtol=2e-5)
         torch.testing.assert_close(lse[row, :, queries], expected_lse[0], atol=2e-5, rtol=2e-5)
         assert output[row, :, : queries.start].eq(0).all() and lse[row, :, : queries.start].isneginf().all()
