@@ -1,8 +1,8 @@
 """What one attention call looks like to a method and to an op."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
@@ -13,21 +13,72 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
+T = TypeVar("T")
+
+
+class Slot(Generic[T]):
+    """A place for values of one type in a `ForwardState` or a `KVState`. The module that fills it defines it, once.
+
+    Attributes:
+        name: tells it from the other slots.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+TensorSlot = Slot[dict[str, torch.Tensor]]
+
+
+class ForwardState:
+    """What the layers of one forward pass on to each other, in typed slots. It lives as long as the forward."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, Hashable], Any] = {}
+
+    def get(self, slot: Slot[T], key: Hashable = None) -> T | None:
+        """The value of a slot; None if it is empty. With a `key` a slot holds several values, such as one a layer."""
+        value: T | None = self._values.get((slot.name, key))
+        return value
+
+    def put(self, slot: Slot[T], value: T, key: Hashable = None) -> None:
+        """Fill a slot."""
+        self._values[slot.name, key] = value
+
+    def pop(self, slot: Slot[T], key: Hashable = None) -> T | None:
+        """The value of a slot, which is empty from then on."""
+        value: T | None = self._values.pop((slot.name, key), None)
+        return value
+
+    def copy(self) -> "ForwardState":
+        """Another state with the same values."""
+        other = ForwardState()
+        other._values.update(self._values)
+        return other
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
 @dataclass
 class KVState(OrdinaryState):
     """The tensors of one layer of one cache. The cache keeps them in step with its keys.
 
     Attributes:
-        tensors: by name, each with the batch as its first dimension.
-        covered: tokens that the tensors know of, where the host knows (a growing cache); 0 for none.
-        corrected: tokens that cache correction need not read again, see `sparse_patch.correction`.
+        tensors: by slot and name, each with the batch as its first dimension.
+        covered: tokens that the tensors know of, if the host knows (a growing cache); 0 for none.
+        corrected: tokens that cache correction need not read again, see `integration.kv_correction`.
         at_rest: whether the running forward reads everything, because it corrects what was decoded sparsely.
     """
 
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     covered: int = 0
     corrected: int = 0
     at_rest: bool = False
+
+    def of(self, slot: TensorSlot) -> dict[str, torch.Tensor]:
+        """The tensors of one owner, by name; who changes the mapping changes the state."""
+        return self.tensors.setdefault(slot.name, {})
 
     def clear(self) -> None:
         """Forget everything; the method starts again from the keys."""
@@ -36,7 +87,13 @@ class KVState(OrdinaryState):
 
     def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Reorder, repeat or select the rows of the batch."""
-        self.tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
+        for tensors in self.tensors.values():
+            tensors.update({name: change(tensor) for name, tensor in tensors.items()})
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(each.numel() * each.element_size() for tensors in self.tensors.values() for each in tensors.values())
 
 
 @dataclass(frozen=True)
@@ -60,7 +117,7 @@ class AttentionCall:
         kv_end: int64 `[]` on the device of `q`: how many keys of `k` and `v` are valid, in a decode call whose cache is
             static. `k` and `v` are whole buffers then, what lies behind is never read, and `q_start` says nothing. None
             where all keys are valid.
-        forward_state: what decode methods pass on from layer to layer within one forward, by name; one dict a forward.
+        forward_state: what methods pass on from layer to layer; one object a forward.
         kv_state: what a decode method keeps beside the keys of this layer from step to step; None where the cache has
             no room for it.
         max_length: tokens that the cache is made for, of prompt and answer together; None where it does not say.
@@ -77,7 +134,7 @@ class AttentionCall:
     kv_start: torch.Tensor | None = None
     softcap: float | None = None
     kv_end: torch.Tensor | None = None
-    forward_state: dict[str, Any] = field(default_factory=dict)
+    forward_state: ForwardState = field(default_factory=ForwardState)
     kv_state: KVState | None = None
     max_length: int | None = None
     split: HeadShard | None = None  # torch.compile (2.11) cannot make a default that is an object of ours

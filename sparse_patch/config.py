@@ -10,6 +10,8 @@ unknown key, the nearest known one.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
@@ -17,19 +19,19 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 from sparse_patch.call import PHASES, Phase
-from sparse_patch.errors import ConfigError, nearest, one_line, reason, short
+from sparse_patch.errors import ConfigError, FieldError, described, nearest, one_line, reason, short
 from sparse_patch.files.reading import read_yaml
-from sparse_patch.methods.base.protocol import Method
+from sparse_patch.methods.base.bound import BoundMethod
+from sparse_patch.methods.base.problems import problem_of
 from sparse_patch.methods.base.registry import registry
+from sparse_patch.methods.base.settings import Method
 from sparse_patch.model_shape import ModelShape
 
 ConfigSource = str | PathLike[str] | Mapping[str, Any]
-Asked = TypeVar("Asked")
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 Backend = Literal["auto", "triton", "flash", "torch", "reference"]
 BOTH = "both"  # the key that stands for every phase
 
@@ -66,9 +68,10 @@ class PatchConfig(BaseModel):
         for field in self.decode.files:
             theirs, ours = getattr(self.prefill, field), getattr(self.decode, field)
             if theirs != ours:
-                raise ValueError(
-                    f"decode.{field}: {one_line(ours)} is not that of prefill, {one_line(theirs)}; "
-                    f"name one, under `{BOTH}` for instance"
+                raise FieldError(
+                    f"decode.{field}",
+                    f"{one_line(ours)} is not that of prefill, {one_line(theirs)}",
+                    f"name one, under `{BOTH}` for instance",
                 )
         return self
 
@@ -87,28 +90,59 @@ class PatchConfig(BaseModel):
                 settings[phase] |= method.digests()  # in place of the paths: the file may move
         return hashlib.sha256(yaml.safe_dump(settings).encode()).hexdigest()[:12]
 
-    def for_model(self, shape: ModelShape) -> "PatchConfig":
-        """The configuration as it runs on a model: every method resolved, see `Method.for_model`.
+    def check_files(self) -> None:
+        """Read the files that the methods name, as far as they can be read without a model.
+
+        Raises:
+            ConfigError: a file cannot be read, is not valid, or was made with other settings.
+        """
+        for phase in PHASES:
+            if method := self.method(phase):
+                self._explained(phase, method.artefact)
+
+    def bind(self, shape: ModelShape) -> "BoundConfig":
+        """The configuration on a model, see `Method.bind`.
 
         Raises:
             ConfigError: a method does not fit the model.
         """
-        methods = {phase: method for phase in PHASES if (method := self.method(phase))}
-        return self.model_copy(
-            update={phase: self._explained(phase, method.for_model, shape) for phase, method in methods.items()}
-        )
+        bound: dict[Phase, BoundMethod] = {}
+        for phase in PHASES:
+            if method := self.method(phase):
+                bound[phase] = self._explained(phase, partial(method.bind, shape))
+        settings = self.model_copy(update={phase: method.settings for phase, method in bound.items()})
+        return BoundConfig(settings, bound.get("prefill"), bound.get("decode"))
 
     def layers(self, phase: Phase, num_layers: int) -> set[int]:
         """The layers that use a method in this phase; raises ConfigError for an index the model does not have."""
         method = self.method(phase)
-        return set() if method is None else self._explained(phase, method.layers_of, num_layers)
+        return set() if method is None else self._explained(phase, partial(method.layers_of, num_layers))
 
-    def _explained(self, phase: Phase, ask: Callable[[Asked], Answer], question: Asked) -> Answer:
-        """What a method answers; where it raises, the message says which configuration and phase it is about."""
+    def _explained(self, phase: Phase, ask: Callable[[], T]) -> T:
+        """What a method answers; if it raises, the message says which configuration and phase it is about."""
         try:
-            return ask(question)
-        except ValueError as error:
+            return ask()
+        except ConfigError as error:
             raise ConfigError(f"{self.source}: {phase}.{error}") from None
+
+
+@dataclass(frozen=True)
+class BoundConfig:
+    """A configuration on a model.
+
+    Attributes:
+        settings: the configuration, with what its methods leave open taken from the model.
+        prefill: the method that plans prefill, or None.
+        decode: the method that plans decode, or None.
+    """
+
+    settings: PatchConfig
+    prefill: BoundMethod | None
+    decode: BoundMethod | None
+
+    def method(self, phase: Phase) -> BoundMethod | None:
+        """The method that plans a phase."""
+        return self.prefill if phase == "prefill" else self.decode
 
 
 _KEYS = ("prefill", "decode", BOTH, *(key for key in PatchConfig.model_fields if key not in (*PHASES, "source")))
@@ -143,14 +177,16 @@ def load_config(source: ConfigSource | Sequence[ConfigSource], /, **overrides: A
         _merge_part(merged, part_name, data)
     for key, value in _for_each_phase("overrides", overrides).items():
         merged[key] = _override(merged.get(key), value)
-    return _validate(name, merged)
+    config = _validate(name, merged)
+    config.check_files()
+    return config
 
 
 def _read(source: ConfigSource) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Mapping):
         return "dict", _for_each_phase("dict", source)
     if not isinstance(source, str | PathLike):
-        raise ConfigError(f"config: expected a path, a packaged name or a dict, got {_short(source)}")
+        raise ConfigError(f"config: expected a path, a packaged name or a dict, got {described(source)}")
     path = _find(source)
     data = read_yaml(path)
     if not isinstance(data, dict):
@@ -218,7 +254,7 @@ def _override(old: Any, new: Any) -> Any:
 
 def _check_keys(problem: str, data: Mapping[Any, Any]) -> None:
     if wrong := [key for key in data if not isinstance(key, str)]:
-        raise ConfigError(f"{problem}; got {_short(wrong[0])}")
+        raise ConfigError(f"{problem}; got {described(wrong[0])}")
 
 
 def _validate(name: str, data: dict[str, Any]) -> PatchConfig:
@@ -234,7 +270,7 @@ def _validate(name: str, data: dict[str, Any]) -> PatchConfig:
     try:
         return PatchConfig(**resolved, source=name)
     except ValidationError as error:
-        raise ConfigError(f"{name}: {_explain(error.errors()[0], (), PatchConfig)}") from None
+        raise ConfigError(f"{name}: {problem_of(error, PatchConfig.model_fields, known=_KEYS)}") from None
 
 
 def _validate_method(name: str, phase: Phase, data: Any) -> Method:
@@ -250,32 +286,10 @@ def _validate_method(name: str, phase: Phase, data: Any) -> Method:
         got = data["method"]
         raise ConfigError(f"{name}: {phase}.method: {known}, got {short(got)}{nearest(got, methods)}")
     try:
-        return method.model_validate(dict(data))
-    except ValidationError as error:
-        raise ConfigError(f"{name}: {_explain(error.errors()[0], (phase,), method)}") from None
-
-
-def _explain(error: ErrorDetails, prefix: tuple[str, ...], model: type[BaseModel]) -> str:
-    """One line for the first problem that pydantic found."""
-    field = one_line(error["loc"][0]) if error["loc"] else ""
-    path = ".".join((*prefix, field)) if field else ".".join(prefix)
-    if issubclass(model, Method) and field in model.forms:
-        return f"{path}: expected {model.forms[field]}, got {_short(error['input'])}"
-    if error["type"] == "extra_forbidden":
-        if issubclass(model, Method) and field in model.renamed:
-            return f"{path}: is called {model.renamed[field]} now"
-        known = list(model.model_fields) if issubclass(model, Method) else list(_KEYS)
-        return f"{path}: unknown key{nearest(field, known)}; known keys: {', '.join(known)}"
-    if error["type"] == "value_error":  # raised by a validator of ours, which names the field first
-        return ".".join((*prefix, str(error["ctx"]["error"])))
-    expected = error["msg"].removeprefix("Input should be ")
-    optional = " or null" if field in model.model_fields and model.model_fields[field].default is None else ""
-    return f"{path}: expected {expected}{optional}, got {_short(error['input'])}"
+        return method(**data)
+    except FieldError as error:
+        raise ConfigError(f"{name}: {error.at(phase)}") from None
 
 
 def _known_keys() -> str:
     return ", ".join(_KEYS)
-
-
-def _short(value: Any) -> str:
-    return f"{one_line(type(value).__name__)} {short(value)}"

@@ -31,6 +31,30 @@ class ConfigError(SparsePatchError, ValueError):
     """A configuration is not valid: names the file, the path of the field, what was expected and the nearest key."""
 
 
+class FieldError(ConfigError):
+    """A setting that is not valid, as data. It is rendered in one line: `place.field: problem; remedy`.
+
+    Attributes:
+        field: the setting; with dots if it lies in another.
+        problem: what is wrong with it.
+        remedy: the way out; empty if the problem says it.
+        place: what has the setting: a class, a phase of a configuration; empty for nothing.
+    """
+
+    def __init__(self, field: str, problem: str, remedy: str = "", place: str = "") -> None:
+        super().__init__(field, problem, remedy, place)
+        self.field, self.problem, self.remedy, self.place = field, problem, remedy, place
+
+    def at(self, place: str) -> "FieldError":
+        """The same problem of another place."""
+        return FieldError(self.field, self.problem, self.remedy, place)
+
+    def __str__(self) -> str:
+        field = ".".join(part for part in (self.place, self.field) if part)
+        text = ": ".join(part for part in (field, self.problem) if part)
+        return one_line(f"{text}; {self.remedy}" if self.remedy else text, LONGEST_MESSAGE)
+
+
 class PatchError(SparsePatchError, RuntimeError):
     """A model cannot be patched or unpatched; it was left as it was."""
 
@@ -94,6 +118,11 @@ def short(value: Any, most: int = LONGEST_VALUE) -> str:
         if len(text) > most:
             return f"{text[: most - 3]}..."
     return text
+
+
+def described(value: Any) -> str:
+    """A value with the name of its type, in one line."""
+    return f"{one_line(type(value).__name__)} {short(value)}"
 
 
 def quoted(value: Any) -> str:

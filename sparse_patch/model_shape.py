@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from transformers import PreTrainedConfig
 
+from sparse_patch.errors import FieldError
 from sparse_patch.files.reading import MOST
 
 # Kinds by other names: of older configs, and of layers with a recurrence or a convolution beside their attention.
@@ -108,11 +109,11 @@ def layer_numbers(field: str, layers: Iterable[int], num_layers: int) -> set[int
     """Layers as numbers from 0.
 
     Raises:
-        ValueError: a layer that the model does not have; the message begins with the field.
+        FieldError: a layer that the model does not have.
     """
     for layer in layers:
         if not -num_layers <= layer < num_layers:
-            raise ValueError(
-                f"{field}: the model has no layer {layer}; it has {num_layers} layers, 0 to {num_layers - 1}"
+            raise FieldError(
+                field, f"the model has no layer {layer}", f"it has {num_layers} layers, 0 to {num_layers - 1}"
             )
     return {layer % num_layers for layer in layers}

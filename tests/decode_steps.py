@@ -3,10 +3,12 @@
 from dataclasses import dataclass, replace
 
 import torch
+from bound import bound
 from calls import make_call, row_alone
 
-from sparse_patch.call import AttentionCall, KVState, apply_softcap
-from sparse_patch.methods.base.protocol import DecodeMethod
+from sparse_patch.call import AttentionCall, ForwardState, KVState, apply_softcap
+from sparse_patch.methods.base.bound import BoundMethod
+from sparse_patch.methods.base.settings import Method
 from sparse_patch.plans import Dense, PagePlan
 
 
@@ -43,19 +45,20 @@ def in_buffer(call: AttentionCall, room: int) -> AttentionCall:
     return replace(call, k=k, v=v, q_start=-1, kv_end=torch.tensor(length))
 
 
-def forward(method: DecodeMethod, calls: list[AttentionCall]) -> list[Step]:
+def forward(method: Method | BoundMethod, calls: list[AttentionCall]) -> list[Step]:
     """Run the calls of one forward, layer by layer."""
-    forward_state: dict[str, object] = {}
+    forward_state = ForwardState()
     return [run(method, replace(call, forward_state=forward_state)) for call in calls]
 
 
-def forward_of_row(method: DecodeMethod, calls: list[AttentionCall], row: int) -> list[Step]:
+def forward_of_row(method: Method | BoundMethod, calls: list[AttentionCall], row: int) -> list[Step]:
     """The same for one row of padded calls, alone."""
     return forward(method, [row_alone(call, row)[0] for call in calls])
 
 
-def run(method: DecodeMethod, call: AttentionCall) -> Step:
+def run(method: Method | BoundMethod, call: AttentionCall) -> Step:
     """Run one call as the hook does."""
+    method = bound(method)
     method.remember(call)
     plan = method.plan(call)
     assert isinstance(plan, PagePlan | Dense)

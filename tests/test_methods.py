@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from bound import bound
 from calls import make_call, row_alone
 from method_table import PREFILL_METHODS, SPAN_METHODS, TOKEN_METHODS, MethodCase
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base.protocol import Method
 from sparse_patch.methods.base.registry import registry
+from sparse_patch.methods.base.settings import Method
 from sparse_patch.ops.attention import block_sparse, token_blocks
 from sparse_patch.plans import BlockPlan, Dense, TokenBlockPlan
 
@@ -20,7 +21,7 @@ def build(settings: dict[str, object]) -> Method:
 
 
 def any_plan_of(case: MethodCase, call: AttentionCall) -> BlockPlan | TokenBlockPlan:
-    plan = build(case.small).plan(call)
+    plan = bound(build(case.small)).plan(call)
     assert isinstance(plan, BlockPlan | TokenBlockPlan)
     return plan
 
@@ -32,7 +33,7 @@ def attend(call: AttentionCall, plan: BlockPlan | TokenBlockPlan) -> torch.Tenso
 
 
 def plan_of(case: MethodCase, call: object) -> BlockPlan:
-    plan = build(case.small).plan(call)  # type: ignore[arg-type]
+    plan = bound(build(case.small)).plan(call)  # type: ignore[arg-type]
     assert isinstance(plan, BlockPlan)
     return plan
 
@@ -88,12 +89,12 @@ def test_a_padded_row_equals_the_row_alone(case: MethodCase, queries: int) -> No
 def test_a_short_row_in_a_batch_is_dense_as_it_is_alone(case: MethodCase) -> None:
     method = build({**case.small, "min_length": 200})
     batch = make_call(400, row_starts=[0, 250])
-    plan = method.plan(batch)
+    plan = bound(method).plan(batch)
     assert isinstance(plan, BlockPlan | TokenBlockPlan)
     assert plan.density()[0].max() < 1
     assert plan.density()[1].min() == 1
     alone, _ = row_alone(batch, 1)
-    assert isinstance(method.plan(alone), Dense)
+    assert isinstance(bound(method).plan(alone), Dense)
 
 
 @CASES
@@ -118,11 +119,11 @@ def test_grouped_heads_equal_repeated_ones(case: MethodCase, group: int) -> None
 
 @ALL
 def test_full_settings_are_dense(case: MethodCase) -> None:
-    assert isinstance(build(case.full).plan(make_call(400)), Dense)
+    assert isinstance(bound(build(case.full)).plan(make_call(400)), Dense)
 
 
 @ALL
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 33])
 def test_short_calls_are_dense(case: MethodCase, length: int) -> None:
-    plan = build({**case.small, "min_length": 64}).plan(make_call(length))
+    plan = bound(build({**case.small, "min_length": 64})).plan(make_call(length))
     assert isinstance(plan, Dense) and "min_length" in plan.reason

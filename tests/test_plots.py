@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bound import bound
 from calls import make_call
 from families import FAMILIES
 from matplotlib.colors import ListedColormap
@@ -70,7 +71,7 @@ def test_spans_are_drawn_as_the_blocks_of_their_mask() -> None:
 
 def test_blocks_by_the_token_are_drawn_where_any_token_reads_one() -> None:
     call = make_call(600)
-    plan = InfLLMv2(topk=3, window_size=64, min_length=0).plan(call)
+    plan = bound(InfLLMv2(topk=3, window_size=64, min_length=0)).plan(call)
     assert isinstance(plan, TokenBlockPlan) and last_sparse_plan([("prefill", plan)]) is plan
     for head, mask in enumerate(plan.mask()[0]):
         axes = Figure().add_subplot()

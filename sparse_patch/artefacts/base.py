@@ -133,7 +133,7 @@ def how_to_make(name: str) -> str:
     return f'run "sparse-patch calibrate {name} --model M --out FILE"'
 
 
-def place_of(path: str | Path) -> str:
+def place_of(path: str | Path | None) -> str:
     """What a message about an artefact begins with."""
     return f"calibration: {one_line(path)}"
 

@@ -41,7 +41,7 @@ from sparse_patch.artefacts.base import (
     problem_of,
     read_artefact,
 )
-from sparse_patch.errors import ConfigError, one_line, quoted, short
+from sparse_patch.errors import ConfigError, FieldError, one_line, quoted, short
 from sparse_patch.files.reading import MOST, read_json, read_text
 from sparse_patch.files.writing import write_file
 from sparse_patch.model_shape import ModelShape
@@ -93,12 +93,12 @@ class HeadSchedules(BaseModel):
     def _sizes_agree(self) -> Self:
         layers, heads, kv_heads = self.num_layers, self.header.model.num_heads or 0, self.num_kv_heads
         if self.min_span <= self.sink:
-            raise ValueError(f"min_span: expected more than the {self.sink} tokens of sink, got {self.min_span}")
+            raise FieldError("min_span", f"expected more than the {self.sink} tokens of sink, got {self.min_span}")
         if heads % kv_heads:
-            raise ValueError(f"num_kv_heads: {kv_heads} do not divide {heads} query heads")
+            raise FieldError("num_kv_heads", f"{kv_heads} do not divide {heads} query heads")
         for field in ("alphas", "betas"):
             if problem := _wrong_size(getattr(self, field), layers, kv_heads):
-                raise ValueError(f"{field}: {problem}")
+                raise FieldError(field, problem)
         return self
 
     @classmethod
@@ -313,7 +313,7 @@ def schedules_of_duo(
     """
     place = place_of(path)
     if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity: expected a share from 0 to 1, got {sparsity}")
+        raise FieldError("sparsity", f"expected a share from 0 to 1, got {sparsity}")
     rows = [line.split() for line in read_artefact(path, KIND, read_text).body.split("\n") if line.strip()]
     gates = [[_gate(place, layer, number) for number in row] for layer, row in enumerate(rows)]
     if problem := _wrong_size(gates, shape.num_layers, shape.num_kv_heads):

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from sparse_patch.artefacts.base import Header, MadeFor, how_to_make, place_of, read_artefact
-from sparse_patch.errors import ConfigError, quoted
+from sparse_patch.errors import ConfigError, FieldError, quoted
 from sparse_patch.files.reading import MOST, read_yaml
 from sparse_patch.files.writing import write_file
 from sparse_patch.model_shape import LayerIndex, ModelShape, layer_numbers
@@ -45,7 +45,7 @@ class Roles(BaseModel):
             others: layers that the method is not used in; they read everything.
 
         Raises:
-            ValueError: the roles do not fit the model; the message begins with `place` and the field.
+            FieldError: the roles do not fit the model; its field begins with `place`.
         """
         full = layer_numbers(f"{place}full", self.full, shape.num_layers) | shape.local_layers | others
         if self.select is None:
@@ -54,20 +54,19 @@ class Roles(BaseModel):
         else:
             select = layer_numbers(f"{place}select", self.select, shape.num_layers)
         if local := select & shape.local_layers:
-            raise ValueError(f"{place}select: layer {min(local)} has no full attention in this model and cannot select")
+            problem = f"layer {min(local)} has no full attention in this model and cannot select"
+            raise FieldError(f"{place}select", problem)
         if unused := select & others:
-            raise ValueError(f"{place}select: layer {min(unused)} is not among `layers`; add it there")
+            raise FieldError(f"{place}select", f"layer {min(unused)} is not among `layers`", "add it there")
         sparse = set(range(shape.num_layers)) - full - select
         if len(shape.local_layers) == shape.num_layers:
-            raise ValueError(
-                f"{place}full: every layer of this model has local attention of its own, none can be sparse"
-            )
+            problem = "every layer of this model has local attention of its own, none can be sparse"
+            raise FieldError(f"{place}full", problem)
         if not sparse:
-            raise ValueError(f"{place}full: no layer of {shape.num_layers} is left to be sparse")
+            raise FieldError(f"{place}full", f"no layer of {shape.num_layers} is left to be sparse")
         if not select or min(sparse) < min(select):
-            raise ValueError(
-                f"{place}select: layer {min(sparse)} would be sparse with no selecting layer before it; add it to full"
-            )
+            problem = f"layer {min(sparse)} would be sparse with no selecting layer before it"
+            raise FieldError(f"{place}select", problem, "add it to full")
         return Roles(full=sorted(full - select), select=sorted(select))
 
 

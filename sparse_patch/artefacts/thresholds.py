@@ -22,7 +22,7 @@ from sparse_patch.artefacts.base import (
     read_artefact,
     read_safetensors,
 )
-from sparse_patch.errors import ConfigError, one_line, short
+from sparse_patch.errors import ConfigError, FieldError, one_line, short
 from sparse_patch.files.reading import LONGEST_NUMBER, MOST
 from sparse_patch.files.writing import write_file
 
@@ -81,11 +81,11 @@ def write_thresholds(path: str | Path, tau: torch.Tensor, header: Header) -> Non
         header: what it was made for, and with; the settings have at least those of `SearchSettings`.
 
     Raises:
-        ValueError: the thresholds are not of the model's shape, not finite or negative, or a setting is missing.
+        FieldError: the thresholds are not of the model's shape, not finite or negative, or a setting is missing.
     """
     SearchSettings.model_validate(header.settings)
     if problem := _problem(tau, header.model):
-        raise ValueError(f"tau: {problem}")
+        raise FieldError("tau", problem)
     write_file(Path(path), save({"tau": tau.cpu().contiguous()}, header.metadata()))
 
 

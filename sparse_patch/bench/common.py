@@ -16,7 +16,7 @@ from rich.table import Table
 
 from sparse_patch.bench.qkv import Shape
 from sparse_patch.call import AttentionCall
-from sparse_patch.config import PatchConfig, load_config
+from sparse_patch.config import BoundConfig, PatchConfig, load_config
 from sparse_patch.errors import TaskError, UnsupportedCallError, nearest
 from sparse_patch.integration.reporting import versions
 from sparse_patch.model_shape import ModelShape
@@ -152,7 +152,7 @@ def configs_by_stem(
 
 
 def result_as_json(
-    result: Result[Any], methods: dict[str, PatchConfig], dtype: torch.dtype, about: dict[str, Any]
+    result: Result[Any], methods: Mapping[str, PatchConfig], dtype: torch.dtype, about: dict[str, Any]
 ) -> dict[str, Any]:
     """What was measured, on what, and of what.
 
@@ -169,6 +169,11 @@ def result_as_json(
         "skipped": result.skipped,
         "rows": [asdict(row) for row in result.rows],
     }
+
+
+def settings_of(methods: Mapping[str, BoundConfig]) -> dict[str, PatchConfig]:
+    """The settings of configurations on a model, by name."""
+    return {name: config.settings for name, config in methods.items()}
 
 
 def table_of(

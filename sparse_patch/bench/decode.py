@@ -31,6 +31,7 @@ from sparse_patch.bench.common import (
     configs_by_stem,
     result_as_json,
     rows_of,
+    settings_of,
     skipped_notes,
     table_of,
 )
@@ -46,10 +47,8 @@ from sparse_patch.bench.decode_rows import (
 from sparse_patch.bench.decode_step import method_of
 from sparse_patch.bench.decode_timing import OURS, Layers, Row, copy_bandwidth
 from sparse_patch.call import AttentionCall, KVState
-from sparse_patch.config import PatchConfig
+from sparse_patch.config import BoundConfig
 from sparse_patch.kernels.room import SPARE
-from sparse_patch.methods.base.protocol import DecodeMethod
-from sparse_patch.methods.base.spans import SpanMethod
 from sparse_patch.workbench.machine import machine
 from sparse_patch.workbench.progress import Step
 
@@ -75,7 +74,7 @@ class Benchmark:
     lengths: Sequence[int]
     batch: int
     budgets: Sequence[int]
-    methods: dict[str, PatchConfig]
+    methods: dict[str, BoundConfig]
     dtype: torch.dtype
     device: str
 
@@ -129,11 +128,11 @@ def ways(layers: Layers, benchmark: Benchmark) -> Iterator[tuple[str, Callable[[
     for name, config in benchmark.methods.items():
         for role, layer in roles_of(benchmark, name).items():
             yield f"{name}: {role}", partial(one_layer, layers, name, config, role, layer)
-        stack = all_layers_of_spans if isinstance(config.decode, SpanMethod) else all_layers
+        stack = all_layers_of_spans if method_of(config).retention else all_layers
         yield f"{name}: stack", partial(stack, layers, name, config)
 
 
-def methods_of(sources: Sequence[str], architecture: Architecture) -> dict[str, PatchConfig]:
+def methods_of(sources: Sequence[str], architecture: Architecture) -> dict[str, BoundConfig]:
     """Configurations with a sparse decode method, resolved for an architecture, by the stems of their files.
 
     Raises:
@@ -141,9 +140,9 @@ def methods_of(sources: Sequence[str], architecture: Architecture) -> dict[str, 
         TaskError: it has no decode method to time, or two have the same stem.
     """
     configs = configs_by_stem(
-        sources, "sparse decode method", lambda config: isinstance(config.decode, DecodeMethod | SpanMethod)
+        sources, "sparse decode method", lambda config: config.decode is not None and config.decode.method != "dense"
     )
-    return {name: config.for_model(architecture.model_shape) for name, config in configs.items()}
+    return {name: config.bind(architecture.model_shape) for name, config in configs.items()}
 
 
 def lists_of(architecture: Architecture) -> dict[str, int]:
@@ -155,10 +154,10 @@ def lists_of(architecture: Architecture) -> dict[str, int]:
 def roles_of(benchmark: Benchmark, name: str) -> dict[str, int]:
     """The roles of the sparse and selecting layers of a configuration, with a layer that has each."""
     config = benchmark.methods[name]
-    if isinstance(config.decode, SpanMethod):
-        return {}
     method, found = method_of(config), dict[str, int]()
-    for layer in sorted(config.layers("decode", benchmark.architecture.layers)):
+    if method.retention:
+        return {}
+    for layer in sorted(config.settings.layers("decode", benchmark.architecture.layers)):
         found[method.role(layer) or "layer"] = layer
     return {role: layer for role, layer in found.items() if role != "full"}
 
@@ -195,7 +194,7 @@ def as_json(result: Result, benchmark: Benchmark) -> dict[str, Any]:
         "timing": "CUDA graph of one step of all layers" if benchmark.device == "cuda" else "plain calls",
         "copy_gb_per_s": round(result.gb_per_s, 1),
     }
-    return result_as_json(result, benchmark.methods, benchmark.dtype, about)
+    return result_as_json(result, settings_of(benchmark.methods), benchmark.dtype, about)
 
 
 def table(result: Result, benchmark: Benchmark) -> Table:

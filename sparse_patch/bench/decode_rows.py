@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from transformers import Cache
@@ -10,17 +9,17 @@ from transformers import Cache
 from sparse_patch.bench import decode_kernels
 from sparse_patch.bench.decode_step import method_of, run_layer, run_stack
 from sparse_patch.bench.decode_timing import OURS, Layers, Row, bytes_of
-from sparse_patch.call import AttentionCall
-from sparse_patch.config import PatchConfig
+from sparse_patch.call import AttentionCall, ForwardState
+from sparse_patch.config import BoundConfig
 from sparse_patch.errors import UnsupportedCallError, reason
 from sparse_patch.integration.caches.rings import FixedRingLayer
 from sparse_patch.integration.caches.size import cache_bytes
 from sparse_patch.kernels.room import SPARE
-from sparse_patch.methods.base.spans import SpanMethod
 from sparse_patch.ops.attention import table
 from sparse_patch.ops.selection.page_scores import page_scores
 from sparse_patch.ops.selection.top_pages import top_pages
 from sparse_patch.plans import PagePlan
+from sparse_patch.tensor_parallel import ALL_HEADS
 
 
 def ours(layers: Layers) -> Row:
@@ -84,22 +83,22 @@ def selecting_layer(layers: Layers, budget: int, page: int) -> Row:
     return layers.row("select", f"dense, logits, top {budget} tokens", step, bytes_of(layers.calls[0], plan))
 
 
-def one_layer(layers: Layers, name: str, config: PatchConfig, role: str, layer: int) -> Row:
+def one_layer(layers: Layers, name: str, config: BoundConfig, role: str, layer: int) -> Row:
     """A layer of one role, with the list that the selecting layer before it carries on."""
     layers.forget()
     forward_state = forward_state_to(config, layers.calls[0], layer)
     calls = [replace(call, layer=layer) for call in layers.calls]
-    own = replace(calls[0], forward_state=dict(forward_state))
+    own = replace(calls[0], forward_state=forward_state.copy())
     size = bytes_of(own, run_layer(config, own))
 
     def step() -> None:
         for call in calls:
-            run_layer(config, replace(call, forward_state=dict(forward_state)))
+            run_layer(config, replace(call, forward_state=forward_state.copy()))
 
     return layers.row("layer", f"{name}: {role}", step, size, config=name)
 
 
-def all_layers(layers: Layers, name: str, config: PatchConfig) -> Row:
+def all_layers(layers: Layers, name: str, config: BoundConfig) -> Row:
     """All layers, each in its role."""
     layers.forget()
     plans = run_stack(config, layers.calls)
@@ -109,9 +108,9 @@ def all_layers(layers: Layers, name: str, config: PatchConfig) -> Row:
     )
 
 
-def all_layers_of_spans(layers: Layers, name: str, config: PatchConfig) -> Row:
+def all_layers_of_spans(layers: Layers, name: str, config: BoundConfig) -> Row:
     """All layers on what a static cache keeps for spans: full rings, and all keys where a layer has no ring."""
-    used = config.layers("decode", len(layers.calls))
+    used = config.settings.layers("decode", len(layers.calls))
     rings = [full_ring(config, call, layers.length) if call.layer in used else None for call in layers.calls]
     before = torch.full((len(layers.calls[0].q),), layers.length, device=layers.calls[0].q.device)
     own = [replace(call, k=call.k[:, :, :1], v=call.v[:, :, :1], kv_end=None) for call in layers.calls]
@@ -119,9 +118,9 @@ def all_layers_of_spans(layers: Layers, name: str, config: PatchConfig) -> Row:
     def step() -> None:
         for ring, call, token in zip(rings, layers.calls, own, strict=True):
             if ring is None:
-                table.attend(call, PagePlan.every(call), config.backend)
+                table.attend(call, PagePlan.every(call), config.settings.backend)
             else:
-                ring.attend(token, before, config.backend)
+                ring.attend(token, before, config.settings.backend)
 
     every = bytes_of(layers.calls[0], PagePlan.every(layers.calls[0]))
     kept = cache_bytes(Cache(layers=[ring for ring in rings if ring is not None])).allocated
@@ -129,11 +128,11 @@ def all_layers_of_spans(layers: Layers, name: str, config: PatchConfig) -> Row:
     return layers.row("stack", f"{name}: {len(rings)} layers", step, size, config=name)
 
 
-def full_ring(config: PatchConfig, call: AttentionCall, length: int) -> FixedRingLayer:
+def full_ring(config: BoundConfig, call: AttentionCall, length: int) -> FixedRingLayer:
     """The ring of a layer of a static cache that has seen so many tokens, with random keys and values."""
-    method = config.decode
-    assert isinstance(method, SpanMethod), "checked by ways"
-    ring = FixedRingLayer(partial(method.spans, call.layer), length + SPARE)
+    retention = method_of(config).retention
+    assert retention is not None, "checked by ways"
+    ring = FixedRingLayer(partial(retention.spans_of, ALL_HEADS, call.layer), length + SPARE)
     ring.lazy_initialization(call.k, call.v)
     assert ring.keys is not None and ring.values is not None
     ring.keys.normal_(), ring.values.normal_()
@@ -141,11 +140,11 @@ def full_ring(config: PatchConfig, call: AttentionCall, length: int) -> FixedRin
     return ring
 
 
-def forward_state_to(config: PatchConfig, call: AttentionCall, layer: int) -> dict[str, Any]:
+def forward_state_to(config: BoundConfig, call: AttentionCall, layer: int) -> ForwardState:
     """What the layers before `layer` carry on to it: all of them run on one call's keys."""
-    forward_state: dict[str, Any] = {}
+    forward_state = ForwardState()
     method = method_of(config)
-    for before in sorted(config.layers("decode", layer + 1) - {layer}):
+    for before in sorted(config.settings.layers("decode", layer + 1) - {layer}):
         if method.role(before) == "select":
             run_layer(config, replace(call, layer=before, forward_state=forward_state))
     return forward_state

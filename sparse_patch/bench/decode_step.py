@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from sparse_patch.call import AttentionCall
-from sparse_patch.config import PatchConfig
+from sparse_patch.call import AttentionCall, ForwardState
+from sparse_patch.config import BoundConfig
 from sparse_patch.integration.hook import decode_step
-from sparse_patch.methods.base.protocol import DecodeMethod
+from sparse_patch.methods.base.bound import BoundMethod
 from sparse_patch.ops.attention import table
 from sparse_patch.plans import Dense, PagePlan
 
 
-def run_layer(config: PatchConfig, call: AttentionCall) -> PagePlan:
+def run_layer(config: BoundConfig, call: AttentionCall) -> PagePlan:
     """One decode call through a method as the hook runs it; what it read.
 
     Raises:
@@ -24,25 +23,25 @@ def run_layer(config: PatchConfig, call: AttentionCall) -> PagePlan:
     if isinstance(plan, Dense):
         plan = PagePlan.every(call)
     assert isinstance(plan, PagePlan), "a decode method plans pages"
-    decode_step(call, plan, method, config.backend)
+    decode_step(call, plan, method, config.settings.backend)
     return plan
 
 
-def run_stack(config: PatchConfig, calls: Sequence[AttentionCall]) -> list[PagePlan]:
+def run_stack(config: BoundConfig, calls: Sequence[AttentionCall]) -> list[PagePlan]:
     """One step of all layers, as one forward runs them; what each read."""
-    forward_state: dict[str, Any] = {}
-    used = config.layers("decode", len(calls))
+    forward_state = ForwardState()
+    used = config.settings.layers("decode", len(calls))
     plans = []
     for call in calls:
         if call.layer in used:
             plans.append(run_layer(config, replace(call, forward_state=forward_state)))
         else:
             plans.append(PagePlan.every(call))
-            table.attend(call, plans[-1], config.backend)
+            table.attend(call, plans[-1], config.settings.backend)
     return plans
 
 
-def method_of(config: PatchConfig) -> DecodeMethod:
+def method_of(config: BoundConfig) -> BoundMethod:
     """The decode method of a configuration that `methods_of` returned."""
-    assert isinstance(config.decode, DecodeMethod), "checked by methods_of"
+    assert config.decode is not None, "checked by methods_of"
     return config.decode

@@ -100,7 +100,7 @@ def bytes_of(call: AttentionCall, plan: PagePlan) -> float:
     if plan.wants_logits:
         size += 2 * 4 * float(pairs.sum())
     if call.kv_state is not None:
-        size += sum(tensor.numel() * tensor.element_size() for tensor in call.kv_state.tensors.values())
+        size += call.kv_state.num_bytes
     return size
 
 

@@ -196,7 +196,7 @@ def methods_of(sources: Sequence[str], architecture: Architecture) -> dict[str, 
     """
     configs = configs_by_stem(sources, "sparse method", _is_sparse)
     for config in configs.values():
-        config.for_model(architecture.model_shape)
+        config.bind(architecture.model_shape)
     return configs
 
 

@@ -5,7 +5,7 @@ by CUDA events on a GPU, by the clock on a CPU. FLOP are counted over the (query
 head_dim for each pair and query head; a dense kernel computes the causal triangle.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -22,13 +22,15 @@ from sparse_patch.bench.common import (
     measured,
     result_as_json,
     rows_of,
+    settings_of,
     skipped_notes,
     table_of,
 )
 from sparse_patch.bench.qkv import Inputs
 from sparse_patch.call import AttentionCall, causal_pairs
-from sparse_patch.config import PatchConfig
-from sparse_patch.errors import UnsupportedCallError
+from sparse_patch.config import BoundConfig, PatchConfig
+from sparse_patch.errors import TaskError, UnsupportedCallError
+from sparse_patch.model_shape import ModelShape
 from sparse_patch.ops.attention import block_sparse, dense
 from sparse_patch.ops.attention.table import OPS
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense
@@ -40,6 +42,7 @@ BASELINES = {  # key in the JSON: field of a row, and how it is called
     "flash2": ("speedup_flash2", "FlashAttention-2"),
 }
 _BLOCK = 128
+_UNKNOWN = ModelShape("unknown", num_layers=1, num_heads=1, num_kv_heads=1, hidden_size=1)
 _FLASH2 = "flash2"
 
 
@@ -93,7 +96,7 @@ class Benchmark:
     inputs: Inputs
     lengths: Sequence[int]
     densities: Sequence[float]
-    methods: dict[str, PatchConfig]
+    methods: dict[str, BoundConfig]
     device: str
 
     @property
@@ -122,12 +125,13 @@ class Benchmark:
             yield name, partial(_method_row, call, name, config)
 
 
-def methods_of(sources: Sequence[str], architecture: Architecture | None = None) -> dict[str, PatchConfig]:
+def methods_of(sources: Sequence[str], architecture: Architecture | None = None) -> dict[str, BoundConfig]:
     """Configurations with a sparse prefill method, by the stems of their files.
 
     Args:
         sources: files or packaged names.
-        architecture: what they are resolved for, if it is known; what is timed is its layer 0 then.
+        architecture: what they are resolved for; what is timed is its layer 0. None if it is not known: then no
+            configuration may name a file, which is one of a model.
 
     Raises:
         ConfigError: a configuration is not valid, or does not fit the architecture.
@@ -138,9 +142,18 @@ def methods_of(sources: Sequence[str], architecture: Architecture | None = None)
         "sparse prefill method",
         lambda config: config.prefill is not None and config.prefill.method != "dense",
     )
+    shape = _UNKNOWN if architecture is None else architecture.model_shape
     if architecture is None:
-        return configs
-    return {name: config.for_model(architecture.model_shape) for name, config in configs.items()}
+        _check_no_files(configs)
+    return {name: config.bind(shape) for name, config in configs.items()}
+
+
+def _check_no_files(configs: Mapping[str, PatchConfig]) -> None:
+    for name, config in configs.items():
+        if config.prefill is not None and any(getattr(config.prefill, field) for field in config.prefill.files):
+            raise TaskError(
+                f"--config: {name}: names a calibration, which is one of a model; give its sizes by --shape"
+            )
 
 
 @torch.no_grad()
@@ -187,7 +200,7 @@ def break_even(rows: Sequence[Row]) -> dict[str, dict[str, int | None]]:
 def as_json(result: Result[Row], benchmark: Benchmark, dtype: torch.dtype) -> dict[str, Any]:
     """What was measured, on what, and of what."""
     about = {"qkv": benchmark.inputs.about, "break_even": break_even(result.rows)}
-    written = result_as_json(result, benchmark.methods, dtype, about)
+    written = result_as_json(result, settings_of(benchmark.methods), dtype, about)
     written["machine"]["shape"] = asdict(benchmark.inputs.shape)
     return written
 
@@ -257,14 +270,14 @@ def _blocks_row(call: AttentionCall, label: str, backend: str, density: float) -
     )
 
 
-def _method_row(call: AttentionCall, name: str, config: PatchConfig) -> Row:
+def _method_row(call: AttentionCall, name: str, config: BoundConfig) -> Row:
     method = config.prefill
     assert method is not None, "checked by methods_of"
     plan = method.plan(call)
     if isinstance(plan, Dense):
         raise UnsupportedCallError(f"dense, {plan.reason}")
     op: Any = OPS[type(plan)]
-    backend: str = op.fastest(call, plan) if config.backend == "auto" else config.backend
+    backend: str = op.fastest(call, plan) if config.settings.backend == "auto" else config.settings.backend
     ms, _ = measured(lambda: op.attend(call, plan, backend), call)
     selection_ms, _ = measured(lambda: method.plan(call), call)
     total_ms, memory = measured(lambda: op.attend(call, method.plan(call), backend), call)

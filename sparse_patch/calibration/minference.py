@@ -119,7 +119,7 @@ def _best(call: AttentionCall, choices: Sequence[Pattern], method: MInference) -
     dense = attend(call, BlockPlan.every(call, method.block_size))[0].float()
     errors, densities = [], []
     for choice in choices:
-        plan = method.plan_patterns(call, (choice,) * call.q.shape[1])
+        plan = method.plan_by(call, (choice,) * call.q.shape[1])
         if isinstance(plan, Dense):
             raise TaskError(
                 f"--length: {call.kv_length} tokens are too few for a search: {choice.kind} {choice.columns}, "

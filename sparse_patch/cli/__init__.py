@@ -106,7 +106,7 @@ def methods(json_file: JsonOption = None) -> None:
             "config": f"{name}.yaml" if f"{name}.yaml" in configs else None,
             "summary": method.summary,
             "paper": method.paper,
-            "fields": method().model_dump(exclude={"method"}),  # type: ignore[call-arg]
+            "fields": method().model_dump(exclude={"method"}),
         }
         for name, method in registry().items()
     ]

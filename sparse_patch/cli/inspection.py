@@ -8,15 +8,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from sparse_patch.call import PHASES
-from sparse_patch.config import PatchConfig
+from sparse_patch.config import BoundConfig, PatchConfig
 from sparse_patch.integration.patching import patched
 from sparse_patch.integration.reporting import sparsity_report
-from sparse_patch.methods.base.spans import SpanMethod
 from sparse_patch.model_shape import ModelShape, attention_kind, can_forget, config_of_layer, kv_heads_of
 from sparse_patch.models.loading import check_config, loading
 from sparse_patch.models.minicpm import is_minicpm, minicpm_config
 from sparse_patch.ops.attention.span_ring import RingLayout
 from sparse_patch.report import LayerReport
+from sparse_patch.tensor_parallel import ALL_HEADS
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def inspect(
     text = skeleton.config.get_text_config(decoder=True)
     with patched(skeleton, settings):
         layers = sparsity_report(skeleton).layers
-        resolved = settings.for_model(ModelShape.of(text, 1 + max(layer.layer for layer in layers)))
+        bound = settings.bind(ModelShape.of(text, 1 + max(layer.layer for layer in layers)))
         rows = [
             {
                 "layer": layer.layer,
@@ -66,18 +66,18 @@ def inspect(
                 **_heads(config_of_layer(text, layer.layer)),
                 "prefill": layer.prefill_method or "dense",
                 "decode": layer.decode_method or "dense",
-                "role": _roles(resolved, layer, text),
+                "role": _roles(bound, layer, text),
             }
             for layer in layers
         ]
-        return rows, _kv_bytes(resolved, rows, length, text)
+        return rows, _kv_bytes(bound, rows, length, text)
 
 
 def _kv_bytes(
-    settings: PatchConfig, layers: list[dict[str, Any]], length: int, config: PreTrainedConfig
+    bound: BoundConfig, layers: list[dict[str, Any]], length: int, config: PreTrainedConfig
 ) -> KVBytes | None:
-    method = settings.decode
-    if not isinstance(method, SpanMethod) or not can_forget(config):
+    retention = bound.decode.retention if bound.decode is not None else None
+    if retention is None or not can_forget(config):
         return None
     planned = dense = 0
     each = config.dtype.itemsize if isinstance(config.dtype, torch.dtype) else 2
@@ -87,8 +87,8 @@ def _kv_bytes(
         heads = layer["kv_heads"]
         token = 2 * layer["head_dim"] * each
         dense += token * heads * length
-        ring = RingLayout.of(*method.spans(layer["layer"], length, heads), room=length)
-        planned += token * (ring.total if layer["decode"] == method.method else heads * length)
+        ring = RingLayout.of(*retention.spans_of(ALL_HEADS, layer["layer"], length, heads), room=length)
+        planned += token * (ring.total if layer["decode"] != "dense" else heads * length)
     return KVBytes(length, planned, dense)
 
 
@@ -100,11 +100,11 @@ def _heads(config: PreTrainedConfig) -> dict[str, int]:
     }
 
 
-def _roles(settings: PatchConfig, layer: LayerReport, config: PreTrainedConfig) -> str:
+def _roles(bound: BoundConfig, layer: LayerReport, config: PreTrainedConfig) -> str:
     """What a layer does in prefill and in decode, as far as its methods say more than their names."""
     if attention_kind(config, layer.layer) != "full":
         return ""
     used = {"prefill": layer.prefill_method, "decode": layer.decode_method}
-    methods = (settings.method(phase) for phase in PHASES if used[phase])
+    methods = (bound.method(phase) for phase in PHASES if used[phase])
     roles = (method.role(layer.layer) for method in methods if method is not None)
     return ", ".join(dict.fromkeys(role for role in roles if role))

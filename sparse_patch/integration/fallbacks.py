@@ -7,7 +7,6 @@ from sparse_patch.integration.caches.rings import RingLayer
 from sparse_patch.integration.masks import LazyMask
 from sparse_patch.integration.request import SINKS, Request
 from sparse_patch.kernels.availability import prefers_triton
-from sparse_patch.methods.base.spans import SpanMethod
 from sparse_patch.plans import Dense
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -21,7 +20,7 @@ def dense_by_design(request: Request, phase: Phase) -> Dense | None:
     method = state.config.method(phase)
     if method is None:
         return Dense(f"no {phase} method")
-    if phase not in state.phases:
+    if phase not in state.methods:
         return Dense("layer not selected")
     if method.method == "dense":
         return Dense("method: dense")
@@ -85,10 +84,10 @@ def untraceable(request: Request, phase: Phase) -> Dense | None:
     It traces decode, and spans, wherever they run. Other plans for prefill are lists of blocks, which Triton's kernels
     read on the device and other backends on the host.
     """
-    config = request.state.config
-    if phase == "decode" or not torch.compiler.is_compiling() or isinstance(config.prefill, SpanMethod):
+    method = request.state.methods.get("prefill")
+    if phase == "decode" or not torch.compiler.is_compiling() or (method and method.retention):
         return None
-    if prefers_triton(request.query) and config.backend not in ("torch", "reference"):
+    if prefers_triton(request.query) and request.state.config.backend not in ("torch", "reference"):
         return None
     return Dense("prefill inside torch.compile without Triton's kernels")
 

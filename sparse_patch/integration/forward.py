@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from sparse_patch.call import ForwardState
 from sparse_patch.errors import PatchError
 from sparse_patch.integration.caches.lookup import Prompt, prompt_of
 from sparse_patch.integration.names import is_hook
@@ -33,7 +34,7 @@ class Forward:
         cache: the cache that it uses; None without one, and before the first attention module is reached.
         prompt: what `generate` reads first, if it made the forward; never inside a compiled graph, which serves any.
         patch: the patch that its layers run under.
-        forward_state: what methods pass on from layer to layer, by name.
+        forward_state: what methods pass on from layer to layer.
         gave_way: layers of the cache that were rings when they handed their keys over, and are no more.
     """
 
@@ -41,7 +42,7 @@ class Forward:
     cache: Any = None
     prompt: Prompt | None = None
     patch: PatchMark | None = None
-    forward_state: dict[str, Any] = field(default_factory=dict)
+    forward_state: ForwardState = field(default_factory=ForwardState)
     gave_way: set[int] = field(default_factory=set)
 
     def join(self, patch: PatchMark) -> None:

@@ -14,7 +14,7 @@ from sparse_patch.integration.caches.making import adopt
 from sparse_patch.integration.caches.rings import RingLayer, SpansOf
 from sparse_patch.integration.patch import PATCHING, is_patched, patch_of, state_of, transformers_model
 from sparse_patch.integration.transformers_internals import dropped_mask_length, prepare_cache_of_class
-from sparse_patch.methods.base.spans import SpanMethod, Spans
+from sparse_patch.methods.base.bound import Retention, Spans
 from sparse_patch.model_shape import attention_kind, can_forget, config_of_layer, kv_heads_of
 from sparse_patch.tensor_parallel import HeadShard
 
@@ -52,16 +52,16 @@ def spans_of(root: PreTrainedModel) -> dict[int, SpansOf]:
         states = [state_of(module) for module in modules]
     spans: dict[int, SpansOf] = {}
     for state in states:
-        method = state.config.decode if "decode" in state.phases else None
-        if isinstance(method, SpanMethod) and attention_kind(config, state.layer) == "full":
+        retention = state.decoder.retention if state.decoder is not None else None
+        if retention is not None and attention_kind(config, state.layer) == "full":
             in_all = kv_heads_of(config_of_layer(config, state.layer))
-            spans[state.layer] = partial(_spans_here, method, state.shard, state.layer, in_all)
+            spans[state.layer] = partial(_spans_here, retention, state.shard, state.layer, in_all)
     return spans
 
 
-def _spans_here(method: SpanMethod, shard: HeadShard, layer: int, in_all: int, length: int, kv_heads: int) -> Spans:
+def _spans_here(retention: Retention, shard: HeadShard, layer: int, in_all: int, length: int, kv_heads: int) -> Spans:
     """The spans of the `kv_heads` KV heads that this process has of a layer's `in_all`."""
-    return method.spans_of(shard.of_layer(kv_heads, in_all), layer, length, kv_heads)
+    return retention.spans_of(shard.of_layer(kv_heads, in_all), layer, length, kv_heads)
 
 
 def prepare_cache(

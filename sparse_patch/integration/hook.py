@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
-from sparse_patch.call import PHASES, AttentionCall, KVState, Phase
+from sparse_patch.call import PHASES, AttentionCall, KVState, Phase, Slot
 from sparse_patch.errors import PatchError, UnsupportedCallError
 from sparse_patch.integration.caches.lookup import keep_all, kv_state_of, max_length_of, ring_of
 from sparse_patch.integration.caches.rings import RingLayer
@@ -27,7 +27,7 @@ from sparse_patch.integration.request import Request
 from sparse_patch.integration.unpatched import attend_densely, attend_unpatched
 from sparse_patch.kernels.autocast import as_autocast
 from sparse_patch.kernels.inference_mode import ordinary_tensors
-from sparse_patch.methods.base.protocol import DecodeMethod, Method
+from sparse_patch.methods.base.bound import BoundMethod
 from sparse_patch.ops.attention import dense as dense_kernels
 from sparse_patch.ops.attention import page_decode, span_ring, table
 from sparse_patch.ops.attention.op import Attended
@@ -35,6 +35,7 @@ from sparse_patch.plans import Dense, PagePlan, SpanPlan, SparsePlan
 from sparse_patch.tensor_parallel import HeadShard
 
 T = TypeVar("T")
+_SPANS: Slot[SpanPlan] = Slot("plan of rings")
 
 
 def register(unpatched: str | None) -> None:
@@ -199,13 +200,13 @@ def _attend_by_plan(request: Request) -> torch.Tensor | None:
     if dense is None and kv_state is not None and kv_state.at_rest:
         dense = Dense("cache correction")
     call = None
-    if dense is None or state.remembers or _may_be_best(request):
+    if dense is None or state.keeps_state or _may_be_best(request):
         unserved = why_unsupported(request) or untraceable(request, phase)
         if unserved is None:
             call = _attention_call(request, phase, kv_state)
     _remember(state, call, kv_state)
     if dense is None and call is not None:
-        plan = _method(state, phase).plan(call)
+        plan = state.methods[phase].plan(call)
         if isinstance(plan, Dense):
             dense = plan
         else:
@@ -254,12 +255,13 @@ def _ring_plan(ring: RingLayer, call: AttentionCall, mask: LazyMask) -> SpanPlan
     """What a forward reads of all tokens ever seen. Layers of the same spans share it, and with it what is counted."""
     assert ring.layout is not None
     sinks, windows = ring.layout.sinks, ring.layout.windows
-    key = f"spans of {call.q.shape[1]} heads: {sinks} {windows} on {call.q.device}"
-    if key not in mask.forward.forward_state:
-        _, heads, q_length, _ = call.q.shape
+    _, heads, q_length, _ = call.q.shape
+    state, key = call.forward_state, (heads, sinks, windows, call.q.device)
+    plan = state.get(_SPANS, key)
+    if plan is None:
         of_rows = mask.tokens_before + q_length, call.row_starts()
-        mask.forward.forward_state[key] = SpanPlan(sinks, windows, heads, q_length, mask.kv_length, *of_rows)
-    plan: SpanPlan = mask.forward.forward_state[key]
+        plan = SpanPlan(sinks, windows, heads, q_length, mask.kv_length, *of_rows)
+        state.put(_SPANS, plan, key)
     return plan
 
 
@@ -304,7 +306,7 @@ def _split(state: LayerState, heads: int) -> HeadShard | None:
 
 def _remember(state: LayerState, call: AttentionCall | None, kv_state: KVState | None) -> None:
     """Keep what the decode method keeps in step with the keys; where it cannot see them it must start again."""
-    if not state.remembers or kv_state is None:
+    if not state.keeps_state or kv_state is None:
         return
     if call is None:
         kv_state.clear()
@@ -313,20 +315,14 @@ def _remember(state: LayerState, call: AttentionCall | None, kv_state: KVState |
             state.decoder.remember(call)
 
 
-def _method(state: LayerState, phase: Phase) -> Method:
-    method = state.config.method(phase)
-    assert method is not None, "a phase without a method is dense by design"
-    return method
-
-
-def decode_step(call: AttentionCall, plan: SparsePlan, method: DecodeMethod | None, backend: str) -> Attended:
+def decode_step(call: AttentionCall, plan: SparsePlan, method: BoundMethod | None, backend: str) -> Attended:
     """Attend by a plan, and let the decode method that asked for logits select by them."""
     attended = table.attend(call, plan, backend)
     _select(call, attended, method)
     return attended
 
 
-def _select(call: AttentionCall, attended: Attended, method: DecodeMethod | None) -> None:
+def _select(call: AttentionCall, attended: Attended, method: BoundMethod | None) -> None:
     if attended.logits is not None:
         assert method is not None and attended.lse is not None, "only a plan of a decode method wants logits"
         method.select(call, attended.logits, attended.lse[..., -1])

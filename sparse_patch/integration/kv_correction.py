@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_patch.call import KVState
+from sparse_patch.call import KVState, TensorSlot
 from sparse_patch.integration.caches.lookup import kv_state_of
 
-_TOKENS = "tokens since the correction"  # int64 [B, n], beside the keys of the first layer: they follow its rows
+_CORRECTION = TensorSlot("kv correction")
+_TOKENS = "since the correction"  # int64 [B, n], beside the keys of the first layer: they follow its rows
 
 
 class Correction:
@@ -44,13 +45,13 @@ class Correction:
         if kv_state is None or kv_state.at_rest or ids is None or not isinstance(length := cache.get_seq_length(), int):
             return
         if ids.shape[1] > 1 or length == 0:  # a prompt
-            kv_state.tensors.pop(_TOKENS, None)
+            kv_state.of(_CORRECTION).pop(_TOKENS, None)
             return
         decoded = _decoded(kv_state, ids, length)
         if decoded.shape[1] == self.period:
             self._correct(model, cache, decoded, kwargs)
             kv_state.corrected, decoded = length, decoded[:, :0]
-        kv_state.tensors[_TOKENS] = torch.cat([decoded, ids], dim=1)
+        kv_state.of(_CORRECTION)[_TOKENS] = torch.cat([decoded, ids], dim=1)
 
     def _first_state(self, cache: Any) -> KVState | None:
         """The state of the first layer, which has the tokens; None if the cache cannot be corrected."""
@@ -77,7 +78,7 @@ class Correction:
 
 def _decoded(kv_state: KVState, ids: torch.Tensor, length: int) -> torch.Tensor:
     """The tokens of a cache of some length that were decoded since its correction, `[B, n]`; `ids` come next."""
-    decoded, number = kv_state.tensors.get(_TOKENS), length - kv_state.corrected
+    decoded, number = kv_state.of(_CORRECTION).get(_TOKENS), length - kv_state.corrected
     if decoded is not None and len(decoded) == len(ids) and 0 <= number <= decoded.shape[1]:
         return decoded[:, :number]  # fewer than before if the cache was cut
     kv_state.corrected = length

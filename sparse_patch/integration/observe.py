@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 from sparse_patch.call import AttentionCall
 from sparse_patch.config import PatchConfig
 from sparse_patch.integration.patching import patched
-from sparse_patch.methods.base.protocol import Method
+from sparse_patch.methods.base.bound import BoundMethod
+from sparse_patch.methods.base.settings import Method
+from sparse_patch.model_shape import ModelShape
 from sparse_patch.plans import Dense, Plan
 
 
@@ -23,8 +25,18 @@ class _Observer(Method):
     method: Literal["observer"] = "observer"
     see: Callable[[AttentionCall], None]
 
+    def bind(self, shape: ModelShape) -> BoundMethod:
+        return _BoundObserver(self)
+
+
+class _BoundObserver(BoundMethod):
+    settings: _Observer
+
+    def __init__(self, settings: _Observer) -> None:
+        self.settings = settings
+
     def plan(self, call: AttentionCall) -> Plan:
-        self.see(call)
+        self.settings.see(call)
         return Dense("observed")
 
 

@@ -35,7 +35,6 @@ from sparse_patch.integration.transformers_internals import (
 )
 from sparse_patch.integration.unpatched import unpatched_config, unpatched_function
 from sparse_patch.kernels.availability import prefers_triton
-from sparse_patch.methods.base.protocol import DecodeMethod
 from sparse_patch.model_shape import (
     ModelShape,
     attention_kind,
@@ -80,8 +79,9 @@ def _attach(
         own_configs[id(config_of(module))].name_hook(kind)
         module.sparse_patch = state  # type: ignore[assignment]
     hooks = [module.register_forward_pre_hook(join_forward, with_kwargs=True) for module in modules]
-    if isinstance(settings.decode, DecodeMethod) and settings.decode.correct_every is not None:
-        correction = Correction(settings.decode.correct_every, settings.on_unsupported == "warn")
+    decoder = next((state.decoder for state in states if state.decoder is not None), None)
+    if decoder is not None and decoder.correct_every is not None:
+        correction = Correction(decoder.correct_every, settings.on_unsupported == "warn")
         hooks.append(root.register_forward_pre_hook(correction, with_kwargs=True))
     patch = Patch(settings, modules, list(own_configs.values()), holders, hooks, mark)
     root.sparse_patch = patch  # type: ignore[assignment]
@@ -151,7 +151,7 @@ def _decodes_on_kernels(root: PreTrainedModel, states: Sequence[LayerState]) -> 
 def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.Module]) -> list[LayerState]:
     num_layers = 1 + max(int(module.layer_idx) for module in attention.values())  # type: ignore[arg-type]
     text = root.config.get_text_config(decoder=True)
-    config = config.for_model(ModelShape.of(text, num_layers))
+    bound = config.bind(ModelShape.of(text, num_layers))
     selected = {phase: config.layers(phase, num_layers) for phase in PHASES}
     warned: set[str] = set()
     shard, mark = HeadShard.of(*tensor_parallel_mesh(root)), PatchMark()
@@ -164,9 +164,13 @@ def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.
                 layer=layer,
                 cache_layer=layer_with_keys(text, layer),
                 kind=attention_kind(text, layer),
-                config=config,
+                config=bound.settings,
                 patch=mark,
-                phases=frozenset(phase for phase in PHASES if layer in selected[phase]),
+                methods={
+                    phase: method
+                    for phase in PHASES
+                    if layer in selected[phase] and (method := bound.method(phase)) is not None
+                },
                 original_config=original,
                 dense=unpatched_function(module, original),
                 warned=warned,

@@ -1,6 +1,6 @@
 """What a patched model says of itself: its report, and the plans of its calls."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -35,14 +35,15 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
         hook_active=active,
         versions=versions(),
         layers=layers,
-        remarks=_remarks(states[0]),
+        remarks=_remarks(states),
     )
 
 
-def _remarks(state: LayerState) -> list[str]:
+def _remarks(states: Sequence[LayerState]) -> list[str]:
     """What the methods say, each thing once, and which heads are counted; of any layer."""
-    methods = (state.config.method(phase) for phase in PHASES)
-    remarks = list(dict.fromkeys(remark for method in methods if method and (remark := method.remark())))
+    methods = dict.fromkeys(method for state in states for method in state.methods.values())
+    remarks = list(dict.fromkeys(remark for method in methods if (remark := method.remark())))
+    state = states[0]
     if state.shard.size > 1:
         remarks.append(f"tensor parallelism: only the heads of rank {state.shard.rank} of {state.shard.size}")
     return remarks
@@ -104,12 +105,12 @@ def capture_plans(model: nn.Module) -> Iterator[dict[int, list[tuple[Phase, Plan
 
 
 def _layer_report(state: LayerState) -> LayerReport:
-    method = {phase: state.config.method(phase) if phase in state.phases else None for phase in PHASES}
+    prefill, decode = (state.config.method(phase) if phase in state.methods else None for phase in PHASES)
     return LayerReport(
         layer=state.layer,
         name=state.name,
-        prefill_method=method["prefill"].method if method["prefill"] else None,
-        decode_method=method["decode"].method if method["decode"] else None,
+        prefill_method=prefill.method if prefill else None,
+        decode_method=decode.method if decode else None,
         prefill=state.counts.prefill.report(),
         decode=state.counts.decode.report(),
         compiled=state.counts.compiled,

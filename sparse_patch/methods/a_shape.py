@@ -16,8 +16,9 @@ from pydantic import Field
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.files.reading import MOST
-from sparse_patch.methods.base.protocol import PrefillMethod, Tokens
-from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
+from sparse_patch.methods.base.bound import Selection
+from sparse_patch.methods.base.settings import PrefillMethod, Tokens
+from sparse_patch.plans import BlockGrid, Dense
 
 
 class AShape(PrefillMethod):
@@ -38,24 +39,29 @@ class AShape(PrefillMethod):
     sink: Tokens = 1024
     window: Annotated[int, Field(ge=1, le=MOST)] = 4096
     last: Tokens = 0
-    block_size: Literal[16, 32, 64, 128] = 128
 
-    def plan(self, call: AttentionCall) -> Plan:
-        """The same blocks for every head; see `Method.plan`."""
-        if short := self.why_dense(call):
+    def why_dense(self, call: AttentionCall) -> Dense | None:
+        """See `PrefillMethod.why_dense`."""
+        if short := super().why_dense(call):
             return short
         if call.kv_length <= self.sink + self.window:
             return Dense(f"no longer than sink and window, {self.sink + self.window} tokens")
         if call.q.shape[2] <= self.last:
             return Dense(f"no more queries than last: {self.last}")
-        grid = BlockGrid.of(call, self.block_size)
+        return None
+
+    def dense_tokens(self, call: AttentionCall) -> int:
+        """See `PrefillMethod.dense_tokens`."""
+        return max(self.min_length - 1, self.sink + self.window)
+
+    def select(self, call: AttentionCall, grid: BlockGrid) -> Selection:
+        """The same blocks for every head; see `PrefillMethod.select`."""
         sink, window = (torch.full((1,), size, device=call.q.device) for size in (self.sink, self.window))
         blocks = a_shape_blocks(grid, sink, window)
-        _, end = grid.query_bounds
-        dense = end > (grid.lengths - self.last)[:, None] if self.last else torch.zeros_like(end, dtype=torch.bool)
-        dense = dense | (grid.lengths <= max(self.min_length - 1, self.sink + self.window))[:, None]
-        blocks = blocks | dense[:, None, :, None]
-        return BlockPlan.from_blocks(blocks.expand(-1, call.q.shape[1], -1, -1), grid)
+        if self.last:
+            _, end = grid.query_bounds
+            blocks = blocks | (end > (grid.lengths - self.last)[:, None])[:, None, :, None]
+        return Selection(blocks.expand(-1, call.q.shape[1], -1, -1))
 
 
 def a_shape_blocks(grid: BlockGrid, sink: torch.Tensor, window: torch.Tensor) -> torch.Tensor:

@@ -23,9 +23,10 @@ from sparse_patch.artefacts.layer_roles import Roles
 from sparse_patch.call import AttentionCall
 from sparse_patch.files.reading import MOST
 from sparse_patch.methods.base.budget import Count
-from sparse_patch.methods.base.layered import LayeredMethod, Preset
+from sparse_patch.methods.base.layered import LastLogits, LayeredMethod, Preset
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.ops.selection.page_scores import page_scores
+from sparse_patch.plans import PagePlan
 
 _QWEN_2_1_5B = ModelShape("qwen2", num_layers=28, num_heads=12, num_kv_heads=2, hidden_size=1536)
 _QWEN_2_7B = ModelShape("qwen2", num_layers=28, num_heads=28, num_kv_heads=4, hidden_size=3584)
@@ -70,10 +71,10 @@ class Delta(LayeredMethod):
         """See `BudgetedMethod.pages`."""
         return -(-tokens // self.page_size)
 
-    def choose(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Top-k pages; see `LayeredMethod.choose`."""
+    def choose(self, call: AttentionCall, statistics: LastLogits) -> PagePlan:
+        """Top-k pages; see `DecodeMethod.choose`."""
         lengths = call.lengths()
-        scores = page_scores(logits, lse, lengths, self.page_size, self.recency_pages, call.shard)
+        scores = page_scores(statistics.logits, statistics.lse, lengths, self.page_size, self.recency_pages, call.shard)
         if self.position_bias:
             scores = scores - self.position_bias * torch.arange(scores.shape[-1], device=scores.device)
-        return self.highest(call, scores[:, None], lengths, self.page_size)
+        return PagePlan.of(call, *self.highest(call, scores[:, None], lengths, self.page_size), self.page_size)

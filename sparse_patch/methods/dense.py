@@ -3,7 +3,9 @@
 from typing import Literal
 
 from sparse_patch.call import PHASES, AttentionCall
-from sparse_patch.methods.base.protocol import Method
+from sparse_patch.methods.base.bound import BoundMethod
+from sparse_patch.methods.base.settings import Method
+from sparse_patch.model_shape import ModelShape
 from sparse_patch.plans import Dense, Plan
 
 
@@ -16,5 +18,17 @@ class DenseMethod(Method):
 
     method: Literal["dense"] = "dense"
 
+    def bind(self, shape: ModelShape) -> BoundMethod:
+        """See `Method.bind`."""
+        return BoundDense(self)
+
+
+class BoundDense(BoundMethod):
+    """Dense attention on any model."""
+
+    def __init__(self, settings: DenseMethod) -> None:
+        self.settings = settings
+
     def plan(self, call: AttentionCall) -> Plan:
+        """See `BoundMethod.plan`."""
         return Dense("method: dense")

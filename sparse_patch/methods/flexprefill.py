@@ -27,8 +27,9 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.errors import FieldError
 from sparse_patch.files.reading import MOST
-from sparse_patch.methods.base.protocol import PrefillMethod, Tokens
+from sparse_patch.methods.base.settings import PrefillMethod, Tokens
 from sparse_patch.ops.selection.block_means import key_means
 from sparse_patch.ops.selection.vertical_slash import (
     QueryAware,
@@ -36,7 +37,7 @@ from sparse_patch.ops.selection.vertical_slash import (
     choose_vertical_slash,
     plan_of_vertical_slash,
 )
-from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
+from sparse_patch.plans import BlockGrid, BlockPlan, Dense
 
 
 class FlexPrefill(PrefillMethod):
@@ -60,14 +61,13 @@ class FlexPrefill(PrefillMethod):
     tau: Annotated[float, Field(ge=0, le=1)] = 0.1
     min_budget: Tokens = 512
     max_budget: Annotated[int, Field(gt=0, le=MOST)] | None = None
-    block_size: Literal[16, 32, 64, 128] = 128
     selection: Literal["coverage", "reference"] = "coverage"
 
     @model_validator(mode="after")
     def _budgets_agree(self) -> Self:
         if self.max_budget is not None and self.max_budget < self.min_budget:
-            raise ValueError(
-                f"max_budget: {self.max_budget} is below min_budget {self.min_budget}; raise it or lower that"
+            raise FieldError(
+                "max_budget", f"{self.max_budget} is below min_budget {self.min_budget}", "raise it or lower that"
             )
         return self
 
@@ -79,27 +79,34 @@ class FlexPrefill(PrefillMethod):
     def max_blocks(self) -> int | None:
         return None if self.max_budget is None else -(-self.max_budget // self.block_size)
 
-    @property
-    def dense_length(self) -> int:
+    def dense_tokens(self, call: AttentionCall) -> int:
         """Rows of at most this many tokens are dense: the public code's own switch, and `min_length`."""
         return max(2 * self.block_size, self.min_blocks * self.block_size, self.min_length - 1)
 
-    def plan(self, call: AttentionCall) -> Plan:
-        """Select blocks for every head and query block; see `Method.plan`."""
+    def why_dense(self, call: AttentionCall) -> Dense | None:
+        """See `PrefillMethod.why_dense`."""
         if self.gamma >= 1:
             return Dense("gamma: 1")
-        if short := self.why_dense(call):
+        if short := super().why_dense(call):
             return short
-        if call.kv_length <= self.dense_length:
-            return Dense(f"no longer than the {self.dense_length} tokens that are always kept")
+        if call.kv_length <= self.dense_tokens(call):
+            return Dense(f"no longer than the {self.dense_tokens(call)} tokens that are always kept")
         if call.q.shape[2] <= self.block_size:
             return Dense("no more queries than the selection itself attends to")
-        return self._select(call, BlockGrid.of(call, self.block_size))
+        return None
 
-    def _select(self, call: AttentionCall, grid: BlockGrid) -> BlockPlan:
+    def select(self, call: AttentionCall, grid: BlockGrid) -> BlockPlan:
+        """Select blocks for every head and query block; see `PrefillMethod.select`."""
         reach = self.selection == "coverage"
-        rule = VerticalSlashParams(self.gamma, self.tau, self.min_blocks, self.max_blocks, reach, self.dense_length)
+        params = VerticalSlashParams(
+            gamma=self.gamma,
+            tau=self.tau,
+            min_blocks=self.min_blocks,
+            max_blocks=self.max_blocks,
+            reach=reach,
+            dense_length=self.dense_tokens(call),
+        )
         mean_k = key_means(call.k, grid)
-        verticals, slashes, heads = choose_vertical_slash(call, grid, mean_k, rule)
+        verticals, slashes, heads = choose_vertical_slash(call, grid, mean_k, params)
         aware = QueryAware(heads, call, mean_k, self.gamma, each_row=reach, max_blocks=self.max_blocks)
         return plan_of_vertical_slash(verticals, slashes, aware if self.tau > 0 else None, grid)

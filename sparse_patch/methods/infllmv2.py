@@ -30,10 +30,11 @@ import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from sparse_patch.call import PHASES, AttentionCall
-from sparse_patch.errors import short
+from sparse_patch.call import PHASES, AttentionCall, Slot
+from sparse_patch.errors import FieldError, short
 from sparse_patch.files.reading import MOST
-from sparse_patch.methods.base.protocol import DecodeMethod, Tokens
+from sparse_patch.methods.base.bound import BoundMethod
+from sparse_patch.methods.base.settings import Method, Tokens
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.ops.selection.compressed_keys import BLOCK, STRIDE, CompressedKeysParams, block_scores, choose_blocks
 from sparse_patch.ops.selection.page_statistics import page_means
@@ -46,7 +47,7 @@ _THEIR_NAMES = {"min_length": "dense_len"}  # of what a `sparse_config` calls ot
 _ONLY = {"kernel_size": 2 * STRIDE, "kernel_stride": STRIDE, "block_size": BLOCK, "use_nope": False}  # what is served
 
 
-class InfLLMv2(DecodeMethod):
+class InfLLMv2(Method):
     """Blocks by compressed keys, for each token and KV head; in prefill and decode.
 
     A setting that is None is the checkpoint's, of its `sparse_config`, or else the published one.
@@ -68,66 +69,84 @@ class InfLLMv2(DecodeMethod):
     topk: Number | None = None
     init_blocks: Number | None = None
     window_size: Annotated[int, Field(ge=BLOCK, le=MOST, multiple_of=BLOCK)] | None = None
-    min_length: Tokens | None = None  # type: ignore[assignment]
+    min_length: Tokens | None = None
 
     @model_validator(mode="after")
     def _leaves_a_choice(self) -> Self:
-        return self._checked()
-
-    def _checked(self) -> Self:
-        topk, init_blocks = self._number("topk"), self._number("init_blocks")
-        if topk < init_blocks + 2:
-            raise ValueError(
-                f"topk: {topk} leaves no block to choose beside the {init_blocks} first ones and a token's own; "
-                f"take {init_blocks + 2} or more"
-            )
+        self._check_topk()
         return self
 
-    def for_model(self, shape: ModelShape) -> Self:
-        """The method with the checkpoint's settings where it has none of its own; see `Method.for_model`."""
+    def _check_topk(self) -> None:
+        topk, init_blocks = self._number("topk"), self._number("init_blocks")
+        if topk < init_blocks + 2:
+            raise FieldError(
+                "topk",
+                f"{topk} leaves no block to choose beside the {init_blocks} first ones and a token's own",
+                f"take {init_blocks + 2} or more",
+            )
+
+    def bind(self, shape: ModelShape) -> BoundMethod:
+        """The method with the checkpoint's settings for those that are None; see `Method.bind`."""
         theirs = shape.sparse_config or {}
         if not isinstance(theirs, Mapping):
-            raise ValueError(
-                f"method: expected a sparse_config of names and values in config.json, got {short(theirs)}"
+            raise FieldError(
+                "method", f"expected a sparse_config of names and values in config.json, got {short(theirs)}"
             )
         for key, value in _ONLY.items():
             if theirs.get(key, value) != value:
-                raise ValueError(
-                    f"method: the checkpoint's sparse_config has {key} {short(theirs[key])}, and infllmv2 serves "
-                    f"only {value}; take another method, or sparse_config out of config.json"
+                raise FieldError(
+                    "method",
+                    f"the checkpoint's sparse_config has {key} {short(theirs[key])}, and infllmv2 serves only {value}",
+                    "take another method, or sparse_config out of config.json",
                 )
         missing = [field for field in _PUBLISHED if getattr(self, field) is None]
         resolved = self.model_copy(update={field: _setting(field, theirs) for field in missing})
-        return resolved._checked()
+        resolved._check_topk()
+        return BoundInfLLM(resolved)
+
+    def _number(self, field: str) -> int:
+        value = getattr(self, field)
+        return int(_PUBLISHED[field] if value is None else value)
+
+
+class BoundInfLLM(BoundMethod):
+    """InfLLM-V2 on a model.
+
+    Attributes:
+        settings: the settings, none of them None.
+        min_length: first tokens of a row that read everything before them.
+        params: how many blocks a token reads.
+        most_blocks: blocks that a token reads at most, if it does not read everything.
+    """
+
+    _MEANS: Slot[torch.Tensor] = Slot("mean keys of InfLLM-V2")
+
+    keeps_state = True
+    settings: InfLLMv2
+
+    def __init__(self, settings: InfLLMv2) -> None:
+        topk, init_blocks, window_size, self.min_length = (settings._number(field) for field in _PUBLISHED)
+        self.settings, self.most_blocks = settings, topk + window_size // BLOCK
+        self.params = CompressedKeysParams(
+            init_blocks=init_blocks,
+            local_blocks=window_size // BLOCK,
+            dense_blocks=-(-self.min_length // BLOCK),
+            chosen=topk - init_blocks - 1,
+        )
 
     def remark(self) -> str:
-        """What the settings come to, wherever they are from; see `Method.remark`."""
-        tokens = self.rule.dense_blocks * BLOCK
+        """What the settings come to, wherever they are from; see `BoundMethod.remark`."""
+        tokens = self.params.dense_blocks * BLOCK
         return (
-            f"{self.method}: a token reads {self.most_blocks} blocks of {BLOCK} keys and chooses {self.rule.chosen} of "
-            f"them; {f'the first {tokens} tokens read everything' if tokens else 'from the first token on'}"
+            f"{self.settings.method}: a token reads {self.most_blocks} blocks of {BLOCK} keys and chooses "
+            f"{self.params.chosen} of them; "
+            f"{f'the first {tokens} tokens read everything' if tokens else 'from the first token on'}"
         )
-
-    @property
-    def rule(self) -> CompressedKeysParams:
-        """How many blocks a token reads."""
-        init_blocks = self._number("init_blocks")
-        return CompressedKeysParams(
-            init_blocks=init_blocks,
-            local_blocks=self._number("window_size") // BLOCK,
-            dense_blocks=-(-self._number("min_length") // BLOCK),
-            chosen=self._number("topk") - init_blocks - 1,
-        )
-
-    @property
-    def most_blocks(self) -> int:
-        """Blocks that a token reads at most, where it does not read everything."""
-        return self._number("topk") + self._number("window_size") // BLOCK
 
     def why_dense(self, call: AttentionCall) -> Dense | None:
-        """Short calls, several queries at a time in decode, and what is read in any case."""
-        if call.kv_length <= self.rule.dense_blocks * BLOCK:
-            return Dense(f"within the first min_length {self._number('min_length')} tokens")
+        """Short calls, several queries at a time in decode, and calls in which every token reads every block."""
+        if call.kv_length <= self.params.dense_blocks * BLOCK:
+            return Dense(f"within the first min_length {self.min_length} tokens")
         if call.phase == "decode" and call.q.shape[2] > 1:
             return Dense("more than one query")
         if call.kv_length <= self.most_blocks * BLOCK:
@@ -135,44 +154,38 @@ class InfLLMv2(DecodeMethod):
         return None
 
     def remember(self, call: AttentionCall) -> None:
-        """Keep the mean keys up to date; see `DecodeMethod.remember`."""
+        """Keep the mean keys up to date; see `BoundMethod.remember`."""
         if call.kv_state is not None:
-            call.forward_state[self._key(call)] = page_means(call, STRIDE)
+            call.forward_state.put(self._MEANS, page_means(call, STRIDE), call.layer)
 
     def plan(self, call: AttentionCall) -> Plan:
-        """Choose blocks for every token of a prompt, or for the one that is decoded; see `Method.plan`."""
-        means = call.forward_state.pop(self._key(call), None)
+        """Choose blocks for every token of a prompt, or for the one that is decoded; see `BoundMethod.plan`."""
+        means = call.forward_state.pop(self._MEANS, call.layer)
         if dense := self.why_dense(call):
             return dense
         if means is None:  # the state, if there is one, is another method's
             means = page_means(replace(call, kv_state=None), STRIDE)
-        return choose_blocks(call, means, self.rule) if call.phase == "prefill" else self._pages(call, means)
+        return choose_blocks(call, means, self.params) if call.phase == "prefill" else self._pages(call, means)
 
     def _pages(self, call: AttentionCall, means: torch.Tensor) -> PagePlan:
         """The blocks of the last query, as pages; `means` as for `block_scores`."""
-        scores = block_scores(call, means, self.rule)
+        scores = block_scores(call, means, self.params)
         return PagePlan.of(call, *top_pages(scores, call.lengths(), self.most_blocks, BLOCK), BLOCK)
-
-    def _number(self, field: str) -> int:
-        value = getattr(self, field)
-        return int(_PUBLISHED[field] if value is None else value)
-
-    def _key(self, call: AttentionCall) -> str:
-        return f"{self.method} {call.layer}"
 
 
 def _setting(field: str, theirs: Mapping[str, Any]) -> int:
     """A setting of a checkpoint's `sparse_config`, or the published one where it has none.
 
     Raises:
-        ValueError: what it has is no such setting; the message begins with our field.
+        FieldError: what it has is no such setting.
     """
     key = _THEIR_NAMES.get(field, field)
     value = theirs.get(key, _PUBLISHED[field])
     if type(value) is not int or value > MOST or (field == "window_size" and (value < BLOCK or value % BLOCK)):
         expected = f"a multiple of {BLOCK}" if field == "window_size" else f"a whole number, at most {MOST}"
-        raise ValueError(
-            f"{field}: expected {expected}, and the checkpoint's sparse_config has {key} {short(value)}; "
-            f"set {field} in the configuration"
+        raise FieldError(
+            field,
+            f"expected {expected}, and the checkpoint's sparse_config has {key} {short(value)}",
+            f"set {field} in the configuration",
         )
     return max(value, 0)  # a dense_len of -1 is 0: sparse from the first token on

@@ -24,10 +24,10 @@ from pydantic import Field
 from sparse_patch.call import AttentionCall
 from sparse_patch.files.reading import MOST
 from sparse_patch.methods.base.budget import BudgetedMethod, Count
-from sparse_patch.methods.base.protocol import Excluded, Tokens
+from sparse_patch.methods.base.settings import Excluded, Tokens
 from sparse_patch.model_shape import LayerIndex
 from sparse_patch.ops.selection.page_statistics import mean_scores, page_means
-from sparse_patch.plans import PagePlan, Plan
+from sparse_patch.plans import PagePlan
 
 
 class Kinetics(BudgetedMethod):
@@ -42,6 +42,7 @@ class Kinetics(BudgetedMethod):
 
     summary = "blocks with the highest mean logit, the first and the last tokens, in every layer"
     paper = "Kinetics, 2025, arXiv 2506.05333"
+    keeps_state = True
     renamed: ClassVar[dict[str, str]] = {"sinks": "sink", "local": "window"}
 
     method: Literal["kinetics"] = "kinetics"
@@ -64,20 +65,14 @@ class Kinetics(BudgetedMethod):
         """Blocks that a budget leaves room for; see `BudgetedMethod.pages`."""
         return (tokens - self.sink - self.window) // self.block_size
 
-    def remember(self, call: AttentionCall) -> None:
-        """Keep the mean keys up to date; see `DecodeMethod.remember`."""
-        if call.kv_state is not None:
-            call.forward_state[self._key(call)] = page_means(call, self.block_size, self.sink)
+    def statistics(self, call: AttentionCall) -> torch.Tensor:
+        """The mean keys of the blocks, brought up to date; see `DecodeMethod.statistics`."""
+        return page_means(call, self.block_size, self.sink)
 
-    def plan(self, call: AttentionCall) -> Plan:
-        """Top-k blocks of every KV head; see `Method.plan`."""
-        if dense := self.why_dense(call):
-            return dense
-        means = call.forward_state.pop(self._key(call), None)
-        if means is None:
-            means = page_means(call, self.block_size, self.sink)
+    def choose(self, call: AttentionCall, statistics: torch.Tensor) -> PagePlan:
+        """Top-k blocks of every KV head; see `DecodeMethod.choose`."""
         lengths = call.lengths()
-        of_heads = mean_scores(call.q[:, :, -1], means, lengths, self.block_size, self.sink)
+        of_heads = mean_scores(call.q[:, :, -1], statistics, lengths, self.block_size, self.sink)
         scores = of_heads.unflatten(1, (call.k.shape[1], call.group_size)).mean(2)
         between = self.pages(lengths).clamp(min=0)  # whole blocks between sinks and window
         return self._plan_of_blocks(call, between, *self.highest(call, scores, between))
@@ -107,6 +102,3 @@ class Kinetics(BudgetedMethod):
         pages = torch.where(slot < first + in_blocks[..., None], torch.where(slot < first, slot, chosen), window)
         read = -(-call.lengths()[:, None] // page) - between + in_blocks
         return PagePlan.of(call, pages.clamp(max=-(-call.kv_length // page) - 1).int(), read.int(), page)
-
-    def _key(self, call: AttentionCall) -> str:
-        return f"{self.method} {call.layer}"

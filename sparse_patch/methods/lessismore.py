@@ -18,9 +18,10 @@ import torch
 from pydantic import Field
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.base.layered import TIDAL_PRESETS, LayeredMethod
-from sparse_patch.methods.base.protocol import Tokens
+from sparse_patch.methods.base.layered import TIDAL_PRESETS, LastLogits, LayeredMethod
+from sparse_patch.methods.base.settings import Tokens
 from sparse_patch.ops.selection.rank_merge import merged_ranks
+from sparse_patch.plans import PagePlan
 
 
 class LessIsMore(LayeredMethod):
@@ -45,15 +46,16 @@ class LessIsMore(LayeredMethod):
     def fewest(self) -> int:
         return math.ceil((self.sink + 1) / (1 - self.recency))
 
-    def choose(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The merged list; see `LayeredMethod.choose`."""
+    def choose(self, call: AttentionCall, statistics: LastLogits) -> PagePlan:
+        """The merged list; see `DecodeMethod.choose`."""
         lengths = call.lengths()
         most = self.most(call.kv_length)
         before = lengths - self._recent(self.tokens(lengths))
-        places = merged_ranks(logits, before, most - math.ceil(self.recency * most), call.shard)
-        position = torch.arange(logits.shape[-1], device=logits.device)
+        places = merged_ranks(statistics.logits, before, most - math.ceil(self.recency * most), call.shard)
+        position = torch.arange(places.shape[-1], device=places.device)
         forced = (position >= before[:, None]) | (position < self.sink)
-        return self.highest(call, (-places).masked_fill(forced, torch.inf)[:, None], lengths)
+        scores = (-places).masked_fill(forced, torch.inf)
+        return PagePlan.of(call, *self.highest(call, scores[:, None], lengths), page_size=1)
 
     def _recent(self, tokens: torch.Tensor) -> torch.Tensor:
         """How many of so many tokens are the last ones, int64 `[B]` both."""

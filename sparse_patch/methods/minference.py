@@ -23,26 +23,28 @@ arXiv 2407.02490; code: microsoft/MInference. This differs from the public code 
 Selection looks at the last queries of the call, so a token's output depends on tokens after it.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache, reduce
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
-from typing_extensions import Self
 
-from sparse_patch.artefacts.patterns import MISSING, Kind, Pattern, Patterns, read_patterns
+from sparse_patch.artefacts.base import place_of
+from sparse_patch.artefacts.patterns import MISSING, Kind, Pattern, read_patterns
+from sparse_patch.artefacts.patterns import Patterns as Calibration
 from sparse_patch.call import AttentionCall
-from sparse_patch.errors import one_line
 from sparse_patch.methods.a_shape import a_shape_blocks
-from sparse_patch.methods.base.protocol import PrefillMethod, Tokens
+from sparse_patch.methods.base.bound import BoundMethod, BoundPrefill, Selection
+from sparse_patch.methods.base.settings import PrefillMethod, Tokens
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.ops.selection.block_means import key_means
 from sparse_patch.ops.selection.last_queries import last_query_profiles
 from sparse_patch.ops.selection.pooling import pooled_attention
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
 
+Patterns = tuple[Pattern, ...]  # one for each query head of a layer
 LAST_QUERIES = 64
 FORCED_COLUMNS = 30
 FORCED_DISTANCES = 100
@@ -70,70 +72,105 @@ class MInference(PrefillMethod):
     slash: Tokens = 2048
     block_budget: Tokens = 6400
     calibration: str | None = None
-    block_size: Literal[16, 32, 64, 128] = 128
 
-    @model_validator(mode="after")
-    def _calibration_is_readable(self) -> Self:
-        _ = self.calibrated
-        return self
+    def bind(self, shape: ModelShape) -> BoundMethod:
+        """See `Method.bind`."""
+        calibrated = self.artefact()
+        if calibrated is None:
+            return BoundPrefill(self)
+        calibrated.check_shape(shape, place_of(self.calibration))
+        return BoundMInference(self, calibrated.layers)
 
-    @cached_property
-    def calibrated(self) -> Patterns | None:
-        """What the calibration holds; None without one."""
+    def artefact(self) -> Calibration | None:
+        """See `Method.artefact`."""
         return None if self.calibration is None else read_patterns(self.calibration)
 
-    @property
-    def heads(self) -> list[dict[int, Pattern]] | None:
-        """The patterns of the calibration, by layer and head; None without one."""
-        return None if self.calibrated is None else self.calibrated.layers
+    def why_dense(self, call: AttentionCall) -> Dense | None:
+        """See `PrefillMethod.why_dense`."""
+        return super().why_dense(call) or self.why_dense_by(call, self._uniform(call))
 
-    def for_model(self, shape: ModelShape) -> Self:
-        """Raises if the calibration is one of another model; see `Method.for_model`."""
-        if self.calibrated is not None:
-            self.calibrated.check_shape(shape, f"calibration: {one_line(self.calibration)}")
-        return self
+    def dense_tokens(self, call: AttentionCall) -> int:
+        """See `PrefillMethod.dense_tokens`."""
+        return self.dense_tokens_by(self._uniform(call))
 
-    def patterns(self, layer: int, num_heads: int) -> tuple[Pattern, ...]:
-        """The pattern of each head of a layer."""
-        if self.heads is None:
-            return (Pattern("vertical_and_slash", self.vertical, self.slash),) * num_heads
-        return tuple(self.heads[layer].get(head, MISSING) for head in range(num_heads))
+    def select(self, call: AttentionCall, grid: BlockGrid) -> Selection:
+        """Select by the same pattern for every head; see `PrefillMethod.select`."""
+        return self.select_by(call, grid, self._uniform(call))
 
-    def plan(self, call: AttentionCall) -> Plan:
-        """Select by the pattern of each head; see `Method.plan`."""
-        if short := self.why_dense(call):
-            return short
-        heads = call.q.shape[1] * call.shard.size
-        if self.heads is not None and max(self.heads[call.layer], default=0) >= heads:
-            return Dense("the calibration has more heads than the call (tensor parallelism other than Transformers')")
-        return self.plan_patterns(call, call.shard.part(self.patterns(call.layer, heads)))
+    def _uniform(self, call: AttentionCall) -> Patterns:
+        return (Pattern("vertical_and_slash", self.vertical, self.slash),) * call.q.shape[1]
 
-    def plan_patterns(self, call: AttentionCall, patterns: tuple[Pattern, ...]) -> BlockPlan | Dense:
-        """Select by the given pattern of each head, one plan for all of them."""
-        kept = max(LAST_QUERIES, min(self._always_dense(pattern) for pattern in patterns))
+    def why_dense_by(self, call: AttentionCall, patterns: Patterns) -> Dense | None:
+        """`why_dense` for given patterns, one for each head, whatever `min_length` is."""
+        kept = self._kept(patterns)
         if call.kv_length <= kept:
             return Dense(f"no longer than the {kept} tokens that every head keeps")
         if call.q.shape[2] <= LAST_QUERIES:
             return Dense("no more queries than the selection itself attends to")
-        grid = BlockGrid.of(call, self.block_size)
+        return None
+
+    def dense_tokens_by(self, patterns: Patterns) -> int:
+        """`dense_tokens` for given patterns, one for each head."""
+        return max(self._kept(patterns), self.min_length - 1)
+
+    def select_by(self, call: AttentionCall, grid: BlockGrid, patterns: Patterns) -> Selection:
+        """Select by the given pattern of each head."""
         sizes = _sizes(patterns, call.q.device)
-        short_rows = grid.lengths <= max(kept, self.min_length - 1)
-        blocks, columns = short_rows[:, None, None, None], None
+        parts: list[torch.Tensor] = []
+        columns = None
         if "vertical_and_slash" in sizes.of_kind:
             lines, columns = _vertical_slash(call, grid, sizes)
-            blocks = blocks | lines
+            parts.append(lines)
         if "stream_llm" in sizes.of_kind:
-            blocks = blocks | sizes.only("stream_llm", a_shape_blocks(grid, sizes.columns, sizes.diagonals))
+            parts.append(sizes.only("stream_llm", a_shape_blocks(grid, sizes.columns, sizes.diagonals)))
         if "block_sparse" in sizes.of_kind:
             number = max(2, -(-self.block_budget // self.block_size))  # both forced blocks at least
-            blocks = blocks | sizes.only("block_sparse", _highest_blocks(call, grid, number))
-        return BlockPlan.from_blocks(blocks, grid, columns)
+            parts.append(sizes.only("block_sparse", _highest_blocks(call, grid, number)))
+        return Selection(reduce(torch.logical_or, parts), columns)
+
+    def plan_by(self, call: AttentionCall, patterns: Patterns) -> BlockPlan | Dense:
+        """The plan for given patterns, one for each head, whatever `min_length` is; a search tries many."""
+        if dense := self.why_dense_by(call, patterns):
+            return dense
+        grid = BlockGrid.of(call, self.block_size)
+        return self.select_by(call, grid, patterns).plan(grid, self.dense_tokens_by(patterns))
+
+    def _kept(self, patterns: Patterns) -> int:
+        """Tokens of the longest row of which every head reads everything, whatever it holds."""
+        return max(LAST_QUERIES, min(self._always_dense(pattern) for pattern in patterns))
 
     def _always_dense(self, pattern: Pattern) -> int:
         """Tokens of the longest row of which a head reads everything, whatever it holds."""
         if pattern.kind == "vertical_and_slash":
             return max(pattern.columns, pattern.diagonals, FORCED_DISTANCES)
         return pattern.columns + pattern.diagonals if pattern.kind == "stream_llm" else self.block_budget
+
+
+class BoundMInference(BoundPrefill):
+    """MInference with the patterns of a model.
+
+    Attributes:
+        heads: the patterns, by layer and head.
+    """
+
+    settings: MInference
+
+    def __init__(self, settings: MInference, heads: Sequence[Mapping[int, Pattern]]) -> None:
+        super().__init__(settings)
+        self.heads = heads
+
+    def patterns(self, layer: int, num_heads: int) -> Patterns:
+        """The pattern of each head of a layer."""
+        return tuple(self.heads[layer].get(head, MISSING) for head in range(num_heads))
+
+    def plan(self, call: AttentionCall) -> Plan:
+        """See `BoundMethod.plan`."""
+        if call.kv_length < self.settings.min_length:
+            return self.settings.short
+        heads = call.q.shape[1] * call.shard.size
+        if max(self.heads[call.layer], default=0) >= heads:
+            return Dense("the calibration has more heads than the call (tensor parallelism other than Transformers')")
+        return self.settings.plan_by(call, call.shard.part(self.patterns(call.layer, heads)))
 
 
 @dataclass(frozen=True)

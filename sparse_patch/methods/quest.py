@@ -24,10 +24,10 @@ from pydantic import Field
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.methods.base.budget import BudgetedMethod, Count
-from sparse_patch.methods.base.protocol import Excluded
+from sparse_patch.methods.base.settings import Excluded
 from sparse_patch.model_shape import LayerIndex
 from sparse_patch.ops.selection.page_statistics import bound_scores, page_bounds
-from sparse_patch.plans import PagePlan, Plan
+from sparse_patch.plans import PagePlan
 
 
 class Quest(BudgetedMethod):
@@ -43,6 +43,7 @@ class Quest(BudgetedMethod):
 
     summary = "pages with the highest bound on their logits, in every layer"
     paper = "Quest, ICML 2024, arXiv 2406.10774"
+    keeps_state = True
 
     method: Literal["quest"] = "quest"
     layers: Literal["all"] | list[LayerIndex] | Excluded = Excluded(exclude=[0, 1])
@@ -60,18 +61,14 @@ class Quest(BudgetedMethod):
         """See `BudgetedMethod.pages`."""
         return -(-tokens // self.page_size) + (self.current_page == "added")
 
-    def remember(self, call: AttentionCall) -> None:
-        """Keep the bounds of the pages up to date; see `DecodeMethod.remember`."""
-        if call.kv_state is not None:
-            call.forward_state[self._key(call)] = page_bounds(call, self.page_size)
+    def statistics(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bounds of the pages, brought up to date; see `DecodeMethod.statistics`."""
+        return page_bounds(call, self.page_size)
 
-    def plan(self, call: AttentionCall) -> Plan:
-        """Top-k pages of every list; see `Method.plan`."""
-        if dense := self.why_dense(call):
-            return dense
-        low, high = call.forward_state.pop(self._key(call), None) or page_bounds(call, self.page_size)
+    def choose(self, call: AttentionCall, statistics: tuple[torch.Tensor, torch.Tensor]) -> PagePlan:
+        """Top-k pages of every list; see `DecodeMethod.choose`."""
         lengths = call.lengths()
-        scores = self._of_lists(call, bound_scores(call.q[:, :, -1], low, high, lengths, self.page_size))
+        scores = self._of_lists(call, bound_scores(call.q[:, :, -1], *statistics, lengths, self.page_size))
         if self.current_page != "scored":
             current = ((lengths - 1) // self.page_size)[:, None, None].expand(-1, scores.shape[1], 1)
             scores = scores.scatter(-1, current, torch.inf)
@@ -83,6 +80,3 @@ class Quest(BudgetedMethod):
             return scores
         of_groups = scores.unflatten(1, (call.k.shape[1], call.group_size))
         return of_groups.sum(2) if self.group_score == "sum" else of_groups.amax(2)
-
-    def _key(self, call: AttentionCall) -> str:
-        return f"{self.method} {call.layer}"

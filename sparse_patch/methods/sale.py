@@ -23,20 +23,19 @@ This differs from the public code in the following:
 A query tile looks at no score of a later key; only the mean that is taken off all keys knows of later ones.
 """
 
-from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
-from typing_extensions import Self
+from pydantic import Field
 
-from sparse_patch.artefacts.base import check_shape
+from sparse_patch.artefacts.base import check_shape, place_of
 from sparse_patch.artefacts.thresholds import MAKE_ONE, Thresholds, read_thresholds
-from sparse_patch.call import AttentionCall, causal_pairs
-from sparse_patch.errors import one_line
+from sparse_patch.call import AttentionCall
+from sparse_patch.errors import FieldError, one_line
 from sparse_patch.files.reading import MOST
-from sparse_patch.methods.base.protocol import PrefillMethod
+from sparse_patch.methods.base.bound import BoundMethod, BoundPrefill, Selection
+from sparse_patch.methods.base.settings import PrefillMethod
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.ops.selection.low_bit_scores import (
     DENSE_BELOW,
@@ -74,62 +73,101 @@ class Sale(PrefillMethod):
     window: Annotated[int, Field(ge=32, le=MOST, multiple_of=32)] = 128
     block_size: Literal[64, 128] = 128
 
-    @model_validator(mode="after")
-    def _calibration_fits(self) -> Self:
-        if self.thresholds is None:
-            return self
-        place = f"calibration: {one_line(self.calibration)}"
-        for field in ("numerics", "window"):
-            theirs, ours = one_line(getattr(self.thresholds, field), 60), str(getattr(self, field))
-            if theirs != ours:
-                raise ValueError(
-                    f"{place}: was made with {field} {theirs}, the configuration has {ours}; "
-                    f"set {field}: {theirs}, or {MAKE_ONE}"
-                )
-        if self.thresholds.block_size > self.block_size:
-            raise ValueError(
-                f"{place}: was made with block_size {self.thresholds.block_size}, and the "
-                f"configuration's {self.block_size} computes less; set block_size: {self.thresholds.block_size}, or "
-                f"{MAKE_ONE}"
-            )
-        return self
-
-    @cached_property
-    def thresholds(self) -> Thresholds | None:
-        """What the calibration holds; None without one."""
-        return None if self.calibration is None else read_thresholds(self.calibration)
-
     @property
-    def rule(self) -> LowBitParams:
+    def params(self) -> LowBitParams:
         """How blocks are scored."""
         return LowBitParams(self.numerics, self.window)
 
-    def for_model(self, shape: ModelShape) -> Self:
-        """Raises if the calibration is one of another model; see `Method.for_model`."""
-        if self.thresholds is not None:
-            check_shape(self.thresholds.header, shape, f"calibration: {one_line(self.calibration)}")
-        return self
+    def bind(self, shape: ModelShape) -> BoundMethod:
+        """See `Method.bind`."""
+        thresholds = self.artefact()
+        if thresholds is not None:
+            check_shape(thresholds.header, shape, place_of(self.calibration))
+        return BoundSale(self, thresholds)
+
+    def artefact(self) -> Thresholds | None:
+        """See `Method.artefact`."""
+        if self.calibration is None:
+            return None
+        thresholds, place = read_thresholds(self.calibration), place_of(self.calibration)
+        for field in ("numerics", "window"):
+            theirs, ours = one_line(getattr(thresholds, field), 60), str(getattr(self, field))
+            if theirs != ours:
+                problem = f"was made with {field} {theirs}, the configuration has {ours}"
+                raise FieldError(place, problem, f"set {field}: {theirs}, or {MAKE_ONE}")
+        if thresholds.block_size > self.block_size:
+            raise FieldError(
+                place,
+                f"was made with block_size {thresholds.block_size}, and the configuration's {self.block_size} computes "
+                "less",
+                f"set block_size: {thresholds.block_size}, or {MAKE_ONE}",
+            )
+        return thresholds
+
+    def why_dense(self, call: AttentionCall) -> Dense | None:
+        """See `PrefillMethod.why_dense`."""
+        return super().why_dense(call) or self._unservable(call)
+
+    def _unservable(self, call: AttentionCall) -> Dense | None:
+        if call.kv_length <= self.params.always_kept:
+            return Dense(f"no longer than the {self.params.always_kept} tokens that are always kept")
+        return None if call.scale > 0 else Dense(f"scale {call.scale} is not positive")
+
+    def select(self, call: AttentionCall, grid: BlockGrid) -> Selection:
+        """Select with `tau` for every head; see `PrefillMethod.select`."""
+        return self._select_at(call, grid, _on_device((self.tau,) * call.q.shape[1], call.q.device))
+
+    def _select_at(self, call: AttentionCall, grid: BlockGrid, tau: torch.Tensor) -> Selection:
+        words = decisions(call, tau, self.params)
+        return Selection(tiles(words, grid), decided_pairs=decided_pairs(words, call), is_causal=True)
+
+    def plan_at(self, call: AttentionCall, tau: torch.Tensor) -> BlockPlan | Dense:
+        """The plan at given thresholds, whatever `min_length` is; a search tries many.
+
+        Args:
+            call: the call.
+            tau: float32 `[Hq]` on the device of the call.
+        """
+        if dense := self._unservable(call):
+            return dense
+        grid = BlockGrid.of(call, self.block_size)
+        return self._select_at(call, grid, tau).plan(grid, self.dense_tokens(call))
+
+
+class BoundSale(BoundPrefill):
+    """SALE with the thresholds of a model.
+
+    Attributes:
+        thresholds: what the calibration holds; None without one.
+    """
+
+    settings: Sale
+
+    def __init__(self, settings: Sale, thresholds: Thresholds | None) -> None:
+        super().__init__(settings)
+        self.thresholds = thresholds
 
     def role(self, layer: int) -> str:
         """Whether the layer's thresholds were found for the model."""
         return "uncalibrated" if self.thresholds is None else "calibrated"
 
     def remark(self) -> str:
-        """See `Method.remark`."""
+        """See `BoundMethod.remark`."""
         if self.thresholds is not None:
             return ""
-        return f"sale: uncalibrated, tau {self.tau} for every head; {MAKE_ONE} and set prefill.calibration: FILE"
+        tau = self.settings.tau
+        return f"sale: uncalibrated, tau {tau} for every head; {MAKE_ONE} and set prefill.calibration: FILE"
 
     def head_thresholds(self, layer: int, num_heads: int) -> tuple[float, ...]:
         """The threshold of each query head of a layer."""
         if self.thresholds is None:
-            return (self.tau,) * num_heads
+            return (self.settings.tau,) * num_heads
         return tuple(self.thresholds.tau[layer].tolist())
 
     def plan(self, call: AttentionCall) -> Plan:
-        """Decide for every head and query tile; see `Method.plan`."""
-        if short := self.why_dense(call):
-            return short
+        """See `BoundMethod.plan`."""
+        if call.kv_length < self.settings.min_length:
+            return self.settings.short
         heads = call.q.shape[1] * call.shard.size
         thresholds = self.head_thresholds(call.layer, heads)
         if len(thresholds) != heads:
@@ -137,27 +175,7 @@ class Sale(PrefillMethod):
         thresholds = call.shard.part(thresholds)
         if max(thresholds) < DENSE_BELOW:
             return Dense("tau: 0 for every head")
-        return self.plan_at(call, _on_device(thresholds, call.q.device))
-
-    def plan_at(self, call: AttentionCall, tau: torch.Tensor) -> BlockPlan | Dense:
-        """The plan at given thresholds, float32 `[Hq]` on the device of the call; a search tries many."""
-        if call.kv_length <= self.rule.always_kept:
-            return Dense(f"no longer than the {self.rule.always_kept} tokens that are always kept")
-        if call.scale <= 0:
-            return Dense(f"scale {call.scale} is not positive")
-        grid = BlockGrid.of(call, self.block_size)
-        blocks, decided = self._decided(call, tau, grid)
-        if not grid.padded:  # then the rows are as long as the call, which is not short
-            return replace(BlockPlan.from_blocks(blocks, grid, is_causal=True), decided_pairs=decided)
-        short_rows = (grid.lengths < self.min_length)[:, None]
-        causal = causal_pairs(grid.q_start, grid.kv_length, grid.row_starts)[:, None]
-        plan = BlockPlan.from_blocks(blocks.logical_or_(short_rows[..., None, None]), grid)
-        return replace(plan, decided_pairs=torch.where(short_rows, causal, decided))
-
-    def _decided(self, call: AttentionCall, tau: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, torch.Tensor]:
-        """The blocks that hold a decision, bool `[B, Hq, NQ, N]`, and the pairs that were decided on."""
-        words = decisions(call, tau, self.rule)
-        return tiles(words, grid), decided_pairs(words, call)
+        return self.settings.plan_at(call, _on_device(thresholds, call.q.device))
 
 
 @lru_cache(maxsize=1024)

@@ -33,7 +33,6 @@ therefore depends, a little, on tokens after it. Below 0 every block counts as a
 query block's selection looks at no token after the block (`topk` at their number).
 """
 
-from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -41,7 +40,8 @@ from pydantic import Field
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.kernels.slices import slices
-from sparse_patch.methods.base.protocol import PrefillMethod
+from sparse_patch.methods.base.bound import Selection
+from sparse_patch.methods.base.settings import PrefillMethod
 from sparse_patch.ops.selection.block_means import (
     key_means,
     key_similarities,
@@ -49,7 +49,7 @@ from sparse_patch.ops.selection.block_means import (
     query_means_and_similarities,
 )
 from sparse_patch.ops.selection.pooling import mean_of_rows, pooled_logits
-from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
+from sparse_patch.plans import BlockGrid, Dense
 
 _SELECTION_BYTES = 48  # of temporaries for each block: the sort's values and indices, twice, and what is made of them
 _PUBLISHED_SIMILARITY = {"topk": -0.1, "cdf": 0.6}
@@ -82,7 +82,6 @@ class SpargeAttn(PrefillMethod):
     similarity_threshold: Annotated[float, Field(ge=-1, le=1)] | None = None
     pv_threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     attention_sink: bool = False
-    block_size: Literal[16, 32, 64, 128] = 128
 
     @property
     def least_similarity(self) -> float:
@@ -90,16 +89,15 @@ class SpargeAttn(PrefillMethod):
         chosen = self.similarity_threshold
         return _PUBLISHED_SIMILARITY[self.selection] if chosen is None else chosen
 
-    def plan(self, call: AttentionCall) -> Plan:
-        """Select blocks for every head and query block; see `Method.plan`."""
+    def why_dense(self, call: AttentionCall) -> Dense | None:
+        """See `PrefillMethod.why_dense`."""
         if dense := self._everything():
             return dense
-        if short := self.why_dense(call):
+        if short := super().why_dense(call):
             return short
         if call.kv_length <= (1 + self.attention_sink) * self.block_size:
             return Dense("no longer than the blocks that are always kept")
-        grid = BlockGrid.of(call, self.block_size)
-        return replace(BlockPlan.from_blocks(self._select(call, grid), grid), pv_threshold=self.pv_threshold)
+        return None
 
     def _everything(self) -> Dense | None:
         """The dense answer of settings that take every block."""
@@ -109,8 +107,8 @@ class SpargeAttn(PrefillMethod):
             return Dense("cdf_threshold: 1")
         return Dense("similarity_threshold: 1") if self.least_similarity >= 1 else None
 
-    def _select(self, call: AttentionCall, grid: BlockGrid) -> torch.Tensor:
-        """The blocks of every head, bool `[B, Hq, NQ, N]`; may hold blocks outside the causal triangle."""
+    def select(self, call: AttentionCall, grid: BlockGrid) -> Selection:
+        """Select blocks for every head and query block; see `PrefillMethod.select`."""
         (batch, heads), mean_k = call.q.shape[:2], key_means(call.k, grid)
         mean_q, alike_q, alike_k = self._means_and_alike(call, grid, mean_k)
         blocks = call.q.new_empty(batch, heads, grid.num_query_blocks, grid.num_key_blocks, dtype=torch.bool)
@@ -123,7 +121,7 @@ class SpargeAttn(PrefillMethod):
         if alike_q is not None and alike_k is not None:
             blocks |= ~alike_q[..., None]
             blocks |= ~alike_k[:, :, None]
-        return blocks.logical_or_(self._always(grid)[:, None])
+        return Selection(blocks.logical_or_(self._always(grid)[:, None]), pv_threshold=self.pv_threshold)
 
     def _means_and_alike(
         self, call: AttentionCall, grid: BlockGrid, mean_k: torch.Tensor
@@ -152,7 +150,7 @@ class SpargeAttn(PrefillMethod):
         return torch.zeros_like(taken).scatter_(-1, order, taken)
 
     def _always(self, grid: BlockGrid) -> torch.Tensor:
-        """The blocks that every head reads, bool `[B, NQ, N]`: the diagonal, key block 0, short rows."""
+        """The blocks that every head reads, bool `[B, NQ, N]`: the diagonal and key block 0."""
         key_block = torch.arange(grid.num_key_blocks, device=grid.row_starts.device)
-        always = (key_block == grid.query_block_ids[..., None]) | (grid.lengths < self.min_length)[:, None, None]
+        always = key_block == grid.query_block_ids[..., None]
         return always | (key_block == 0) if self.attention_sink else always

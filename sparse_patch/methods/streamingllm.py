@@ -9,8 +9,10 @@ forgets afterwards, as `decode` alone does; here prompts are read by the same ru
 
 from typing import Literal
 
-from sparse_patch.methods.base.protocol import Tokens
-from sparse_patch.methods.base.spans import REPORT_LENGTH, Length, SpanMethod, Spans, within
+from sparse_patch.methods.base.bound import BoundMethod, Spans
+from sparse_patch.methods.base.settings import Tokens
+from sparse_patch.methods.base.spans import REPORT_LENGTH, BoundSpans, Length, SpanMethod, clip_spans
+from sparse_patch.model_shape import ModelShape
 
 
 class StreamingLLM(SpanMethod):
@@ -28,10 +30,20 @@ class StreamingLLM(SpanMethod):
     sink: Tokens = 4
     window: Length = 2000
 
+    def bind(self, shape: ModelShape) -> BoundMethod:
+        """See `Method.bind`."""
+        return BoundStreaming(self)
+
+
+class BoundStreaming(BoundSpans):
+    """The same spans for every layer and head."""
+
+    settings: StreamingLLM
+
     def spans(self, layer: int, length: int, kv_heads: int) -> Spans:
-        """See `SpanMethod.spans`."""
-        return within([self.sink] * kv_heads, [self.window] * kv_heads, length)
+        """See `BoundSpans.spans`."""
+        return clip_spans([self.settings.sink] * kv_heads, [self.settings.window] * kv_heads, length)
 
     def role(self, layer: int) -> str:
         """What the layer keeps."""
-        return f"keeps {min(self.sink + self.window, REPORT_LENGTH)} of {REPORT_LENGTH}"
+        return f"keeps {min(self.settings.sink + self.settings.window, REPORT_LENGTH)} of {REPORT_LENGTH}"

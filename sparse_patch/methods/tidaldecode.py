@@ -25,8 +25,9 @@ from pydantic import Field
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.files.reading import MOST
-from sparse_patch.methods.base.layered import TIDAL_PRESETS, LayeredMethod
+from sparse_patch.methods.base.layered import TIDAL_PRESETS, LastLogits, LayeredMethod
 from sparse_patch.ops.selection.page_scores import page_scores
+from sparse_patch.plans import PagePlan
 
 
 class TidalDecode(LayeredMethod):
@@ -36,8 +37,8 @@ class TidalDecode(LayeredMethod):
         budget: tokens of a list, the current one included.
         force_current: whether the current token is always in the list.
         index_sharing: which heads share a list; see the module's text.
-        correction_period: tokens after which the cache is corrected, see `sparse_patch.correction`; None for never, and
-            never with a static cache.
+        correction_period: tokens after which the cache is corrected, see `integration.kv_correction`; None for never.
+            A static cache is never corrected.
     """
 
     summary = "tokens with the highest logits of two layers, reused by the layers after them"
@@ -54,14 +55,14 @@ class TidalDecode(LayeredMethod):
     def correct_every(self) -> int | None:
         return self.correction_period
 
-    def choose(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Top-k tokens of each list; see `LayeredMethod.choose`."""
+    def choose(self, call: AttentionCall, statistics: LastLogits) -> PagePlan:
+        """Top-k tokens of each list; see `DecodeMethod.choose`."""
         lengths = call.lengths()
-        scores = self._scores(call, logits, lse)
+        scores = self._scores(call, *statistics)
         if self.force_current:
             current = (lengths - 1)[:, None, None].expand(-1, scores.shape[1], 1)
             scores = scores.scatter(-1, current, torch.inf)
-        return self.highest(call, scores, lengths)
+        return PagePlan.of(call, *self.highest(call, scores, lengths), page_size=1)
 
     def _scores(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """The score of each token in each list, float32 `[B, L, capacity]`."""

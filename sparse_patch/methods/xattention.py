@@ -29,11 +29,13 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.errors import FieldError
 from sparse_patch.files.reading import MOST
 from sparse_patch.kernels.slices import slices
-from sparse_patch.methods.base.protocol import PrefillMethod
+from sparse_patch.methods.base.bound import Selection
+from sparse_patch.methods.base.settings import PrefillMethod
 from sparse_patch.ops.selection.antidiagonal import block_masses
-from sparse_patch.plans import BlockGrid, BlockPlan, Dense, Plan
+from sparse_patch.plans import BlockGrid, Dense
 
 _SELECTION_BYTES = 48  # of temporaries for each block: the sort's values and indices, twice, and what is made of them
 
@@ -54,30 +56,27 @@ class XAttention(PrefillMethod):
     method: Literal["xattention"] = "xattention"
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
     stride: Annotated[int, Field(gt=0, le=MOST)] = 16
-    block_size: Literal[16, 32, 64, 128] = 128
 
     @model_validator(mode="after")
     def _stride_divides_the_block(self) -> Self:
         if self.block_size % self.stride:
-            raise ValueError(
-                f"stride: {self.stride} does not divide block_size {self.block_size}; take a power of two up to it"
+            raise FieldError(
+                "stride", f"{self.stride} does not divide block_size {self.block_size}", "take a power of two up to it"
             )
         return self
 
-    def plan(self, call: AttentionCall) -> Plan:
-        """Select blocks for every head and query block; see `Method.plan`."""
+    def why_dense(self, call: AttentionCall) -> Dense | None:
+        """See `PrefillMethod.why_dense`."""
         if self.threshold >= 1:
             return Dense("threshold: 1")
-        if short := self.why_dense(call):
+        if short := super().why_dense(call):
             return short
         if call.kv_length <= 2 * self.block_size:
             return Dense("no longer than the two blocks that are always kept")
-        grid = BlockGrid.of(call, self.block_size)
-        short_rows = grid.lengths < self.min_length
-        return BlockPlan.from_blocks(self._select(call, grid) | short_rows[:, None, None, None], grid)
+        return None
 
-    def _select(self, call: AttentionCall, grid: BlockGrid) -> torch.Tensor:
-        """The blocks of every head, bool `[B, Hq, NQ, N]`; may hold blocks outside the causal triangle."""
+    def select(self, call: AttentionCall, grid: BlockGrid) -> Selection:
+        """Select blocks for every head and query block; see `PrefillMethod.select`."""
         batch, heads = call.q.shape[:2]
         blocks = call.q.new_zeros(batch, heads, grid.num_query_blocks, grid.num_key_blocks, dtype=torch.bool)
         for rows, masses in block_masses(call, grid, self.stride):
@@ -85,7 +84,7 @@ class XAttention(PrefillMethod):
             kept, diagonal = blocks[:, :, rows, :visible], grid.query_block_ids[:, rows]
             for part in slices(masses.shape[2], _SELECTION_BYTES * batch * heads * visible):
                 kept[:, :, part] = fewest_reaching(masses[:, :, part], diagonal[:, part], self.threshold)
-        return blocks
+        return Selection(blocks)
 
 
 def fewest_reaching(masses: torch.Tensor, diagonal: torch.Tensor, threshold: float) -> torch.Tensor:

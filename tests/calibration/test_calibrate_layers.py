@@ -215,7 +215,7 @@ def test_the_artefact_of_the_shipped_model_is_one_that_methods_take(needle_llama
     assert (data["full"], data["select"], data["measured"]["length"]) == ([0, 1], [2, 5], 8192)
     shape = ModelShape.of(AutoConfig.from_pretrained(needle_llama_path), 8)
     for method in ("delta", "tidaldecode", "lessismore"):
-        decode = load_config({"decode": {"method": method, "calibration": str(path)}}).for_model(shape).decode
+        decode = load_config({"decode": {"method": method, "calibration": str(path)}}).bind(shape).decode
         assert decode is not None
         assert [decode.role(layer) for layer in range(8)] == [
             *("full", "full", "select", "sparse", "sparse", "select", "sparse", "sparse")

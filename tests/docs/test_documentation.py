@@ -23,6 +23,7 @@ import lm_eval
 import pytest
 import torch
 import typer
+from bound import bound
 from calls import make_call
 from lm_eval._cli import HarnessCLI
 from lm_eval.tasks import TaskManager
@@ -36,7 +37,7 @@ from sparse_patch.evaluation.document import needle_document
 from sparse_patch.evaluation.lm_eval import TASKS
 from sparse_patch.integration.patch import is_patched
 from sparse_patch.kernels import availability
-from sparse_patch.methods.base import protocol
+from sparse_patch.methods.base import settings
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
@@ -239,12 +240,14 @@ def test_commands_that_stand_for_several() -> None:
 def test_the_method_of_the_guide() -> None:
     """CONTRIBUTING's class is a method: with every block chosen its plan is dense causal attention."""
     (block,) = (each for each in SHOWN["CONTRIBUTING.md"] if "class MyMethod" in each.text)
-    names: dict[str, Any] = {**vars(protocol), **vars(plans), **vars(typing)}
+    names: dict[str, Any] = {**vars(settings), **vars(plans), **vars(typing)}
     exec(block.text.replace("blocks = ...", "blocks = every(grid)"), names)
     names["every"] = lambda grid: torch.ones(1, 4, grid.num_query_blocks, grid.num_key_blocks) > 0
     method, call = names["MyMethod"](min_length=0), make_call(300)
     assert method.registered_name() == "mymethod" and method.block_size == 128
-    assert torch.equal(method.plan(call).mask(), torch.ones(300, 300, dtype=torch.bool).tril().expand(1, 4, -1, -1))
+    assert torch.equal(
+        bound(method).plan(call).mask(), torch.ones(300, 300, dtype=torch.bool).tril().expand(1, 4, -1, -1)
+    )
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def changed_value(draw: st.DrawFn, value: Any, odd: tuple[Any, ...]) -> Any:
 def used(config: PatchConfig) -> None:
     """What a model asks of a configuration when it is patched, with what it says of itself."""
     config.fingerprint()
-    resolved = config.for_model(SHAPE)
+    resolved = config.bind(SHAPE)
     for phase in ("prefill", "decode"):
         layers = resolved.layers(phase, SHAPE.num_layers)
         if method := resolved.method(phase):

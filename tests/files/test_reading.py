@@ -158,7 +158,7 @@ SHOWN: list[tuple[Any, str]] = [
 @pytest.mark.parametrize("data, message", SHOWN, ids=[row[1][:40] for row in SHOWN])
 def test_what_a_message_shows_is_bounded(data: Any, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        load_config(data).for_model(ModelShape("llama", num_layers=4, num_heads=4, num_kv_heads=2, hidden_size=64))
+        load_config(data).bind(ModelShape("llama", num_layers=4, num_heads=4, num_kv_heads=2, hidden_size=64))
     assert message in str(error.value), str(error.value)
     assert str(error.value).startswith("dict: ") and str(error.value).isprintable() and len(str(error.value)) <= 490
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bound import bound
 from builders.gpu import no_waits, on_gpu
 from builders.plans import random_blocks, random_pages
 from calls import decode_call, make_call
@@ -14,7 +15,7 @@ from families import FAMILIES
 from sparse_patch import patched, sparsity_report
 from sparse_patch.call import AttentionCall
 from sparse_patch.methods.a_shape import AShape
-from sparse_patch.methods.base.protocol import PrefillMethod
+from sparse_patch.methods.base.settings import PrefillMethod
 from sparse_patch.methods.flexprefill import FlexPrefill
 from sparse_patch.methods.minference import MInference
 from sparse_patch.methods.sale import Sale
@@ -36,7 +37,7 @@ SPARSE = {"prefill": {"method": "flexprefill", "block_size": 16, "min_budget": 1
 def test_plans_on_the_gpu_equal_plans_on_the_cpu(selection: str, row_starts: list[int] | None) -> None:
     method = FlexPrefill(gamma=0.8, tau=0.2, min_budget=32, block_size=32, min_length=0, selection=selection)
     call = make_call(900, queries=500, row_starts=row_starts)
-    expected, plan = method.plan(call), method.plan(on_gpu(call))
+    expected, plan = bound(method).plan(call), bound(method).plan(on_gpu(call))
     assert isinstance(expected, BlockPlan) and isinstance(plan, BlockPlan)
     assert (plan.blocks().cpu() != expected.blocks()).float().mean() < 0.002  # sums round in another order
 
@@ -44,7 +45,7 @@ def test_plans_on_the_gpu_equal_plans_on_the_cpu(selection: str, row_starts: lis
 def test_wide_heads_on_the_gpu() -> None:
     method = FlexPrefill(gamma=0.8, tau=0.2, min_budget=32, block_size=32, min_length=0)
     call = make_call(900, queries=500, head_dim=512)
-    expected, plan = method.plan(call), method.plan(on_gpu(call))
+    expected, plan = bound(method).plan(call), bound(method).plan(on_gpu(call))
     assert isinstance(expected, BlockPlan) and isinstance(plan, BlockPlan)
     assert (plan.blocks().cpu() != expected.blocks()).float().mean() < 0.002
 
@@ -54,7 +55,7 @@ def test_wide_heads_on_the_gpu() -> None:
 def test_means_that_are_alike_on_the_gpu(selection: str, row_starts: list[int] | None) -> None:
     method = SpargeAttn(selection=selection, similarity_threshold=0.5, topk=0.3, block_size=32, min_length=0)
     call = make_call(900, queries=500, row_starts=row_starts)
-    expected, plan = method.plan(call), method.plan(on_gpu(call))
+    expected, plan = bound(method).plan(call), bound(method).plan(on_gpu(call))
     assert isinstance(expected, BlockPlan) and isinstance(plan, BlockPlan)
     assert (plan.blocks().cpu() != expected.blocks()).float().mean() < 0.002  # sums round in another order
 
@@ -121,9 +122,9 @@ def test_planning_never_waits_for_the_gpu(name: str, tmp_path: Path) -> None:
         "sale": Sale(tau=0.5, window=32, min_length=0),
     }
     call = on_gpu(make_call(900, row_starts=[0, 77]))
-    assert isinstance(methods[name].plan(call), BlockPlan)
+    assert isinstance(bound(methods[name]).plan(call), BlockPlan)
     with no_waits():
-        plan = methods[name].plan(call)
+        plan = bound(methods[name]).plan(call)
         assert isinstance(plan, BlockPlan)
         attend(call, plan)
 
@@ -133,7 +134,7 @@ def test_mixed_heads_on_the_gpu(dtype: torch.dtype, tmp_path: Path) -> None:
     """The plan is the CPU's but for ties, and the fast kernel reads what it says."""
     method = mixed_heads(tmp_path)
     call = make_call(900, queries=500, row_starts=[0, 77, 300], dtype=dtype, head_dim=64)
-    expected, plan = method.plan(call), method.plan(on_gpu(call))
+    expected, plan = bound(method).plan(call), bound(method).plan(on_gpu(call))
     assert isinstance(expected, BlockPlan) and isinstance(plan, BlockPlan)
     assert (plan.mask().cpu() != expected.mask()).float().mean() < 0.005  # sums round in another order
     output, reference, _ = attend(on_gpu(call), plan)[0], attend(on_gpu(call), plan, "reference")[0]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bound import bound
 from builders.gpu import no_waits, on_gpu
 from builders.plans import random_token_blocks
 from calls import make_call
@@ -86,16 +87,16 @@ def test_long_prompts_in_chunks_on_the_gpu() -> None:
     """Published settings at 20k tokens: chunks choose and give what the prompt does, and no query is left out."""
     call = on_gpu(make_call(20000, heads=(32, 2), head_dim=128, row_starts=[0, 3001], dtype=torch.bfloat16))
     method = InfLLMv2()
-    plan = method.plan(call)
+    plan = bound(method).plan(call)
     assert isinstance(plan, TokenBlockPlan) and plan.density().max() < 0.7
     output = attend(call, plan)[0]
     assert output.isfinite().all()
     chunk = replace(call, q=call.q[:, :, 12345:], q_start=12345)
-    part = method.plan(chunk)
+    part = bound(method).plan(chunk)
     assert isinstance(part, TokenBlockPlan)
     torch.testing.assert_close(attend(chunk, part)[0], output[:, :, 12345:], atol=3e-2, rtol=3e-2)
     last = replace(call, q=call.q[:, :, -64:], q_start=19936)
-    plan = method.plan(last)
+    plan = bound(method).plan(last)
     assert isinstance(plan, TokenBlockPlan)
     torch.testing.assert_close(attend(last, plan, "reference")[0], output[:, :, -64:], atol=3e-2, rtol=3e-2)
 
@@ -121,11 +122,11 @@ def test_prompts_do_not_wait_for_the_gpu() -> None:
     step = replace(call, q=call.q[:, :, -1:], q_start=2999, phase="decode")
 
     def forward() -> None:
-        plan = method.plan(call)
+        plan = bound(method).plan(call)
         assert isinstance(plan, TokenBlockPlan)
         attend(call, plan)
         plan.pairs_by_head  # noqa: B018
-        method.plan(step)
+        bound(method).plan(step)
 
     forward()
     with no_waits():

@@ -16,8 +16,8 @@ from sparse_patch.integration.caches.making import adopt, growing_cache
 from sparse_patch.integration.names import HOOK, ON_KERNELS, hook_name
 from sparse_patch.integration.patching import patched
 from sparse_patch.integration.reporting import capture_plans, reset_report, sparsity_report
-from sparse_patch.methods.base.protocol import DecodeMethod
 from sparse_patch.methods.base.registry import registry
+from sparse_patch.methods.base.settings import DecodeMethod
 from sparse_patch.plans import PagePlan, Plan
 
 PROMPT = 60

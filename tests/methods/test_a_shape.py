@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bound import bound
 from calls import make_call
 from oracles.minference import a_shape_mask
 
@@ -14,7 +15,7 @@ from sparse_patch.plans import BlockPlan, Dense
 @pytest.mark.parametrize("queries", [None, 83])
 def test_the_plan_equals_the_oracle(sink: int, window: int, last: int, queries: int | None) -> None:
     call = make_call(200 - last % 2, queries=queries)
-    plan = AShape(sink=sink, window=window, last=last, block_size=16, min_length=0).plan(call)
+    plan = bound(AShape(sink=sink, window=window, last=last, block_size=16, min_length=0)).plan(call)
     assert isinstance(plan, BlockPlan) and plan.columns is None
     expected = torch.from_numpy(a_shape_mask(call.q.shape[2], call.kv_length, sink, window, last, 16))
     assert torch.equal(plan.mask()[0], expected.expand(4, -1, -1))
@@ -25,6 +26,6 @@ def test_the_plan_equals_the_oracle(sink: int, window: int, last: int, queries: 
 
 def test_dense_at_and_sparse_above_sink_and_window() -> None:
     method = AShape(sink=48, window=100, block_size=16, min_length=0)
-    assert isinstance(method.plan(make_call(148)), Dense)
-    assert isinstance(method.plan(make_call(200)), BlockPlan)
-    assert isinstance(AShape(sink=8, window=8, last=60, min_length=0).plan(make_call(200, queries=60)), Dense)
+    assert isinstance(bound(method).plan(make_call(148)), Dense)
+    assert isinstance(bound(method).plan(make_call(200)), BlockPlan)
+    assert isinstance(bound(AShape(sink=8, window=8, last=60, min_length=0)).plan(make_call(200, queries=60)), Dense)

@@ -10,8 +10,8 @@ from method_table import DECODE_METHODS, SMALL_MODEL, MethodCase
 
 from sparse_patch import ConfigError, load_config
 from sparse_patch.artefacts.layer_roles import Roles
-from sparse_patch.methods.base.protocol import DecodeMethod
 from sparse_patch.methods.base.registry import registry
+from sparse_patch.methods.base.settings import DecodeMethod
 from sparse_patch.methods.delta import Delta
 from sparse_patch.methods.lessismore import LessIsMore
 from sparse_patch.plans import Dense, PagePlan
@@ -21,7 +21,7 @@ CASES = pytest.mark.parametrize("case", DECODE_METHODS, ids=lambda case: case.na
 
 def build(settings: dict[str, Any], **changes: Any) -> DecodeMethod:
     settings = {**settings, **changes}
-    method = registry()[settings["method"]].model_validate(settings).for_model(SMALL_MODEL)
+    method = registry()[settings["method"]].model_validate(settings).bind(SMALL_MODEL)
     assert isinstance(method, DecodeMethod)
     return method
 
@@ -204,7 +204,7 @@ def test_the_smallest_budget_of_lessismore_holds_sinks_and_the_current_token() -
     for sinks in (0, 4, 9):
         for recency in (0.01, 0.25, 0.9):
             method = LessIsMore(sink=sinks, recency=recency, roles=Roles(full=[0], select=[1]), min_length=0)
-            method = method.model_copy(update={"budget": method.fewest}).for_model(SMALL_MODEL)
+            method = method.model_copy(update={"budget": method.fewest}).bind(SMALL_MODEL)
             step = sparse_step(method, 400)
             assert step.mask[..., -1].all() and step.mask[..., :sinks].all()
             assert step.mask.sum(-1).max() == method.fewest

@@ -18,7 +18,7 @@ SHAPE = ModelShape("llama", num_layers=6, num_heads=8, num_kv_heads=2, hidden_si
 
 def build(**settings: object) -> Delta:
     roles = Roles(full=[0, 1, 2, 4])
-    return Delta(roles=roles, min_length=0, **settings).for_model(SHAPE)  # type: ignore[arg-type]
+    return Delta(roles=roles, min_length=0, **settings).bind(SHAPE)  # type: ignore[arg-type]
 
 
 def logits(call: AttentionCall) -> torch.Tensor:

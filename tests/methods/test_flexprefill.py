@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from bound import bound
 from calls import lengths_to_test, make_call
 from oracles.flexprefill import FlexPrefillSettings, boundary_margins, flexprefill_blocks
 
@@ -22,7 +23,7 @@ def compare_with_oracle(method: FlexPrefill, call: AttentionCall) -> tuple[int, 
     )
     q, k = call.q[0].double().numpy(), call.k[0].double().numpy()
     expected = torch.from_numpy(flexprefill_blocks(q, k, call.scale, settings, call.softcap))
-    plan = method.plan(call)
+    plan = bound(method).plan(call)
     if not isinstance(plan, BlockPlan):
         causal = BlockGrid.of(call, method.block_size).causal[0]
         assert torch.equal(expected, causal.expand_as(expected)), "dense where the oracle is sparse"
@@ -72,7 +73,7 @@ def test_chunks_equal_the_oracle(selection: str, block_size: int) -> None:
 def test_the_plan_equals_the_oracle_at_4096(selection: str, heads: tuple[int, int]) -> None:
     method = FlexPrefill(min_length=0, min_budget=256, gamma=0.9, tau=0.1, selection=selection)
     call = make_call(4096, heads=heads, head_dim=32)
-    plan = method.plan(call)
+    plan = bound(method).plan(call)
     assert isinstance(plan, BlockPlan) and plan.density().mean() < 0.95
     compared, in_doubt = compare_with_oracle(method, call)
     assert in_doubt <= 4096 // 128  # at most one head is within rounding of a threshold
@@ -83,7 +84,7 @@ def test_the_head_switch_takes_both_sides() -> None:
     """Guards the tests above: their calls have query-aware and vertical-slash heads, and both change the plan."""
     call = make_call(400, heads=(8, 2))
     plans = [
-        FlexPrefill(gamma=0.7, tau=tau, min_budget=16, block_size=16, min_length=0).plan(call).blocks()  # type: ignore[union-attr]
+        bound(FlexPrefill(gamma=0.7, tau=tau, min_budget=16, block_size=16, min_length=0)).plan(call).blocks()  # type: ignore[union-attr]
         for tau in (0.0, 0.25, 1.0)
     ]
     changed = [(plans[0] != plan).any(-1).any(-1).sum().item() for plan in plans]
@@ -93,7 +94,7 @@ def test_the_head_switch_takes_both_sides() -> None:
 @pytest.mark.parametrize("selection", ["reference", "coverage"])
 def test_every_row_keeps_block_0_and_its_diagonal(selection: str) -> None:
     call = make_call(500, queries=300)
-    plan = FlexPrefill(gamma=0.05, min_budget=0, block_size=16, min_length=0, selection=selection).plan(call)
+    plan = bound(FlexPrefill(gamma=0.05, min_budget=0, block_size=16, min_length=0, selection=selection)).plan(call)
     assert isinstance(plan, BlockPlan)
     blocks = plan.blocks()
     assert blocks[..., 0].all()
@@ -106,9 +107,9 @@ def test_plans_are_nested_in_gamma(selection: str) -> None:
     call = make_call(1200, sharpness=0.4)
     previous = None
     for gamma in (0.3, 0.6, 0.9, 0.99):
-        plan = FlexPrefill(gamma=gamma, tau=0.2, min_budget=16, block_size=16, min_length=0, selection=selection).plan(
-            call
-        )
+        plan = bound(
+            FlexPrefill(gamma=gamma, tau=0.2, min_budget=16, block_size=16, min_length=0, selection=selection)
+        ).plan(call)
         assert isinstance(plan, BlockPlan)
         blocks = plan.blocks()
         if previous is not None:
@@ -126,9 +127,9 @@ def test_coverage_keeps_the_mass_of_the_last_queries(gamma: float) -> None:
     causal = torch.ones(1024, 1024, dtype=torch.bool).tril()
     attention = logits.masked_fill(~causal, -torch.inf).softmax(-1)
     for selection in ("reference", "coverage"):
-        plan = FlexPrefill(gamma=gamma, tau=0.0, min_budget=16, block_size=16, min_length=0, selection=selection).plan(
-            call
-        )
+        plan = bound(
+            FlexPrefill(gamma=gamma, tau=0.0, min_budget=16, block_size=16, min_length=0, selection=selection)
+        ).plan(call)
         assert isinstance(plan, BlockPlan)
         kept[selection] = (attention * plan.mask())[:, :, -16:].sum(-1).mean(-1).min().item()
     assert kept["coverage"] >= gamma
@@ -138,9 +139,9 @@ def test_coverage_keeps_the_mass_of_the_last_queries(gamma: float) -> None:
 def test_softcap_and_scale_reach_the_selection() -> None:
     call = make_call(500, sharpness=3.0)
     method = FlexPrefill(gamma=0.9, min_budget=16, block_size=16, min_length=0, selection="coverage")
-    base = method.plan(call).blocks()  # type: ignore[union-attr]
+    base = bound(method).plan(call).blocks()  # type: ignore[union-attr]
     for change in ({"softcap": 0.5}, {"scale": 0.01}):
-        changed = method.plan(AttentionCall(**{**vars(call), **change})).blocks()  # type: ignore[union-attr]
+        changed = bound(method).plan(AttentionCall(**{**vars(call), **change})).blocks()  # type: ignore[union-attr]
         assert (changed != base).any()
 
 
@@ -148,7 +149,7 @@ def test_max_budget_limits_and_min_budget_raises() -> None:
     call = make_call(800)
     common = {"gamma": 0.95, "tau": 0.0, "block_size": 16, "min_length": 0, "selection": "coverage"}
     densities = [
-        FlexPrefill(**common, **budgets).plan(call).density().mean()  # type: ignore[union-attr, arg-type]
+        bound(FlexPrefill(**common, **budgets)).plan(call).density().mean()  # type: ignore[union-attr, arg-type]
         for budgets in ({"min_budget": 16, "max_budget": 32}, {"min_budget": 16}, {"min_budget": 600})
     ]
     assert densities[0] < densities[1] < densities[2]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bound import bound
 from calls import make_call
 from decode_steps import decode_call, forward, forward_of_row, in_buffer
 from families import llama
@@ -30,7 +31,7 @@ def build(**changes: Any) -> InfLLMv2:
 
 
 def plan_of(call: AttentionCall, **changes: Any) -> TokenBlockPlan:
-    plan = build(**changes).plan(call)
+    plan = bound(build(**changes)).plan(call)
     assert isinstance(plan, TokenBlockPlan)
     return plan
 
@@ -93,7 +94,7 @@ def test_no_later_token_has_a_part() -> None:
 
 def test_as_many_blocks_as_there_are_is_dense() -> None:
     call = make_call(640)
-    assert isinstance(build(topk=9).plan(call), Dense)
+    assert isinstance(bound(build(topk=9)).plan(call), Dense)
     plan = plan_of(call, topk=8)
     assert plan.density().max() < 1
     everything = plan_of(make_call(641), topk=9, window_size=64)
@@ -115,7 +116,7 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(cuts: tuple[int, ...], row_sta
     for begin, end in zip((0, *cuts), (*cuts, 600), strict=True):
         q, k, v = call.q[:, :, begin:end], call.k[:, :, :end], call.v[:, :, :end]
         chunk = replace(call, q=q, k=k, v=v, q_start=begin)
-        plan, expected = build(min_length=200).plan(chunk), whole[:, :, begin:end]
+        plan, expected = bound(build(min_length=200)).plan(chunk), whole[:, :, begin:end]
         if isinstance(plan, Dense):
             own = torch.arange(begin, end)[:, None] >= torch.arange(end)
             real = torch.arange(end) >= chunk.row_starts()[:, None]
@@ -136,10 +137,10 @@ def test_a_decoded_token_reads_what_it_would_in_the_prompt() -> None:
 
 
 def test_decode_lists_and_their_limits() -> None:
-    assert isinstance(build(topk=9).plan(decode_call(640)), Dense)
-    assert "more than one query" in str(build().plan(decode_call(640, queries=3)))
-    assert "min_length" in str(build(min_length=600).plan(decode_call(640)))
-    assert isinstance(build(min_length=600).plan(decode_call(641)), PagePlan)
+    assert isinstance(bound(build(topk=9)).plan(decode_call(640)), Dense)
+    assert "more than one query" in str(bound(build()).plan(decode_call(640, queries=3)))
+    assert "min_length" in str(bound(build(min_length=600)).plan(decode_call(640)))
+    assert isinstance(bound(build(min_length=600)).plan(decode_call(641)), PagePlan)
     for length in (1, 20, 64, 130, 256):  # the device alone knows that the budget covers everything
         step = forward(build(), [in_buffer(decode_call(length), 400)])[0]
         assert isinstance(step.plan, PagePlan) and torch.equal(step.mask, PagePlan.every(step.call).mask())
@@ -240,7 +241,7 @@ def test_a_cache_that_crosses_the_switch_and_is_cut(model: PreTrainedModel) -> N
 def test_the_checkpoint_sets_what_the_configuration_leaves_open() -> None:
     theirs = {"kernel_size": 32, "kernel_stride": 16, "init_blocks": 2, "block_size": 64, "window_size": 1024}
     shape = replace(SMALL_MODEL, sparse_config={**theirs, "topk": 32, "use_nope": False, "dense_len": -1})
-    config = load_config("infllmv2", both={"topk": 20}).for_model(shape)
+    config = load_config("infllmv2", both={"topk": 20}).bind(shape)
     assert config.prefill == config.decode
     assert config.settings()["prefill"] | {"layers": "all"} == {
         "method": "infllmv2",
@@ -250,7 +251,7 @@ def test_the_checkpoint_sets_what_the_configuration_leaves_open() -> None:
         "init_blocks": 2,
         "window_size": 1024,
     }
-    published = InfLLMv2().for_model(SMALL_MODEL)
+    published = InfLLMv2().bind(SMALL_MODEL)
     assert (published.topk, published.init_blocks, published.window_size, published.min_length) == (64, 1, 2048, 8192)
     assert published.rule == InfLLMv2().rule and published.most_blocks == 96 and published.rule.chosen == 62
 
@@ -271,4 +272,4 @@ def test_the_checkpoint_sets_what_the_configuration_leaves_open() -> None:
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], theirs: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config("infllmv2", both=settings).for_model(replace(SMALL_MODEL, sparse_config=theirs))
+        load_config("infllmv2", both=settings).bind(replace(SMALL_MODEL, sparse_config=theirs))

@@ -10,7 +10,7 @@ from decode_steps import decode_call, forward, lists_of, run
 from sparse_patch import ConfigError, load_config
 from sparse_patch.artefacts.layer_roles import Roles, read_calibration
 from sparse_patch.methods.base.layered import LayeredMethod
-from sparse_patch.methods.base.protocol import Excluded
+from sparse_patch.methods.base.settings import Excluded
 from sparse_patch.methods.delta import Delta
 from sparse_patch.methods.lessismore import LessIsMore
 from sparse_patch.methods.tidaldecode import TidalDecode
@@ -48,9 +48,9 @@ TABLE = [
 @pytest.mark.parametrize("layers, local, number, expected", TABLE, ids=[row[3] for row in TABLE])
 def test_roles(method: type[LayeredMethod], layers: Any, local: set[int], number: int, expected: str) -> None:
     model = shape(number, local)
-    resolved = method(roles=Roles(**layers)).for_model(model)
+    resolved = method(roles=Roles(**layers)).bind(model)
     assert roles(resolved, number) == expected
-    assert resolved.for_model(model) == resolved
+    assert resolved.bind(model) == resolved
     assert resolved.layers_of(number) == set(range(number))
 
 
@@ -77,7 +77,7 @@ BAD = [
 def test_roles_that_do_not_fit(layers: Any, local: set[int], message: str) -> None:
     config = load_config({"decode": {"method": "delta", "roles": layers}})
     with pytest.raises(ConfigError) as error:
-        config.for_model(shape(6, local))
+        config.bind(shape(6, local))
     assert str(error.value).startswith(f"dict: decode.{message}") and "\n" not in str(error.value)
 
 
@@ -96,10 +96,10 @@ def test_roles_under_their_earlier_name() -> None:
 
 def test_layers_that_are_left_out_read_everything() -> None:
     """They neither choose nor read a list."""
-    method = Delta(roles=Roles(full=[0], select=[1, 3]), layers=Excluded(exclude=[4])).for_model(shape(6))
+    method = Delta(roles=Roles(full=[0], select=[1, 3]), layers=Excluded(exclude=[4])).bind(shape(6))
     assert roles(method, 6) == "fs.sf." and method.layers_of(6) == {0, 1, 2, 3, 5}
     with pytest.raises(ValueError, match=r"^roles.select: layer 3 is not among `layers`; add it there$"):
-        Delta(roles=Roles(full=[0], select=[1, 3]), layers=[0, 1, 2, 4, 5]).for_model(shape(6))
+        Delta(roles=Roles(full=[0], select=[1, 3]), layers=[0, 1, 2, 4, 5]).bind(shape(6))
 
 
 PRESETS = [
@@ -118,12 +118,12 @@ PRESETS = [
 def test_a_published_choice_is_found_by_the_models_shape(
     method: type[LayeredMethod], model: ModelShape, select: list[int]
 ) -> None:
-    assert method().for_model(model).roles == Roles(full=[0, 1], select=select)
+    assert method().bind(model).roles == Roles(full=[0, 1], select=select)
 
 
 def test_a_model_that_nobody_published_a_choice_for() -> None:
     with pytest.raises(ConfigError) as error:
-        load_config("delta.yaml").for_model(NEEDLE)
+        load_config("delta.yaml").bind(NEEDLE)
     assert str(error.value) == (
         "delta.yaml: decode.roles: no published choice for this model (llama, 8 layers); run "
         '"sparse-patch calibrate layers --model M --out FILE" and set decode.calibration: FILE'
@@ -147,17 +147,17 @@ def test_settings_come_before_the_calibration_and_that_before_a_preset(tmp_path:
     llama_3 = ModelShape("llama", 32, 32, 8, 4096)
     model = {"model_type": "llama", "num_layers": 32, "num_heads": 32, "hidden_size": 4096}
     path = str(written(tmp_path / "layers.yaml", model=model))
-    assert TidalDecode().for_model(llama_3).roles == Roles(full=[0, 1], select=[2, 13])
-    assert TidalDecode(calibration=path).for_model(llama_3).roles == Roles(full=[0, 1], select=[2, 5])
+    assert TidalDecode().bind(llama_3).roles == Roles(full=[0, 1], select=[2, 13])
+    assert TidalDecode(calibration=path).bind(llama_3).roles == Roles(full=[0, 1], select=[2, 5])
     explicit = TidalDecode(calibration=path, roles=Roles(select=[0]))
-    assert explicit.for_model(llama_3).roles == Roles(full=[], select=[0])
+    assert explicit.bind(llama_3).roles == Roles(full=[], select=[0])
 
 
 def test_a_calibration_is_looked_for_beside_its_config_and_changes_the_fingerprint(tmp_path: Path) -> None:
     written(tmp_path / "layers.yaml")
     (tmp_path / "my.yaml").write_text("decode: {method: delta, calibration: layers.yaml}")
     config = load_config(tmp_path / "my.yaml")
-    resolved = config.for_model(NEEDLE).decode
+    resolved = config.bind(NEEDLE).decode
     assert isinstance(resolved, Delta) and roles(resolved, 8) == "ffs..s.."
     before = config.fingerprint()
     written(tmp_path / "layers.yaml", select=[2, 4])
@@ -223,14 +223,14 @@ def test_a_calibration_that_does_not_fit(tmp_path: Path, changes: dict[str, Any]
     path = written(tmp_path / "layers.yaml", **changes)
     config = load_config({"decode": {"method": "delta", "calibration": str(path)}})
     with pytest.raises(ConfigError) as error:
-        config.for_model(NEEDLE)
+        config.bind(NEEDLE)
     assert str(error.value).startswith(f"dict: decode.calibration: {path}: {message}")
     assert "\n" not in str(error.value)
 
 
 def small(method: type[LayeredMethod], **changes: Any) -> LayeredMethod:
     settings = {"min_length": 0, "budget": 160, "roles": Roles(full=[0], select=[1, 4]), **changes}
-    return method(**settings).for_model(shape(7))
+    return method(**settings).bind(shape(7))
 
 
 @METHODS

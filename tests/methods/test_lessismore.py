@@ -16,7 +16,7 @@ SHAPE = ModelShape("llama", num_layers=6, num_heads=8, num_kv_heads=2, hidden_si
 
 def build(**settings: object) -> LessIsMore:
     roles = Roles(full=[0, 1], select=[2, 4])
-    return LessIsMore(roles=roles, min_length=0, **settings).for_model(SHAPE)  # type: ignore[arg-type]
+    return LessIsMore(roles=roles, min_length=0, **settings).bind(SHAPE)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("recency", [0.0, 0.25, 0.6])

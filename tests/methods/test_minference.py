@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bound import bound
 from calls import make_call, row_alone
 from families import llama
 from oracles.minference import minference_mask, token_sets
@@ -64,7 +65,7 @@ def test_the_plan_equals_the_oracle_at_block_edges(length: int, heads: tuple[int
 def test_all_that_was_selected_is_read_once(queries: int) -> None:
     """Every causal pair in V or S, the forced keys and distances among them; nothing twice."""
     call = make_call(300, queries=queries, heads=(2, 1))
-    plan = MInference(vertical=50, slash=110, block_size=32, min_length=0).plan(call)
+    plan = bound(MInference(vertical=50, slash=110, block_size=32, min_length=0)).plan(call)
     assert isinstance(plan, BlockPlan)
     mask = plan.mask()[0]
     i, j = torch.arange(300 - queries, 300)[:, None], torch.arange(300)
@@ -98,10 +99,10 @@ def test_a_padded_row_of_mixed_heads_equals_the_row_alone() -> None:
 def test_garbage_that_is_nan_stays_in_the_padding() -> None:
     batch = make_call(300, row_starts=[0, 90])
     method = MInference(vertical=40, slash=104, block_size=16, min_length=0)
-    expected = method.plan(batch).mask()  # type: ignore[union-attr]
+    expected = bound(method).plan(batch).mask()  # type: ignore[union-attr]
     k = batch.k.clone()
     k[1, :, :90] = torch.nan
-    plan = method.plan(AttentionCall(**{**vars(batch), "k": k}))
+    plan = bound(method).plan(AttentionCall(**{**vars(batch), "k": k}))
     assert torch.equal(plan.mask(), expected)  # type: ignore[union-attr]
 
 
@@ -121,7 +122,7 @@ def test_plans_are_nested_in_their_sizes() -> None:
         MInference(vertical=vertical, slash=slash, block_size=16, min_length=0)
         for vertical, slash in ((30, 100), (90, 100), (90, 120), (250, 180))
     ]
-    masks = [method.plan(call).mask() for method in methods]  # type: ignore[union-attr]
+    masks = [bound(method).plan(call).mask() for method in methods]  # type: ignore[union-attr]
     for smaller, larger in itertools.pairwise(masks):
         assert (larger | ~smaller).all()
     assert masks[0].sum() < masks[1].sum() < masks[3].sum()
@@ -130,17 +131,17 @@ def test_plans_are_nested_in_their_sizes() -> None:
 @pytest.mark.parametrize("sizes", [{"vertical": 299, "slash": 0}, {"vertical": 0, "slash": 299}], ids=str)
 def test_one_token_less_than_everything_goes_through_the_op(sizes: dict[str, int]) -> None:
     call = make_call(300)
-    plan = MInference(**sizes, block_size=16, min_length=0).plan(call)
+    plan = bound(MInference(**sizes, block_size=16, min_length=0)).plan(call)
     assert isinstance(plan, BlockPlan) and plan.density().min() > 0.99
-    assert isinstance(MInference(**sizes, block_size=16, min_length=0).plan(make_call(299)), Dense)
+    assert isinstance(bound(MInference(**sizes, block_size=16, min_length=0)).plan(make_call(299)), Dense)
 
 
 def test_softcap_and_scale_reach_the_selection() -> None:
     call = make_call(500, sharpness=3.0)
     method = MInference(vertical=60, slash=110, block_size=16, min_length=0)
-    base = method.plan(call).mask()  # type: ignore[union-attr]
+    base = bound(method).plan(call).mask()  # type: ignore[union-attr]
     for change in ({"softcap": 0.5}, {"scale": 0.01}):
-        assert (method.plan(AttentionCall(**{**vars(call), **change})).mask() != base).any()  # type: ignore[union-attr]
+        assert (bound(method).plan(AttentionCall(**{**vars(call), **change})).mask() != base).any()  # type: ignore[union-attr]
 
 
 FILE = [{"0": [VS, 40, 104, 0.9], "2": [STREAM, 20, 50, 1.0]}, {}, {"3": [BLOCKS, 100, 0, 0.1]}]
@@ -159,7 +160,7 @@ def test_a_file_gives_each_head_its_pattern(calibration: Path) -> None:
     assert method.patterns(1, 2) == (Pattern(VS, 1000, 6096),) * 2
     assert method.patterns(2, 4)[3].kind == BLOCKS
     call = make_call(300)
-    plan = MInference(calibration=str(calibration), block_size=16, min_length=0).plan(call)
+    plan = bound(MInference(calibration=str(calibration), block_size=16, min_length=0)).plan(call)
     assert isinstance(plan, BlockPlan)
     assert plan.density()[0, [1, 3]].eq(1).all() and plan.density()[0, [0, 2]].max() < 1
 

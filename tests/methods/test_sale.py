@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bound import bound
 from builders.thresholds import sale_calibration
 from calls import make_call
 from families import llama
@@ -32,7 +33,7 @@ def sale(**settings: Any) -> Sale:
 
 
 def plan_of(method: Sale, call: AttentionCall) -> BlockPlan:
-    plan = method.plan(call)
+    plan = bound(method).plan(call)
     assert isinstance(plan, BlockPlan)
     return plan
 
@@ -58,7 +59,7 @@ def test_the_plan_is_the_oracles_decisions_in_larger_tiles(numerics: str, block_
 def test_tau_0_is_dense_attention(tmp_path: Path) -> None:
     """Of all heads by design; of one head of a calibration through the op."""
     call = make_call(400, head_dim=32)
-    assert isinstance(sale(tau=0.0).plan(call), Dense) and isinstance(sale(tau=9e-6).plan(call), Dense)
+    assert isinstance(bound(sale(tau=0.0)).plan(call), Dense) and isinstance(bound(sale(tau=9e-6)).plan(call), Dense)
     tau = torch.full((5, 4), 1.0)
     tau[0, 2] = 0
     method = sale(calibration=str(sale_calibration(tmp_path, tau)))
@@ -96,10 +97,10 @@ def test_softcap_and_scale_reach_the_selection() -> None:
 
 
 def test_what_is_dense_by_design() -> None:
-    assert isinstance(sale().plan(make_call(160)), Dense), "all of it is in the reference region"
-    assert isinstance(sale().plan(make_call(161)), BlockPlan)
+    assert isinstance(bound(sale()).plan(make_call(160)), Dense), "all of it is in the reference region"
+    assert isinstance(bound(sale()).plan(make_call(161)), BlockPlan)
     negative = AttentionCall(**{**vars(make_call(300)), "scale": -0.5})
-    assert sale().plan(negative) == Dense("scale -0.5 is not positive")
+    assert bound(sale()).plan(negative) == Dense("scale -0.5 is not positive")
 
 
 @pytest.mark.parametrize(
@@ -279,7 +280,7 @@ def test_show_names_what_is_not_calibrated(tmp_path: Path, needle_llama_path: Pa
 
 def test_a_call_with_fewer_heads_than_the_calibration_is_dense(tmp_path: Path) -> None:
     method = sale(calibration=str(sale_calibration(tmp_path)))
-    assert "tensor parallelism" in method.plan(make_call(300, heads=(2, 1))).reason  # type: ignore[union-attr]
+    assert "tensor parallelism" in bound(method).plan(make_call(300, heads=(2, 1))).reason  # type: ignore[union-attr]
 
 
 def test_settings_are_frozen() -> None:

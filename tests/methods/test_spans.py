@@ -18,7 +18,7 @@ def build(settings: dict[str, Any], folder: Path) -> SpanMethod:
     write_plans(folder, SMALL_MODEL)
     files = {"calibration": str(folder / settings["calibration"])} if "calibration" in settings else {}
     method = registry()[settings["method"]].model_validate({**settings, **files})
-    resolved = method.for_model(SMALL_MODEL)
+    resolved = method.bind(SMALL_MODEL)
     assert isinstance(resolved, SpanMethod)
     return resolved
 

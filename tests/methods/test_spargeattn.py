@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from bound import bound
 from calls import lengths_to_test, make_call, row_alone
 from oracles.spargeattn import Selection, SpargeAttnSettings, spargeattn_selection
 from pydantic import ValidationError
@@ -30,7 +31,7 @@ def by_mass(threshold: float = 0.9, similarity: float = SOME_ALIKE, **settings: 
 
 
 def blocks_of(method: SpargeAttn, call: AttentionCall) -> torch.Tensor:
-    plan = method.plan(call)
+    plan = bound(method).plan(call)
     assert isinstance(plan, BlockPlan)
     return plan.blocks()
 
@@ -51,7 +52,7 @@ def oracle(method: SpargeAttn, call: AttentionCall) -> Selection:
 
 def compare_with_oracle(method: SpargeAttn, call: AttentionCall) -> tuple[int, int]:
     """Assert equality wherever no decision is within rounding of its threshold: (rows compared, rows in doubt)."""
-    expected, plan = oracle(method, call), method.plan(call)
+    expected, plan = oracle(method, call), bound(method).plan(call)
     blocks = plan.blocks()[0] if isinstance(plan, BlockPlan) else BlockGrid.of(call, method.block_size).causal
     clear = torch.from_numpy(expected.margins > MARGIN)
     wrong = (blocks != torch.from_numpy(expected.blocks)).any(-1) & clear
@@ -152,7 +153,7 @@ def test_nothing_behind_a_token_reaches_it_but_by_the_mean_key(begin: int) -> No
     order = torch.cat([torch.arange(begin), torch.randperm(400 - begin) + begin])  # the mean key stays
     other = changed(call, k=call.k[:, :, order], v=call.v * (torch.arange(400) < begin)[:, None])
     method = by_mass(0.6)
-    outputs = [attend(each, method.plan(each))[0] for each in (call, other)]  # type: ignore[arg-type]
+    outputs = [attend(each, bound(method).plan(each))[0] for each in (call, other)]  # type: ignore[arg-type]
     torch.testing.assert_close(outputs[0][:, :, :begin], outputs[1][:, :, :begin], atol=2e-6, rtol=1e-5)
     plain = by_mass(0.6, similarity=-1.0)
     other = changed(other, k=other.k + 9.0 * (torch.arange(400) >= begin)[:, None])
@@ -198,8 +199,8 @@ def test_softcap_and_scale_reach_the_selection() -> None:
 @pytest.mark.parametrize("threshold", [0.5, 3.0, 10.0])
 def test_what_the_second_filter_leaves_out_is_bounded(threshold: float) -> None:
     call = make_call(400, sharpness=4.0)
-    selected = by_mass().plan(call)
-    filtered = by_mass(pv_threshold=threshold).plan(call)
+    selected = bound(by_mass()).plan(call)
+    filtered = bound(by_mass(pv_threshold=threshold)).plan(call)
     assert isinstance(selected, BlockPlan) and isinstance(filtered, BlockPlan)
     assert torch.equal(selected.blocks(), filtered.blocks())
     (whole, before, _), (output, after, _) = (attend(call, plan, return_lse=True) for plan in (selected, filtered))
@@ -218,9 +219,9 @@ def test_the_published_thresholds_go_with_the_selection() -> None:
 
 def test_settings_and_calls_that_leave_nothing_out_are_dense() -> None:
     for settings in ({"topk": 1.0}, {"selection": "cdf", "cdf_threshold": 1.0}, {"similarity_threshold": 1.0}):
-        assert isinstance(spargeattn(**settings).plan(make_call(400)), Dense)
+        assert isinstance(bound(spargeattn(**settings)).plan(make_call(400)), Dense)
     for length, sink, dense in ((16, False, True), (17, False, False), (32, True, True), (33, True, False)):
-        plan = spargeattn(topk=0.1, attention_sink=sink).plan(make_call(length))
+        plan = bound(spargeattn(topk=0.1, attention_sink=sink)).plan(make_call(length))
         assert isinstance(plan, Dense) == dense
 
 

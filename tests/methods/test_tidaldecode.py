@@ -15,7 +15,7 @@ SHAPE = ModelShape("llama", num_layers=6, num_heads=8, num_kv_heads=2, hidden_si
 
 def build(**settings: object) -> TidalDecode:
     roles = Roles(full=[0, 1], select=[2, 4])
-    return TidalDecode(roles=roles, min_length=0, **settings).for_model(SHAPE)  # type: ignore[arg-type]
+    return TidalDecode(roles=roles, min_length=0, **settings).bind(SHAPE)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sharing", ["q_head", "kv_group", "all"])

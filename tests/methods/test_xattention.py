@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from bound import bound
 from calls import lengths_to_test, make_call, row_alone
 from oracles.xattention import Selection, XAttentionSettings, xattention_selection
 from pydantic import ValidationError
@@ -23,7 +24,7 @@ def xattention(threshold: float = 0.9, stride: int = 4, block_size: int = 16) ->
 
 
 def blocks_of(method: XAttention, call: AttentionCall) -> torch.Tensor:
-    plan = method.plan(call)
+    plan = bound(method).plan(call)
     assert isinstance(plan, BlockPlan)
     return plan.blocks()
 
@@ -51,7 +52,7 @@ def compare_with_oracle(method: XAttention, call: AttentionCall) -> tuple[int, i
     expected = oracle(method, call)
     masses = masses_of(call, method.block_size, method.stride)[0]
     torch.testing.assert_close(masses, torch.from_numpy(expected.masses).float(), atol=5e-6, rtol=1e-4)
-    plan = method.plan(call)
+    plan = bound(method).plan(call)
     blocks = plan.blocks()[0] if isinstance(plan, BlockPlan) else BlockGrid.of(call, method.block_size).causal
     clear = torch.from_numpy(expected.margins > MARGIN)
     wrong = (blocks != torch.from_numpy(expected.blocks)).any(-1) & clear
@@ -83,7 +84,7 @@ def test_chunks_equal_the_oracle(block_size: int, stride: int) -> None:
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1), (7, 1)], ids=str)
 def test_the_plan_equals_the_oracle_at_1024(heads: tuple[int, int]) -> None:
     method, call = xattention(0.9, stride=8, block_size=64), make_call(1024, heads=heads, head_dim=32, sharpness=1.0)
-    plan = method.plan(call)
+    plan = bound(method).plan(call)
     assert isinstance(plan, BlockPlan) and plan.density().mean() < 0.95
     compared, in_doubt = compare_with_oracle(method, call)
     assert in_doubt <= 1 and compared + in_doubt == heads[0] * 16
@@ -200,9 +201,9 @@ def test_softcap_and_scale_reach_the_selection() -> None:
 
 
 def test_threshold_1_and_two_blocks_are_dense() -> None:
-    assert isinstance(xattention(1.0).plan(make_call(400)), Dense)
-    assert isinstance(xattention(0.1).plan(make_call(32)), Dense)
-    assert isinstance(xattention(0.1).plan(make_call(33)), BlockPlan)
+    assert isinstance(bound(xattention(1.0)).plan(make_call(400)), Dense)
+    assert isinstance(bound(xattention(0.1)).plan(make_call(32)), Dense)
+    assert isinstance(bound(xattention(0.1)).plan(make_call(33)), BlockPlan)
 
 
 @pytest.mark.parametrize(

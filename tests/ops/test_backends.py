@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bound import bound
 from calls import make_call
 
 from sparse_patch.errors import UnsupportedCallError
-from sparse_patch.methods.base.protocol import PrefillMethod
+from sparse_patch.methods.base.settings import PrefillMethod
 from sparse_patch.methods.flexprefill import FlexPrefill
 from sparse_patch.methods.minference import MInference
 from sparse_patch.methods.xattention import XAttention
@@ -62,12 +63,12 @@ def test_ops_that_are_asked_for_triton_say_what_is_missing(monkeypatch: pytest.M
 def test_wide_heads_are_selected_for_by_torch(method: PrefillMethod, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU: whole queries and keys of 512 dimensions do not fit in the shared memory that the kernels ask for."""
     call = make_call(700, head_dim=512)
-    expected = method.plan(call)
+    expected = bound(method).plan(call)
     monkeypatch.setattr(backends, "prefers_triton", lambda _: True)
     for op in ("antidiagonal", "lines", "profiles"):
         monkeypatch.setitem(sys.modules, f"sparse_patch.ops.{op}.triton", None)  # importing it raises
-    plan = method.plan(call)
+    plan = bound(method).plan(call)
     assert isinstance(expected, BlockPlan) and isinstance(plan, BlockPlan)
     assert torch.equal(plan.mask(), expected.mask())
     with pytest.raises(ImportError):
-        method.plan(make_call(700, head_dim=64))
+        bound(method).plan(make_call(700, head_dim=64))

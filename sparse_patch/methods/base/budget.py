@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.errors import FieldError
 from sparse_patch.files.reading import MOST
-from sparse_patch.methods.base.protocol import DecodeMethod
+from sparse_patch.methods.base.settings import DecodeMethod
 from sparse_patch.ops.selection.top_pages import top_pages
 from sparse_patch.plans import Dense
 
@@ -39,11 +40,11 @@ class BudgetedMethod(DecodeMethod):
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
         if self.budget is None and self.budget_ratio is None:
-            raise ValueError("budget: missing; give budget in tokens or budget_ratio as a share of the keys")
+            raise FieldError("budget", "missing", "give budget in tokens or budget_ratio as a share of the keys")
         if self.budget is not None and self.budget_ratio is not None:
-            raise ValueError(f"budget_ratio: budget is {self.budget} already; set budget: null to use a ratio")
+            raise FieldError("budget_ratio", f"budget is {self.budget} already", "set budget: null to use a ratio")
         if self.budget is not None and self.budget < self.fewest:
-            raise ValueError(f"budget: {self.budget} is below {self.fewest}, the tokens that a list needs at least")
+            raise FieldError("budget", f"{self.budget} is below {self.fewest}, the tokens that a list needs at least")
         return self
 
     @property

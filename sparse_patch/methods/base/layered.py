@@ -10,17 +10,15 @@ else from a published choice for the model's shape.
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
-from pydantic import model_validator
-from typing_extensions import Self
 
-from sparse_patch.artefacts.base import check_shape
+from sparse_patch.artefacts.base import check_shape, place_of
 from sparse_patch.artefacts.layer_roles import MAKE_ONE, Calibration, Roles, read_calibration
-from sparse_patch.call import AttentionCall
-from sparse_patch.errors import one_line
+from sparse_patch.call import AttentionCall, Slot
+from sparse_patch.errors import FieldError
+from sparse_patch.methods.base.bound import BoundMethod
 from sparse_patch.methods.base.budget import BudgetedMethod
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.plans import Dense, PagePlan, Plan
@@ -40,6 +38,18 @@ class Preset(NamedTuple):
     shape: ModelShape
     layers: Roles
     source: str
+
+
+class LastLogits(NamedTuple):
+    """What a selecting layer chooses by, of the last query; see `BoundMethod.select`.
+
+    Attributes:
+        logits: float32 `[B, Hq, capacity]`.
+        lse: float32 `[B, Hq]`.
+    """
+
+    logits: torch.Tensor
+    lse: torch.Tensor
 
 
 class LayeredMethod(BudgetedMethod):
@@ -62,60 +72,80 @@ class LayeredMethod(BudgetedMethod):
     roles: Roles | None = None
     calibration: str | None = None
 
-    @model_validator(mode="after")
-    def _calibration_is_readable(self) -> Self:
-        _ = self.calibrated
-        return self
-
-    @cached_property
-    def calibrated(self) -> Calibration | None:
-        """What the file of `calibration` holds; None without one."""
+    def artefact(self) -> Calibration | None:
+        """See `Method.artefact`."""
         return None if self.calibration is None else read_calibration(self.calibration)
 
-    def for_model(self, shape: ModelShape) -> Self:
-        """The method with `roles` set to those of the model's layers; see `Method.for_model`."""
-        if self.roles is not None:
-            roles, place = self.roles, "roles."
-        elif self.calibrated is not None:
-            place = f"calibration: {one_line(self.calibration)}"
-            check_shape(self.calibrated.header, shape, place)
-            roles, place = self.calibrated.layers, f"{place}: "
-        else:
-            roles, place = self._published(shape), "roles."
+    def bind(self, shape: ModelShape) -> BoundMethod:
+        """See `Method.bind`."""
+        return BoundLayers(self.model_copy(update={"roles": self._roles_on(shape)}))
+
+    def _roles_on(self, shape: ModelShape) -> Roles:
+        """The roles of the model's layers."""
+        roles, place, calibrated = self.roles, "roles.", self.artefact()
+        if roles is None and calibrated is not None:
+            place = place_of(self.calibration)
+            check_shape(calibrated.header, shape, place)
+            roles, place = calibrated.layers, f"{place}: "
+        if roles is None:
+            roles = self._published(shape)
         others = frozenset(range(shape.num_layers)) - self.layers_of(shape.num_layers)
-        return self.model_copy(update={"roles": roles.resolved(shape, place, others)})
+        return roles.resolved(shape, place, others)
 
     def _published(self, shape: ModelShape) -> Roles:
         for preset in self.presets:
             if preset.shape == shape:
                 return preset.layers
-        raise ValueError(
-            f"roles: no published choice for this model ({shape.model_type}, {shape.num_layers} layers); {MAKE_ONE} "
-            f"and set decode.calibration: FILE"
+        raise FieldError(
+            "roles",
+            f"no published choice for this model ({shape.model_type}, {shape.num_layers} layers)",
+            f"{MAKE_ONE} and set decode.calibration: FILE",
         )
-
-    def role(self, layer: int) -> str:
-        """ "full", "select" or "sparse"; of a method that `for_model` returned."""
-        assert self.roles is not None and self.roles.select is not None, "for_model was not called"
-        if layer in self.roles.select:
-            return "select"
-        return "full" if layer in self.roles.full else "sparse"
 
     @property
     def list_page_size(self) -> int:
         """Tokens of a page of the lists."""
         return 1
 
+    @abstractmethod
+    def choose(self, call: AttentionCall, statistics: LastLogits) -> PagePlan:
+        """The list that a selecting layer makes; see `DecodeMethod.choose`."""
+
+
+class BoundLayers(BoundMethod):
+    """Layers in their roles.
+
+    Attributes:
+        settings: the settings, with the roles of the model's layers.
+        selecting: layers that choose.
+        full: layers that read everything and do not choose.
+    """
+
+    _LIST: Slot[PagePlan] = Slot("list of the selecting layer")
+
+    settings: LayeredMethod
+
+    def __init__(self, settings: LayeredMethod) -> None:
+        assert settings.roles is not None and settings.roles.select is not None, "set by LayeredMethod.bind"
+        self.settings, self.correct_every = settings, settings.correct_every
+        self.selecting, self.full = frozenset(settings.roles.select), frozenset(settings.roles.full)
+
+    def role(self, layer: int) -> str:
+        """ "full", "select" or "sparse"."""
+        if layer in self.selecting:
+            return "select"
+        return "full" if layer in self.full else "sparse"
+
     def plan(self, call: AttentionCall) -> Plan:
-        """Everything, with or without the logits, or the list that is at hand; see `Method.plan`."""
-        if dense := self.why_dense(call):
+        """Everything, with or without the logits, or the list that is at hand; see `BoundMethod.plan`."""
+        if dense := self.settings.why_dense(call):
             return dense
-        role = self.role(call.layer)
+        role, page_size = self.role(call.layer), self.settings.list_page_size
         if role == "full":
             return Dense("full layer")
         if role == "select":
-            return PagePlan.every(call, self.list_page_size, wants_logits=True)
-        plan: PagePlan | None = call.forward_state.get(self.method)
+            return PagePlan.every(call, page_size, wants_logits=True)
+        plan = call.forward_state.get(self._LIST)
         if plan is None or plan.pages is None or plan.counts is None:
             return Dense("no list: the selecting layer was dense")
         if plan.pages.shape[1] not in (1, call.k.shape[1], call.q.shape[1]):
@@ -123,20 +153,13 @@ class LayeredMethod(BudgetedMethod):
         if plan.pages.device == call.q.device and plan.heads == call.q.shape[1]:
             return plan
         device = call.q.device  # layers may lie on several devices
-        plan = PagePlan.of(call, plan.pages.to(device), plan.counts.to(device), self.list_page_size)
-        call.forward_state[self.method] = plan
+        plan = PagePlan.of(call, plan.pages.to(device), plan.counts.to(device), page_size)
+        call.forward_state.put(self._LIST, plan)
         return plan
 
     def select(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> None:
-        """Choose the list of the layers that follow; see `DecodeMethod.select`."""
-        call.forward_state[self.method] = PagePlan.of(call, *self.choose(call, logits, lse), self.list_page_size)
-
-    @abstractmethod
-    def choose(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The lists that a selecting layer makes: pages, int32 `[B, L, K]`, and counts, int32 `[B, L]`.
-
-        Arguments as those of `DecodeMethod.select`.
-        """
+        """Choose the list of the layers that follow; see `BoundMethod.select`."""
+        call.forward_state.put(self._LIST, self.settings.choose(call, LastLogits(logits, lse)))
 
 
 _LLAMA_2_7B = ModelShape("llama", num_layers=32, num_heads=32, num_kv_heads=32, hidden_size=4096)

@@ -5,7 +5,7 @@ import inspect
 import pkgutil
 from functools import cache
 
-from sparse_patch.methods.base.protocol import Method
+from sparse_patch.methods.base.settings import Method
 
 
 @cache

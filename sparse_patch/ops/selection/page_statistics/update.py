@@ -4,10 +4,12 @@ import sys
 
 import torch
 
-from sparse_patch.call import AttentionCall, KVState
+from sparse_patch.call import AttentionCall, KVState, TensorSlot
 from sparse_patch.kernels.availability import prefers_triton
 from sparse_patch.kernels.room import SPARE
 from sparse_patch.ops.selection.page_statistics.pages import num_pages
+
+PAGES = TensorSlot("page statistics")
 
 
 def up_to_date(call: AttentionCall, names: tuple[str, ...], page_size: int, offset: int) -> list[torch.Tensor]:
@@ -28,7 +30,8 @@ def up_to_date(call: AttentionCall, names: tuple[str, ...], page_size: int, offs
 
 def _is_behind(call: AttentionCall, kv_state: KVState, names: tuple[str, ...]) -> bool:
     """Whether the state lacks tokens from before the call. Of a static cache's decode step only the device knows."""
-    if any(name not in kv_state.tensors for name in names) or kv_state.tensors[names[0]].shape[0] != call.k.shape[0]:
+    kept = kv_state.of(PAGES)
+    if any(name not in kept for name in names) or kept[names[0]].shape[0] != call.k.shape[0]:
         return True
     return call.kv_end is None and kv_state.covered < call.q_start
 
@@ -37,7 +40,8 @@ def _with_room(
     call: AttentionCall, kv_state: KVState, names: tuple[str, ...], whole: bool, page_size: int, offset: int
 ) -> list[torch.Tensor]:
     """The tensors in kv_state, with room for the call's pages: replaced where they are too small or not there."""
-    kept = [kv_state.tensors[name] for name in names if name in kv_state.tensors]
+    pages = kv_state.of(PAGES)
+    kept = [pages[name] for name in names if name in pages]
     fits = len(kept) == len(names) and kept[0].shape[0] == call.k.shape[0]
     if fits and kept[0].shape[2] >= num_pages(call.kv_length, page_size, offset):
         return kept
@@ -45,9 +49,8 @@ def _with_room(
     if not whole:
         for new, old in zip(tensors, kept, strict=True):
             new[:, :, : old.shape[2]] = old
-    for name in [name for name in kv_state.tensors if name.startswith("page_")]:
-        del kv_state.tensors[name]  # statistics of another kind would not be refreshed from here on
-    kv_state.tensors.update(zip(names, tensors, strict=True))
+    pages.clear()  # statistics of another kind would not be refreshed from here on
+    pages.update(zip(names, tensors, strict=True))
     return tensors
 
 
