@@ -141,10 +141,8 @@ def test_the_roles_of_a_configuration(tmp_path: Path) -> None:
     assert roles_of(benchmark, "delta") == {"select": 4, "sparse": 5}
     assert roles_of(benchmark, "quest") == {"layer": 5}
     forward_state = forward_state_to(benchmark.methods["delta"], benchmark.calls(200)[0], 5)
-    assert (
-        list(forward_state) == ["delta"]
-        and forward_state_to(benchmark.methods["delta"], benchmark.calls(200)[0], 1) == {}
-    )
+    assert len(forward_state) == 1
+    assert not forward_state_to(benchmark.methods["delta"], benchmark.calls(200)[0], 1)
 
 
 def test_what_stays_dense_is_our_dense_decode(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from sparse_patch.call import AttentionCall
 from sparse_patch.errors import TaskError
 from sparse_patch.integration.observe import observed
 from sparse_patch.integration.patch import is_patched
-from sparse_patch.methods.minference import MInference
+from sparse_patch.methods.minference import BoundMInference, MInference
 from sparse_patch.ops.attention.block_sparse import attend
 from sparse_patch.workbench.journal import Journal
 
@@ -70,7 +70,7 @@ def test_the_chosen_pattern_changes_each_head_least(tmp_path: Path) -> None:
         dense = logits.masked_fill(~causal, -torch.inf).softmax(-1) @ v
         errors = []
         for choice in candidates(length):
-            mask = METHOD.plan_patterns(call, (choice,) * 4).mask()  # type: ignore[union-attr]
+            mask = METHOD.plan_by(call, (choice,) * 4).mask()  # type: ignore[union-attr]
             output = logits.masked_fill(~mask, -torch.inf).softmax(-1) @ v
             errors.append((output - dense).flatten(2).norm(dim=-1) / dense.flatten(2).norm(dim=-1))
         smallest, number = torch.cat(errors).min(0)
@@ -90,7 +90,8 @@ def test_what_is_written_loads_back_and_runs(tokens: list[int], tmp_path: Path) 
     assert (header["kind"], header["model"]["id"], header["settings"]) == ("minference", "tiny", CALIBRATION.settings)
     data = data["layers"]
     assert len(data) == 3 and list(data[0]) == ["0", "1", "2", "3"] and len(data[0]["0"]) == 4
-    method = MInference(calibration=str(path))
+    method = MInference(calibration=str(path)).bind(shape_of(model))
+    assert isinstance(method, BoundMInference)
     for layer in found:
         assert [tuple(entry[:3]) for entry in layer.heads] == list(method.patterns(layer.layer, 4))
     settings = {"calibration": str(path), "block_size": 16, "min_length": 0}
@@ -150,7 +151,7 @@ def test_the_model_stays_dense_while_it_is_observed(tokens: list[int]) -> None:
     model, ids = llama(), torch.tensor([tokens])
     with torch.no_grad():
         expected = model(ids).logits
-        with observed(model, lambda call: attend(call, METHOD.plan_patterns(call, candidates(LENGTH)[:1] * 4))):  # type: ignore[arg-type]
+        with observed(model, lambda call: attend(call, METHOD.plan_by(call, candidates(LENGTH)[:1] * 4))):  # type: ignore[arg-type]
             assert torch.equal(model(ids).logits, expected)
 
 

@@ -245,9 +245,8 @@ def test_the_method_of_the_guide() -> None:
     names["every"] = lambda grid: torch.ones(1, 4, grid.num_query_blocks, grid.num_key_blocks) > 0
     method, call = names["MyMethod"](min_length=0), make_call(300)
     assert method.registered_name() == "mymethod" and method.block_size == 128
-    assert torch.equal(
-        bound(method).plan(call).mask(), torch.ones(300, 300, dtype=torch.bool).tril().expand(1, 4, -1, -1)
-    )
+    causal = torch.ones(300, 300, dtype=torch.bool).tril()
+    assert torch.equal(bound(method).plan(call).mask(), causal.expand(1, 4, -1, -1))
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------

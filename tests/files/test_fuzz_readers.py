@@ -26,6 +26,7 @@ from sparse_patch.errors import SparsePatchError
 from sparse_patch.methods.base.registry import registry
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.models.minicpm import minicpm_config
+from sparse_patch.tensor_parallel import ALL_HEADS
 
 ROOT = Path(__file__).parents[2]
 CASES = int(os.environ.get("FUZZ_CASES", "2000"))
@@ -199,12 +200,13 @@ def used(config: PatchConfig) -> None:
     config.fingerprint()
     resolved = config.bind(SHAPE)
     for phase in ("prefill", "decode"):
-        layers = resolved.layers(phase, SHAPE.num_layers)
+        layers = resolved.settings.layers(phase, SHAPE.num_layers)
         if method := resolved.method(phase):
             method.remark()
             _ = [method.role(layer) for layer in layers]
-            if hasattr(method, "spans"):
-                _ = [method.spans(layer, length, SHAPE.num_kv_heads) for layer in layers for length in (1, 2**20)]
+            if keeps := method.retention:
+                heads = SHAPE.num_kv_heads
+                _ = [keeps.spans_of(ALL_HEADS, layer, length, heads) for layer in layers for length in (1, 2**20)]
 
 
 def check(read: Callable[[], Any]) -> None:

@@ -241,7 +241,7 @@ def test_json_that_is_read() -> None:
 
 
 RISKY = r"\.load\(|\.loads\(|unsafe_load|allow_pickle|trust_remote_code|weights_only"
-OF_PICKLING = {"tests/test_cache_layers.py", "tests/test_masks.py", "tests/test_pickling.py"}
+OF_PICKLING = {f"tests/integration/test_{name}.py" for name in ("cache_layers", "masks", "pickling")}
 
 
 def test_nothing_is_loaded_that_could_run_code() -> None:

@@ -9,18 +9,22 @@ from families import FAMILIES, RECENT, llama
 from method_table import DECODE_METHODS, SPAN_METHODS, TOKEN_METHODS, MethodCase
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
-from sparse_patch.call import AttentionCall
+from sparse_patch.call import AttentionCall, Slot, TensorSlot
 from sparse_patch.config import PatchConfig
 from sparse_patch.integration.caches.layers import FixedLayer, GrowingLayer
 from sparse_patch.integration.caches.making import adopt, growing_cache
 from sparse_patch.integration.names import HOOK, ON_KERNELS, hook_name
 from sparse_patch.integration.patching import patched
 from sparse_patch.integration.reporting import capture_plans, reset_report, sparsity_report
+from sparse_patch.methods.base.bound import BoundMethod
 from sparse_patch.methods.base.registry import registry
 from sparse_patch.methods.base.settings import DecodeMethod
+from sparse_patch.model_shape import ModelShape
 from sparse_patch.plans import PagePlan, Plan
 
 PROMPT = 60
+TOYS = TensorSlot("toy")
+LIST: Slot[PagePlan] = Slot("list of the toy")
 
 
 class Toy(DecodeMethod):
@@ -32,21 +36,36 @@ class Toy(DecodeMethod):
     tokens: int = 24
     min_length: int = 0
 
+    def bind(self, shape: ModelShape) -> BoundMethod:
+        return BoundToy(self)
+
+    def choose(self, call: AttentionCall, statistics: Any) -> PagePlan:
+        raise NotImplementedError
+
+
+class BoundToy(BoundMethod):
+    keeps_state = True
+    settings: Toy
+
+    def __init__(self, settings: Toy) -> None:
+        self.settings = settings
+
     def remember(self, call: AttentionCall) -> None:
         assert call.kv_state is not None
-        seen = call.kv_state.tensors.get("seen", torch.zeros(len(call.q), 1, dtype=torch.int64))
-        call.kv_state.tensors["seen"] = seen + call.q.shape[2]
+        tensors = call.kv_state.of(TOYS)
+        seen = tensors.get("seen", torch.zeros(len(call.q), 1, dtype=torch.int64))
+        tensors["seen"] = seen + call.q.shape[2]
 
     def plan(self, call: AttentionCall) -> Plan:
-        return call.forward_state.get("plan") or PagePlan.every(call, wants_logits=True)
+        return call.forward_state.get(LIST) or PagePlan.every(call, wants_logits=True)
 
     def select(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> None:
         lengths = call.lengths()
         position = torch.arange(logits.shape[-1])
         logits = logits.amax(1).masked_fill(position >= lengths[:, None], -torch.inf)
-        tokens = logits.topk(min(self.tokens, logits.shape[-1])).indices
+        tokens = logits.topk(min(self.settings.tokens, logits.shape[-1])).indices
         counts = lengths.clamp(max=tokens.shape[-1]).int()[:, None]
-        call.forward_state["plan"] = PagePlan.of(call, tokens.int()[:, None], counts, page_size=1)
+        call.forward_state.put(LIST, PagePlan.of(call, tokens.int()[:, None], counts, page_size=1))
 
 
 TOY = PatchConfig(decode=Toy(), on_unsupported="error", source="toy")
@@ -155,7 +174,7 @@ def test_two_interleaved_generations_do_not_meet() -> None:
                 logits.append(model(row[None, [i]], past_key_values=cache).logits[:, -1])
     for expected, logits, cache in zip(alone, woven, caches, strict=True):
         assert torch.equal(torch.cat(logits), expected)
-        assert all(layer.kv_state.tensors["seen"].tolist() == [[PROMPT]] for layer in cache.layers)
+        assert all(layer.kv_state.of(TOYS)["seen"].tolist() == [[PROMPT]] for layer in cache.layers)
 
 
 @torch.no_grad()
@@ -180,7 +199,7 @@ def test_beams_carry_their_memory_along(options: dict[str, Any]) -> None:
         result = model.generate(**batch, max_new_tokens=6, return_dict_in_generate=True, **options)
     rows = batch["input_ids"].shape[0] * options["num_beams"]
     for layer in result.past_key_values.layers:
-        assert layer.kv_state.tensors["seen"].tolist() == [[PROMPT + 5]] * rows
+        assert layer.kv_state.of(TOYS)["seen"].tolist() == [[PROMPT + 5]] * rows
     assert result.sequences.shape == (2, PROMPT + 6)
 
 
@@ -194,7 +213,7 @@ def test_what_the_method_cannot_see_makes_it_start_again() -> None:
         model(ids[:, 50:51], past_key_values=cache, output_attentions=True)
         assert all(layer.kv_state.tensors == {} for layer in cache.layers)
         model(ids[:, 51:52], past_key_values=cache)
-    assert all(layer.kv_state.tensors["seen"].tolist() == [[1]] for layer in cache.layers)
+    assert all(layer.kv_state.of(TOYS)["seen"].tolist() == [[1]] for layer in cache.layers)
 
 
 @torch.no_grad()
@@ -209,7 +228,7 @@ def test_changing_the_rows_and_the_end_of_a_cache(static: bool) -> None:
         adopt(cache)
         model(rows, past_key_values=cache)
         for number, layer in enumerate(cache.layers):
-            layer.kv_state.tensors["rows"] = rows[:, :1] + number
+            layer.kv_state.of(TOYS)["rows"] = rows[:, :1] + number
             layer.kv_state.covered = rows.shape[1]
         return cache.layers
 
@@ -218,7 +237,7 @@ def test_changing_the_rows_and_the_end_of_a_cache(static: bool) -> None:
         assert int(layer.get_seq_length()) == length
         torch.testing.assert_close(layer.keys[:, :, :length], expected.keys[rows][:, :, :length])
         torch.testing.assert_close(layer.values[:, :, :length], expected.values[rows][:, :, :length])
-        assert torch.equal(layer.kv_state.tensors["rows"], ids[rows, :1])
+        assert torch.equal(layer.kv_state.of(TOYS)["rows"], ids[rows, :1])
 
     layer = filled(ids[:, :40])[0]
     place = layer.keys.data_ptr()

@@ -26,8 +26,7 @@ from sparse_patch.integration.caches.making import adopt
 from sparse_patch.integration.caches.rings import RingLayer
 from sparse_patch.integration.generation_cache import spans_of
 from sparse_patch.kernels.autocast import as_autocast
-from sparse_patch.ops.attention import block_sparse, page_decode, span, token_blocks
-from sparse_patch.plans import BlockPlan, PagePlan, SpanPlan, TokenBlockPlan
+from sparse_patch.ops.attention import table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VARIANTS = ("tidaldecode-kv_group", "tidaldecode-all", "quest-kv_group-sum-forced")  # sum what others of them sum
@@ -36,12 +35,6 @@ HALF = ("flexprefill-coverage", "kinetics")
 CASES = pytest.mark.parametrize(
     "name, dtype", [*((name, torch.bfloat16) for name in NAMES), *((name, torch.float16) for name in HALF)], ids=str
 )
-OPS: dict[type, Any] = {
-    BlockPlan: block_sparse.attend,
-    SpanPlan: span.attend,
-    TokenBlockPlan: token_blocks.attend,
-    PagePlan: page_decode.attend,
-}
 
 
 def autocast(dtype: torch.dtype) -> AbstractContextManager[Any]:
@@ -82,9 +75,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Ran]]:
     found: list[Ran] = []
     attend = attention._attend_sparsely
 
-    def recorded(state: Any, call: AttentionCall, plan: Any, mask: Any) -> torch.Tensor:
-        output = attend(state, call, plan, mask)
-        found.append((call, plan, output.transpose(1, 2), state.config.method(call.phase)))
+    def recorded(request: Any, call: AttentionCall, plan: Any) -> torch.Tensor:
+        output = attend(request, call, plan)
+        found.append((call, plan, output.transpose(1, 2), request.state.methods[call.phase]))
         return output
 
     monkeypatch.setattr(attention, "_attend_sparsely", recorded)
@@ -102,10 +95,10 @@ def test_autocast_rounds_nothing(
     assert len(ran) >= 3, "nothing was sparse"
     for call, plan, output, method in ran:
         assert call.q.dtype == call.k.dtype == call.v.dtype == output.dtype == dtype
-        again, *_ = OPS[type(plan)](call, plan, "auto")
+        again, *_ = table.attend(call, plan)
         assert torch.equal(again, output)
         exact = replace(call, q=call.q.float(), k=call.k.float(), v=call.v.float())
-        expected, *_ = OPS[type(plan)](exact, plan, "reference")
+        expected, *_ = table.attend(exact, plan, "reference")
         precision = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
         size = call.v.float().abs().max().item()
         # one rounding of the output, and one of probabilities that are multiplied in the dtype of the values

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from ops.test_layouts import OPS, Size, made, odd, plain
+from builders.layouts import OPS, made, odd, plain
+from builders.op import Size
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

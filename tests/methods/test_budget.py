@@ -10,8 +10,8 @@ from method_table import DECODE_METHODS, SMALL_MODEL, MethodCase
 
 from sparse_patch import ConfigError, load_config
 from sparse_patch.artefacts.layer_roles import Roles
+from sparse_patch.methods.base.bound import BoundMethod
 from sparse_patch.methods.base.registry import registry
-from sparse_patch.methods.base.settings import DecodeMethod
 from sparse_patch.methods.delta import Delta
 from sparse_patch.methods.lessismore import LessIsMore
 from sparse_patch.plans import Dense, PagePlan
@@ -19,11 +19,9 @@ from sparse_patch.plans import Dense, PagePlan
 CASES = pytest.mark.parametrize("case", DECODE_METHODS, ids=lambda case: case.name)
 
 
-def build(settings: dict[str, Any], **changes: Any) -> DecodeMethod:
+def build(settings: dict[str, Any], **changes: Any) -> BoundMethod:
     settings = {**settings, **changes}
-    method = registry()[settings["method"]].model_validate(settings).bind(SMALL_MODEL)
-    assert isinstance(method, DecodeMethod)
-    return method
+    return registry()[settings["method"]].model_validate(settings).bind(SMALL_MODEL)
 
 
 def with_ratio(case: MethodCase, ratio: float) -> dict[str, Any]:
@@ -34,7 +32,7 @@ def calls(length: int, layers: tuple[int, ...] = (1, 2), **settings: Any) -> lis
     return [decode_call(length, layer=layer, **settings) for layer in layers]
 
 
-def sparse_step(method: DecodeMethod, length: int, **settings: Any) -> Step:
+def sparse_step(method: BoundMethod, length: int, **settings: Any) -> Step:
     """A layer that reads a list: layer 2, after layer 1 selected where layers have roles."""
     step = forward(method, calls(length, **settings))[1]
     assert isinstance(step.plan, PagePlan) and step.plan.pages is not None
@@ -204,7 +202,7 @@ def test_the_smallest_budget_of_lessismore_holds_sinks_and_the_current_token() -
     for sinks in (0, 4, 9):
         for recency in (0.01, 0.25, 0.9):
             method = LessIsMore(sink=sinks, recency=recency, roles=Roles(full=[0], select=[1]), min_length=0)
-            method = method.model_copy(update={"budget": method.fewest}).bind(SMALL_MODEL)
-            step = sparse_step(method, 400)
+            method = method.model_copy(update={"budget": method.fewest})
+            step = sparse_step(method.bind(SMALL_MODEL), 400)
             assert step.mask[..., -1].all() and step.mask[..., :sinks].all()
             assert step.mask.sum(-1).max() == method.fewest

@@ -17,7 +17,7 @@ from transformers.generation import CompileConfig
 
 from sparse_patch import ConfigError, growing_cache, load_config, patched, sparsity_report
 from sparse_patch.call import AttentionCall
-from sparse_patch.methods.infllmv2 import InfLLMv2
+from sparse_patch.methods.infllmv2 import BoundInfLLM, InfLLMv2
 from sparse_patch.ops.attention.token_blocks import attend
 from sparse_patch.plans import Dense, PagePlan, TokenBlockPlan
 
@@ -242,8 +242,8 @@ def test_the_checkpoint_sets_what_the_configuration_leaves_open() -> None:
     theirs = {"kernel_size": 32, "kernel_stride": 16, "init_blocks": 2, "block_size": 64, "window_size": 1024}
     shape = replace(SMALL_MODEL, sparse_config={**theirs, "topk": 32, "use_nope": False, "dense_len": -1})
     config = load_config("infllmv2", both={"topk": 20}).bind(shape)
-    assert config.prefill == config.decode
-    assert config.settings()["prefill"] | {"layers": "all"} == {
+    assert config.settings.prefill == config.settings.decode
+    assert config.settings.settings()["prefill"] | {"layers": "all"} == {
         "method": "infllmv2",
         "layers": "all",
         "min_length": 0,
@@ -252,8 +252,9 @@ def test_the_checkpoint_sets_what_the_configuration_leaves_open() -> None:
         "window_size": 1024,
     }
     published = InfLLMv2().bind(SMALL_MODEL)
-    assert (published.topk, published.init_blocks, published.window_size, published.min_length) == (64, 1, 2048, 8192)
-    assert published.rule == InfLLMv2().rule and published.most_blocks == 96 and published.rule.chosen == 62
+    assert isinstance(published, BoundInfLLM)
+    assert published.settings == InfLLMv2(topk=64, init_blocks=1, window_size=2048, min_length=8192)
+    assert published.most_blocks == 96 and published.params.chosen == 62
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from decode_steps import decode_call, forward, lists_of, run
 
 from sparse_patch import ConfigError, load_config
 from sparse_patch.artefacts.layer_roles import Roles, read_calibration
+from sparse_patch.errors import FieldError
+from sparse_patch.methods.base.bound import BoundMethod
 from sparse_patch.methods.base.layered import LayeredMethod
 from sparse_patch.methods.base.settings import Excluded
 from sparse_patch.methods.delta import Delta
@@ -25,7 +27,7 @@ def shape(num_layers: int, local: set[int] = frozenset()) -> ModelShape:  # type
     return ModelShape("llama", num_layers, 4, 2, 64, frozenset(local))
 
 
-def roles(method: LayeredMethod, num_layers: int) -> str:
+def roles(method: BoundMethod, num_layers: int) -> str:
     """One letter a layer: f, s (selects) or a dot (sparse)."""
     letter = {"full": "f", "select": "s", "sparse": "."}
     return "".join(letter[method.role(layer)] for layer in range(num_layers))
@@ -50,8 +52,8 @@ def test_roles(method: type[LayeredMethod], layers: Any, local: set[int], number
     model = shape(number, local)
     resolved = method(roles=Roles(**layers)).bind(model)
     assert roles(resolved, number) == expected
-    assert resolved.bind(model) == resolved
-    assert resolved.layers_of(number) == set(range(number))
+    settings = resolved.settings
+    assert settings.bind(model).settings == settings and settings.layers_of(number) == set(range(number))
 
 
 BAD = [
@@ -97,8 +99,8 @@ def test_roles_under_their_earlier_name() -> None:
 def test_layers_that_are_left_out_read_everything() -> None:
     """They neither choose nor read a list."""
     method = Delta(roles=Roles(full=[0], select=[1, 3]), layers=Excluded(exclude=[4])).bind(shape(6))
-    assert roles(method, 6) == "fs.sf." and method.layers_of(6) == {0, 1, 2, 3, 5}
-    with pytest.raises(ValueError, match=r"^roles.select: layer 3 is not among `layers`; add it there$"):
+    assert roles(method, 6) == "fs.sf." and method.settings.layers_of(6) == {0, 1, 2, 3, 5}
+    with pytest.raises(FieldError, match=r"^roles.select: layer 3 is not among `layers`; add it there$"):
         Delta(roles=Roles(full=[0], select=[1, 3]), layers=[0, 1, 2, 4, 5]).bind(shape(6))
 
 
@@ -118,7 +120,7 @@ PRESETS = [
 def test_a_published_choice_is_found_by_the_models_shape(
     method: type[LayeredMethod], model: ModelShape, select: list[int]
 ) -> None:
-    assert method().bind(model).roles == Roles(full=[0, 1], select=select)
+    assert method().bind(model).settings.roles == Roles(full=[0, 1], select=select)
 
 
 def test_a_model_that_nobody_published_a_choice_for() -> None:
@@ -147,10 +149,10 @@ def test_settings_come_before_the_calibration_and_that_before_a_preset(tmp_path:
     llama_3 = ModelShape("llama", 32, 32, 8, 4096)
     model = {"model_type": "llama", "num_layers": 32, "num_heads": 32, "hidden_size": 4096}
     path = str(written(tmp_path / "layers.yaml", model=model))
-    assert TidalDecode().bind(llama_3).roles == Roles(full=[0, 1], select=[2, 13])
-    assert TidalDecode(calibration=path).bind(llama_3).roles == Roles(full=[0, 1], select=[2, 5])
+    assert TidalDecode().bind(llama_3).settings.roles == Roles(full=[0, 1], select=[2, 13])
+    assert TidalDecode(calibration=path).bind(llama_3).settings.roles == Roles(full=[0, 1], select=[2, 5])
     explicit = TidalDecode(calibration=path, roles=Roles(select=[0]))
-    assert explicit.bind(llama_3).roles == Roles(full=[], select=[0])
+    assert explicit.bind(llama_3).settings.roles == Roles(full=[], select=[0])
 
 
 def test_a_calibration_is_looked_for_beside_its_config_and_changes_the_fingerprint(tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ def test_a_calibration_is_looked_for_beside_its_config_and_changes_the_fingerpri
     (tmp_path / "my.yaml").write_text("decode: {method: delta, calibration: layers.yaml}")
     config = load_config(tmp_path / "my.yaml")
     resolved = config.bind(NEEDLE).decode
-    assert isinstance(resolved, Delta) and roles(resolved, 8) == "ffs..s.."
+    assert resolved is not None and roles(resolved, 8) == "ffs..s.."
     before = config.fingerprint()
     written(tmp_path / "layers.yaml", select=[2, 4])
     assert load_config(tmp_path / "my.yaml").fingerprint() != before
@@ -228,7 +230,7 @@ def test_a_calibration_that_does_not_fit(tmp_path: Path, changes: dict[str, Any]
     assert "\n" not in str(error.value)
 
 
-def small(method: type[LayeredMethod], **changes: Any) -> LayeredMethod:
+def small(method: type[LayeredMethod], **changes: Any) -> BoundMethod:
     settings = {"min_length": 0, "budget": 160, "roles": Roles(full=[0], select=[1, 4]), **changes}
     return method(**settings).bind(shape(7))
 

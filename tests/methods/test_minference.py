@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 from bound import bound
 from calls import make_call, row_alone
 from families import llama
+from method_table import SMALL_MODEL
 from oracles.minference import minference_mask, token_sets
 
 from sparse_patch import ConfigError, load_config, patch_model, patched, sparsity_report
 from sparse_patch.artefacts.patterns import MISSING, Pattern, read_patterns
 from sparse_patch.call import AttentionCall
 from sparse_patch.integration.patch import is_patched
-from sparse_patch.methods.minference import MInference
+from sparse_patch.methods.minference import BoundMInference, MInference
 from sparse_patch.ops.attention.block_sparse import attend
 from sparse_patch.plans import BlockPlan, Dense
 
@@ -29,7 +31,7 @@ MIXED = (Pattern(VS, 40, 104), Pattern(STREAM, 20, 50), Pattern(BLOCKS, 0, 0), P
 def compare_with_oracle(method: MInference, call: AttentionCall, patterns: tuple[Pattern, ...]) -> tuple[int, int]:
     """Assert equality for every head whose selection is not within rounding: (heads compared, heads in doubt)."""
     q, k = call.q[0].double().numpy(), call.k[0].double().numpy()
-    plan = method.plan_patterns(call, patterns)
+    plan = method.plan_by(call, patterns)
     assert isinstance(plan, BlockPlan)
     mask, margins = minference_mask(
         q, k, call.scale, list(patterns), method.block_size, method.block_budget, call.softcap
@@ -56,7 +58,7 @@ def test_mixed_plans_equal_the_oracle(block_size: int) -> None:
 @pytest.mark.parametrize("heads", [(2, 2), (7, 1)])
 def test_the_plan_equals_the_oracle_at_block_edges(length: int, heads: tuple[int, int]) -> None:
     method = MInference(vertical=35, slash=100, block_size=32, min_length=0)
-    patterns = method.patterns(0, heads[0])
+    patterns = (Pattern(VS, 35, 100),) * heads[0]
     compared, in_doubt = compare_with_oracle(method, make_call(length, heads=heads, seed=length), patterns)
     assert in_doubt <= 1 and compared >= 1
 
@@ -81,13 +83,13 @@ def test_all_that_was_selected_is_read_once(queries: int) -> None:
 def test_a_padded_row_of_mixed_heads_equals_the_row_alone() -> None:
     method = MInference(block_size=16, block_budget=48, min_length=0)
     batch = make_call(400, queries=170, row_starts=[0, 7, 64, 129, 340, 399])
-    plan = method.plan_patterns(batch, MIXED)
+    plan = method.plan_by(batch, MIXED)
     assert isinstance(plan, BlockPlan)
     output, _, _ = attend(batch, plan)
     assert output[:, :, -1].isfinite().all()
     for row in range(6):
         alone, real = row_alone(batch, row)
-        alone_plan = method.plan_patterns(alone, MIXED)
+        alone_plan = method.plan_by(alone, MIXED)
         start = int(batch.kv_start[row])  # type: ignore[index]
         mask = plan.mask()[row, :, real, start:]
         if isinstance(alone_plan, Dense):
@@ -109,9 +111,9 @@ def test_garbage_that_is_nan_stays_in_the_padding() -> None:
 def test_heads_of_one_pattern_do_not_feel_the_others() -> None:
     call = make_call(300)
     method = MInference(block_size=16, block_budget=48, min_length=0)
-    mixed = method.plan_patterns(call, MIXED).mask()  # type: ignore[union-attr]
+    mixed = method.plan_by(call, MIXED).mask()  # type: ignore[union-attr]
     for head, pattern in enumerate(MIXED):
-        uniform = method.plan_patterns(call, (pattern,) * 4).mask()  # type: ignore[union-attr]
+        uniform = method.plan_by(call, (pattern,) * 4).mask()  # type: ignore[union-attr]
         assert torch.equal(mixed[:, head], uniform[:, head])
 
 
@@ -147,6 +149,13 @@ def test_softcap_and_scale_reach_the_selection() -> None:
 FILE = [{"0": [VS, 40, 104, 0.9], "2": [STREAM, 20, 50, 1.0]}, {}, {"3": [BLOCKS, 100, 0, 0.1]}]
 
 
+def patterned(method: Any) -> BoundMInference:
+    """The method on a model of the file's layers."""
+    found = method.bind(replace(SMALL_MODEL, num_layers=len(FILE)))
+    assert isinstance(found, BoundMInference)
+    return found
+
+
 @pytest.fixture
 def calibration(tmp_path: Path) -> Path:
     path = tmp_path / "patterns.json"
@@ -155,12 +164,12 @@ def calibration(tmp_path: Path) -> Path:
 
 
 def test_a_file_gives_each_head_its_pattern(calibration: Path) -> None:
-    method = MInference(calibration=str(calibration))
+    method = patterned(MInference(calibration=str(calibration)))
     assert method.patterns(0, 4) == (Pattern(VS, 40, 104), MISSING, Pattern(STREAM, 20, 50), MISSING)
     assert method.patterns(1, 2) == (Pattern(VS, 1000, 6096),) * 2
     assert method.patterns(2, 4)[3].kind == BLOCKS
     call = make_call(300)
-    plan = bound(MInference(calibration=str(calibration), block_size=16, min_length=0)).plan(call)
+    plan = patterned(MInference(calibration=str(calibration), block_size=16, min_length=0)).plan(call)
     assert isinstance(plan, BlockPlan)
     assert plan.density()[0, [1, 3]].eq(1).all() and plan.density()[0, [0, 2]].max() < 1
 
@@ -172,11 +181,11 @@ def test_a_path_counts_from_the_folder_of_the_yaml(
     (tmp_path / "my.yaml").write_text("prefill: {method: minference, calibration: patterns.json}")
     monkeypatch.chdir(tmp_path / "work")
     config = load_config("../my.yaml")
-    assert config.prefill.patterns(0, 1) == (Pattern(VS, 40, 104),)  # type: ignore[union-attr]
+    assert patterned(config.prefill).patterns(0, 1) == (Pattern(VS, 40, 104),)
     with pytest.raises(ConfigError, match=r"patterns\.json: cannot be read"):
         load_config({"prefill": {"method": "minference", "calibration": "patterns.json"}})
     absolute = load_config("minference.yaml", prefill={"calibration": str(calibration)})
-    assert absolute.prefill.heads == config.prefill.heads  # type: ignore[union-attr]
+    assert patterned(absolute.prefill).heads == patterned(config.prefill).heads
 
 
 def test_the_fingerprint_follows_the_content_of_the_file(tmp_path: Path, calibration: Path) -> None:

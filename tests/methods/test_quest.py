@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bound import bound
 from calls import make_call
 from decode_steps import decode_call, forward, in_buffer, lists_of, run
 from oracles.decode import logits_of, quest, quest_bounds
@@ -73,7 +74,7 @@ def test_what_is_kept_gives_the_lists_of_a_fresh_start(static: bool, row_starts:
         first = 0 if end == 200 else end - 1
         call = replace(whole, q=whole.q[:, :, first:end], k=whole.k[:, :, :end], v=whole.v[:, :, :end], q_start=first)
         if end == 200:
-            method.remember(replace(call, kv_state=memory))
+            bound(method).remember(replace(call, kv_state=memory))
             continue
         call = replace(call, phase="decode")
         fresh = run(method, call).plan

@@ -20,7 +20,7 @@ from sparse_patch.artefacts.thresholds import read_thresholds
 from sparse_patch.call import AttentionCall
 from sparse_patch.cli.inspection import inspect
 from sparse_patch.integration.patch import is_patched
-from sparse_patch.methods.sale import Sale
+from sparse_patch.methods.sale import BoundSale, Sale
 from sparse_patch.model_shape import ModelShape
 from sparse_patch.ops.attention.block_sparse import attend
 from sparse_patch.plans import BlockPlan, Dense
@@ -128,7 +128,8 @@ def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert torch.equal(found.tau, tau) and found.header.settings["prompt"] == "kv_retrieval"
     assert (found.numerics, found.window, found.block_size, found.error) == ("int8", 32, 64, 0.4)
     assert found.header.model.num_kv_heads == 2 and [file.name for file in tmp_path.iterdir()] == ["sale.safetensors"]
-    assert sale(calibration=str(path)).head_thresholds(3, 4) == tuple(tau[3].tolist())
+    method = bound(sale(calibration=str(path)))
+    assert isinstance(method, BoundSale) and method.head_thresholds(3, 4) == tuple(tau[3].tolist())
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:

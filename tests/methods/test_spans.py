@@ -9,17 +9,17 @@ from calls import make_call, row_alone
 from method_table import SMALL_MODEL, SPAN_METHODS, MethodCase, write_plans
 
 from sparse_patch.methods.base.registry import registry
-from sparse_patch.methods.base.spans import SpanMethod
+from sparse_patch.methods.base.spans import BoundSpans, SpanMethod
 from sparse_patch.ops.attention.span import attend
 from sparse_patch.plans import Dense, GrowingWindow, SpanPlan, Window
 
 
-def build(settings: dict[str, Any], folder: Path) -> SpanMethod:
+def build(settings: dict[str, Any], folder: Path) -> BoundSpans:
     write_plans(folder, SMALL_MODEL)
     files = {"calibration": str(folder / settings["calibration"])} if "calibration" in settings else {}
     method = registry()[settings["method"]].model_validate({**settings, **files})
     resolved = method.bind(SMALL_MODEL)
-    assert isinstance(resolved, SpanMethod)
+    assert isinstance(resolved, BoundSpans)
     return resolved
 
 

@@ -9,6 +9,7 @@ from bound import bound
 from calls import make_call
 
 from sparse_patch.errors import UnsupportedCallError
+from sparse_patch.kernels import availability
 from sparse_patch.methods.base.settings import PrefillMethod
 from sparse_patch.methods.flexprefill import FlexPrefill
 from sparse_patch.methods.minference import MInference
@@ -43,7 +44,7 @@ def test_a_cpu_has_the_interpreter_but_no_op_takes_it_by_itself(monkeypatch: pyt
 
 
 def test_ops_that_are_asked_for_triton_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_HAS_TRITON", False)
+    monkeypatch.setattr(availability, "_HAS_TRITON", False)
     assert not backends.prefers_triton(_OnGpu())  # type: ignore[arg-type]
     call = make_call(40)
     grid = BlockGrid.of(call, 16)
@@ -65,8 +66,8 @@ def test_wide_heads_are_selected_for_by_torch(method: PrefillMethod, monkeypatch
     call = make_call(700, head_dim=512)
     expected = bound(method).plan(call)
     monkeypatch.setattr(backends, "prefers_triton", lambda _: True)
-    for op in ("antidiagonal", "lines", "profiles"):
-        monkeypatch.setitem(sys.modules, f"sparse_patch.ops.{op}.triton", None)  # importing it raises
+    for op in ("antidiagonal", "vertical_slash", "last_queries"):
+        monkeypatch.setitem(sys.modules, f"sparse_patch.ops.selection.{op}.triton", None)  # importing it raises
     plan = bound(method).plan(call)
     assert isinstance(expected, BlockPlan) and isinstance(plan, BlockPlan)
     assert torch.equal(plan.mask(), expected.mask())

@@ -14,6 +14,7 @@ from sparse_patch.ops.selection import page_statistics as ops
 from sparse_patch.ops.selection.page_statistics import torch as in_torch
 from sparse_patch.ops.selection.page_statistics import triton as in_triton
 from sparse_patch.ops.selection.page_statistics import update as kept
+from sparse_patch.ops.selection.page_statistics.update import PAGES
 
 
 @pytest.fixture(params=[in_torch, in_triton], ids=["torch", "triton"])
@@ -139,7 +140,7 @@ def test_tokens_that_went_by_unseen_are_caught_up() -> None:
 def test_only_pages_of_new_tokens_are_computed(backend: ModuleType) -> None:
     cache = Cache(None)
     cache.check(40)
-    cache.memories["bounds"].tensors["page_low/4"][:, :, :9] = 77.0
+    cache.memories["bounds"].of(PAGES)["low/4"][:, :, :9] = 77.0
     call = replace(cache.call(2), kv_state=cache.memories["bounds"])
     low, _ = ops.page_bounds(call, 4)
     assert (low[:, :, :9] == 77.0).all() and (low[:, :, 10] != 77.0).any()
@@ -152,7 +153,7 @@ def test_another_kind_takes_the_place_of_the_first() -> None:
     assert_means(replace(cache.call(10), kv_state=kv_state), 4, 0)
     assert_bounds(replace(cache.call(10), kv_state=kv_state), 4)
     assert_bounds(replace(cache.call(1), kv_state=kv_state), 8)
-    assert len(kv_state.tensors) == 2
+    assert len(kv_state.of(PAGES)) == 2
 
 
 def test_room_grows_with_the_buffer_of_the_keys() -> None:
@@ -163,8 +164,8 @@ def test_room_grows_with_the_buffer_of_the_keys() -> None:
         k = buffer[:, :, :end]
         q = torch.randn(1, 4, 20 if end == 20 else 1, 8)
         assert_bounds(AttentionCall(q, k, k, 1.0, 0, "decode", q_start=end - q.shape[2], kv_state=kv_state), 16)
-        pointers.add(kv_state.tensors["page_low/16"].data_ptr())
-    assert len(pointers) == 1 and kv_state.tensors["page_low/16"].shape[2] == 13
+        pointers.add(kv_state.of(PAGES)["low/16"].data_ptr())
+    assert len(pointers) == 1 and kv_state.of(PAGES)["low/16"].shape[2] == 13
 
 
 @pytest.mark.usefixtures("backend")
@@ -195,7 +196,7 @@ def test_static_cache(row_starts: list[int] | None, prefill: int) -> None:
         q = write(end, end + tokens)
         end += tokens
         check(AttentionCall(q, buffer, buffer, 1.0, 0, "decode", kv_start=starts, kv_end=torch.tensor(end)))
-        pointers.add(memories[0].tensors["page_high/8"].data_ptr())
+        pointers.add(memories[0].of(PAGES)["high/8"].data_ptr())
     assert end == 61 and len(pointers) == 1
 
 

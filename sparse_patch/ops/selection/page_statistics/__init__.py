@@ -21,7 +21,7 @@ def page_bounds(call: AttentionCall, page_size: int) -> tuple[Tensor, Tensor]:
         Both `[B, Hkv, ceil(kv_length / page_size), D]` in the dtype of the keys; views of `call.kv_state`, if there is
         one. Pages without a real key have no meaning, and may be NaN.
     """
-    names = (f"page_low/{page_size}", f"page_high/{page_size}")
+    names = (f"low/{page_size}", f"high/{page_size}")
     low, high = up_to_date(call, names, page_size, offset=0)
     return low, high
 
@@ -32,7 +32,7 @@ def page_means(call: AttentionCall, page_size: int, offset: int = 0) -> Tensor:
     Returns:
         `[B, Hkv, ceil((kv_length - offset) / page_size), D]` in the dtype of the keys, as `page_bounds`.
     """
-    (means,) = up_to_date(call, (f"page_means/{page_size}+{offset}",), page_size, offset)
+    (means,) = up_to_date(call, (f"means/{page_size}+{offset}",), page_size, offset)
     return means
 
 
