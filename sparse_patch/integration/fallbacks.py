@@ -43,7 +43,8 @@ def why_unsupported(request: Request, ring: RingLayer | None = None) -> Dense | 
         return Dense("attention is not causal")
     if request.wants_weights:
         return Dense("output_attentions")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    learned = tensors if request.sinks is None else (*tensors, request.sinks)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned):
         return Dense("gradients are needed (use torch.no_grad for inference)")
     if kwargs.get("dropout"):
         return Dense("attention dropout")

@@ -44,7 +44,7 @@ class _BoundObserver(BoundMethod):
 def observed(model: PreTrainedModel, see: Callable[[AttentionCall], None]) -> Iterator[None]:
     """Call `see` for each prefill call that a sparse method could serve, in a `with` block, before it runs densely.
 
-    Layers that always stay dense (sliding windows, attention sinks in the softmax) are not seen.
+    Layers with a sliding window always stay dense and are not seen. A call does not say which sinks the softmax has.
 
     Raises:
         PatchError: the model is patched already, or cannot be.

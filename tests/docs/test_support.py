@@ -91,6 +91,7 @@ SPARSE += [
     "minicpm3",
     "phi3",
     "granite",
+    "gpt_oss",
     "mllama",
     "qwen2_5_vl",
     "qwen3_vl",
@@ -123,6 +124,7 @@ def test_layers_that_share_keys_are_sparse(family: str) -> None:
     "family, kind, reason",
     [
         *((family, "sliding", "dense: sliding-window layer") for family in ("gemma2", "gemma3", "gemma3n", "gemma4")),
+        ("gpt_oss", "sliding", "dense: sliding-window layer"),
         ("llama4", "chunked", "dense: chunked layer"),
         ("qwen3_next", "linear", NOT_ATTENTION),
         ("qwen3_5", "linear", NOT_ATTENTION),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, gpt_oss, vlm
+from families import FAMILIES, vlm
 from torch import nn
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
@@ -185,11 +185,30 @@ def with_weights() -> PreTrainedModel:
     return model
 
 
+def with_own_sinks() -> PreTrainedModel:
+    """A model whose attention has sinks that it does not hand to the attention function."""
+    model = FAMILIES["llama"]()
+    for layer in model.model.layers:
+        layer.self_attn.sinks = nn.Parameter(torch.zeros(4))
+    return model
+
+
 FALLBACKS: list[FallbackCase] = [
     ("right padding or holes", FAMILIES["llama"], _holes, "padding that is not on the left"),
     ("packed sequences", FAMILIES["llama"], _packed, "mask is more than causal"),
     ("4-D mask", FAMILIES["llama"], _own_mask, "mask tensor passed by the caller"),
-    ("attention sinks", gpt_oss, lambda model: {"input_ids": ids_of(model)}, "attention sinks in the softmax"),
+    (
+        "sinks of its own",
+        with_own_sinks,
+        lambda model: {"input_ids": ids_of(model)},
+        "attention sinks that are not handed",
+    ),
+    (
+        "sinks of other heads",
+        FAMILIES["llama"],
+        lambda model: {"input_ids": ids_of(model), "s_aux": torch.zeros(3)},
+        "attention sinks that are not one for each query head",
+    ),
     ("image blocks", vlm, _images, "mask is more than causal"),
     (
         "attentions",
