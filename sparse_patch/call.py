@@ -14,10 +14,13 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
 T = TypeVar("T")
+ForwardState = dict[tuple[str, Hashable], Any]  # a plain dict, which torch.compile can make; see `Slot`
 
 
 class Slot(Generic[T]):
-    """A place for values of one type in a `ForwardState` or a `KVState`. The module that fills it defines it, once.
+    """A place for values of one type in the state of a forward: what layers pass on to each other.
+
+    The module that fills a slot defines it, once.
 
     Attributes:
         name: tells it from the other slots.
@@ -26,38 +29,30 @@ class Slot(Generic[T]):
     def __init__(self, name: str) -> None:
         self.name = name
 
-
-TensorSlot = Slot[dict[str, torch.Tensor]]
-
-
-class ForwardState:
-    """What the layers of one forward pass on to each other, in typed slots. It lives as long as the forward."""
-
-    def __init__(self) -> None:
-        self._values: dict[tuple[str, Hashable], Any] = {}
-
-    def get(self, slot: Slot[T], key: Hashable = None) -> T | None:
-        """The value of a slot; None if it is empty. With a `key` a slot holds several values, such as one a layer."""
-        value: T | None = self._values.get((slot.name, key))
+    def get(self, state: ForwardState, key: Hashable = None) -> T | None:
+        """The value; None if there is none. With a `key` a slot holds several values, such as one a layer."""
+        value: T | None = state.get((self.name, key))
         return value
 
-    def put(self, slot: Slot[T], value: T, key: Hashable = None) -> None:
-        """Fill a slot."""
-        self._values[slot.name, key] = value
+    def put(self, state: ForwardState, value: T, key: Hashable = None) -> None:
+        """Fill the slot."""
+        state[self.name, key] = value
 
-    def pop(self, slot: Slot[T], key: Hashable = None) -> T | None:
-        """The value of a slot, which is empty from then on."""
-        value: T | None = self._values.pop((slot.name, key), None)
+    def pop(self, state: ForwardState, key: Hashable = None) -> T | None:
+        """The value, which is not there from then on."""
+        value: T | None = state.pop((self.name, key), None)
         return value
 
-    def copy(self) -> "ForwardState":
-        """Another state with the same values."""
-        other = ForwardState()
-        other._values.update(self._values)
-        return other
 
-    def __len__(self) -> int:
-        return len(self._values)
+class TensorSlot:
+    """A place for the tensors of one owner in a `KVState`. The module that fills it defines it, once.
+
+    Attributes:
+        name: tells it from the other slots.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
 
 @dataclass
@@ -117,7 +112,7 @@ class AttentionCall:
         kv_end: int64 `[]` on the device of `q`: how many keys of `k` and `v` are valid, in a decode call whose cache is
             static. `k` and `v` are whole buffers then, what lies behind is never read, and `q_start` says nothing. None
             where all keys are valid.
-        forward_state: what methods pass on from layer to layer; one object a forward.
+        forward_state: what methods pass on from layer to layer, in slots; one object a forward.
         kv_state: what a decode method keeps beside the keys of this layer from step to step; None where the cache has
             no room for it.
         max_length: tokens that the cache is made for, of prompt and answer together; None where it does not say.
@@ -134,7 +129,7 @@ class AttentionCall:
     kv_start: torch.Tensor | None = None
     softcap: float | None = None
     kv_end: torch.Tensor | None = None
-    forward_state: ForwardState = field(default_factory=ForwardState)
+    forward_state: ForwardState = field(default_factory=dict)
     kv_state: KVState | None = None
     max_length: int | None = None
     split: HeadShard | None = None  # torch.compile (2.11) cannot make a default that is an object of ours

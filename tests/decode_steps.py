@@ -47,7 +47,7 @@ def in_buffer(call: AttentionCall, room: int) -> AttentionCall:
 
 def forward(method: Method | BoundMethod, calls: list[AttentionCall]) -> list[Step]:
     """Run the calls of one forward, layer by layer."""
-    forward_state = ForwardState()
+    forward_state: ForwardState = {}
     return [run(method, replace(call, forward_state=forward_state)) for call in calls]
 
 

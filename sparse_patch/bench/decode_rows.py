@@ -88,12 +88,12 @@ def one_layer(layers: Layers, name: str, config: BoundConfig, role: str, layer: 
     layers.forget()
     forward_state = forward_state_to(config, layers.calls[0], layer)
     calls = [replace(call, layer=layer) for call in layers.calls]
-    own = replace(calls[0], forward_state=forward_state.copy())
+    own = replace(calls[0], forward_state=dict(forward_state))
     size = bytes_of(own, run_layer(config, own))
 
     def step() -> None:
         for call in calls:
-            run_layer(config, replace(call, forward_state=forward_state.copy()))
+            run_layer(config, replace(call, forward_state=dict(forward_state)))
 
     return layers.row("layer", f"{name}: {role}", step, size, config=name)
 
@@ -142,7 +142,7 @@ def full_ring(config: BoundConfig, call: AttentionCall, length: int) -> FixedRin
 
 def forward_state_to(config: BoundConfig, call: AttentionCall, layer: int) -> ForwardState:
     """What the layers before `layer` carry on to it: all of them run on one call's keys."""
-    forward_state = ForwardState()
+    forward_state: ForwardState = {}
     method = method_of(config)
     for before in sorted(config.settings.layers("decode", layer + 1) - {layer}):
         if method.role(before) == "select":

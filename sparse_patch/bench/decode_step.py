@@ -29,7 +29,7 @@ def run_layer(config: BoundConfig, call: AttentionCall) -> PagePlan:
 
 def run_stack(config: BoundConfig, calls: Sequence[AttentionCall]) -> list[PagePlan]:
     """One step of all layers, as one forward runs them; what each read."""
-    forward_state = ForwardState()
+    forward_state: ForwardState = {}
     used = config.settings.layers("decode", len(calls))
     plans = []
     for call in calls:

@@ -42,7 +42,7 @@ class Forward:
     cache: Any = None
     prompt: Prompt | None = None
     patch: PatchMark | None = None
-    forward_state: ForwardState = field(default_factory=ForwardState)
+    forward_state: ForwardState = field(default_factory=dict)
     gave_way: set[int] = field(default_factory=set)
 
     def join(self, patch: PatchMark) -> None:

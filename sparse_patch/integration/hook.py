@@ -257,11 +257,11 @@ def _ring_plan(ring: RingLayer, call: AttentionCall, mask: LazyMask) -> SpanPlan
     sinks, windows = ring.layout.sinks, ring.layout.windows
     _, heads, q_length, _ = call.q.shape
     state, key = call.forward_state, (heads, sinks, windows, call.q.device)
-    plan = state.get(_SPANS, key)
+    plan = _SPANS.get(state, key)
     if plan is None:
         of_rows = mask.tokens_before + q_length, call.row_starts()
         plan = SpanPlan(sinks, windows, heads, q_length, mask.kv_length, *of_rows)
-        state.put(_SPANS, plan, key)
+        _SPANS.put(state, plan, key)
     return plan
 
 

@@ -156,11 +156,11 @@ class BoundInfLLM(BoundMethod):
     def remember(self, call: AttentionCall) -> None:
         """Keep the mean keys up to date; see `BoundMethod.remember`."""
         if call.kv_state is not None:
-            call.forward_state.put(self._MEANS, page_means(call, STRIDE), call.layer)
+            self._MEANS.put(call.forward_state, page_means(call, STRIDE), call.layer)
 
     def plan(self, call: AttentionCall) -> Plan:
         """Choose blocks for every token of a prompt, or for the one that is decoded; see `BoundMethod.plan`."""
-        means = call.forward_state.pop(self._MEANS, call.layer)
+        means = self._MEANS.pop(call.forward_state, call.layer)
         if dense := self.why_dense(call):
             return dense
         if means is None:  # the state, if there is one, is another method's

@@ -15,6 +15,7 @@ from calls import decode_call, make_call
 from families import gpt_oss
 from method_table import in_folder, write_plans
 from oracles.sinks import Masks, attention, sinks_by_masks
+from sparse_patch.methods.base.protocol import Method
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -23,7 +24,6 @@ from sparse_patch import capture_plans, patched, span_cache, sparsity_report
 from sparse_patch.call import PHASES, AttentionCall, Phase
 from sparse_patch.config import PatchConfig
 from sparse_patch.integration.caches.rings import RingLayer
-from sparse_patch.methods.base.protocol import Method
 from sparse_patch.methods.base.registry import registry
 from sparse_patch.methods.base.spans import SpanMethod
 from sparse_patch.ops.attention import dense, page_decode, table

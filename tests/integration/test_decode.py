@@ -57,7 +57,7 @@ class BoundToy(BoundMethod):
         tensors["seen"] = seen + call.q.shape[2]
 
     def plan(self, call: AttentionCall) -> Plan:
-        return call.forward_state.get(LIST) or PagePlan.every(call, wants_logits=True)
+        return LIST.get(call.forward_state) or PagePlan.every(call, wants_logits=True)
 
     def select(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> None:
         lengths = call.lengths()
@@ -65,7 +65,7 @@ class BoundToy(BoundMethod):
         logits = logits.amax(1).masked_fill(position >= lengths[:, None], -torch.inf)
         tokens = logits.topk(min(self.settings.tokens, logits.shape[-1])).indices
         counts = lengths.clamp(max=tokens.shape[-1]).int()[:, None]
-        call.forward_state.put(LIST, PagePlan.of(call, tokens.int()[:, None], counts, page_size=1))
+        LIST.put(call.forward_state, PagePlan.of(call, tokens.int()[:, None], counts, page_size=1))
 
 
 TOY = PatchConfig(decode=Toy(), on_unsupported="error", source="toy")

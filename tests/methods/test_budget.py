@@ -106,7 +106,7 @@ def test_a_static_buffer_with_a_poisoned_tail_changes_nothing(case: MethodCase, 
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5])
 def test_a_ratio_is_the_budget_of_a_row_alone(case: MethodCase, ratio: float) -> None:
     by_ratio, length = build(with_ratio(case, ratio)), 400
-    tokens = max(math.ceil(ratio * length), by_ratio.fewest)  # type: ignore[attr-defined]
+    tokens = max(math.ceil(ratio * length), by_ratio.settings.fewest)  # type: ignore[attr-defined]
     by_tokens = build(case.small, budget=tokens)
     assert torch.equal(sparse_step(by_ratio, length).mask, sparse_step(by_tokens, length).mask)
 

@@ -61,7 +61,7 @@ def test_a_plan_may_have_prompts_read_densely(tmp_path: Path) -> None:
         result = generated(model, batch)
         report = sparsity_report(model)
     assert torch.equal(result.logits[0], dense)
-    assert report.layers[0].prefill.dense == {"the plan has prompts read densely": 1}
+    assert report.layers[0].prefill.dense == {"the head schedules have prompts read densely": 1}
     assert report.layers[0].decode.sparse_calls == NEW - 1
 
 

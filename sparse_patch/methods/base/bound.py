@@ -175,13 +175,13 @@ class BoundDecode(BoundMethod):
     def remember(self, call: AttentionCall) -> None:
         """See `BoundMethod.remember`; what it gives is kept for the plan of the same call."""
         if self.keeps_state and call.kv_state is not None:
-            call.forward_state.put(self._STATISTICS, self.chooser.statistics(call), call.layer)
+            self._STATISTICS.put(call.forward_state, self.chooser.statistics(call), call.layer)
 
     def plan(self, call: AttentionCall) -> Plan:
         """See `BoundMethod.plan`."""
         if dense := self.chooser.why_dense(call):
             return dense
-        statistics = call.forward_state.pop(self._STATISTICS, call.layer)
+        statistics = self._STATISTICS.pop(call.forward_state, call.layer)
         if statistics is None:
             statistics = self.chooser.statistics(call)
         return self.chooser.choose(call, statistics)

@@ -145,7 +145,7 @@ class BoundLayers(BoundMethod):
             return Dense("full layer")
         if role == "select":
             return PagePlan.every(call, page_size, wants_logits=True)
-        plan = call.forward_state.get(self._LIST)
+        plan = self._LIST.get(call.forward_state)
         if plan is None or plan.pages is None or plan.counts is None:
             return Dense("no list: the selecting layer was dense")
         if plan.pages.shape[1] not in (1, call.k.shape[1], call.q.shape[1]):
@@ -154,12 +154,12 @@ class BoundLayers(BoundMethod):
             return plan
         device = call.q.device  # layers may lie on several devices
         plan = PagePlan.of(call, plan.pages.to(device), plan.counts.to(device), page_size)
-        call.forward_state.put(self._LIST, plan)
+        self._LIST.put(call.forward_state, plan)
         return plan
 
     def select(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> None:
         """Choose the list of the layers that follow; see `BoundMethod.select`."""
-        call.forward_state.put(self._LIST, self.settings.choose(call, LastLogits(logits, lse)))
+        self._LIST.put(call.forward_state, self.settings.choose(call, LastLogits(logits, lse)))
 
 
 _LLAMA_2_7B = ModelShape("llama", num_layers=32, num_heads=32, num_kv_heads=32, hidden_size=4096)
