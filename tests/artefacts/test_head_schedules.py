@@ -99,7 +99,7 @@ def said(**changes: Any) -> dict[str, Any]:
 
 
 BAD: list[tuple[Any, str]] = [
-    ("{", "is no JSON"),
+    ("{", "is not JSON"),
     ([], "expected a JSON object, got list"),
     ({**GOOD, "format": "per-head-span/2"}, "format: expected 'per-head-span/1', got 'per-head-span/2'"),
     ({key: value for key, value in GOOD.items() if key != "format"}, "artefact: missing; run"),

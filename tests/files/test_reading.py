@@ -196,7 +196,7 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     for path in (tmp_path / "pipe.yaml", Path("/dev/zero")):
         for read in (read_bytes, read_yaml, read_json, load_config):
-            with pytest.raises(ConfigError, match=rf"^{path}: cannot be read: it is no regular file$"):
+            with pytest.raises(ConfigError, match=rf"^{path}: cannot be read: it is not a regular file$"):
                 read(path)
     with pytest.raises(ConfigError, match=rf"^{tmp_path}: cannot be read: Is a directory$"):
         read_bytes(tmp_path)
@@ -208,7 +208,7 @@ def test_files_are_read_up_to_a_limit(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"big: cannot be read: it has more than {MOST_BYTES} bytes"):
         read_bytes(tmp_path / "big")
     (tmp_path / "latin").write_bytes("Größe".encode("latin1"))
-    with pytest.raises(ConfigError, match=r"latin: is no text in UTF-8: invalid start byte at byte 2"):
+    with pytest.raises(ConfigError, match=r"latin: is not UTF-8 text: invalid start byte at byte 2"):
         read_yaml(tmp_path / "latin")
 
 
@@ -220,8 +220,8 @@ JSON = [
     ('{"\\u0061": 1, "a": 2}', "x: a: is set twice, in line 1; keep one of them"),
     ("[" * 900 + "]" * 900, "x: expected at most 32 levels of nesting"),
     ("[" * 100_000, "x: expected at most 32 levels of nesting"),
-    ("{", "x: is no JSON"),
-    ("1 2", "x: is no JSON"),
+    ("{", "x: is not JSON"),
+    ("1 2", "x: is not JSON"),
 ]
 
 

@@ -34,7 +34,7 @@ def why_unsupported(call: AttentionCall, plan: BlockPlan) -> str | None:
 
 
 def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> Attended:
-    """See `ops.block_sparse.attend`."""
+    """See `ops.attention.block_sparse.attend`."""
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import flash_attn_func
 

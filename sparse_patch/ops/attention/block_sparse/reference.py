@@ -12,7 +12,7 @@ from sparse_patch.plans import BlockPlan
 
 
 def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> Attended:
-    """See `ops.block_sparse.attend`."""
+    """See `ops.attention.block_sparse.attend`."""
     k = call.k.float().repeat_interleave(call.group_size, dim=1)
     v = call.v.float().repeat_interleave(call.group_size, dim=1)
     logits = apply_softcap(call.q.float() @ k.transpose(-1, -2) * call.scale, call.softcap)

@@ -60,7 +60,7 @@ class _Buffers:
 
 
 def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> Attended:
-    """See `ops.block_sparse.attend`. Reads the plan on the host: meant for the CPU, correct anywhere."""
+    """See `ops.attention.block_sparse.attend`. Reads the plan on the host: meant for the CPU, correct anywhere."""
     grid, (batch, heads, rows) = plan.grid, plan.counts.shape
     work = _Work(
         k=key_blocks(call.k, grid).float().flatten(0, 2).flatten(1),

@@ -47,7 +47,7 @@ def why_unsupported(call: AttentionCall, plan: BlockPlan) -> str | None:
 
 
 def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> Attended:
-    """See `ops.block_sparse.attend`."""
+    """See `ops.attention.block_sparse.attend`."""
     out, lse = block_sparse_attention(
         call.q,
         call.k,

@@ -12,7 +12,7 @@ def why_unsupported(call: AttentionCall) -> str | None:
 
 
 def attend(call: AttentionCall) -> torch.Tensor:
-    """See `ops.dense.attend`. The triangle is aligned at the bottom right, so a chunk may follow on others."""
+    """See `ops.attention.dense.attend`. The triangle is aligned at the bottom right, so a chunk may follow on others."""
     from flash_attn.cute.interface import flash_attn_func
 
     out: torch.Tensor = flash_attn_func(

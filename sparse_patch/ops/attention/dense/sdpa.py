@@ -56,7 +56,7 @@ def _is_read_right(x: torch.Tensor) -> bool:
 
 
 def attend(call: AttentionCall, kernel: str) -> torch.Tensor:
-    """See `ops.dense.attend`."""
+    """See `ops.attention.dense.attend`."""
     with _only(kernel):
         return torch.nn.functional.scaled_dot_product_attention(
             call.q, call.k, call.v, is_causal=True, scale=call.scale, enable_gqa=call.group_size > 1

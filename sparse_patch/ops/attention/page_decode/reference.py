@@ -8,7 +8,7 @@ from sparse_patch.plans import PagePlan
 
 
 def attend(call: AttentionCall, plan: PagePlan, return_lse: bool = False) -> Attended:
-    """See `ops.page_decode.attend`."""
+    """See `ops.attention.page_decode.attend`."""
     mask = plan.mask()
     unread = ~mask.any(2)[..., None]  # what may be anything: 0 * NaN is NaN
     k, v = (x.float().repeat_interleave(call.group_size, 1).masked_fill(unread, 0.0) for x in (call.k, call.v))

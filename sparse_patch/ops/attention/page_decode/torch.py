@@ -50,7 +50,7 @@ class _Keys:
 
 
 def attend(call: AttentionCall, plan: PagePlan, return_lse: bool = False) -> Attended:
-    """See `ops.page_decode.attend`."""
+    """See `ops.attention.page_decode.attend`."""
     q_length = call.q.shape[2]
     keys = _keys(call, plan)
     q = call.q.float().unflatten(1, (keys.groups, -1)).flatten(2, 3)

@@ -50,7 +50,7 @@ def tile_of(head_dim: int, itemsize: int, capability: tuple[int, int]) -> Tile:
 
 
 def attend(call: AttentionCall, plan: PagePlan, return_lse: bool = False) -> Attended:
-    """See `ops.page_decode.attend`."""
+    """See `ops.attention.page_decode.attend`."""
     out, lse, logits = page_decode_attention(
         call.q,
         call.k,

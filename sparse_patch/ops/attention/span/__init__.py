@@ -1,6 +1,6 @@
 """Span attention: each query reads the first keys of its row and a window up to itself, by KV head (`SpanPlan`).
 
-Here all keys of a row lie in the call's buffers; `ops.span_ring` is the same attention over a cache that keeps no more
+Here all keys of a row lie in the call's buffers; `ops.attention.span_ring` is the same attention over a cache that keeps no more
 than the spans. Backends: `reference` (float32 softmax under the plan's mask, the oracle), `torch` (gathers only the
 keys that a slice of queries reads; for CPUs) and `triton` (one kernel, which touches no tile outside of the spans).
 Contract of every backend: float16, bfloat16 or float32; grouped KV heads without repeating them; `Dv != D`; any

@@ -8,7 +8,7 @@ from sparse_patch.plans import SpanPlan
 
 
 def attend(call: AttentionCall, plan: SpanPlan, return_lse: bool = False) -> Attended:
-    """See `ops.span.attend`."""
+    """See `ops.attention.span.attend`."""
     return attend_under(call, call.k, call.v, plan.mask())
 
 

@@ -20,7 +20,7 @@ _HIDDEN = torch.finfo(torch.float32).min  # finite: a query may have no key
 
 
 def attend(call: AttentionCall, plan: SpanPlan, return_lse: bool = False) -> Attended:
-    """See `ops.span.attend`."""
+    """See `ops.attention.span.attend`."""
     out, lse = attend_in_float32(call, plan)
     return Attended(out.to(call.q.dtype), lse)
 

@@ -5,7 +5,7 @@ first query begins, or the sink ends, up to its last query. One loop goes throug
 query sees whole, without a mask; a second one through the tiles at the runs' edges. Programs with the most work come
 first: KV heads by falling span, in each the query tiles from the last to the first, and the query heads of the GQA
 group side by side, because they share keys in the cache. Keys and values arrive through tensor descriptors, as in
-`ops.block_sparse`.
+`ops.attention.block_sparse`.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ _BLOCK = 128  # the side that tiles are made for
 
 
 def attend(call: AttentionCall, plan: SpanPlan, return_lse: bool = False) -> Attended:
-    """See `ops.span.attend`."""
+    """See `ops.attention.span.attend`."""
     return Attended(*_launched(call, plan, in_float32=False))
 
 

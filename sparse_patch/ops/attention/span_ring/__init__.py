@@ -1,6 +1,6 @@
 """Span attention over a cache that keeps, per KV head, the first keys of a row and a ring of its last ones.
 
-It is the attention of `ops.span` over all keys ever seen, whatever the prompt was cut into. A forward of several tokens
+It is the attention of `ops.attention.span` over all keys ever seen, whatever the prompt was cut into. A forward of several tokens
 attends first, to the ring as it was and to its own keys, and writes them then; a forward of one token writes first and
 attends to the ring alone, which holds just what that token reads:
 
@@ -8,9 +8,9 @@ attends to the ring alone, which holds just what that token reads:
     if Sq > 1: attend(call, ring, before), then write(ring, k, v, before)
     else:      write(ring, k, v, before), then attend(call, ring, before)
 
-A forward with nothing before it needs no ring: `ops.span` does the same with less.
+A forward with nothing before it needs no ring: `ops.attention.span` does the same with less.
 Backends: `reference` (float32 softmax over what the slots hold, the oracle), `torch` (for CPUs) and `triton` (one
-kernel over the slots, split for single tokens; the forward's own keys by the kernel of `ops.span`, whose output it goes
+kernel over the slots, split for single tokens; the forward's own keys by the kernel of `ops.attention.span`, whose output it goes
 on from).
 Contract of every backend: float16, bfloat16 or float32; grouped KV heads without repeating them; `Dv != D`; any
 positive scale; softcap; left padding per row, which is neither read nor written; heads of different capacity; any

@@ -1,4 +1,4 @@
-"""PyTorch backend: each KV head reads its slots where they lie, and of the forward's own keys what `ops.span` reads."""
+"""PyTorch backend: each KV head reads its slots where they lie, and of the forward's own keys what `ops.attention.span` reads."""
 
 import torch
 
@@ -10,7 +10,7 @@ from sparse_patch.plans import in_span, widest
 
 
 def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> Attended:
-    """See `ops.span_ring.attend`."""
+    """See `ops.attention.span_ring.attend`."""
     if call.q.shape[2] == 1:
         layout, held = ring.layout, ring.layout.positions(before + 1)[:, None]
         parts = [
@@ -57,7 +57,7 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
 
 
 def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor) -> None:
-    """See `ops.span_ring.write`. No slot is written twice at once: the order of such writes is nobody's."""
+    """See `ops.attention.span_ring.write`. No slot is written twice at once: the order of such writes is nobody's."""
     layout, length = ring.layout, k.shape[2]
     for head, (slots, (sink, _), turn) in enumerate(zip(layout.slices, layout.spans, layout.turns, strict=True)):
         of_head = ring.k[:, slots], ring.v[:, slots], k[:, head], v[:, head]

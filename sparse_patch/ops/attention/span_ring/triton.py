@@ -40,14 +40,14 @@ def piece_of(capacities: Sequence[int]) -> int:
 
 
 def prepare(layout: RingLayout, device: torch.device) -> None:
-    """See `ops.span_ring.prepare`; for single tokens."""
+    """See `ops.attention.span_ring.prepare`; for single tokens."""
     sinks, windows = zip(*layout.spans, strict=True)
     _heads(sinks, layout.capacities, device)
     _work(sinks, tuple(flat(windows)), layout.capacities, piece_of(layout.capacities), device)
 
 
 def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> Attended:
-    """See `ops.span_ring.attend`."""
+    """See `ops.attention.span_ring.attend`."""
     layout = ring.layout
     own, own_lse = (None, None) if call.q.shape[2] == 1 else attend_in_float32(*own_keys(call, layout, before))
     sinks, windows = zip(*layout.spans, strict=True)
@@ -68,7 +68,7 @@ def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> Attended:
 
 
 def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor) -> None:
-    """See `ops.span_ring.write`."""
+    """See `ops.attention.span_ring.write`."""
     sinks = [sink for sink, _ in ring.layout.spans]
     span_ring_write(ring.k, ring.v, k, v, before, sinks, ring.layout.capacities)
 
@@ -91,7 +91,7 @@ def span_ring_attention(
     scale: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernels' launch; arguments as in `ops.span_ring` and `ops.span.triton`, softcap 0 for none.
+    """The kernels' launch; arguments as in `ops.attention.span_ring` and `ops.attention.span.triton`, softcap 0 for none.
 
     Args:
         own: float32 `[B, Hq, Sq, Dv]`, the queries' attention to keys that are not in the ring; None where the ring has
@@ -162,7 +162,7 @@ def span_ring_write(
     sinks: Sequence[int],
     capacities: Sequence[int],
 ) -> None:
-    """The kernel's launch; arguments as in `ops.span_ring`."""
+    """The kernel's launch; arguments as in `ops.attention.span_ring`."""
     batch, kv_heads, length, head_dim = k.shape
     value_dim = v.shape[3]
     k, v = rows_in_one_piece(k), rows_in_one_piece(v)
@@ -190,7 +190,7 @@ def span_ring_write(
 
 @lru_cache(maxsize=1024)
 def _heads(sinks: tuple[int, ...], capacities: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Sink, capacity and first slot of each KV head, int32 `[Hkv, 3]`; kept as the spans of `ops.span.triton`."""
+    """Sink, capacity and first slot of each KV head, int32 `[Hkv, 3]`; kept as the spans of `ops.attention.span.triton`."""
     heads = list(zip(sinks, capacities, first_slots(capacities), strict=True))
     return torch.tensor(heads, dtype=torch.int32, device=device)
 

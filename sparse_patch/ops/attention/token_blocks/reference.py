@@ -7,5 +7,5 @@ from sparse_patch.plans import TokenBlockPlan
 
 
 def attend(call: AttentionCall, plan: TokenBlockPlan, return_lse: bool = False) -> Attended:
-    """See `ops.token_blocks.attend`."""
+    """See `ops.attention.token_blocks.attend`."""
     return attend_under(call, call.k, call.v, plan.mask())

@@ -9,7 +9,7 @@ from sparse_patch.plans import TokenBlockPlan
 
 
 def attend(call: AttentionCall, plan: TokenBlockPlan, return_lse: bool = False) -> Attended:
-    """See `ops.token_blocks.attend`. Reads the plan on the host: meant for the CPU, correct anywhere."""
+    """See `ops.attention.token_blocks.attend`. Reads the plan on the host: meant for the CPU, correct anywhere."""
     grid, group = plan.grid, call.group_size
     k, v = key_blocks(call.k, grid).float(), key_blocks(call.v, grid).float()  # [B, Hkv, N, block, D]
     q = query_blocks(call.q, grid).float().unflatten(1, (k.shape[1], group))

@@ -66,7 +66,7 @@ def why_unsupported(call: AttentionCall, plan: TokenBlockPlan) -> str | None:
 
 
 def attend(call: AttentionCall, plan: TokenBlockPlan, return_lse: bool = False) -> Attended:
-    """See `ops.token_blocks.attend`."""
+    """See `ops.attention.token_blocks.attend`."""
     out, lse = token_block_attention(
         call.q,
         call.k,
@@ -258,7 +258,7 @@ def _token_block_kernel(
             m_i = m_new
 
         # 5. Blocks below the diagonal, each for the tokens that read it.
-        j_next, readers_next = _next_block(0, inits, fixed, low, p_list, count)  # one ahead: see ops.block_sparse
+        j_next, readers_next = _next_block(0, inits, fixed, low, p_list, count)  # one ahead: see ops.attention.block_sparse
         for u in tl.range(0, (fixed + count) * PARTS):
             j, readers = j_next, readers_next
             j_next, readers_next = _next_block((u + 1) // PARTS, inits, fixed, low, p_list, count)

@@ -57,7 +57,7 @@ class _Groups:
 
 
 def block_masses(call: AttentionCall, grid: BlockGrid, stride: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """See `ops.antidiagonal`. Beside the slices there is at most one copy of the keys, where they are not in order."""
+    """See `ops.selection.antidiagonal`. Beside the slices there is at most one copy of the keys, where they are not in order."""
     groups = _Groups.of(call, grid, stride)
     batch, heads = call.q.shape[:2]
     for blocks in slices(grid.num_query_blocks, 4 * batch * heads * grid.num_key_blocks):

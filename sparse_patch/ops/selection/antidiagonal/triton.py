@@ -39,7 +39,7 @@ def tile_of(head_dim: int, dtype: torch.dtype, groups_per_block: int) -> Tile:
 
 
 def block_masses(call: AttentionCall, grid: BlockGrid, stride: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """See `ops.antidiagonal`."""
+    """See `ops.selection.antidiagonal`."""
     batch, heads = call.q.shape[:2]
     start = call.kv_start
     for blocks in slices(grid.num_query_blocks, 4 * batch * heads * grid.num_key_blocks):

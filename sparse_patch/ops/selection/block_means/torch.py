@@ -9,25 +9,25 @@ from sparse_patch.plans import BlockGrid
 
 
 def key_means(k: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """See `ops.block_means`."""
+    """See `ops.selection.block_means`."""
     return _means(key_blocks(k, grid), grid.key_block_tokens)
 
 
 def key_similarities(k: torch.Tensor, grid: BlockGrid, center: torch.Tensor) -> torch.Tensor:
-    """See `ops.block_means`."""
+    """See `ops.selection.block_means`."""
     position = torch.arange(grid.num_key_blocks * grid.block_size, device=k.device)
     real = (position < grid.lengths[:, None]).unflatten(-1, (-1, grid.block_size))
     return _similarities(key_blocks(k, grid), real, center)
 
 
 def query_means(q: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """See `ops.block_means`."""
+    """See `ops.selection.block_means`."""
     begin, end = grid.query_bounds
     return _means(query_blocks(q, grid), end - begin)
 
 
 def query_means_and_similarities(q: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.block_means`."""
+    """See `ops.selection.block_means`."""
     return query_means(q, grid), _similarities(query_blocks(q, grid), grid.query_is_real, None)
 
 

@@ -9,22 +9,22 @@ from sparse_patch.plans import BlockGrid
 
 
 def key_means(k: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """See `ops.block_means`."""
+    """See `ops.selection.block_means`."""
     return block_means(k, *_of_keys(grid), None, grid.num_key_blocks, grid.block_size, True, False)[0]
 
 
 def key_similarities(k: torch.Tensor, grid: BlockGrid, center: torch.Tensor) -> torch.Tensor:
-    """See `ops.block_means`."""
+    """See `ops.selection.block_means`."""
     return block_means(k, *_of_keys(grid), center, grid.num_key_blocks, grid.block_size, False, True)[1]
 
 
 def query_means(q: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """See `ops.block_means`."""
+    """See `ops.selection.block_means`."""
     return block_means(q, *_of_queries(grid), None, grid.num_query_blocks, grid.block_size, True, False)[0]
 
 
 def query_means_and_similarities(q: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.block_means`."""
+    """See `ops.selection.block_means`."""
     return block_means(q, *_of_queries(grid), None, grid.num_query_blocks, grid.block_size, True, True)
 
 

@@ -2,7 +2,7 @@
 
 A compressed key is the mean of the keys of a window. The fine ones are of 32 tokens, one every 16, the coarse ones of
 128 tokens, one every 64; windows count from the row's first key. Both follow from the means of 16 tokens each, the
-pages of `ops.page_statistics`, which are what a cache keeps: a fine one is the mean of 2 of them and a coarse one of 8.
+pages of `ops.selection.page_statistics`, which are what a cache keeps: a fine one is the mean of 2 of them and a coarse one of 8.
 
 A token sees the compressed keys whose windows end before it, or with it: no later key has any part in what it chooses.
 For query head `h` and token `i` the fine ones have the weights

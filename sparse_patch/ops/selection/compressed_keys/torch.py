@@ -86,7 +86,7 @@ def block_scores(
     softcap: float | None,
     rule: CompressedKeysParams,
 ) -> torch.Tensor:
-    """Scores of blocks for one query; see `ops.compressed_keys.block_scores`.
+    """Scores of blocks for one query; see `ops.selection.compressed_keys.block_scores`.
 
     Args:
         of_pages: products of the query with the pages' mean keys, not scaled, float32 `[B, Hq, Np]`; `-inf` for pages

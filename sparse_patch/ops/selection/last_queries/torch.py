@@ -6,7 +6,7 @@ from sparse_patch.call import AttentionCall, apply_softcap
 
 
 def last_query_profiles(call: AttentionCall, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.profiles`. One head at a time: the probabilities of all are 2 GB at 128k tokens and 32 heads."""
+    """See `ops.selection.last_queries`. One head at a time: the probabilities of all are 2 GB at 128k tokens and 32 heads."""
     hidden = torch.ones(queries, call.kv_length, dtype=torch.bool, device=call.q.device)
     hidden = hidden.triu(1 + call.kv_length - queries)  # the future
     if call.kv_start is not None:

@@ -17,13 +17,13 @@ _PROGRAMS = 1056  # enough for every GPU; more tiles in a program share its quer
 
 
 def last_query_profiles(call: AttentionCall, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.profiles`; `queries` is a power of two from 16 to 128."""
+    """See `ops.selection.last_queries`; `queries` is a power of two from 16 to 128."""
     by_key, by_distance = stacked_profiles(call, queries)
     return by_key, by_distance
 
 
 def stacked_profiles(call: AttentionCall, queries: int) -> torch.Tensor:
-    """Both profiles of `ops.profiles` in one tensor, float32 `[2, B, Hq, Skv]`."""
+    """Both profiles of `ops.selection.last_queries` in one tensor, float32 `[2, B, Hq, Skv]`."""
     return query_profiles(call.q, call.k, call.kv_start, call.scale, call.softcap or 0.0, queries)
 
 

@@ -25,7 +25,7 @@ class LowBitParams:
     """How blocks are scored and what is never scored.
 
     Attributes:
-        numerics: "int4" or "int8"; see `ops.scores`.
+        numerics: "int4" or "int8"; see `ops.selection.low_bit_scores`.
         local_window: keys before the end of a query tile that are in its reference region; a multiple of 32.
     """
 

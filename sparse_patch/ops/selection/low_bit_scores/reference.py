@@ -1,4 +1,4 @@
-"""Reference backend: whole score matrices of one head of one row at a time, step by step as `ops.scores` says."""
+"""Reference backend: whole score matrices of one head of one row at a time, step by step as `ops.selection.low_bit_scores` says."""
 
 import torch
 
@@ -9,7 +9,7 @@ from sparse_patch.plans import BlockGrid
 
 
 def decisions(call: AttentionCall, tau: torch.Tensor, rule: LowBitParams) -> torch.Tensor:
-    """See `ops.scores`."""
+    """See `ops.selection.low_bit_scores`."""
     grid = BlockGrid.of(call, QUERY_TILE)
     num_words = -(-call.kv_length // (32 * KEY_BLOCK))
     batch, heads = call.q.shape[:2]

@@ -42,7 +42,7 @@ class QuantisedKeys:
 
 
 def decisions(call: AttentionCall, tau: torch.Tensor, rule: LowBitParams) -> torch.Tensor:
-    """See `ops.scores`."""
+    """See `ops.selection.low_bit_scores`."""
     bounds = TileBounds.of(call, rule)
     mean_k = mean_key(call)
     mean_q = mean_query(call) if rule.numerics == "int4" else None

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 def page_scores(
     logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int, recent: int = 0
 ) -> torch.Tensor:
-    """See `ops.page_scores`."""
+    """See `ops.selection.page_scores`."""
     token = torch.arange(logits.shape[-1], device=logits.device)
     log_probability = (logits - lse[..., None]).amax(1)
     probability = log_probability.exp().masked_fill(token >= lengths[:, None], 0.0)

@@ -16,7 +16,7 @@ _BLOCK = 128  # tokens of a program, at 4 a thread: many small programs hide the
 def page_scores(
     logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int, recent: int = 0
 ) -> torch.Tensor:
-    """See `ops.page_scores`; `page_size` is a power of two up to 256."""
+    """See `ops.selection.page_scores`; `page_size` is a power of two up to 256."""
     return score_pages(logits, lse, lengths, page_size, recent)
 
 
@@ -28,7 +28,7 @@ def _outputs(logits: torch.Tensor, page_size: int) -> torch.Tensor:
 def score_pages(
     logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int, recent: int
 ) -> torch.Tensor:
-    """The kernel's launch; arguments and result as in `ops.page_scores`."""
+    """The kernel's launch; arguments and result as in `ops.selection.page_scores`."""
     scores = _outputs(logits, page_size)
     batch, heads, size = logits.shape
     block = max(_BLOCK, page_size)

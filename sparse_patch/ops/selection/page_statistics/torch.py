@@ -38,7 +38,7 @@ def _statistics(keys: torch.Tensor, real: torch.Tensor, number: int) -> list[tor
 def bound_scores(
     q: torch.Tensor, low: torch.Tensor, high: torch.Tensor, lengths: torch.Tensor, page_size: int
 ) -> torch.Tensor:
-    """See `ops.page_statistics`."""
+    """See `ops.selection.page_statistics`."""
     scores = _products(q.clamp(min=0), high) + _products(q.clamp(max=0), low)
     return _of_pages(scores, lengths, page_size, 0)
 
@@ -46,7 +46,7 @@ def bound_scores(
 def mean_scores(
     q: torch.Tensor, means: torch.Tensor, lengths: torch.Tensor, page_size: int, offset: int = 0
 ) -> torch.Tensor:
-    """See `ops.page_statistics`."""
+    """See `ops.selection.page_statistics`."""
     return _of_pages(_products(q, means), lengths, page_size, offset)
 
 

@@ -144,14 +144,14 @@ def _refresh_kernel(
 def bound_scores(
     q: torch.Tensor, low: torch.Tensor, high: torch.Tensor, lengths: torch.Tensor, page_size: int
 ) -> torch.Tensor:
-    """See `ops.page_statistics`."""
+    """See `ops.selection.page_statistics`."""
     return score_pages(q, high, low, lengths, page_size, 0)
 
 
 def mean_scores(
     q: torch.Tensor, means: torch.Tensor, lengths: torch.Tensor, page_size: int, offset: int = 0
 ) -> torch.Tensor:
-    """See `ops.page_statistics`."""
+    """See `ops.selection.page_statistics`."""
     return score_pages(q, means, None, lengths, page_size, offset)
 
 

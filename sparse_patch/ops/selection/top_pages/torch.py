@@ -4,7 +4,7 @@ import torch
 
 
 def top_pages(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.top_pages`; `limits` is int64 `[B, L]` and `k` at most N."""
+    """See `ops.selection.top_pages`; `limits` is int64 `[B, L]` and `k` at most N."""
     size = scores.shape[-1]
     page = torch.arange(size, device=scores.device)
     scores = torch.where(scores.isnan(), -torch.inf, scores).masked_fill(page >= limits[..., None], -torch.inf)

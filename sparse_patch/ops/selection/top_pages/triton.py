@@ -27,7 +27,7 @@ def why_unsupported(scores: torch.Tensor, k: int) -> str | None:
 def top_pages(
     scores: torch.Tensor, limits: torch.Tensor, k: int, page_size: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.top_pages`; `limits` is int64 `[B, L]` and `k` at most N."""
+    """See `ops.selection.top_pages`; `limits` is int64 `[B, L]` and `k` at most N."""
     return select_pages(scores, limits, k, page_size)
 
 

@@ -15,7 +15,7 @@ _TOKENS_PER_LINE = 128  # of FlexPrefill's public code, whatever its block size 
 def choose_vertical_slash(
     call: AttentionCall, grid: BlockGrid, mean_k: torch.Tensor, rule: VerticalSlashParams
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `ops.lines`."""
+    """See `ops.selection.vertical_slash`."""
     by_key, by_distance = last_query_profiles(call, grid.block_size)
     key_mass = _pool(by_key, grid, grid.row_starts)
     distance_mass = _pool(by_distance, grid, torch.zeros_like(grid.tail) if rule.reach else -grid.tail)
@@ -32,7 +32,7 @@ def choose_vertical_slash(
 def plan_of_vertical_slash(
     verticals: torch.Tensor, slashes: torch.Tensor, aware: QueryAware | None, grid: BlockGrid
 ) -> BlockPlan:
-    """See `ops.lines`."""
+    """See `ops.selection.vertical_slash`."""
     blocks = verticals[:, :, None] | grid.on_diagonals(slashes)
     if aware is not None:
         blocks = blocks | (_aware_blocks(aware, grid) & aware.heads[..., None, None])

@@ -33,7 +33,7 @@ def block_scores(
     softcap: float | None,
     rule: CompressedKeysParams,
 ) -> torch.Tensor:
-    """See `ops.compressed_keys.torch.block_scores`."""
+    """See `ops.selection.compressed_keys.torch.block_scores`."""
     always = rule.init_blocks, rule.local_blocks
     return score_blocks(of_pages, lengths, kv_heads, scale, softcap or 0.0, *always)
 

@@ -32,7 +32,7 @@ def why_unsupported(call: AttentionCall, tile: int) -> str | None:
 def choose(
     call: AttentionCall, k1: torch.Tensor, k2: torch.Tensor, rule: CompressedKeysParams, grid: BlockGrid, tile: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.compressed_keys.torch.choose`."""
+    """See `ops.selection.compressed_keys.torch.choose`."""
     return choose_token_blocks(
         call.q,
         k1,

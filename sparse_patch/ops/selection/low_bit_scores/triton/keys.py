@@ -41,7 +41,7 @@ def quantise_keys(
         largest_code: 7 or 127.
 
     Returns:
-        What `ops.scores.torch.QuantisedKeys` has, D filled up with zeros to a power of two, and `mean_term` empty for
+        What `ops.selection.low_bit_scores.torch.QuantisedKeys` has, D filled up with zeros to a power of two, and `mean_term` empty for
         int8.
     """
     codes, scales, mean_term = _outputs(k, mean_q)

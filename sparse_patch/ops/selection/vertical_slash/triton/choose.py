@@ -17,7 +17,7 @@ from sparse_patch.plans import BlockGrid
 def choose_vertical_slash(
     call: AttentionCall, grid: BlockGrid, mean_k: torch.Tensor, rule: VerticalSlashParams
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `ops.lines`."""
+    """See `ops.selection.vertical_slash`."""
     profiles = stacked_profiles(call, grid.block_size)
     counts = grid.row_starts if rule.reach else tokens_within(profiles, rule.gamma)
     most = min(rule.max_blocks or grid.num_key_blocks, grid.num_key_blocks)

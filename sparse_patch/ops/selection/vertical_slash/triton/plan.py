@@ -17,7 +17,7 @@ from sparse_patch.plans import BlockGrid, BlockPlan
 def plan_of_vertical_slash(
     verticals: torch.Tensor, slashes: torch.Tensor, aware: QueryAware | None, grid: BlockGrid
 ) -> BlockPlan:
-    """See `ops.lines`."""
+    """See `ops.selection.vertical_slash`."""
     if torch.compiler.is_compiling():
         indices, counts = _lists_in_a_graph(verticals, slashes, aware, grid)
     else:
