@@ -1,10 +1,10 @@
 """Triton kernel: one pass over the planned blocks and columns of a query block.
 
 A program holds one tile of queries. It reads the blocks below the diagonal, which need no mask, then the single
-columns, then the diagonal block with its mask. Programs are ordered so that what runs together shares keys in the
-cache: one KV head after the other, in it the query blocks from the last (the longest) to the first, and the query heads
-of the GQA group side by side. Keys and values arrive through tensor descriptors: the copy engine on Hopper and later,
-plain loads before. With a `pv_threshold` a tile's logits say whether its values are read at all.
+columns, then the diagonal block with its mask. Programs are ordered so that those that run together share keys in the
+cache: one KV head after the other, within it the query blocks from the last (the longest) to the first, and the query
+heads of the GQA group side by side. Keys and values are loaded through tensor descriptors: by the copy engine on Hopper
+and later, by plain loads on older GPUs. With a `pv_threshold`, a tile's logits decide whether its values are read.
 """
 
 from dataclasses import replace
@@ -32,14 +32,14 @@ from sparse_patch.plans import BlockPlan
 
 
 def tile_that_may_be_left_out(tile: Tile, block_size: int) -> Tile:
-    """The tile of plans with a `pv_threshold`, whose size says what is left out: the same everywhere."""
+    """The tile of plans with a `pv_threshold`. Its size decides what is left out, so it is the same everywhere."""
     side = tile_side(block_size)
     num_stages = tile.num_stages if tile.block_n >= side else 1
     return replace(tile, block_m=side, block_n=side, num_warps=4, num_stages=num_stages)
 
 
 def why_unsupported(call: AttentionCall, plan: BlockPlan) -> str | None:
-    """Why this backend cannot execute the plan where its kernel runs; None if it can."""
+    """Why this backend cannot execute the plan on a device that runs its kernel; None if it can."""
     wide = max(call.q.shape[-1], call.v.shape[-1]) > 128
     if plan.pv_threshold is not None and wide and call.q.dtype == torch.float32:
         return "backend triton: pv_threshold, float32 and a head_dim above 128"  # its tiles need too much memory

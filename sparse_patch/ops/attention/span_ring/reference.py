@@ -1,4 +1,4 @@
-"""The oracle: a float32 softmax over what the slots hold and over the forward's own keys. Slow, obviously right."""
+"""The oracle: a float32 softmax over the slots and the forward's own keys. It is slow, but obviously right."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> Attended:
 
 
 def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor) -> None:
-    """See `ops.attention.span_ring.write`. Asks of every slot which token it holds afterwards."""
+    """See `ops.attention.span_ring.write`. For every slot, finds which token it holds afterwards."""
     position = ring.layout.positions(before + k.shape[2])
     token = position - before[:, None]
     is_new = (position >= 0) & (token >= 0)

@@ -1,10 +1,10 @@
 """Triton kernels: attention to the slots of a ring, and writing them.
 
-A program of attention holds the queries of a GQA group and reads a piece of one head's slots. The pieces are a list
-that the host makes once for a layout: heads of very different capacity keep all of the GPU busy, and slots that are not
-filled yet cost nothing. For one token the pieces are short, and a second kernel merges what they give. For several
-tokens a piece is a whole head; the programs go on from the output and LSE of the forward's attention to its own keys.
-A captured CUDA graph serves every length: what a row has seen is read on the device.
+An attention program holds the queries of a GQA group and reads a piece of one head's slots. The host lists the pieces
+once for a layout, so heads of very different capacity keep the whole GPU busy. Slots that are not filled yet cost
+nothing. For one token the pieces are short, and a second kernel merges their results. For several tokens a piece is a
+whole head; the programs continue from the output and LSE of the forward's attention to its own keys. A captured CUDA
+graph serves every length, because the number of tokens that a row has seen is read on the device.
 """
 
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ from sparse_patch.ops.attention.page_decode.triton import tile_of
 from sparse_patch.ops.attention.span.triton import attend_in_float32, by_head, flat, grows
 from sparse_patch.ops.attention.span_ring.ring import Ring, RingLayout, first_slots, own_keys
 
-_MOST_SPLITS = 128  # of a head, which the second kernel merges at once
-_LEAST_PIECE = 256  # slots: below, a program starts for too little
+_MOST_SPLITS = 128  # splits per head; the second kernel merges them at once
+_LEAST_PIECE = 256  # slots; with fewer, a program has too little work
 
 
 def piece_of(capacities: Sequence[int]) -> int:
-    """Slots that a program reads for one token, at most."""
+    """The most slots that a program reads for one token."""
     return max(_LEAST_PIECE, triton.next_power_of_2(triton.cdiv(max(capacities), _MOST_SPLITS)))
 
 
@@ -91,11 +91,11 @@ def span_ring_attention(
     scale: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernels' launch; arguments as in `ops.attention.span_ring` and `ops.attention.span.triton`, softcap 0 for none.
+    """The kernels' launch; arguments as in `attention.span_ring` and `attention.span.triton`, softcap 0 for none.
 
     Args:
-        own: float32 `[B, Hq, Sq, Dv]`, the queries' attention to keys that are not in the ring; None where the ring has
-            them all, the queries' own included.
+        own: float32 `[B, Hq, Sq, Dv]`, the queries' attention to keys that are not in the ring; None if the ring has
+            all keys, including the queries' own.
         own_lse: its LSE, float32 `[B, Hq, Sq]`, contiguous.
 
     Returns:
@@ -190,7 +190,7 @@ def span_ring_write(
 
 @lru_cache(maxsize=1024)
 def _heads(sinks: tuple[int, ...], capacities: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Sink, capacity and first slot of each KV head, int32 `[Hkv, 3]`; kept as the spans of `ops.attention.span.triton`."""
+    """Sink, capacity and first slot of each KV head, int32 `[Hkv, 3]`; cached like spans in `attention.span.triton`."""
     heads = list(zip(sinks, capacities, first_slots(capacities), strict=True))
     return torch.tensor(heads, dtype=torch.int32, device=device)
 
@@ -203,7 +203,7 @@ def _work(
     piece: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """The pieces of all heads, those of the largest first: piece, head and the head's numbers, int64 `[pieces, 9]`."""
+    """The pieces of all heads, largest heads first: piece, head and the head's numbers, int64 `[pieces, 9]`."""
     heads = zip(range(len(sinks)), sinks, capacities, first_slots(capacities), by_head(windows), strict=True)
     largest_first = sorted(heads, key=lambda head: -head[2])
     pieces = [(i, *head, *window) for *head, window in largest_first for i in range(triton.cdiv(head[2], piece))]
@@ -254,7 +254,7 @@ def _ring_kernel(
     # 1. The tile: queries of a group, and a piece of its slots.
     blocks = tl.cdiv(q_length * GROUP, BLOCK_M)
     pid = tl.program_id(0)
-    i_m = pid % blocks  # these read the same keys: side by side
+    i_m = pid % blocks  # side by side: these programs read the same keys
     pid = pid // blocks
     i_b = (pid % batch).to(tl.int64)
     p_work = work + pid // batch * 9
@@ -267,14 +267,14 @@ def _ring_kernel(
     turn = capacity - sink
 
     # 2. The slots that are filled.
-    seen = tl.load(before + i_b).to(tl.int32)  # what the row had before the first query
+    seen = tl.load(before + i_b).to(tl.int32)  # tokens that the row had before the first query
     held = seen
     if not HAS_OWN:
-        held = seen + 1  # the one query's token is there
+        held = seen + 1  # the token of the only query is there
     begin = i_split * piece
     end = tl.minimum(begin + piece, tl.minimum(capacity, held))
     if HAS_OWN:
-        past_window = i_m * BLOCK_M // GROUP + 1 >= window  # for the first query of the tile, so for all
+        past_window = i_m * BLOCK_M // GROUP + 1 >= window  # of the first query of the tile, so of all
         end = tl.where(past_window, tl.minimum(end, sink), end)
 
     # 3. Queries.
@@ -294,7 +294,7 @@ def _ring_kernel(
     mask_o = mask_m[:, None] & (offs_dv < DV)[None, :]  # [BM, BDV]
     p_lse = (i_b * heads + offs_h) * q_length + offs_q  # [BM]
 
-    # 4. Attention to the slots, which goes on from that to the own keys.
+    # 4. Attention to the slots; it continues from the attention to the own keys.
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)  # [BM, BDV]
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)  # [BM]
     l_i = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)  # [BM, BN]
@@ -326,16 +326,16 @@ def _ring_kernel(
         b_v = tl.load(p_v[None, :] + (rows * stride_vs)[:, None], mask=mask_v, other=0.0)  # [BN, BDV]
         acc, m_i, l_i = add_split_tile(s, b_v, acc, m_i, l_i, PRECISION)
 
-    # 5. Output and LSE, of the piece or of all.
+    # 5. Output and LSE, of the piece or of all slots.
     total = tl.sum(l_i, 1)  # [BM]
-    divisor = tl.where(total > 0, total, 1.0)  # without a key the output is 0 and the LSE, as m_i, -inf
+    divisor = tl.where(total > 0, total, 1.0)  # without a key the output is 0 and the LSE, like m_i, is -inf
     acc = acc / divisor[:, None]  # [BM, BDV]
     b_lse = (m_i + tl.math.log2(divisor)) * LN2  # [BM]
     p_o = o + i_b * stride_ob + offs_h.to(tl.int64) * stride_oh + offs_q.to(tl.int64) * stride_os  # [BM]
     if SPLIT:
         p_o += i_split * DV
         p_lse = p_lse * splits + i_split
-        mask_o = mask_o & (total > 0)[:, None]  # the merge skips what has no key
+        mask_o = mask_o & (total > 0)[:, None]  # the merge skips queries without a key
     tl.store(lse + p_lse, b_lse, mask=mask_m)
     tl.store(p_o[:, None] + offs_dv[None, :], acc.to(o.dtype.element_ty), mask=mask_o)
 
@@ -374,7 +374,7 @@ def _write_kernel(
 
     offs_s = i_s * BLOCK_S + tl.arange(0, BLOCK_S)  # [BS]
     position = seen + offs_s
-    # Of tokens that would share a slot only the last one is written.
+    # Of tokens that would share a slot, only the last one is written.
     kept = (offs_s < length) & (position >= 0) & ((position < sink) | (offs_s >= length - turn))  # [BS]
     slot = tl.where(position < sink, position, sink + (position - sink) % turn)  # [BS]
     slots = (first_slot + slot).to(tl.int64)

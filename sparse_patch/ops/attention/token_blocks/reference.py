@@ -1,4 +1,4 @@
-"""The oracle: a float32 softmax under the plan's token mask. Slow and N x N large, obviously right."""
+"""The oracle: a float32 softmax under the plan's token mask. It is slow and N x N large, but obviously right."""
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.ops.attention.op import Attended

@@ -1,8 +1,8 @@
 """Triton kernel: strided product, online softmax and block sums in one program, without a copy of queries or keys.
 
-A program holds one tile of query groups of one head and goes over the key groups that they see twice: first for the
-maximum and the sum of each query group, then, multiplying once more, for the block sums. A second product costs less
-than writing the logits and reading them back. The product is a loop over stride and head dim, so that a tile's memory
+A program holds one tile of query groups of one head and reads the key groups that they see twice: first for the maximum
+and the sum of each query group, then, with a second product, for the block sums. A second product costs less than
+writing the logits and reading them back. The product is a loop over stride and head dim, so that a tile's memory
 depends on neither.
 """
 
@@ -22,7 +22,7 @@ from sparse_patch.plans import BlockGrid
 
 @dataclass(frozen=True)
 class Tile:
-    """How the kernel is cut: query and key groups of a tile (as many), depth of one product, warps, pipeline."""
+    """The tiling of the kernel: query groups (and as many key groups) per tile, depth of one product, warps, stages."""
 
     groups: int
     depth: int
@@ -139,9 +139,9 @@ def _logits(
 ):
     """Logits of a tile of groups in log2 units.
 
-    `offs_m`, `offs_n`: first token of each group, as indices into the call's queries and keys. Queries that are not
-    `first_query` to `q_length - 1` and keys from `kv_length` on are zeros. `to_log2`, for each query group, brings the
-    sum over the antidiagonal to a mean.
+    `offs_m` and `offs_n` are the first token of each group, as indices into the call's queries and keys. Queries
+    outside `first_query` to `q_length - 1` and keys from `kv_length` on are zeros. `to_log2` turns the sum over the
+    antidiagonal of each query group into a mean.
     """
     PARTS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)  # [BM, BN]
@@ -200,7 +200,7 @@ def _antidiagonal_kernel(
     HAS_START: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    # 1. The tile: query groups of a head, of whole blocks.
+    # 1. The tile: query groups of a head, in whole blocks.
     PER_BLOCK: tl.constexpr = BLOCK // STRIDE  # groups of a block
     ROWS: tl.constexpr = BLOCK_M // PER_BLOCK  # query blocks of a tile
     COLS: tl.constexpr = BLOCK_N // PER_BLOCK  # key blocks of a tile
@@ -219,7 +219,7 @@ def _antidiagonal_kernel(
     if HAS_START:
         start = tl.load(kv_start + i_b).to(tl.int32)
     length = kv_length - start
-    first_query = tl.maximum(q_start - start, 0)  # within the row, as every position below
+    first_query = tl.maximum(q_start - start, 0)  # within the row, like every position below
     tile_block = first_query // BLOCK + first_block + i_tile * ROWS
     offs_a = tile_block * PER_BLOCK + tl.arange(0, BLOCK_M)  # [BM]; query groups
     first_real = tl.maximum(offs_a * STRIDE, first_query)
@@ -231,7 +231,7 @@ def _antidiagonal_kernel(
     offs_m = offs_a * STRIDE + start - q_start  # [BM]
     first_m = tl.maximum(start - q_start, 0)
     end_key = tl.minimum((tile_block + ROWS) * PER_BLOCK, tl.cdiv(length, STRIDE))  # key groups that the tile sees
-    end_key = tl.where(tile_block * BLOCK < length, end_key, 0)  # nothing behind the row's end
+    end_key = tl.where(tile_block * BLOCK < length, end_key, 0)  # nothing after the row's end
 
     # 3. Maximum and sum of each query group.
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)  # [BM]

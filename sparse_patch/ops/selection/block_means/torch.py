@@ -32,12 +32,12 @@ def query_means_and_similarities(q: torch.Tensor, grid: BlockGrid) -> tuple[torc
 
 
 def _means(blocks: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Means of blocks `[B, H, N, block, D]` whose slots without a token are 0; `tokens` of each, int64 `[B, N]`."""
+    """Means of blocks `[B, H, N, block, D]` whose empty slots are 0; each has `tokens`, int64 `[B, N]`, tokens."""
     return blocks.sum(-2, dtype=torch.float32) / tokens.clamp(min=1)[:, None, :, None]
 
 
 def _similarities(blocks: torch.Tensor, real: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
-    """Self-similarities of blocks `[B, H, N, block, D]` less `center` `[B, H, D]`; `real` slots, `[B, N, block]`."""
+    """Self-similarities of blocks `[B, H, N, block, D]` minus `center` `[B, H, D]`; `real` slots are `[B, N, block]`."""
     batch, heads, number, block, head_dim = blocks.shape
     similarities = torch.empty(batch, heads, number, device=blocks.device)
     for part in slices(number, 8 * batch * heads * block * head_dim):

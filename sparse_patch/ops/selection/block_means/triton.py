@@ -1,4 +1,4 @@
-"""Triton kernel of the means: one program reads one block where it lies, whatever its strides and its row's padding."""
+"""Triton kernel of the means: one program reads one block in place, whatever its strides and its row's padding."""
 
 import torch
 import triton
@@ -34,7 +34,7 @@ def _of_keys(grid: BlockGrid) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _of_queries(grid: BlockGrid) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of query blocks, whose first slots may lie before the call."""
+    """The same for query blocks, whose first slots may lie before the call."""
     shift = grid.row_starts - grid.q_start
     return shift + grid.query_block_ids[:, 0] * grid.block_size, shift.clamp(min=0)
 
@@ -57,10 +57,10 @@ def block_means(
     with_means: bool,
     with_similarities: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel's launch: of the blocks of `x` `[B, H, S, D]` from index `first[b]` on, of tokens from `low[b]` on.
+    """The kernel's launch, for the blocks of `x` `[B, H, S, D]` from index `first[b]` and the tokens from `low[b]` on.
 
     Returns:
-        Means, float32 `[B, H, blocks, D]`, and similarities, `[B, H, blocks]`; what is not wanted is empty.
+        Means, float32 `[B, H, blocks, D]`, and similarities, `[B, H, blocks]`; results that are not wanted are empty.
     """
     batch, heads, length, head_dim = x.shape
     means, similarities = _outputs(x, blocks, with_means, with_similarities)

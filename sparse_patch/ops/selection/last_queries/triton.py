@@ -1,7 +1,7 @@
-"""Triton kernels of the profiles: two passes over the keys, no probability is ever written to memory.
+"""Triton kernels of the profiles: two passes over the keys; no probability is ever written to memory.
 
-The first pass makes the LSE of each query, the second the sums over columns and diagonals. In a tile of W keys the
-diagonals line up in columns after each row was turned by its own number: `turned[i, c] = tile[i, (i - c) % W]` holds
+The first pass computes the LSE of each query, the second the sums over columns and diagonals. In a tile of W keys the
+diagonals line up in columns after each row is rotated by its own index: `turned[i, c] = tile[i, (i - c) % W]` holds
 distances that are `c` plus a multiple of W.
 """
 
@@ -13,7 +13,7 @@ from sparse_patch.call import AttentionCall
 from sparse_patch.kernels.launch import block_of, by_row, launch_op, precision_of
 from sparse_patch.kernels.pieces import LOG2_E, add_to_exp_sum, softcap_logits
 
-_PROGRAMS = 1056  # enough for every GPU; more tiles in a program share its queries
+_PROGRAMS = 1056  # enough for every GPU; the tiles of a program share its queries
 
 
 def last_query_profiles(call: AttentionCall, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +70,7 @@ def query_profiles(
     }
     grid = (batch * heads * splits,)
     _lse_kernel[grid](*arguments, partial, **settings)
-    # Narrower tiles, so that two programs fit on a multiprocessor: turning a tile takes shared memory.
+    # Rotating a tile takes shared memory, so tiles are narrower: two programs then fit on a multiprocessor.
     _profile_kernel[grid](*arguments, partial, profiles, W=min(64, queries), **settings)
     return profiles
 
@@ -83,7 +83,7 @@ def _tile_logits(
 ):  # fmt: skip
     """Logits, in log2 units, of the R last queries and the W keys from `j`; `-inf` where a query does not see a key.
 
-    `scale` and `softcap` bring them there.
+    `scale` and `softcap` include the conversion to log2 units.
     """
     offs_j = j + tl.arange(0, W)  # [W]
     offs_d = tl.arange(0, BLOCK_D)
@@ -102,7 +102,7 @@ def _queries_and_split(
     q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, heads, group, keys, first_query,
     splits, tiles, D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, HAS_START: tl.constexpr,
 ):  # fmt: skip
-    """What a program works on: a head (of all rows), one split of its keys with their begin and end, the last queries.
+    """The work of a program: a head (of all rows), one split of its keys with begin and end, and the last queries.
 
     The query heads of a KV head come one after another, so that they share its keys in the cache.
     """
@@ -156,15 +156,18 @@ def _profile_kernel(
         first_query, splits, tiles, D, BLOCK_D, R, HAS_START,
     )  # fmt: skip
     offs_r = tl.arange(0, R)
+    # 1. The LSE of each query, from all splits.
     p_partial = partial + i_bh.to(tl.int64) * splits * R + offs_r[:, None]  # [R, 1]
     m_i = tl.full([R], -float("inf"), dtype=tl.float32)  # [R]
     l_i = tl.zeros([R], dtype=tl.float32)  # [R]
-    for i in tl.range(0, splits, 16):  # 16 at a time: the program has nothing else to do while it waits for them
+    for i in tl.range(0, splits, 16):  # 16 at a time, as the program only waits for them
         offs_i = i + tl.arange(0, 16)
         # [R, 16]
         parts = tl.load(p_partial + offs_i[None, :] * R, mask=(offs_i < splits)[None, :], other=-float("inf"))
         m_i, l_i = add_to_exp_sum(m_i, l_i, parts)
     b_lse = m_i + tl.math.log2(l_i * R)  # [R]; times R: the profiles are means over the queries
+
+    # 2. Sums over columns and diagonals.
     p_key = profiles + i_bh.to(tl.int64) * keys
     p_distance = p_key + (tl.num_programs(0) // splits).to(tl.int64) * keys
     offs_w = tl.arange(0, W)
@@ -191,9 +194,11 @@ def _profile_kernel(
             middle = nearest + tl.sum(tl.where((back >= 0) & (back < W), turned, 0.0), 0)
             nearest = tl.sum(tl.where(back < 0, turned, 0.0), 0)
             far = band - j + W
-        # Two programs at most add to a distance, so that the order of the additions does not matter.
+        # At most two programs add to a distance, so the order of the additions does not matter.
         tl.atomic_add(p_distance + far, ended, mask=(far >= 0) & (far < keys), sem="relaxed")
-    end = band - (first + (last - first + W - 1) // W * W)
+
+    # 3. The bands that the last tile has begun.
+    end = band - (first + (last - first + W - 1) // W * W)  # [W]
     if R != W:
         tl.atomic_add(p_distance + end + W, middle, mask=end + W >= 0, sem="relaxed")
     tl.atomic_add(p_distance + end, nearest, mask=end >= 0, sem="relaxed")

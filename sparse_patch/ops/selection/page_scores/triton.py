@@ -1,7 +1,7 @@
 """Triton kernel of the pages' scores: one pass over the logits, whatever the number of heads.
 
-A program has some pages of a row. It loads its tokens of several heads at once, so that many loads are under way, and
-each thread has all heads of its tokens: the maximum over heads costs no exchange between threads.
+A program has some pages of a row. It loads the logits of several heads at once, so that many loads are in flight. Each
+thread has all heads of its tokens, so the maximum over heads costs no exchange between threads.
 """
 
 import torch
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from sparse_patch.kernels.launch import launch_op
 
-_BLOCK = 128  # tokens of a program, at 4 a thread: many small programs hide the way of the logits from memory
+_BLOCK = 128  # tokens per program, 4 per thread; many small programs hide the memory latency of the logits
 
 
 def page_scores(
@@ -65,7 +65,7 @@ def _score_kernel(
         offs_h = h + tl.arange(0, HEADS)  # [HEADS]
         p_logits = logits + i_b * stride_b + offs_h.to(tl.int64)[:, None] * stride_h  # [HEADS, 1]
         p_logits = p_logits + offs_s.to(tl.int64)[None, :] * stride_s  # [HEADS, BLOCK]
-        # What lies behind the row's end is loaded too: a mask that may end anywhere forbids wide loads.
+        # Logits after the row's end are loaded too, because a mask that may end anywhere forbids wide loads.
         mask = (offs_h < heads)[:, None] & (offs_s < size)[None, :]  # [HEADS, BLOCK]
         b_logits = tl.load(p_logits, mask=mask, other=-float("inf"))  # [HEADS, BLOCK]
         b_lse = tl.load(lse + i_b * heads + offs_h, mask=offs_h < heads, other=0.0)  # [HEADS]

@@ -1,7 +1,7 @@
 """Triton kernels of the pages' statistics and scores.
 
-Scores are products with tensor cores: `max(q*low, q*high)` is `q*high` where q is positive and `q*low` where it is not,
-so a bound is the sum of two products, and every page is read once for all query heads of its KV head.
+Scores are products on tensor cores. `max(q*low, q*high)` is `q*high` if q is positive, else `q*low`, so a bound is the
+sum of two products. Every page is read once for all query heads of its KV head.
 """
 
 import torch
@@ -35,7 +35,7 @@ def refresh_bounds(
     page_size: int,
     offset: int,
 ) -> None:
-    """The kernel's launch; `end` is the number of valid keys where `kv_end` is None."""
+    """The kernel's launch; `end` is the number of valid keys if `kv_end` is None."""
     _refresh(low, high, k, kv_start, kv_end, end, tokens, page_size, offset)
 
 
@@ -133,7 +133,7 @@ def _refresh_kernel(
     if not BOUNDS:
         low = low / tl.maximum(stop - begin, 1).to(tl.float32)
     i_n, offs_d = page.to(tl.int64), offs_d.to(tl.int64)
-    mask = offs_d < tl.where(begin < end, D, 0)  # a page without a key may lie behind the tensors
+    mask = offs_d < tl.where(begin < end, D, 0)  # a page without a key may lie past the end of the tensors
     p_first = first + i_b * stride_1b + i_h * stride_1h + i_n * stride_1n + offs_d * stride_1d
     tl.store(p_first, low.to(first.dtype.element_ty), mask=mask)
     if BOUNDS:
@@ -163,7 +163,7 @@ def _outputs(q: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
 def score_pages(
     q: torch.Tensor, high: torch.Tensor, low: torch.Tensor | None, lengths: torch.Tensor, page_size: int, offset: int
 ) -> torch.Tensor:
-    """The kernel's launch: bounds, or, without `low`, products with `high`."""
+    """The kernel's launch: bounds, or products with `high` if `low` is None."""
     q = rows_in_one_piece(q)
     if high.stride(-1) != 1 or (low is not None and low.stride() != high.stride()):
         high, low = high.contiguous(), None if low is None else low.contiguous()

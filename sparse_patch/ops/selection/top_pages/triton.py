@@ -1,9 +1,9 @@
 """Triton kernel of the lists of pages: one program chooses from one list, which it holds in registers.
 
-It bisects for the smallest score that is chosen, over the scores' bits as numbers of the same order, until exactly k
-are at or above it or the bits are exhausted, and writes what it chose in order. A list that is too long is chosen from
-in parts, and then, by the same kernel, from what the parts gave: a page among the k best of a list is among the k best
-of its part. Parts keep the order, so the lower page wins a tie there as well.
+It bisects for the smallest chosen score, over the scores' bits as numbers of the same order, until exactly k scores are
+at or above it or the bits are exhausted. Then it writes the chosen pages in order. If a list is too long, the kernel
+chooses first from its parts and then from the pages that the parts gave: a page among the k best of a list is among the
+k best of its part. Parts keep the order, so the lower page wins a tie there as well.
 """
 
 import torch
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from sparse_patch.kernels.launch import given, launch_op
 
-_PART = (2048, 8192)  # least and most pages of a part
+_PART = (2048, 8192)  # fewest and most pages of a part
 _WIDEST = 32768  # pages that a program can hold
 
 
@@ -50,10 +50,10 @@ def select_pages(
 
 
 def _block(entries: int, k: int) -> int:
-    """Entries that a program takes, of lists of so many: all of them, or parts.
+    """Entries that a program takes, for lists of `entries`: all of them, or a part.
 
-    Small parts are quick and run side by side, but what they choose has to be chosen from again: a part is 8k long
-    where that lies within bounds, and never less than 2k, which halves the list.
+    Small parts are quick and run side by side, but their results have to be chosen from again. So a part is 8k long if
+    that lies within bounds, and never shorter than 2k, which halves the list.
     """
     least, most = _PART
     part = max(least, min(triton.next_power_of_2(8 * k), most), triton.next_power_of_2(2 * k))
@@ -69,7 +69,7 @@ def _select(
     block: int,
     entries: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of each part, of all pages or of the candidates `[B, L, entries]`; -1 where a part has fewer."""
+    """The k best of each part, of all pages or of the candidates `[B, L, entries]`; -1 if a part has fewer."""
     batch, lists, size = scores.shape
     parts = triton.cdiv(entries, block)
     pages, counts = _outputs(scores, k, parts=parts)
@@ -125,7 +125,7 @@ def _select_kernel(
     high = tl.max(key, 0)
     count = tl.minimum(k, tl.sum(real.to(tl.int32), 0))
 
-    # The largest number with `count` keys at or above it; or an earlier one with exactly as many.
+    # The largest number with `count` keys at or above it, or an earlier number with exactly `count`.
     while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # rounded up, without overflow
         reached = tl.sum((key >= middle).to(tl.int32), 0)

@@ -1,4 +1,4 @@
-"""Triton kernels of the scores for one query: the LSE of every head, then the blocks, from the logits of pages.
+"""Triton kernels of the scores for one query: the LSE of every head, then the blocks, from the pages' logits.
 
 The logit of a compressed key is the mean of its pages' logits, so neither kernel reads a key.
 """
@@ -148,7 +148,7 @@ def _block_kernel(
     i_n, i_bh = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + i_bh // kv_heads * stride_l).to(tl.int32)
     offs_b = i_n * BLOCK_B + tl.arange(0, BLOCK_B)  # [BB]
-    offs_c = tl.arange(0, 2 * _COLUMNS)  # [2 * COLUMNS]; of which the first COLUMNS + 1 count
+    offs_c = tl.arange(0, 2 * _COLUMNS)  # [2 * COLUMNS]; only the first COLUMNS + 1 count
     column = offs_b[:, None] * _COLUMNS - 1 + offs_c[None, :]  # [BB, 2 * COLUMNS]
     seen = (column >= 0) & (offs_c <= _COLUMNS)[None, :] & ((column + 2) * _STRIDE <= length)  # [BB, 2 * COLUMNS]
     to_log2 = LOG2_E * (1.0 if HAS_SOFTCAP else scale)

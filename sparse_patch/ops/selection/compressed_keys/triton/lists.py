@@ -1,8 +1,8 @@
 """Triton kernels that choose blocks by their scores, and list them.
 
-A program of the first chooses for a token. It bisects for the smallest score that is chosen, over the scores' bits
-(none is negative, so the bits are numbers of the same order). The second makes one list for a tile of tokens of what
-any of them chose, with the tokens that did.
+A program of the first kernel chooses for a token. It bisects for the smallest chosen score, over the scores' bits (no
+score is negative, so the bits are numbers of the same order). The second kernel makes one list for a tile of tokens:
+the blocks that any of the tokens chose, with the tokens that chose them.
 """
 
 import torch
@@ -27,20 +27,20 @@ def write_lists(
     tile: int,
     part: Part,
 ) -> None:
-    """The lists of a part, from its scores.
+    """Write the lists of a part, from its scores.
 
     Args:
-        entries: int32 `[B, Hkv, tiles, capacity]` of a `TokenBlockPlan`, of which those of the part are written.
+        entries: int32 `[B, Hkv, tiles, capacity]` of a `TokenBlockPlan`; the lists of the part are written.
         counts: int32 `[B, Hkv, tiles]`, likewise.
         scores: as `write_scores` writes them.
-        chosen_map: int8 `[n]`, which is written: whether a block is chosen.
+        chosen_map: int8 `[n]`, is written: whether a block is chosen.
         seen: blocks that the last token of the longest row sees.
         chosen: blocks that each token chooses.
-        tile: tokens of a list.
-        part: whose lists they are.
+        tile: tokens per list.
+        part: the part to write.
     """
     block = max(256, triton.next_power_of_2(seen))  # few variants to compile
-    tokens = 1 if scores.is_cuda else tile  # of a program that chooses; what takes the interpreter time are programs
+    tokens = 1 if scores.is_cuda else tile  # per choosing program; in the interpreter, programs take time
     _choose_kernel[part.grid(tokens)](
         scores[0],
         scores[1],
@@ -74,7 +74,7 @@ def write_lists(
 
 @triton.jit
 def _floor(key, count):
-    """For each row a number with `count` keys at or above it, or with the fewest that are more; keys are 0 or more."""
+    """For each row a number with `count` keys at or above it, or with as few more as possible; keys are at least 0."""
     floor = tl.zeros([key.shape[0]], dtype=tl.int32)  # [T]
     ceiling = tl.max(key, 1)  # [T]
     while tl.max(ceiling - floor, 0) > 0:

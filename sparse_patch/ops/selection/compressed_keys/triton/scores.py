@@ -1,9 +1,9 @@
 """Triton kernel of the scores of a few thousand tokens.
 
-A program holds some tokens with all query heads of their KV head as the rows of one product of matrices. It goes
-through the coarse compressed keys for the LSE, then through the fine ones, and sums the rows of a token. A block's
-score is a maximum over five columns, of which the first is the last of the block before: of every block it writes the
-maximum over its own four, and the last of them.
+A program holds some tokens with all query heads of their KV head as the rows of one matrix product. It reads the coarse
+compressed keys for the LSE, then the fine ones, and sums the rows of a token. A block's score is a maximum over five
+columns; the first of them is the last column of the block before. So for every block the program writes the maximum
+over the block's own four columns, and the last of them.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ _COLUMNS: tl.constexpr = tl.constexpr(COLUMNS)
 
 @dataclass(frozen=True)
 class Tile:
-    """How the scoring kernel is cut: tokens of a program, columns of a step, warps, depth of the pipeline."""
+    """The tiling of the scoring kernel: tokens per program, columns per step, warps, pipeline depth."""
 
     tokens: int
     columns: int
@@ -48,17 +48,17 @@ def write_scores(
     part: Part,
     tile: Tile,
 ) -> None:
-    """The scores of a part: of every block the maximum over its own columns, and the last of them.
+    """Write the scores of a part: for every block the maximum over its own columns, and the last of them.
 
     Args:
-        scores: float32 `[2, n]`, which is written: a row for each kind, of `part.width` scores a token.
+        scores: float32 `[2, n]`, is written: one row for each kind, with `part.width` scores per token.
         q: `[B, Hq, Sq, D]`.
         k1: the fine compressed keys, `[B, Hkv, N1, D]`, from `tma_ready`.
-        k2: the coarse ones, `[B, Hkv, N2, D]`, likewise.
-        scale: of the logits.
-        softcap: of the logits, 0 for none.
-        part: whose scores they are.
-        tile: how the kernel is cut.
+        k2: the coarse compressed keys, `[B, Hkv, N2, D]`, likewise.
+        scale: scale of the logits.
+        softcap: softcap of the logits, 0 for none.
+        part: the part to write.
+        tile: tiling of the kernel.
     """
     group = q.shape[1] // part.heads
     _score_kernel[part.grid(tile.tokens)](
@@ -120,9 +120,9 @@ def _score_kernel(
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # 1. The tile: tokens with the query heads of a KV head, and the blocks they choose among.
+    # 1. The tile: tokens with the query heads of a KV head, and the blocks that they choose among.
     ROWS: tl.constexpr = TOKENS * BLOCK_G
-    BLOCKS: tl.constexpr = BLOCK_N // _COLUMNS  # of a step
+    BLOCKS: tl.constexpr = BLOCK_N // _COLUMNS  # per step
     i_t, i_bh = tl.program_id(0), tl.program_id(1)
     i_b, i_h = i_bh // kv_heads, i_bh % kv_heads
     start = 0
@@ -161,7 +161,7 @@ def _score_kernel(
             s = softcap_logits(s, scale, softcap)
         seen = full * BLOCK_N + tl.arange(0, BLOCK_N)[None, :] < ((offs_m + 1) // _BLOCK - 1)[:, None]  # [ROWS, BN]
         m_i, l_i = add_to_exp_sum(m_i, l_i, tl.where(seen, s * to_log2, -float("inf")))
-        b_lse = tl.where(offs_g < GROUP, m_i + tl.math.log2(l_i), float("inf"))  # [ROWS]; what is no head has weight 0
+        b_lse = tl.where(offs_g < GROUP, m_i + tl.math.log2(l_i), float("inf"))  # [ROWS]; rows of no head have weight 0
 
         # 4. Scores of the blocks, from the fine keys.
         slot = i_bh.to(tl.int64) * (tl.num_programs(0) * TOKENS) + i_t * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]

@@ -1,4 +1,4 @@
-"""Triton backend: one kernel quantises the keys, once per KV head, one decides."""
+"""Triton backend: one kernel quantises the keys, once per KV head, and one kernel decides."""
 
 import torch
 

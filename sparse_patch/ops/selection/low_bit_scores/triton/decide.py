@@ -1,10 +1,10 @@
 """Triton kernel that decides: exact reference region, estimates of the candidates, bits.
 
-A program holds a few query tiles of one head and loads them once: exact products with the reference region
-give every query its limit, then the candidates pass as int8 codes. What is done for each of their products is one
-integer maximum. The four threads of a tensor core instruction that share a row own the keys `(n % 8) // 2` of a block
-each, so the maximum over the others stays inside a thread; an estimate, one conversion and one comparison follow for
-each thread, row and block, and the outcomes gather as bits of one word a thread and row. Rows and threads meet once in
+A program holds a few query tiles of one head and loads them once. Exact products with the reference region give every
+query its limit; then the candidates are read as int8 codes. Each of their products costs only one integer maximum. Four
+threads of a tensor core instruction share a row. Each of them owns the keys of a block with one `(n % 8) // 2`, so the
+maximum over these keys stays inside a thread. An estimate, one conversion and one comparison follow for each thread,
+row and block. The results are collected as bits of one word per thread and row. Rows and threads are combined once per
 32 key blocks.
 """
 
@@ -19,21 +19,21 @@ from sparse_patch.kernels.pieces import LN2, LOG2_E, add_to_exp_sum, softcap_log
 from sparse_patch.ops.selection.low_bit_scores.params import DENSE_BELOW, QUERY_TILE, SEGMENT
 from sparse_patch.ops.selection.low_bit_scores.triton.codes import EVEN, scale_of, smoothed, to_codes
 
-_MEAN_LIMIT: tl.constexpr = tl.constexpr(536870912.0)  # of the mean query's term, so that it stays an int32
+_MEAN_LIMIT: tl.constexpr = tl.constexpr(536870912.0)  # bound of the mean query's term: it stays an int32
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How the deciding kernel is cut.
+    """The tiling of the deciding kernel.
 
     Attributes:
-        query_tiles: of 64 queries, of a program: with more of them the codes of the keys are read less often.
-        keys: of a step over the candidates; 32 to 1024.
-        region_keys: of a step over the reference region.
-        num_warps: a multiple of 4.
+        query_tiles: tiles of 64 queries per program; with more tiles, the codes of the keys are read less often.
+        keys: keys per step over the candidates; 32 to 1024.
+        region_keys: keys per step over the reference region.
+        num_warps: warps per program, a multiple of 4.
         num_stages: depth of the pipeline over the candidates.
-        registers: of a thread at most, so that two programs share a multiprocessor: while one multiplies the other
-            takes maxima. None for no limit.
+        registers: most registers per thread, so that two programs share a multiprocessor: while one multiplies, the
+            other takes maxima. None if unlimited.
     """
 
     query_tiles: int
@@ -45,7 +45,7 @@ class Tile:
 
 
 def tile_of(head_dim: int, dtype: torch.dtype) -> Tile:
-    """The tile for a head size and dtype: a multiple of 64 queries a warp group, as Hopper multiplies."""
+    """The tile for a head size and dtype: a multiple of 64 queries per warp group, as Hopper multiplies them."""
     if dtype == torch.float32:
         return Tile(1, 128, 16, 8, 2)
     return Tile(2, 128, 32, 8, 3, registers=128) if head_dim <= 128 else Tile(1, 128, 32, 4, 2)
@@ -147,7 +147,7 @@ def _as_float(x):
 
 @triton.jit
 def _bounds(tile, length, WINDOW: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr):
-    """Key blocks that query tiles see, 0 for tiles behind the row's end, and their first local block."""
+    """Key blocks that query tiles see, 0 for tiles after the row's end, and their first local block."""
     visible = tl.minimum((tile + 1) * (TILE // 32), (length + 31) // 32)
     visible = tl.where(tile * TILE < length, visible, 0)
     segments = tl.maximum(visible - 1 - WINDOW // 32, 0) // (SEGMENT // 32)
@@ -224,7 +224,7 @@ def _decide_kernel(
     b_tau = tl.load(tau + i_h)
     dense = b_tau < DENSE
     local = tl.where(dense, 1, local)
-    end = tl.where(dense, 0, tl.max(visible, 0) * 32)  # of the reference region, which a dense head does not need
+    end = tl.where(dense, 0, tl.max(visible, 0) * 32)  # end of the reference region; a dense head needs none
     low = tl.min(tl.where(visible > 0, local, num_words * 32), 0) * 32
 
     # 2. Queries.
@@ -247,7 +247,7 @@ def _decide_kernel(
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)  # [BM]
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)  # [BM]
     for t in tl.range(0, tl.where(end > 0, SINK_STEPS + tl.cdiv(tl.maximum(end - low, 0), REGION_N), 0)):
-        in_sink = t < SINK_STEPS  # the sink comes first, then what is local
+        in_sink = t < SINK_STEPS  # the sink comes first, then the local keys
         offs_n = tl.where(in_sink, t * REGION_N, low + (t - SINK_STEPS) * REGION_N) + tl.arange(0, REGION_N)  # [RN]
         b_k = smoothed(p_k, offs_n + start, offs_n < length, mean, stride_ks, stride_kd, D, BLOCK_D)  # [RN, BD]
         s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, RN]
@@ -262,7 +262,7 @@ def _decide_kernel(
 
     # 4. The limit: what an estimated product must exceed.
     # [BM]
-    limit = m_i + tl.math.log2(tl.maximum(l_i, 1.0)) + tl.math.log2(tl.maximum(b_tau, DENSE))  # a sum is 1 or more
+    limit = m_i + tl.math.log2(tl.maximum(l_i, 1.0)) + tl.math.log2(tl.maximum(b_tau, DENSE))  # a sum is at least 1
     limit = limit * LN2
     if HAS_SOFTCAP:
         x = tl.maximum(limit / softcap, -1.0)
@@ -307,14 +307,14 @@ def _decide_kernel(
             term = term[None, :] / scale_q[:, None]  # [BM, BN]
             term = (tl.minimum(tl.maximum(term, -_MEAN_LIMIT), _MEAN_LIMIT) + EVEN) - EVEN
             s += term.to(tl.int32)
-        # Key 8a + 2t + e of a block lies with thread t of a row.
+        # Thread t of a row holds key 8a + 2t + e of a block.
         largest = tl.max(tl.max(tl.reshape(s, (BLOCK_M, BLOCKS, 4, 4, 2)), 4), 2)  # [BM, BLOCKS, 4]
         if HAS_MEAN:
             product = (scale_q[:, None, None] * scale_k[None, :, :]).to(dtype).to(tl.float32)  # [BM, BLOCKS, LANES]
             # [BM, BLOCKS, 4]
             estimate = (largest.to(tl.float32).to(dtype).to(tl.float32) * product).to(dtype).to(tl.float32)
         else:
-            estimate = _as_float(largest) * scale_k[None, :, :]  # [BM, BLOCKS, 4]; a product is 127 * 127 * 256 at most
+            estimate = _as_float(largest) * scale_k[None, :, :]  # [BM, BLOCKS, 4]; a product is at most 127 * 127 * 256
         bit = tl.full([BLOCKS], 1, tl.int32) << (c * BLOCKS % 32 + offs_j)  # [BLOCKS]
         found = found | tl.reduce(tl.where(estimate > limit[:, None, None], bit[None, :, None], 0), 1, _or)  # [BM, 4]
         if ((c + 1) * BLOCKS % 32 == 0) | (c == steps - 1):
@@ -325,7 +325,7 @@ def _decide_kernel(
             tl.store(p_words + base // 32, kept & _lowest(visible - base), mask=inside)
             found = tl.zeros([BLOCK_M, 4], dtype=tl.int32)
 
-    # 7. The words behind the candidates: local blocks only.
+    # 7. The words after the candidates: only local blocks.
     done = tl.cdiv(steps * BLOCKS, 32)
     for w in tl.range(done, num_words, 32):
         base = (w + tl.arange(0, 32))[None, :] * 32  # [1, 32]

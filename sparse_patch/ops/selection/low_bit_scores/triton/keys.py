@@ -8,7 +8,7 @@ from sparse_patch.kernels.launch import by_row, launch_op
 from sparse_patch.ops.selection.low_bit_scores.params import KEY_BLOCK, WORD_KEYS
 from sparse_patch.ops.selection.low_bit_scores.triton.codes import scale_of, smoothed, to_codes
 
-_KEYS = 128  # of a program
+_KEYS = 128  # per program
 
 
 def _outputs(k: torch.Tensor, mean_q: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,8 +41,8 @@ def quantise_keys(
         largest_code: 7 or 127.
 
     Returns:
-        What `ops.selection.low_bit_scores.torch.QuantisedKeys` has, D filled up with zeros to a power of two, and `mean_term` empty for
-        int8.
+        The tensors of `ops.selection.low_bit_scores.torch.QuantisedKeys`, with D padded by zeros to a power of two.
+        `mean_term` is empty for int8.
     """
     codes, scales, mean_term = _outputs(k, mean_q)
     batch, kv_heads, slots, block_d = codes.shape
@@ -113,7 +113,7 @@ def _quantise_kernel(
     x = b_k.to(tl.float32)  # [BN, BD]
 
     # 2. Scales.
-    # Key 8a + 2t + e of a block, int4: the keys of equal t share a scale.
+    # int4: the keys 8a + 2t + e of a block with equal t share a scale.
     by_lane = tl.reshape(tl.max(tl.abs(x), 1), (BLOCKS, 4, 4, 2))  # [BLOCKS, 4, 4, 2]
     first_block = i_bh.to(tl.int64) * steps * BLOCKS + i_n * BLOCKS
     offs_j = tl.arange(0, BLOCKS)

@@ -53,7 +53,7 @@ def vertical_slash_of_profiles(
     dense_length: int,
     reach: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernels' launches; softcap 0 for none. The rest is that of a `VerticalSlashParams`.
+    """The kernels' launches; softcap 0 for none. The other arguments are those of a `VerticalSlashParams`.
 
     Returns:
         Columns and diagonals, bool `[2, B, Hq, N]`, and which heads are query-aware, bool `[B, Hq]`.
@@ -136,7 +136,7 @@ def _pool_kernel(
     i_b, i_h = i_bh // heads, i_bh % heads
     start = tl.load(row_starts + i_b).to(tl.int32)
     shift = 0
-    if FROM_START:  # what the row's last block lacks shifts the distances
+    if FROM_START:  # tokens missing in the row's last block shift the distances
         shift = tl.cdiv(keys - start, BLOCK) * BLOCK - (keys - start)
     offs_n = (pid % tiles) * 32 + tl.arange(0, 32)  # [32]
     offs_s = tl.arange(0, BLOCK)
@@ -163,7 +163,7 @@ def _pool_kernel(
 
 @triton.jit
 def _number_reaching(mass, exists, offs, gamma):
-    """How many entries, number 0 first and then the largest, it takes until their sum is at least `gamma`."""
+    """Number of entries, entry 0 first and then the largest, until their sum is at least `gamma`."""
     first = tl.sum(tl.where(offs == 0, mass, 0.0), 0)
     others = tl.where(exists & (offs > 0), mass, 0.0)
     bits = others.to(tl.int32, bitcast=True)
@@ -181,7 +181,7 @@ def _number_reaching(mass, exists, offs, gamma):
 
 @triton.jit
 def _largest(mass, exists, offs, wanted):
-    """Marks as many of the largest entries as wanted, number 0 first; ties go to the lower number."""
+    """Mark the `wanted` largest entries, entry 0 first; ties go to the lower index."""
     bits = tl.where(exists, mass.to(tl.int32, bitcast=True), -1)
     bits = tl.where(offs == 0, 0x7F800000, bits)
     cut = 0
@@ -199,7 +199,7 @@ def _choose_kernel(
     pooled, counts, row_starts, lines, aware, batch, heads, keys, blocks, gamma, tau, min_blocks, max_blocks,
     dense_length, REACH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The lines of one head."""
+    """Choose the lines of one head."""
     i_bh = tl.program_id(0)
     all_heads = batch * heads
     start = tl.load(row_starts + i_bh // heads).to(tl.int32)

@@ -1,7 +1,7 @@
 """The largest entries of a row that make up a mass, without a sort.
 
-A search over the bits of the float at which to cut, four candidates a step: floats that are not negative order as their
-bits do.
+The search goes over the bits of the float at which to cut, with four candidates per step. Floats that are not negative
+have the same order as their bits.
 """
 
 import torch
@@ -32,7 +32,7 @@ def warps_of(block: int) -> int:
 
 @triton.jit
 def _enough(mass, number, limit, most, REACH: tl.constexpr, LIMITED: tl.constexpr):
-    """1 if these entries are enough: a sum that reaches the limit (or the most entries there may be), or is above."""
+    """1 if these entries are enough: their sum reaches the limit (or there are `most` entries), or is above it."""
     total = tl.sum(mass, 0)
     if REACH:
         enough = total >= limit
@@ -45,7 +45,7 @@ def _enough(mass, number, limit, most, REACH: tl.constexpr, LIMITED: tl.constexp
 
 @triton.jit
 def search(p_x, n, limit, most, REACH: tl.constexpr, LIMITED: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest bits such that the entries with at least those are enough. Entries lie in [0, 2); all are enough."""
+    """The largest bits such that the entries with at least these are enough. Entries lie in [0, 2); all are enough."""
     found = 0
     for step in tl.range(0, 15):
         digit = 1 << (28 - 2 * step)
