@@ -27,7 +27,7 @@ def tile_logits(q, k_tile, softcap, HAS_SOFTCAP: tl.constexpr, scale, PRECISION:
     """Logits of a tile, in units that `add_tile` multiplies by its `to_log2`."""
     s = tl.dot(q, k_tile, input_precision=PRECISION)  # [BM, BN]
     if HAS_SOFTCAP:
-        s = softcap_logits(s, scale, softcap)
+        s = softcap_logits(s, scale, softcap)  # [BM, BN]
     return s
 
 

@@ -249,9 +249,9 @@ def _split_kernel(
     offs_q = offs_m // GROUP  # [BM]
     offs_h = i_g * GROUP + offs_m % GROUP  # [BM]
     mask_m = offs_q < q_length  # [BM]
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_n = tl.arange(0, BLOCK_N)  # [BN]
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
+    offs_dv = tl.arange(0, BLOCK_DV)  # [BDV]
     p_q = q + i_b * stride_qb + offs_h.to(tl.int64) * stride_qh + offs_q.to(tl.int64) * stride_qs  # [BM]
     mask_q = mask_m[:, None] & (offs_d < D)[None, :]  # [BM, BD]
     b_q = tl.load(p_q[:, None] + (offs_d.to(tl.int64) * stride_qd)[None, :], mask=mask_q, other=0.0)  # [BM, BD]
@@ -271,46 +271,46 @@ def _split_kernel(
 
     page = offs_n  # [BN]
     if not EVERY:
-        entry = first * BLOCK_N + offs_n
-        page = tl.load(p_list + entry // PAGE, mask=entry < tokens, other=0)
+        entry = first * BLOCK_N + offs_n  # [BN]
+        page = tl.load(p_list + entry // PAGE, mask=entry < tokens, other=0)  # [BN]
     for t in tl.range(first, last):
         offs_t = t * BLOCK_N + offs_n  # [BN]
         position = offs_t  # [BN]
         if not EVERY:
-            position = tl.where(offs_t < tokens, page * PAGE + offs_t % PAGE, length)
-            ahead = offs_t + BLOCK_N
-            page = tl.load(p_list + ahead // PAGE, mask=ahead < tokens, other=0)
+            position = tl.where(offs_t < tokens, page * PAGE + offs_t % PAGE, length)  # [BN]
+            ahead = offs_t + BLOCK_N  # [BN]
+            page = tl.load(p_list + ahead // PAGE, mask=ahead < tokens, other=0)  # [BN]
         readable = position < length  # [BN]
-        rows = position.to(tl.int64)
+        rows = position.to(tl.int64)  # [BN]
         mask_k = readable[:, None]  # [BN, 1]
         if D < BLOCK_D:
-            mask_k = mask_k & (offs_d < D)[None, :]
+            mask_k = mask_k & (offs_d < D)[None, :]  # [BN, BD]
         mask_v = readable[:, None]  # [BN, 1]
         if DV < BLOCK_DV:
-            mask_v = mask_v & (offs_dv < DV)[None, :]
+            mask_v = mask_v & (offs_dv < DV)[None, :]  # [BN, BDV]
         b_k = tl.load(p_k[None, :] + (rows * stride_ks)[:, None], mask=mask_k, other=0.0)  # [BN, BD]
         s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [BM, BN]
         if HAS_SOFTCAP:
-            s = softcap_logits(s, 1.0, softcap)
+            s = softcap_logits(s, 1.0, softcap)  # [BM, BN]
         if WANTS_LOGITS:
-            wanted = (offs_q == q_length - 1)[:, None] & readable[None, :]
+            wanted = (offs_q == q_length - 1)[:, None] & readable[None, :]  # [BM, BN]
             tl.store(p_logits[:, None] + position[None, :], s, mask=wanted)
         s = tl.where(position[None, :] <= limit[:, None], s * LOG2_E, -float("inf"))  # [BM, BN]
         b_v = tl.load(p_v[None, :] + (rows * stride_vs)[:, None], mask=mask_v, other=0.0)  # [BN, BDV]
-        acc, m_i, l_i = add_split_tile(s, b_v, acc, m_i, l_i, PRECISION)
+        acc, m_i, l_i = add_split_tile(s, b_v, acc, m_i, l_i, PRECISION)  # [BM, BDV], [BM], [BM, BN]
 
     # 5. Output and LSE, of the split or of all keys.
     total = tl.sum(l_i, 1)  # [BM]
-    divisor = tl.where(total > 0, total, 1.0)  # without a key the output is 0 and the LSE, like m_i, is -inf
+    divisor = tl.where(total > 0, total, 1.0)  # [BM]; without a key the output is 0 and the LSE, like m_i, is -inf
     acc = acc / divisor[:, None]  # [BM, BDV]
     b_lse = (m_i + tl.math.log2(divisor)) * LN2  # [BM]
     p_o = o + i_b * stride_ob + offs_h.to(tl.int64) * stride_oh + offs_q.to(tl.int64) * stride_os  # [BM]
     p_lse = lse + (i_b * heads + offs_h) * q_length + offs_q  # [BM]
-    written = mask_m
+    written = mask_m  # [BM]
     if SPLIT:
         p_o += i_split * DV
-        p_lse = lse + ((i_b * heads + offs_h) * q_length + offs_q) * splits + i_split
-        written = mask_m & (total > 0)  # the merge skips queries without a key
+        p_lse = lse + ((i_b * heads + offs_h) * q_length + offs_q) * splits + i_split  # [BM]
+        written = mask_m & (total > 0)  # [BM]; the merge skips queries without a key
     tl.store(p_lse, b_lse, mask=mask_m)
-    mask_o = written[:, None] & (offs_dv < DV)[None, :]
+    mask_o = written[:, None] & (offs_dv < DV)[None, :]  # [BM, BDV]
     tl.store(p_o[:, None] + offs_dv[None, :], acc.to(o.dtype.element_ty), mask=mask_o)

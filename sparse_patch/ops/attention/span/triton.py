@@ -215,7 +215,7 @@ def _span_kernel(
     if GROWS:
         window_first = window_at(p_span + 2, q_first - start)
         window_last = window_at(p_span + 2, q_last - start)
-        window_m = window_at(p_span + 2, slot_m - start)[:, None]
+        window_m = window_at(p_span + 2, slot_m - start)[:, None]  # [BM, 1]
     window_begin = tl.minimum(tl.maximum(q_first - window_first + 1, sink_stop), q_last + 1)
     # Of both runs, the part that every query of the tile sees.
     sink_tiles = tl.maximum(tl.minimum(sink_stop, q_first + 1) - low, 0) // BLOCK_N
@@ -229,10 +229,10 @@ def _span_kernel(
     edges_abc = edges_ab + tl.cdiv(q_last + 1 - window_rest, BLOCK_N)
 
     # 3. Queries.
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    rows = offs_m.to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)  # [BN]
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
+    offs_dv = tl.arange(0, BLOCK_DV)  # [BDV]
+    rows = offs_m.to(tl.int64)  # [BM]
     p_q = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh + rows[:, None] * stride_qs  # [BM, 1]
     p_q = p_q + offs_d.to(tl.int64)[None, :] * stride_qd  # [BM, BD]
     b_q = tl.load(p_q, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)  # [BM, BD]
@@ -248,7 +248,7 @@ def _span_kernel(
         b_k = k_desc.load([i_b, i_hk, slot, 0]).reshape(BLOCK_N, BLOCK_D)  # [BN, BD]
         s = tile_logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale, PRECISION)  # [BM, BN]
         b_v = v_desc.load([i_b, i_hk, slot, 0]).reshape(BLOCK_N, BLOCK_DV)  # [BN, BDV]
-        acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
+        acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)  # [BM, BDV], [BM], [BM]
 
     # 5. The edges, with a mask.
     for t in tl.range(0, edges_abc):
@@ -261,11 +261,11 @@ def _span_kernel(
         distance = slot_m[:, None] - slot_n[None, :]  # [BM, BN]
         # [BM, BN]
         seen = (distance >= 0) & ((distance < window_m) | (slot_n < sink_stop)[None, :]) & (slot_n < stop)[None, :]
-        s = tl.where(seen, s, -float("inf"))
+        s = tl.where(seen, s, -float("inf"))  # [BM, BN]
         b_v = v_desc.load([i_b, i_hk, slot, 0]).reshape(BLOCK_N, BLOCK_DV)  # [BN, BDV]
         if HAS_END:  # after the end there may be anything: 0 * NaN is NaN
-            b_v = tl.where((slot_n < stop)[:, None], b_v, 0.0)
-        acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
+            b_v = tl.where((slot_n < stop)[:, None], b_v, 0.0)  # [BN, BDV]
+        acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)  # [BM, BDV], [BM], [BM]
 
     # 6. Output and LSE.
     real = (slot_m >= start) & (l_i > 0)  # [BM]; padding queries see no key, whatever the tile's other queries see

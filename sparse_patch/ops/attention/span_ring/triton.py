@@ -283,9 +283,9 @@ def _ring_kernel(
     offs_q = offs_m // GROUP  # [BM]
     offs_h = i_hk * GROUP + offs_m % GROUP  # [BM]
     mask_m = offs_q < q_length  # [BM]
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_n = tl.arange(0, BLOCK_N)  # [BN]
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
+    offs_dv = tl.arange(0, BLOCK_DV)  # [BDV]
     p_q = q + i_b * stride_qb + offs_h.to(tl.int64) * stride_qh + offs_q.to(tl.int64) * stride_qs  # [BM]
     mask_q = mask_m[:, None] & (offs_d < D)[None, :]  # [BM, BD]
     b_q = tl.load(p_q[:, None] + (offs_d.to(tl.int64) * stride_qd)[None, :], mask=mask_q, other=0.0)  # [BM, BD]
@@ -307,35 +307,35 @@ def _ring_kernel(
     for n in tl.range(begin, end, BLOCK_N):
         slot = n + offs_n  # [BN]
         readable = slot < end  # [BN]
-        rows = slot.to(tl.int64)
+        rows = slot.to(tl.int64)  # [BN]
         mask_k = readable[:, None] & (offs_d < D)[None, :]  # [BN, BD]
         mask_v = readable[:, None] & (offs_dv < DV)[None, :]  # [BN, BDV]
         b_k = tl.load(p_k[None, :] + (rows * stride_ks)[:, None], mask=mask_k, other=0.0)  # [BN, BD]
         s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [BM, BN]
         if HAS_SOFTCAP:
-            s = softcap_logits(s, 1.0, softcap)
-        visible = readable[None, :]
+            s = softcap_logits(s, 1.0, softcap)  # [BM, BN]
+        visible = readable[None, :]  # [1, BN]
         if HAS_OWN or GROWS:
             position = tl.where(slot < sink, slot, slot + (held - 1 - slot) // turn * turn)  # [BN]
             distance = (seen + offs_q)[:, None] - position[None, :]  # [BM, BN]
             window_m = window
             if GROWS:
                 window_m = window_at(p_work + 5, seen + offs_q)[:, None]  # [BM, 1]
-            visible = visible & ((slot < sink)[None, :] | (distance < window_m))
+            visible = visible & ((slot < sink)[None, :] | (distance < window_m))  # [BM, BN]
         s = tl.where(visible, s * LOG2_E, -float("inf"))  # [BM, BN]
         b_v = tl.load(p_v[None, :] + (rows * stride_vs)[:, None], mask=mask_v, other=0.0)  # [BN, BDV]
-        acc, m_i, l_i = add_split_tile(s, b_v, acc, m_i, l_i, PRECISION)
+        acc, m_i, l_i = add_split_tile(s, b_v, acc, m_i, l_i, PRECISION)  # [BM, BDV], [BM], [BM, BN]
 
     # 5. Output and LSE, of the piece or of all slots.
     total = tl.sum(l_i, 1)  # [BM]
-    divisor = tl.where(total > 0, total, 1.0)  # without a key the output is 0 and the LSE, like m_i, is -inf
+    divisor = tl.where(total > 0, total, 1.0)  # [BM]; without a key the output is 0 and the LSE, like m_i, is -inf
     acc = acc / divisor[:, None]  # [BM, BDV]
     b_lse = (m_i + tl.math.log2(divisor)) * LN2  # [BM]
     p_o = o + i_b * stride_ob + offs_h.to(tl.int64) * stride_oh + offs_q.to(tl.int64) * stride_os  # [BM]
     if SPLIT:
         p_o += i_split * DV
-        p_lse = p_lse * splits + i_split
-        mask_o = mask_o & (total > 0)[:, None]  # the merge skips queries without a key
+        p_lse = p_lse * splits + i_split  # [BM]
+        mask_o = mask_o & (total > 0)[:, None]  # [BM, BDV]; the merge skips queries without a key
     tl.store(lse + p_lse, b_lse, mask=mask_m)
     tl.store(p_o[:, None] + offs_dv[None, :], acc.to(o.dtype.element_ty), mask=mask_o)
 
@@ -373,14 +373,14 @@ def _write_kernel(
     seen = tl.load(before + i_b).to(tl.int32)
 
     offs_s = i_s * BLOCK_S + tl.arange(0, BLOCK_S)  # [BS]
-    position = seen + offs_s
+    position = seen + offs_s  # [BS]
     # Of tokens that would share a slot, only the last one is written.
     kept = (offs_s < length) & (position >= 0) & ((position < sink) | (offs_s >= length - turn))  # [BS]
     slot = tl.where(position < sink, position, sink + (position - sink) % turn)  # [BS]
-    slots = (first_slot + slot).to(tl.int64)
-    rows = offs_s.to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    slots = (first_slot + slot).to(tl.int64)  # [BS]
+    rows = offs_s.to(tl.int64)  # [BS]
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
+    offs_dv = tl.arange(0, BLOCK_DV)  # [BDV]
     mask_k = kept[:, None] & (offs_d < D)[None, :]  # [BS, BD]
     mask_v = kept[:, None] & (offs_dv < DV)[None, :]  # [BS, BDV]
     p_k = k + i_b * stride_kb + i_hk.to(tl.int64) * stride_kh + rows[:, None] * stride_ks + offs_d[None, :]  # [BS, BD]

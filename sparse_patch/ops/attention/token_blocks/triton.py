@@ -218,13 +218,13 @@ def _token_block_kernel(
     if (first + start < q_start + q_length) & (first + TILE + start > q_start):
         # 2. Queries.
         offs_r = tl.arange(0, TILE * BLOCK_G)  # [R]
-        offs_t, offs_g = offs_r // BLOCK_G, offs_r % BLOCK_G
+        offs_t, offs_g = offs_r // BLOCK_G, offs_r % BLOCK_G  # [R], [R]
         offs_m = first + offs_t  # [R]; positions within the row
         index = (offs_m + start - q_start).to(tl.int64)  # [R]; within the call's queries
         mask_r = (index >= tl.maximum(start - q_start, 0)) & (index < q_length) & (offs_g < GROUP)  # [R]
         offs_h = (i_hk * GROUP + offs_g).to(tl.int64)  # [R]
-        offs_d = tl.arange(0, BLOCK_D)
-        offs_dv = tl.arange(0, BLOCK_DV)
+        offs_d = tl.arange(0, BLOCK_D)  # [BD]
+        offs_dv = tl.arange(0, BLOCK_DV)  # [BDV]
         p_q = q + i_b.to(tl.int64) * stride_qb + offs_h[:, None] * stride_qh + index[:, None] * stride_qs  # [R, 1]
         p_q = p_q + offs_d.to(tl.int64)[None, :] * stride_qd  # [R, BD]
         b_q = tl.load(p_q, mask=mask_r[:, None] & (offs_d < D)[None, :], other=0.0)  # [R, BD]
@@ -248,13 +248,13 @@ def _token_block_kernel(
         for n in tl.range(block * BLOCK, first + TILE, BLOCK_N):
             b_k = k_desc.load([i_b, i_hk, start + n, 0]).reshape(BLOCK_N, BLOCK_D)  # [BN, BD]
             s = tile_logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale, PRECISION)  # [R, BN]
-            s = tl.where(offs_m[:, None] >= (n + tl.arange(0, BLOCK_N))[None, :], s, -float("inf"))
-            m_new = tl.maximum(m_i, tl.max(s, 1) * to_log2)
+            s = tl.where(offs_m[:, None] >= (n + tl.arange(0, BLOCK_N))[None, :], s, -float("inf"))  # [R, BN]
+            m_new = tl.maximum(m_i, tl.max(s, 1) * to_log2)  # [R]
             p = tl.math.exp2(s * to_log2 - m_new[:, None])  # [R, BN]
-            alpha = tl.math.exp2(m_i - m_new)
-            l_i = l_i * alpha + tl.sum(p, 1)
+            alpha = tl.math.exp2(m_i - m_new)  # [R]
+            l_i = l_i * alpha + tl.sum(p, 1)  # [R]
             b_v = v_desc.load([i_b, i_hk, start + n, 0]).reshape(BLOCK_N, BLOCK_DV)  # [BN, BDV]
-            acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision=PRECISION)
+            acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision=PRECISION)  # [R, BDV]
             m_i = m_new
 
         # 5. Blocks below the diagonal, each for the tokens that read it.
@@ -268,10 +268,10 @@ def _token_block_kernel(
             reads = (readers >> offs_t) & 1 != 0  # [R]
             m_new = tl.maximum(m_i, tl.where(reads, tl.max(s, 1) * to_log2, -float("inf")))  # [R]
             p = tl.math.exp2(s * to_log2 - tl.where(reads, m_new, float("inf"))[:, None])  # [R, BN]
-            alpha = tl.math.exp2(m_i - m_new)
-            l_i = l_i * alpha + tl.sum(p, 1)
+            alpha = tl.math.exp2(m_i - m_new)  # [R]
+            l_i = l_i * alpha + tl.sum(p, 1)  # [R]
             b_v = v_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_DV)  # [BN, BDV]
-            acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision=PRECISION)
+            acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision=PRECISION)  # [R, BDV]
             m_i = m_new
 
         # 6. Output and LSE.

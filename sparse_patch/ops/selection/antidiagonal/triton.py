@@ -150,15 +150,15 @@ def _logits(
         offs_d = (i % PARTS) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BK]
         query = offs_m + STRIDE - 1 - t  # [BM]
         key = offs_n + t  # [BN]
-        mask_m = (query >= first_query) & (query < q_length)
+        mask_m = (query >= first_query) & (query < q_length)  # [BM]
         p_qt = p_q + query.to(tl.int64)[:, None] * stride_qs + offs_d.to(tl.int64)[None, :] * stride_qd  # [BM, BK]
         p_kt = p_k + key.to(tl.int64)[None, :] * stride_ks + offs_d.to(tl.int64)[:, None] * stride_kd  # [BK, BN]
         b_q = tl.load(p_qt, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)  # [BM, BK]
         b_k = tl.load(p_kt, mask=(key < kv_length)[None, :] & (offs_d < D)[:, None], other=0.0)  # [BK, BN]
-        s = tl.dot(b_q, b_k, s, input_precision="ieee")
-    s = s * to_log2[:, None]
+        s = tl.dot(b_q, b_k, s, input_precision="ieee")  # [BM, BN]
+    s = s * to_log2[:, None]  # [BM, BN]
     if HAS_SOFTCAP:
-        s = softcap_logits(s, 1.0, softcap * LOG2_E)
+        s = softcap_logits(s, 1.0, softcap * LOG2_E)  # [BM, BN]
     return tl.where(future, -float("inf"), s)
 
 
@@ -222,7 +222,7 @@ def _antidiagonal_kernel(
     first_query = tl.maximum(q_start - start, 0)  # within the row, like every position below
     tile_block = first_query // BLOCK + first_block + i_tile * ROWS
     offs_a = tile_block * PER_BLOCK + tl.arange(0, BLOCK_M)  # [BM]; query groups
-    first_real = tl.maximum(offs_a * STRIDE, first_query)
+    first_real = tl.maximum(offs_a * STRIDE, first_query)  # [BM]
     real = tl.maximum(tl.minimum(offs_a * STRIDE + STRIDE, length) - first_real, 0)  # [BM]
     to_log2 = scale * LOG2_E / tl.maximum(real, 1).to(tl.float32)  # [BM]
 
@@ -242,15 +242,15 @@ def _antidiagonal_kernel(
         s = _logits(p_q, p_k, offs_m, offs_c * STRIDE + start, first_m, q_length, kv_length, stride_qs, stride_qd,
                     stride_ks, stride_kd, to_log2, softcap, offs_c[None, :] > offs_a[:, None],
                     D, STRIDE, BLOCK_M, BLOCK_N, BLOCK_K, HAS_SOFTCAP)  # fmt: skip
-        m_new = tl.maximum(m_i, tl.max(s, 1))  # finite from the first tile on: every group sees key group 0
-        l_i = l_i * tl.math.exp2(m_i - m_new) + tl.sum(tl.math.exp2(s - m_new[:, None]), 1)
+        m_new = tl.maximum(m_i, tl.max(s, 1))  # [BM]; finite from the first tile on: every group sees key group 0
+        l_i = l_i * tl.math.exp2(m_i - m_new) + tl.sum(tl.math.exp2(s - m_new[:, None]), 1)  # [BM]
         m_i = m_new
 
     # 4. Sums over blocks.
     # A group's share of its block: one over the number of groups of the block that hold a real query.
-    block_a = offs_a // PER_BLOCK * BLOCK
-    block_first = tl.maximum(block_a, first_query) // STRIDE
-    block_end = tl.cdiv(tl.minimum(block_a + BLOCK, length), STRIDE)
+    block_a = offs_a // PER_BLOCK * BLOCK  # [BM]
+    block_first = tl.maximum(block_a, first_query) // STRIDE  # [BM]
+    block_end = tl.cdiv(tl.minimum(block_a + BLOCK, length), STRIDE)  # [BM]
     share = tl.where(real > 0, 1.0 / (l_i * tl.maximum(block_end - block_first, 1).to(tl.float32)), 0.0)  # [BM]
 
     offs_i = i_tile * ROWS + tl.arange(0, ROWS)  # [ROWS]; query blocks, within the launch

@@ -37,7 +37,7 @@ def _means(blocks: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _similarities(blocks: torch.Tensor, real: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
-    """Self-similarities of blocks `[B, H, N, block, D]` minus `center` `[B, H, D]`; `real` slots are `[B, N, block]`."""
+    """Self-similarities of blocks `[B, H, N, block, D]` minus `center` `[B, H, D]`; `real` slots: `[B, N, block]`."""
     batch, heads, number, block, head_dim = blocks.shape
     similarities = torch.empty(batch, heads, number, device=blocks.device)
     for part in slices(number, 8 * batch * heads * block * head_dim):

@@ -95,7 +95,7 @@ def _block_kernel(
     pid = tl.program_id(0)
     i_block, i_bh = pid % blocks, pid // blocks
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
     offs_s = tl.load(first + i_b) + i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     real = (offs_s >= tl.load(low + i_b)) & (offs_s < length)  # [BLOCK]
     mask = real[:, None] & (offs_d < D)[None, :]  # [BLOCK, BD]
@@ -108,7 +108,7 @@ def _block_kernel(
     if SIMILARITIES:
         if CENTERED:
             b_center = tl.load(center + i_bh.to(tl.int64) * D + offs_d, mask=offs_d < D, other=0.0)  # [BD]
-            b_x = tl.where(mask, b_x - b_center[None, :], 0.0)
+            b_x = tl.where(mask, b_x - b_center[None, :], 0.0)  # [BLOCK, BD]
         length_x = tl.sqrt(tl.sum(b_x * b_x, 1))  # [BLOCK]
         total = tl.sum(b_x / tl.maximum(length_x, 1e-12)[:, None], 0)  # [BD]
         tl.store(similarities + pid, tl.sum(total * total, 0) / (count * count).to(tl.float32))

@@ -69,10 +69,10 @@ def _score_kernel(
         mask = (offs_h < heads)[:, None] & (offs_s < size)[None, :]  # [HEADS, BLOCK]
         b_logits = tl.load(p_logits, mask=mask, other=-float("inf"))  # [HEADS, BLOCK]
         b_lse = tl.load(lse + i_b * heads + offs_h, mask=offs_h < heads, other=0.0)  # [HEADS]
-        top = tl.maximum(top, tl.max(b_logits - b_lse[:, None], 0))
+        top = tl.maximum(top, tl.max(b_logits - b_lse[:, None], 0))  # [BLOCK]
     probability = tl.where(offs_s < length, tl.exp(top), 0.0)  # [BLOCK]
     sums = tl.sum(tl.reshape(probability, (BLOCK // P, P)), 1)  # [BLOCK / P]
-    offs_u = i_block * (BLOCK // P) + tl.arange(0, BLOCK // P)
-    sums = tl.where(offs_u >= tl.cdiv(length, P) - recent, float("inf"), sums)
-    sums = tl.where(offs_u * P < length, sums, -float("inf"))
+    offs_u = i_block * (BLOCK // P) + tl.arange(0, BLOCK // P)  # [BLOCK / P]
+    sums = tl.where(offs_u >= tl.cdiv(length, P) - recent, float("inf"), sums)  # [BLOCK / P]
+    sums = tl.where(offs_u * P < length, sums, -float("inf"))  # [BLOCK / P]
     tl.store(scores + i_b * pages + offs_u, sums, mask=offs_u < pages)

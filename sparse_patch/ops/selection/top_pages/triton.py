@@ -110,18 +110,18 @@ def _select_kernel(
 ):  # fmt: skip
     i_part, i_list = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_b, i_l = i_list // lists, i_list % lists
-    offs = tl.arange(0, BLOCK)
+    offs = tl.arange(0, BLOCK)  # [BLOCK]
     page = i_part * BLOCK + offs  # [BLOCK]
     if HAS_CANDIDATES:
-        page = tl.load(candidates + i_list * entries + page, mask=page < entries, other=-1)
-        real, there = page >= 0, page >= 0
+        page = tl.load(candidates + i_list * entries + page, mask=page < entries, other=-1)  # [BLOCK]
+        real, there = page >= 0, page >= 0  # [BLOCK], [BLOCK]
     else:
         limit = tl.cdiv(tl.load(limits + i_b * stride_limit_b + i_l * stride_limit_l), page_size)
         real, there = page < tl.minimum(limit, size), page < size  # a mask that may end anywhere forbids wide loads
     p_scores = scores + i_b * stride_b + i_l * stride_l + page.to(tl.int64) * stride_n  # [BLOCK]
     key = _rising(tl.load(p_scores, mask=there, other=-float("inf")))  # [BLOCK]
     low = tl.min(tl.where(real, key, 0x7FFFFFFF), 0)
-    key = tl.where(real, key, -0x80000000)  # below -inf
+    key = tl.where(real, key, -0x80000000)  # [BLOCK]; below -inf
     high = tl.max(key, 0)
     count = tl.minimum(k, tl.sum(real.to(tl.int32), 0))
 
@@ -135,7 +135,7 @@ def _select_kernel(
     above = key > low  # [BLOCK]
     equal = real & (key == low)  # [BLOCK]
     ahead = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)  # [BLOCK]; two counts of 16 bits, one scan
-    rank = (ahead >> 16) & 0xFFFF  # among equals, from 1
+    rank = (ahead >> 16) & 0xFFFF  # [BLOCK]; among equals, from 1
     ties = count - tl.sum(above.to(tl.int32), 0)
     place = (ahead & 0xFFFF) + tl.minimum(rank, ties) - 1  # [BLOCK]
     i_out = i_list * tl.num_programs(0) + i_part

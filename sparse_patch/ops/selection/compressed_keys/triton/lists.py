@@ -80,8 +80,8 @@ def _floor(key, count):
     while tl.max(ceiling - floor, 0) > 0:
         middle = floor + ((ceiling - floor + 1) >> 1)  # [T]
         reached = tl.sum((key >= middle[:, None]).to(tl.int32), 1)  # [T]
-        floor = tl.where(reached >= count, middle, floor)
-        ceiling = tl.where(reached > count, ceiling, tl.where(reached == count, middle, middle - 1))
+        floor = tl.where(reached >= count, middle, floor)  # [T]
+        ceiling = tl.where(reached > count, ceiling, tl.where(reached == count, middle, middle - 1))  # [T]
     return floor
 
 
@@ -112,19 +112,19 @@ def _choose_kernel(
     begin, low = candidates(first // _BLOCK, init, local, dense)
     inside = (first + start < q_start + q_length) & (first + TOKENS + start > q_start)
     if inside & (begin < low):
-        offs_t = tl.arange(0, TOKENS)
-        offs_b = tl.arange(0, BLOCK_B)
-        index = first + offs_t + start - q_start
-        real = (index >= tl.maximum(start - q_start, 0)) & (index < q_length)
+        offs_t = tl.arange(0, TOKENS)  # [TOKENS]
+        offs_b = tl.arange(0, BLOCK_B)  # [BB]
+        index = first + offs_t + start - q_start  # [TOKENS]
+        real = (index >= tl.maximum(start - q_start, 0)) & (index < q_length)  # [TOKENS]
         candidate = ((offs_b >= begin) & (offs_b < low))[None, :]  # [1, BB]
         slot = i_bh.to(tl.int64) * (tl.num_programs(0) * TOKENS) + i_t * TOKENS + offs_t  # [TOKENS]
         row = (slot * width)[:, None]  # [TOKENS, 1]
         score = tl.load(highest + row + offs_b[None, :], mask=candidate, other=0.0)  # [TOKENS, BB]
         # [TOKENS, BB]
         before = tl.load(last + row - 1 + offs_b[None, :], mask=candidate & (offs_b > 0)[None, :], other=0.0)
-        score = tl.maximum(score, before)
+        score = tl.maximum(score, before)  # [TOKENS, BB]
         key = tl.where(score == score, score, 0.0).to(tl.int32, bitcast=True)  # [TOKENS, BB]
-        key = tl.where(candidate, key, -1)
+        key = tl.where(candidate, key, -1)  # [TOKENS, BB]
         count = tl.minimum(wanted, low - begin)
 
         floor = _floor(key, count)  # [TOKENS]
@@ -134,7 +134,7 @@ def _choose_kernel(
             equal = key == floor[:, None]  # [TOKENS, BB]
             rank = tl.where(equal, BLOCK_B - offs_b[None, :], 0)  # [TOKENS, BB]
             taken = taken & (~equal | (rank >= _floor(rank, tl.sum(equal.to(tl.int32), 1) - surplus)[:, None]))
-        taken = taken & real[:, None]
+        taken = taken & real[:, None]  # [TOKENS, BB]
         tl.store(chosen + row + offs_b[None, :], taken.to(tl.int8), mask=(offs_b < low)[None, :])
 
 
@@ -169,16 +169,16 @@ def _list_kernel(
     i_list = i_bh.to(tl.int64) * tiles + first_block * (_BLOCK // TILE) + i_t
     total = 0
     if begin < low:
-        offs_t = tl.arange(0, TILE)
-        offs_b = tl.arange(0, BLOCK_B)
-        index = first + offs_t + start - q_start
-        real = (index >= tl.maximum(start - q_start, 0)) & (index < q_length)
+        offs_t = tl.arange(0, TILE)  # [TILE]
+        offs_b = tl.arange(0, BLOCK_B)  # [BB]
+        index = first + offs_t + start - q_start  # [TILE]
+        real = (index >= tl.maximum(start - q_start, 0)) & (index < q_length)  # [TILE]
         slot = i_bh.to(tl.int64) * (tl.num_programs(0) * TILE) + i_t * TILE + offs_t  # [TILE]
         candidate = (offs_b >= begin) & (offs_b < low)  # [BB]
         p_chosen = chosen + (slot * width)[:, None] + offs_b[None, :]  # [TILE, BB]
         taken = tl.load(p_chosen, mask=real[:, None] & candidate[None, :], other=0).to(tl.int32)  # [TILE, BB]
         readers = tl.sum(taken << offs_t[:, None], 0)  # [BB]
-        listed = (readers != 0).to(tl.int32)
+        listed = (readers != 0).to(tl.int32)  # [BB]
         place = tl.cumsum(listed, 0) - 1  # [BB]
         tl.store(entries + i_list * capacity + place, (offs_b << _BITS) | readers, mask=listed != 0)
         total = tl.sum(listed, 0)

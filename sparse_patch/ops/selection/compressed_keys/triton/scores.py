@@ -134,12 +134,12 @@ def _score_kernel(
     inside = (first + start < q_start + q_length) & (first + TOKENS + start > q_start)
     if inside & (begin < low):
         # 2. Queries.
-        offs_r = tl.arange(0, ROWS)
-        offs_g = offs_r % BLOCK_G
+        offs_r = tl.arange(0, ROWS)  # [ROWS]
+        offs_g = offs_r % BLOCK_G  # [ROWS]
         offs_m = first + offs_r // BLOCK_G  # [ROWS]
         index = (offs_m + start - q_start).to(tl.int64)  # [ROWS]
         real = (index >= tl.maximum(start - q_start, 0)) & (index < q_length) & (offs_g < GROUP)  # [ROWS]
-        offs_d = tl.arange(0, BLOCK_D)
+        offs_d = tl.arange(0, BLOCK_D)  # [BD]
         p_q = q + i_b.to(tl.int64) * stride_qb + (i_h * GROUP + offs_g).to(tl.int64)[:, None] * stride_qh  # [ROWS, 1]
         p_q = p_q + index[:, None] * stride_qs + offs_d.to(tl.int64)[None, :] * stride_qd  # [ROWS, BD]
         b_q = tl.load(p_q, mask=real[:, None] & (offs_d < D)[None, :], other=0.0)  # [ROWS, BD]
@@ -153,25 +153,25 @@ def _score_kernel(
             b_k = k2_desc.load([i_b, i_h, c * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)  # [BN, BD]
             s = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [ROWS, BN]
             if HAS_SOFTCAP:
-                s = softcap_logits(s, scale, softcap)
-            m_i, l_i = add_to_exp_sum(m_i, l_i, s * to_log2)
+                s = softcap_logits(s, scale, softcap)  # [ROWS, BN]
+            m_i, l_i = add_to_exp_sum(m_i, l_i, s * to_log2)  # [ROWS], [ROWS]
         b_k = k2_desc.load([i_b, i_h, full * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)  # [BN, BD]
         s = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [ROWS, BN]
         if HAS_SOFTCAP:
-            s = softcap_logits(s, scale, softcap)
+            s = softcap_logits(s, scale, softcap)  # [ROWS, BN]
         seen = full * BLOCK_N + tl.arange(0, BLOCK_N)[None, :] < ((offs_m + 1) // _BLOCK - 1)[:, None]  # [ROWS, BN]
-        m_i, l_i = add_to_exp_sum(m_i, l_i, tl.where(seen, s * to_log2, -float("inf")))
+        m_i, l_i = add_to_exp_sum(m_i, l_i, tl.where(seen, s * to_log2, -float("inf")))  # [ROWS], [ROWS]
         b_lse = tl.where(offs_g < GROUP, m_i + tl.math.log2(l_i), float("inf"))  # [ROWS]; rows of no head have weight 0
 
         # 4. Scores of the blocks, from the fine keys.
         slot = i_bh.to(tl.int64) * (tl.num_programs(0) * TOKENS) + i_t * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
-        offs_b = tl.arange(0, BLOCKS)
+        offs_b = tl.arange(0, BLOCKS)  # [BLOCKS]
         is_last = tl.arange(0, _COLUMNS) == _COLUMNS - 1  # [COLUMNS]
         for c in tl.range(tl.maximum(begin - 1, 0) // BLOCKS, tl.cdiv(low, BLOCKS)):
             b_k = k1_desc.load([i_b, i_h, c * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)  # [BN, BD]
             s = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [ROWS, BN]
             if HAS_SOFTCAP:
-                s = softcap_logits(s, scale, softcap)
+                s = softcap_logits(s, scale, softcap)  # [ROWS, BN]
             p = tl.math.exp2(s * to_log2 - b_lse[:, None])  # [ROWS, BN]
             p = tl.sum(tl.reshape(p, (TOKENS, BLOCK_G, BLOCK_N)), 1)  # [TOKENS, BN]
             p = tl.reshape(p, (TOKENS, BLOCKS, _COLUMNS))  # [TOKENS, BLOCKS, COLUMNS]

@@ -23,7 +23,7 @@ def to_codes(x, scale, LARGEST: tl.constexpr):
 @triton.jit
 def smoothed(p_k, position, valid, mean, stride_ks, stride_kd, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Keys `[N, BLOCK_D]` minus the mean, in their own dtype; zeros if not valid."""
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
     mask = valid[:, None] & (offs_d < D)[None, :]  # [N, BD]
     p_tile = p_k + position.to(tl.int64)[:, None] * stride_ks + offs_d.to(tl.int64)[None, :] * stride_kd  # [N, BD]
     b_k = tl.load(p_tile, mask=mask, other=0.0)  # [N, BD]

@@ -183,10 +183,10 @@ def _pooled_kernel(
         return
     i_b, i_h = i_bh // heads, i_bh % heads
     offs_i = (pid % tiles) * BLOCK_I + tl.arange(0, BLOCK_I)  # [BI]
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
     first_block, rows = query_blocks_of_row(row_starts, q_start, keys, i_b, SIDE)
     real = offs_i < rows  # [BI]
-    query_block = first_block + offs_i
+    query_block = first_block + offs_i  # [BI]
     start = tl.load(row_starts + i_b).to(tl.int32)
     low = tl.maximum(q_start - start, 0)
 
@@ -196,12 +196,13 @@ def _pooled_kernel(
     b_q = tl.zeros([BLOCK_I, BLOCK_D], dtype=tl.float32)  # [BI, BD]
     for i in tl.range(0, SIDE, 8):
         for more in tl.static_range(8):  # eight loads at a time: single loads would each wait
-            position = query_block * SIDE + i + more
-            there = real & (position >= low) & (position < keys - start)
-            rows_q = (position + start - q_start).to(tl.int64)
+            position = query_block * SIDE + i + more  # [BI]
+            there = real & (position >= low) & (position < keys - start)  # [BI]
+            rows_q = (position + start - q_start).to(tl.int64)  # [BI]
+            # [BI, BD]
             b_q += tl.load(p_q + rows_q[:, None] * stride_qs, mask=there[:, None] & (offs_d < D)[None, :], other=0.0)
     number = tl.minimum(query_block * SIDE + SIDE, keys - start) - tl.maximum(query_block * SIDE, low)  # [BI]
-    b_q *= (scale / tl.maximum(number, 1))[:, None]
+    b_q *= (scale / tl.maximum(number, 1))[:, None]  # [BI, BD]
 
     # 3. Logits, and their LSE.
     p_k = mean_k + (i_b * (heads // group) + i_h // group).to(tl.int64) * blocks * D
@@ -219,18 +220,18 @@ def _pooled_kernel(
         )
         s = tl.dot(b_q, b_k, input_precision="tf32x3")  # [BI, BJ]
         if HAS_SOFTCAP:
-            s = softcap_logits(s, 1.0, softcap)
+            s = softcap_logits(s, 1.0, softcap)  # [BI, BJ]
         seen = (offs_j[None, :] <= query_block[:, None]) & real[:, None] & (offs_j < end)[None, :]  # [BI, BJ]
-        s = tl.where(seen, s, -float("inf"))
+        s = tl.where(seen, s, -float("inf"))  # [BI, BJ]
         tl.store(p_o + offs_j[None, :], s, mask=(offs_i < queries)[:, None] & (offs_j < end)[None, :])
-        m_i, l_i = add_to_exp_sum(m_i, l_i, s)
+        m_i, l_i = add_to_exp_sum(m_i, l_i, s)  # [BI], [BI]
 
     # 4. Weights, from the logits and the LSE.
     tl.debug_barrier()  # the logits that other threads of this program wrote are read below
     lse = tl.where(l_i > 0, m_i + tl.math.log2(l_i), 0.0)  # [BI]
     for j in tl.range(0, end if EACH_ROW else blocks, BLOCK_J):
-        offs_j = j + tl.arange(0, BLOCK_J)
-        mask = (offs_i < queries)[:, None] & (offs_j < blocks)[None, :]
+        offs_j = j + tl.arange(0, BLOCK_J)  # [BJ]
+        mask = (offs_i < queries)[:, None] & (offs_j < blocks)[None, :]  # [BI, BJ]
         s = tl.load(p_o + offs_j[None, :], mask=mask & (offs_j < end)[None, :], other=-float("inf"))  # [BI, BJ]
         tl.store(p_o + offs_j[None, :], tl.math.exp2(s - lse[:, None]), mask=mask)
 
@@ -268,10 +269,10 @@ def _digit_kernel(
     i_bh = tl.load(order + first + i_row).to(tl.int32)
     if tl.load(aware + i_bh) == 0:
         return
-    offs_n = tl.arange(0, 16)
+    offs_n = tl.arange(0, 16)  # [16]
     floor = tl.load(floors + i_bh * 9 + tl.maximum(step - 1, 0)) if step > 0 else 0
     if step > 0:
-        offs_c = tl.arange(0, CHUNKS)
+        offs_c = tl.arange(0, CHUNKS)  # [CHUNKS]
         p_before = sums_before + (i_row * chunks + offs_c[:, None]) * 16 + offs_n[None, :]  # [CHUNKS, 16]
         mass = tl.sum(tl.load(p_before, mask=(offs_c < chunks)[:, None], other=0.0), 0)  # [16]
         _, rows = query_blocks_of_row(row_starts, q_start, keys, i_bh // heads, SIDE)
@@ -284,9 +285,9 @@ def _digit_kernel(
         candidates = floor + (offs_n << (28 - 4 * step))  # [16]
         mass = tl.zeros([16], dtype=tl.float32)  # [16]
         for i in tl.range(i_chunk * CHUNK, tl.minimum((i_chunk + 1) * CHUNK, n), 1024):
-            offs = i + tl.arange(0, 1024)
+            offs = i + tl.arange(0, 1024)  # [1024]
             x = tl.load(attention + i_row.to(tl.int64) * n + offs, mask=offs < n, other=0.0)  # [1024]
-            bits = x.to(tl.int32, bitcast=True)
-            mass += tl.sum(tl.where(bits[:, None] >= candidates[None, :], x[:, None], 0.0), 0)
-        mass = tl.where((step == 0) & (offs_n > 3), 0.0, mass)  # beyond the bits of 2.0
+            bits = x.to(tl.int32, bitcast=True)  # [1024]
+            mass += tl.sum(tl.where(bits[:, None] >= candidates[None, :], x[:, None], 0.0), 0)  # [16]
+        mass = tl.where((step == 0) & (offs_n > 3), 0.0, mass)  # [16]; beyond the bits of 2.0
         tl.store(sums + (i_row * chunks + i_chunk) * 16 + offs_n, mass)

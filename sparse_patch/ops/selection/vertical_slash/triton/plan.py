@@ -141,15 +141,15 @@ def _plan_kernel(
     count = 0
     for j in tl.range(0, end, BLOCK):
         offs_j = j + tl.arange(0, BLOCK)  # [BLOCK]
-        mask = offs_j < end
+        mask = offs_j < end  # [BLOCK]
         taken = tl.load(verticals + i_bh.to(tl.int64) * blocks + offs_j, mask=mask, other=0) != 0  # [BLOCK]
-        distance = query_block - offs_j
-        taken = taken | (tl.load(slashes + i_bh.to(tl.int64) * blocks + distance, mask=mask, other=0) != 0)
+        distance = query_block - offs_j  # [BLOCK]
+        taken = taken | (tl.load(slashes + i_bh.to(tl.int64) * blocks + distance, mask=mask, other=0) != 0)  # [BLOCK]
         if AWARE:
-            p_a = attention + pid.to(tl.int64) * blocks + offs_j
+            p_a = attention + pid.to(tl.int64) * blocks + offs_j  # [BLOCK]
             b_a = tl.load(p_a, mask=offs_j < chosen_end, other=0.0)  # [BLOCK]
-            taken = taken | ((b_a.to(tl.int32, bitcast=True) > floor) & (offs_j < chosen_end))
-        taken = (taken & mask).to(tl.int32)
+            taken = taken | ((b_a.to(tl.int32, bitcast=True) > floor) & (offs_j < chosen_end))  # [BLOCK]
+        taken = (taken & mask).to(tl.int32)  # [BLOCK]
         place = count + tl.cumsum(taken, 0) - 1  # [BLOCK]
         tl.store(indices + i_list * blocks + place, offs_j, mask=taken != 0)
         count += tl.sum(taken, 0)

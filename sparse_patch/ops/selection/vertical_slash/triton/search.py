@@ -49,16 +49,16 @@ def search(p_x, n, limit, most, REACH: tl.constexpr, LIMITED: tl.constexpr, BLOC
     found = 0
     for step in tl.range(0, 15):
         digit = 1 << (28 - 2 * step)
-        mass_1 = tl.zeros([BLOCK], dtype=tl.float32)
-        mass_2 = tl.zeros([BLOCK], dtype=tl.float32)
-        mass_3 = tl.zeros([BLOCK], dtype=tl.float32)
-        number_1 = tl.zeros([BLOCK], dtype=tl.int32)
-        number_2 = tl.zeros([BLOCK], dtype=tl.int32)
-        number_3 = tl.zeros([BLOCK], dtype=tl.int32)
+        mass_1 = tl.zeros([BLOCK], dtype=tl.float32)  # [BLOCK]
+        mass_2 = tl.zeros([BLOCK], dtype=tl.float32)  # [BLOCK]
+        mass_3 = tl.zeros([BLOCK], dtype=tl.float32)  # [BLOCK]
+        number_1 = tl.zeros([BLOCK], dtype=tl.int32)  # [BLOCK]
+        number_2 = tl.zeros([BLOCK], dtype=tl.int32)  # [BLOCK]
+        number_3 = tl.zeros([BLOCK], dtype=tl.int32)  # [BLOCK]
         for i in tl.range(0, n, BLOCK):
             offs = i + tl.arange(0, BLOCK)  # [BLOCK]
             x = tl.load(p_x + offs, mask=offs < n, other=0.0)  # [BLOCK]
-            above = x.to(tl.int32, bitcast=True) - found
+            above = x.to(tl.int32, bitcast=True) - found  # [BLOCK]
             mass_1 += tl.where(above >= digit, x, 0.0)
             mass_2 += tl.where(above >= 2 * digit, x, 0.0)
             mass_3 += tl.where(above >= 3 * digit, x, 0.0)
@@ -79,8 +79,8 @@ def _count_kernel(x, counts, gamma, n, BLOCK: tl.constexpr):
     pid = tl.program_id(0)
     p_x = x + pid.to(tl.int64) * n
     cut = search(p_x, n, gamma, 0, False, False, BLOCK)
-    above = tl.zeros([BLOCK], dtype=tl.int32)
-    mass = tl.zeros([BLOCK], dtype=tl.float32)
+    above = tl.zeros([BLOCK], dtype=tl.int32)  # [BLOCK]
+    mass = tl.zeros([BLOCK], dtype=tl.float32)  # [BLOCK]
     for i in tl.range(0, n, BLOCK):
         offs = i + tl.arange(0, BLOCK)  # [BLOCK]
         b_x = tl.load(p_x + offs, mask=offs < n, other=0.0)  # [BLOCK]
