@@ -1,4 +1,4 @@
-"""Headers: what artefacts say of themselves, in each container, and files that have none."""
+"""Headers of artefacts in each container, and files without a header."""
 
 import json
 from collections.abc import Callable
@@ -108,7 +108,7 @@ def test_a_file_of_another_kind(written: str, read: str, tmp_path: Path) -> None
 
 
 def test_the_header_of_an_earlier_file_is_not_written_again(tmp_path: Path) -> None:
-    """It does not say enough of the model to be read."""
+    """It does not say enough about the model to be read."""
     earlier = read_head_schedules(ROOT / "recipes" / "needle-llama" / "moa-50.json")
     with pytest.raises(ValueError, match=r"header: is of an earlier version of the format; use Header\.of"):
         write_head_schedules(tmp_path / "new.json", earlier)

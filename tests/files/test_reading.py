@@ -1,4 +1,4 @@
-"""What files of a user may hold: a value, or one bounded line with file and field; see test_fuzz_readers.py too."""
+"""Reading users' files gives a value, or one bounded line with file and field; see also test_fuzz_readers.py."""
 
 import ast
 import os
@@ -109,7 +109,7 @@ def test_yaml_that_cannot_be_made_a_value_is_one_line(text: str, message: str, t
 
 
 def test_an_alias_bomb_takes_little_memory(tmp_path: Path) -> None:
-    """The repr of its value would take gigabytes; so would a smaller one that is within the limits for an override."""
+    """The repr of its value would take gigabytes. So would a smaller bomb that is within the limits for an override."""
     (tmp_path / "a.yaml").write_text(BOMB)
     tracemalloc.start()
     try:
@@ -192,7 +192,7 @@ def test_paths_of_the_command_line(
 
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes and devices")
 def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
-    """A pipe that nobody writes to would be waited for, a device would be read for ever."""
+    """Reading a pipe that nobody writes to would block; reading a device would never end."""
     os.mkfifo(tmp_path / "pipe.yaml")
     for path in (tmp_path / "pipe.yaml", Path("/dev/zero")):
         for read in (read_bytes, read_yaml, read_json, load_config):
@@ -245,9 +245,9 @@ OF_PICKLING = {"tests/test_cache_layers.py", "tests/test_masks.py", "tests/test_
 
 
 def test_nothing_is_loaded_that_could_run_code() -> None:
-    """In the whole repository: `torch.load` has `weights_only=True`, YAML and NumPy the loaders without objects.
+    """In the whole repository, `torch.load` has `weights_only=True`; YAML and NumPy use loaders without objects.
 
-    Tests of pickling read what they have written themselves.
+    Tests of pickling read only what they have written themselves.
     """
     files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     loads = 0
