@@ -1,3 +1,3 @@
-"""How much spare room a growing buffer keeps behind its content."""
+"""How much spare room a growing buffer keeps after its content."""
 
 SPARE = 256  # tokens beyond those asked for

@@ -28,7 +28,7 @@ def merged_ranks(scores: torch.Tensor, limits: torch.Tensor, k: int, shard: Head
     tokens = tokens.long()
     listed = torch.arange(tokens.shape[-1], device=scores.device) < counts[..., None]
     values = scores.gather(-1, tokens)
-    values = values.masked_fill(values.isnan() | ~listed, -torch.inf)  # stable: unlisted tokens stay behind
+    values = values.masked_fill(values.isnan() | ~listed, -torch.inf)  # stable: unlisted tokens come last
     in_order = tokens.gather(-1, values.sort(dim=-1, descending=True, stable=True).indices)
     rank = torch.arange(tokens.shape[-1], dtype=torch.float32, device=scores.device)
     head = shard.rank * here + torch.arange(here, dtype=torch.float32, device=scores.device)
