@@ -21,7 +21,7 @@ class BlockPlan(SparsePlan):
         counts: int32 `[B, Hq, NQ]`; 0 for the query blocks that a row does not have.
         grid: the grid that the indices refer to.
         columns: int32 `[B, Hq, NQ, C]`; the first `column_counts` entries of a list are keys, as positions within the
-            row, each at most once, in none of the listed blocks and before the query block. None if there are no columns.
+            row, each at most once, in none of the listed blocks and before the query block. None without columns.
         column_counts: int32 `[B, Hq, NQ]`, or None.
         pv_threshold: tiles whose logits lie this far below what was read before them, in log2 units, are left out
             (`ops.attention.block_sparse` says which tiles). At least 0; None leaves out no tile. Only a plan without
