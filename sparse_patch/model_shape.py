@@ -1,4 +1,4 @@
-"""What a method may know of a model before it runs."""
+"""What a method may know about a model before the model runs."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,24 +10,24 @@ from transformers import PreTrainedConfig
 from sparse_patch.errors import FieldError
 from sparse_patch.files.reading import MOST
 
-# Kinds by other names: of older configs, and of layers with a recurrence or a convolution beside their attention.
+# Other names of kinds, in older configs and for layers with a recurrence or a convolution beside their attention.
 _KINDS = {"attention": "full", "hybrid": "full", "hybrid_sliding": "sliding"}
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that tell one model from another. Published settings and calibrations hold for one shape.
+    """The sizes that distinguish one model from another. Published settings and calibrations hold for one shape.
 
     Attributes:
         model_type: Transformers' name of the architecture, of the text tower.
-        num_layers: layers, those without full attention too.
+        num_layers: number of layers, including those without full attention.
         num_heads: query heads of a layer.
         num_kv_heads: KV heads of a layer with full attention.
         hidden_size: width of the residual stream.
         local_layers: layers without full attention (sliding window, chunks, linear, cross-attention). Not compared: a
-            model is the same with and without.
-        sparse_config: the settings of InfLLM-V2 that a checkpoint was trained with, as its config has them; None for
-            most. Not compared either.
+            model is the same with and without them.
+        sparse_config: the InfLLM-V2 settings that a checkpoint was trained with, as in its config; None for most
+            models. Not compared either.
     """
 
     model_type: str
@@ -43,7 +43,7 @@ class ModelShape:
         """The shape of a model.
 
         Args:
-            config: of the model, or of its text tower.
+            config: config of the model, or of its text tower.
             num_layers: one more than the highest layer that has attention.
         """
         text = config.get_text_config(decoder=True)
@@ -61,7 +61,7 @@ class ModelShape:
 
 
 def attention_kind(config: PreTrainedConfig, layer: int) -> str:
-    """ "full", or what else the model itself gives a layer (which stays dense): "sliding", "chunked", "linear", ..."""
+    """ "full", or the kind that the model gives a layer (which stays dense): "sliding", "chunked", "linear", ..."""
     if layer in (getattr(config, "cross_attention_layers", None) or ()):
         return "cross"
     kinds = getattr(config, "layer_types", None)
@@ -72,7 +72,7 @@ def attention_kind(config: PreTrainedConfig, layer: int) -> str:
 
 
 def config_of_layer(config: PreTrainedConfig, layer: int) -> PreTrainedConfig:
-    """The config with the sizes of one layer: Gemma 4's full layers have other heads than its sliding ones."""
+    """The config with the sizes of one layer: the heads of Gemma 4's full and sliding layers differ."""
     of_layer: PreTrainedConfig = config
     if getattr(config, "is_heterogeneous", False):
         of_layer = config.per_layer_config[layer]
@@ -80,21 +80,21 @@ def config_of_layer(config: PreTrainedConfig, layer: int) -> PreTrainedConfig:
 
 
 def kv_heads_of(config: PreTrainedConfig) -> int:
-    """KV heads of a layer: as many as query heads where the config does not say."""
+    """KV heads of a layer: as many as query heads if the config does not say."""
     if getattr(config, "num_key_value_heads", None):
         return int(config.num_key_value_heads)
     return 1 if getattr(config, "multi_query", False) else int(config.num_attention_heads)
 
 
 def can_forget(config: PreTrainedConfig) -> bool:
-    """Whether layers can have rings: not where they read the keys of others, nor where what is cached has no heads."""
+    """Whether layers can have rings: not if they read keys of other layers or if cached tensors have no heads."""
     return not (getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_lora_rank", None))
 
 
 def layer_with_keys(config: PreTrainedConfig, layer: int) -> int:
-    """The layer whose keys and values a layer reads: itself, or where the last ones reuse keys, the layer they are of.
+    """The layer whose keys and values a layer reads: itself, or another layer if the last layers reuse keys.
 
-    That is the last of its kind that has keys of its own (Gemma 3n and 4, `num_kv_shared_layers`).
+    That other layer is the last of the same kind that has its own keys (Gemma 3n and 4, `num_kv_shared_layers`).
     """
     shared = int(getattr(config, "num_kv_shared_layers", 0) or 0)
     own = range(int(config.num_hidden_layers) - shared if shared else layer + 1)

@@ -1,4 +1,4 @@
-"""Which heads of a layer a process has, where tensor parallelism splits them over several."""
+"""Which heads of a layer a process has, if tensor parallelism splits them over several processes."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -15,13 +15,13 @@ T = TypeVar("T")
 class HeadShard:
     """The `rank`-th of `size` equal parts of a layer's heads, query heads and KV heads alike, in their order.
 
-    All processes of the mesh see the same tokens, so they take the same way through the code and meet in `highest` and
+    All processes of the mesh see the same tokens, so they take the same path through the code and meet in `highest` and
     `lowest`.
 
     Attributes:
-        rank: number of the part.
-        size: parts.
-        mesh: the processes that have the parts, in one dimension; None where one has all heads.
+        rank: index of the part.
+        size: number of parts.
+        mesh: the processes that have the parts, in one dimension; None if one process has all heads.
     """
 
     rank: int = 0
@@ -33,31 +33,32 @@ class HeadShard:
         """The part of this process.
 
         Args:
-            mesh: the processes that a model is split over, in a dimension "tp" if there are several; None for one.
-            size: parts that tensor parallelism splits it into; None for one.
+            mesh: the processes that a model is split over, in the dimension "tp" if there are several dimensions; None
+                for one process.
+            size: number of parts that tensor parallelism splits the model into; None for one part.
         """
         if mesh is None or size is None or size == 1:
             return ALL_HEADS
-        mesh = mesh["tp"] if mesh.ndim > 1 else mesh  # with other kinds of parallelism in it
+        mesh = mesh["tp"] if mesh.ndim > 1 else mesh  # the mesh may have other kinds of parallelism
         return cls(mesh.get_local_rank(), size, mesh)
 
     def of_layer(self, here: int, in_all: int) -> "HeadShard":
-        """The part that `here` heads are of a layer's `in_all`; some models (Phi-3) have all of them on every rank."""
+        """The part of a layer with `here` of `in_all` heads on this rank; Phi-3 and others have all on every rank."""
         return ALL_HEADS if here == in_all else self
 
     def part(self, values: tuple[T, ...]) -> tuple[T, ...]:
-        """Of a value for each head of the layer, those of the heads that are here."""
+        """The values of this part's heads, from one value for each head of the layer."""
         heads = len(values) // self.size
         return values[self.rank * heads : (self.rank + 1) * heads]
 
     def highest(self, x: torch.Tensor) -> torch.Tensor:
-        """The largest value that any process has of each element; `x` itself, changed."""
+        """The elementwise maximum over the processes, in place; returns `x`."""
         if self.mesh is not None:
             torch.distributed.all_reduce(x, op=torch.distributed.ReduceOp.MAX, group=self.mesh.get_group())
         return x
 
     def lowest(self, x: torch.Tensor) -> torch.Tensor:
-        """The smallest value that any process has of each element; `x` itself, changed."""
+        """The elementwise minimum over the processes, in place; returns `x`."""
         if self.mesh is not None:
             torch.distributed.all_reduce(x, op=torch.distributed.ReduceOp.MIN, group=self.mesh.get_group())
         return x

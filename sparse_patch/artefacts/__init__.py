@@ -1,1 +1,1 @@
-"""Files that calibrations write and methods read, one format a module."""
+"""Files that calibrations write and methods read. Each module has one format."""

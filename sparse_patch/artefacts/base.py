@@ -1,8 +1,9 @@
-"""What every artefact says of itself: the header, how it is read, and whether it was made for a model.
+"""The header of every artefact: how it is read, and the check that an artefact was made for a model.
 
-A header says what a file is, which model it was made for, with what settings and by what. It stands under the key
-`artefact`: of a mapping in JSON and YAML, of the metadata in safetensors (as JSON, the format has strings only). Files
-of earlier versions and of others have none; the module of their format makes one of what they say.
+A header says what a file is, and which model, settings and software it was made with. It is stored under the key
+`artefact`: of the mapping in JSON and YAML, of the metadata in safetensors (as JSON, because metadata has only
+strings). Files of earlier versions and of other software have no header; the module of their format makes one from
+their content.
 """
 
 import json
@@ -20,7 +21,7 @@ from sparse_patch.model_shape import ModelShape
 from sparse_patch.version import __version__
 
 KEY = "artefact"
-VERSIONS = {"minference": 1, "sale": 1, "layers": 1, "moa": 1}  # by kind: NAME of `sparse-patch calibrate NAME`
+VERSIONS = {"minference": 1, "sale": 1, "layers": 1, "moa": 1}  # by kind, the NAME of `sparse-patch calibrate NAME`
 
 Size = Annotated[int, Field(ge=1, le=MOST)]
 
@@ -29,8 +30,8 @@ class MadeFor(BaseModel):
     """The model that an artefact was made for, as far as the file says.
 
     Attributes:
-        id: what the user named it; of no meaning for whether it fits.
-        model_type: see `ModelShape`, as the other sizes. None for what a file without a header does not say.
+        id: the user's name for the model; it is not compared.
+        model_type: see `ModelShape`, as for the other sizes. None if a file without a header does not say.
         num_layers: likewise.
         num_heads: likewise.
         num_kv_heads: likewise.
@@ -48,7 +49,7 @@ class MadeFor(BaseModel):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """What is compared, by the names of `ModelShape`."""
+        """The sizes that are compared, by their names in `ModelShape`."""
         return self.model_dump(exclude={"id"}, exclude_none=True)
 
 
@@ -56,14 +57,14 @@ _SIZES = tuple(name for name in MadeFor.model_fields if name != "id")
 
 
 class Header(BaseModel):
-    """What an artefact says of itself.
+    """The header of an artefact.
 
     Attributes:
-        kind: what it is, by the NAME of the `sparse-patch calibrate NAME` that makes one.
-        version: of the format.
-        model: what it was made for.
-        settings: what it was made with.
-        made_by: the software, and its version.
+        kind: the kind of artefact: the NAME of the `sparse-patch calibrate NAME` that makes it.
+        version: version of the format.
+        model: the model that the artefact was made for.
+        settings: the settings that it was made with.
+        made_by: the software that made it, and its version.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -78,13 +79,13 @@ class Header(BaseModel):
     def of(
         cls, kind: str, shape: ModelShape, settings: Mapping[str, Any] | None = None, model_id: str = ""
     ) -> "Header":
-        """The header of a file that is made now, for a model.
+        """The header of a new file for a model.
 
         Args:
             kind: one of `VERSIONS`.
-            shape: the model's.
-            settings: what the file is made with, as JSON has it.
-            model_id: what the user named the model.
+            shape: shape of the model.
+            settings: the settings that the file is made with, as JSON values.
+            model_id: the user's name for the model.
         """
         model = MadeFor(id=model_id, **{name: getattr(shape, name) for name in _SIZES})
         return cls(
@@ -97,7 +98,7 @@ class Header(BaseModel):
 
     @classmethod
     def of_earlier(cls, kind: str, model: MadeFor, settings: Mapping[str, Any] | None = None, by: Any = "") -> "Header":
-        """The header of a file that has none; `by` is the version of sparse_patch that made it, if it says."""
+        """The header of a file that has none; `by` is the version of sparse_patch that made it, if the file says so."""
         made_by = f"sparse_patch {one_line(by)}" if by else ""
         return cls(kind=kind, version=0, model=model, settings=dict(settings or {}), made_by=made_by)
 
@@ -105,10 +106,10 @@ class Header(BaseModel):
         """The header as an entry of a mapping, for JSON and YAML.
 
         Raises:
-            ValueError: it is of a file of an earlier version, which does not say enough of the model.
+            ValueError: the header is of an earlier version, which does not say enough about the model.
         """
         if self.version != VERSIONS[self.kind]:
-            raise ValueError("header: is of an earlier version of the format; take Header.of(kind, shape) to write it")
+            raise ValueError("header: is of an earlier version of the format; use Header.of(kind, shape) to write it")
         return {KEY: self.model_dump(exclude_none=True)}
 
     def metadata(self) -> dict[str, str]:
@@ -117,11 +118,11 @@ class Header(BaseModel):
 
 
 class Artefact(NamedTuple):
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
-        header: None if it has none.
-        body: the rest of it. Of a safetensors file a mapping with `tensors` and `metadata`.
+        header: None if the file has no header.
+        body: the rest of the file. For a safetensors file, a mapping with `tensors` and `metadata`.
     """
 
     header: Header | None
@@ -129,25 +130,25 @@ class Artefact(NamedTuple):
 
 
 def how_to_make(name: str) -> str:
-    """The way out of every message about an artefact: the end of a sentence."""
+    """The end of every message about an artefact: how to make a valid one."""
     return f'run "sparse-patch calibrate {name} --model M --out FILE"'
 
 
 def place_of(path: str | Path | None) -> str:
-    """What a message about an artefact begins with."""
+    """The beginning of a message about an artefact."""
     return f"calibration: {one_line(path)}"
 
 
 def read_artefact(path: str | Path, kind: str, read: Callable[[str | Path], Any]) -> Artefact:
-    """What a file holds: its header, and the rest.
+    """Read a file: its header, and the rest.
 
     Args:
         path: the file.
-        kind: what it should be.
-        read: how its container is read: `read_json`, `read_yaml` or `read_safetensors`.
+        kind: the expected kind.
+        read: reads the file's container: `read_json`, `read_yaml` or `read_safetensors`.
 
     Raises:
-        ConfigError: the file cannot be read, or its header is not valid or says that it is something else.
+        ConfigError: the file cannot be read, or its header is not valid or names another kind.
     """
     try:
         data = read(path)
@@ -183,13 +184,13 @@ def read_safetensors(path: str | Path) -> dict[str, Any]:
     """The `tensors` and `metadata` of a safetensors file, and the header if it has one.
 
     Raises:
-        ConfigError: the file cannot be read or is no safetensors file.
+        ConfigError: the file cannot be read or is not a safetensors file.
     """
     data, place = read_bytes(path), one_line(path)
     try:
         tensors = load(data)
-    except (SafetensorError, KeyError) as error:  # KeyError: a type that this version of safetensors does not make
-        raise ConfigError(f"{place}: is no safetensors file ({reason(error)})") from None
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that this version of safetensors does not have
+        raise ConfigError(f"{place}: is not a safetensors file ({reason(error)})") from None
     written = data[8 : 8 + int.from_bytes(data[:8], "little")].decode("utf-8")
     metadata = dict(parse_json(written, f"{place}: header").get("__metadata__") or {})
     found = {"tensors": tensors, "metadata": metadata}
@@ -199,12 +200,12 @@ def read_safetensors(path: str | Path) -> dict[str, Any]:
 
 
 def check_shape(header: Header, shape: ModelShape, place: str) -> None:
-    """Raise ConfigError if an artefact was made for another model, by what its header says of it.
+    """Raise ConfigError if an artefact was made for another model according to its header.
 
     Args:
-        header: of the artefact.
-        shape: the model's.
-        place: what the message begins with.
+        header: header of the artefact.
+        shape: shape of the model.
+        place: beginning of the message.
     """
     for name, theirs in header.model.sizes.items():
         if theirs != (ours := getattr(shape, name)):
@@ -212,20 +213,20 @@ def check_shape(header: Header, shape: ModelShape, place: str) -> None:
 
 
 def misfit(kind: str, theirs: str, ours: str, place: str) -> ConfigError:
-    """The one message about an artefact of another model: the first thing that differs."""
+    """The error about an artefact of another model; it names the first difference."""
     return ConfigError(f"{place}: was made for another model: {theirs}, this one has {ours}; {how_to_make(kind)}")
 
 
 def problem_of(error: ValidationError, known: Iterable[str]) -> str:
-    """The first problem of a file by a pydantic model, in one line that begins with the field.
+    """The first problem that a pydantic model found in a file, in one line that begins with the field.
 
     Args:
-        error: what validation raised.
-        known: fields that there are.
+        error: the error that validation raised.
+        known: names of the fields that exist.
     """
     first = error.errors(include_url=False)[0]
     path = one_line(".".join(map(str, first["loc"])))
-    if first["type"] == "value_error":  # raised by a validator of ours, which names the field first
+    if first["type"] == "value_error":  # raised by one of our validators, which name the field first
         return str(first["ctx"]["error"])
     if first["type"] == "extra_forbidden":
         return f"{path}: unknown key; known keys: {', '.join(known)}"

@@ -1,24 +1,24 @@
-"""Head schedules as a file: how far each KV head looks back, as a rule of the length.
+"""Head schedules as a file: how far each KV head looks back, as a function of the length.
 
-The rule is MoA's (Fu et al. 2024, arXiv 2406.14909): a head keeps `alpha + beta * length` tokens, its sink among them.
-Of a length M that is
+The rule is MoA's (Fu et al. 2024, arXiv 2406.14909): a head keeps `alpha + beta * length` tokens, including its sink.
+For a length M these are
 
     c = trunc(alpha + beta * M), at most M;    C = block * ceil(max(c, min_span) / block)
 
-tokens: the first `sink` ones and a window of the last `C - sink`, the query itself among them. Query i reads key j iff
+tokens: the first `sink` tokens and a window of the last `C - sink`, including the query itself. Query i reads key j iff
 
     j <= i  and  (j < sink  or  i - j < C - sink)
 
-in prefill and in decode alike. With `length_policy: current` M is i + 1, the query's own prefix, and C is c. (The
-public code's prefill counts whole blocks, its decode tokens, so that the two differ.) Rules are for KV heads, all query
-heads of a group read the same keys: the public code knows only plain multi-head attention and expands the cache of
-other models, which then takes more memory than dense attention does.
+in prefill and in decode alike. With `length_policy: current`, M is i + 1 (the query's own prefix) and C is c. (In the
+public code, prefill counts whole blocks and decode counts tokens, so the two differ.) A rule belongs to a KV head, and
+all query heads of its group read the same keys. The public code supports only plain multi-head attention; it expands
+the cache of other models, which then takes more memory than dense attention.
 
-A retrieval head of DuoAttention (Xiao et al. 2024, arXiv 2410.10819) is the rule (0, 1), a streaming head
-(sink + recent, 0). `schedules_of_moa` and `schedules_of_duo` read what the two have published.
+A retrieval head of DuoAttention (Xiao et al. 2024, arXiv 2410.10819) is the rule (0, 1), a streaming head is the rule
+(sink + recent, 0). `schedules_of_moa` and `schedules_of_duo` read the files that the two projects publish.
 
-The file is JSON, a header beside the fields of `HeadSchedules`. Files of earlier versions have `format:
-per-head-span/1`, the model's sizes and `provenance` in place of the header.
+The file is JSON: a header beside the fields of `HeadSchedules`. Files of earlier versions have `format:
+per-head-span/1`, the model's sizes and `provenance` instead of the header.
 """
 
 import json
@@ -56,22 +56,22 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class HeadSchedules(BaseModel):
-    """What a file of head schedules holds.
+    """The content of a file of head schedules.
 
     Attributes:
-        header: what they were made for, and with. Not an entry of its own in a file.
+        header: the model and settings of the schedules. A file has no entry of this name.
         granularity: what has a rule.
         sink: first tokens that every head keeps.
-        block: tokens that spans are multiples of.
-        min_span: tokens that a head keeps at least, sink included.
-        span_includes_sink: always; the field is there for other readers.
-        length_policy: which length M is. "total": that of prompt and answer together, known at the first forward, so
-            that a head's window is fixed. "current": that of the query's own prefix, so that windows grow with the text
-            and no query depends on how long it becomes; spans are not rounded up to blocks then, so that a window never
-            moves back to a key that it has left. A cache has room for the windows at the total length.
+        block: spans are multiples of this number of tokens.
+        min_span: minimum number of tokens that a head keeps, including the sink.
+        span_includes_sink: always true; the field is there for other readers.
+        length_policy: which length M is. "total": the length of prompt and answer together. It is known at the first
+            forward, so a head's window is fixed. "current": the length of the query's own prefix. Windows then grow
+            with the text, and no query depends on the final length. Spans are then not rounded up to blocks, so that a
+            window never moves back to a key that it has left. A cache has room for the windows at the total length.
         alphas: tokens, `[num_layers][num_kv_heads]`.
-        betas: share of the length, likewise.
-        prefill: whether the prompt is read by the schedules or densely.
+        betas: share of the length, `[num_layers][num_kv_heads]`.
+        prefill: whether the prompt is read with the schedules or densely.
         measured: what the search found, for people: losses by the influence and in a validation.
     """
 
@@ -105,7 +105,7 @@ class HeadSchedules(BaseModel):
     def of(
         cls, shape: ModelShape, alphas: Sequence[Sequence[float]], betas: Sequence[Sequence[float]], **more: Any
     ) -> "HeadSchedules":
-        """Rules for a model, `[num_layers][num_kv_heads]`; `more` are other fields."""
+        """Head schedules for a model, from rules `[num_layers][num_kv_heads]`; `more` are other fields."""
         rules: dict[str, Any] = {
             name: [[float(number) for number in row] for row in rows]
             for name, rows in (("alphas", alphas), ("betas", betas))
@@ -123,63 +123,63 @@ class HeadSchedules(BaseModel):
         return self.header.model.num_kv_heads or len(self.alphas[0])
 
     def kept(self, layer: int, length: int) -> list[int]:
-        """C: the tokens that each KV head of a layer has room for, sink included; may be more than `length`."""
+        """C: the tokens that each KV head of a layer has room for, including the sink; may exceed `length`."""
         rules = zip(self.alphas[layer], self.betas[layer], strict=True)
         return [self.room(alpha, beta, length) for alpha, beta in rules]
 
     def room(self, alpha: float, beta: float, length: int) -> int:
-        """C of a rule, with the sizes of these schedules."""
+        """C of one rule, with the sizes of these schedules."""
         if self.length_policy == "current":
             return self.sink + self._growing(alpha, beta, length).most
         tokens = max(min(math.trunc(alpha + beta * length), length), self.min_span)
         return self.block * -(-tokens // self.block)
 
     def spans(self, layer: int, length: int) -> tuple[list[int], list[int | GrowingWindow]]:
-        """Sink and window of each KV head of a layer, for rows that become so long: see `length_policy`."""
+        """Sink and window of each KV head of a layer, for rows that grow to `length` tokens: see `length_policy`."""
         if self.length_policy == "current":
             rules = zip(self.alphas[layer], self.betas[layer], strict=True)
             return [self.sink] * len(self.alphas[layer]), [self._growing(*rule, length) for rule in rules]
         return [self.sink] * len(self.alphas[layer]), [kept - self.sink for kept in self.kept(layer, length)]
 
     def _growing(self, alpha: float, beta: float, length: int) -> GrowingWindow:
-        """The window of a rule, for rows of a length; the rule rounded to 2^-16."""
+        """The window of a rule, for rows of `length` tokens. The rule is rounded to 2^-16."""
         base, slope, least = round((alpha - self.sink) * 65536), round(beta * 65536), self.min_span - self.sink
         return GrowingWindow(base, slope, least, most=max((base + slope * length) >> 16, least))
 
     def density(self, length: int, layers: Sequence[int] | None = None) -> float:
-        """Share of the KV entries that is kept at a length, mean over the heads of some layers; of all by default."""
+        """Share of the KV entries kept at a length, as the mean over the heads of `layers` (by default all)."""
         chosen = range(self.num_layers) if layers is None else layers
         return fmean(min(kept, length) / length for layer in chosen for kept in self.kept(layer, length))
 
 
 def write_head_schedules(path: str | Path, schedules: HeadSchedules) -> None:
-    """Write head schedules, in place of an older file at once; the rules of a layer in one line."""
+    """Write head schedules, with the rules of a layer in one line. An older file is replaced atomically."""
     data = {**schedules.header.entry(), **schedules.model_dump(exclude={"header"})}
     lines = [f" {json.dumps(key)}: {_layers(value)}" for key, value in data.items()]
     write_file(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _layers(value: Any) -> str:
-    """JSON of a field, a layer in a line."""
+    """The JSON of a field, one layer per line."""
     if not (isinstance(value, list) and value):
         return json.dumps(value)
     return "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
 
 
 def read_head_schedules(path: str | Path) -> HeadSchedules:
-    """What a file that `write_head_schedules` wrote holds.
+    """Read a file that `write_head_schedules` wrote.
 
     Raises:
-        ConfigError: the file cannot be read or is none of this format; the message names field, file and place.
+        ConfigError: the file cannot be read or is not of this format; the message names field, file and place.
     """
     return _schedules(*_read_json(path), place_of(path))
 
 
 def schedules_for(path: str | Path, shape: ModelShape) -> tuple[HeadSchedules, str]:
-    """What a file of head schedules holds, of this format or of MoA's own, for a model.
+    """Read head schedules for a model, from a file of this format or of MoA's own.
 
     Returns:
-        The schedules, and what reading MoA's made of them, in one line; empty for this format.
+        The schedules, and one line about the conversion of MoA's format; empty for this format.
 
     Raises:
         ConfigError: the file cannot be read, is of neither format or of another model.
@@ -196,7 +196,7 @@ def _schedules(header: Header | None, data: dict[str, Any], place: str) -> HeadS
     """The schedules of a file.
 
     Raises:
-        ConfigError: the file is none of this format; the message begins with `place`.
+        ConfigError: the file is not of this format; the message begins with `place`.
     """
     known = [name for name in HeadSchedules.model_fields if name != "header"]
     if header is None and "format" not in data:
@@ -214,7 +214,7 @@ def _schedules(header: Header | None, data: dict[str, Any], place: str) -> HeadS
 
 
 class _Earlier(BaseModel):
-    """The fields of files of an earlier version that a header has now."""
+    """The fields of earlier versions that are now in the header."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
@@ -237,21 +237,22 @@ class _Earlier(BaseModel):
 
 
 def schedules_of_moa(path: str | Path, shape: ModelShape) -> tuple[HeadSchedules, str]:
-    """Head schedules as MoA publishes them, for query heads: `{"alphas": [[...]], "betas": [[...]]}`, a list a layer.
+    """Read MoA's published head schedules for query heads: `{"alphas": [[...]], "betas": [[...]]}`, one list per layer.
 
-    Where a model has fewer KV heads, a KV head gets a rule that keeps what any of its query heads keeps at every length
-    from the shortest to the longest of `PUBLISHED_LENGTHS`: theirs if one query head has the longest span at both ends,
-    else the line through the longest spans at the two ends (the longest of several lines is convex: it lies below).
+    If a model has fewer KV heads, a KV head gets a rule that keeps what any of its query heads keeps, at every length
+    from the shortest to the longest of `PUBLISHED_LENGTHS`. If one query head has the longest span at both ends, the
+    rule is that head's. Otherwise it is the line through the longest spans at the two ends. (The maximum of several
+    lines is convex, so it lies below this line.)
 
     Args:
         path: the file.
-        shape: the model it is for; the file does not say.
+        shape: the model; the file does not name it.
 
     Returns:
-        The schedules, and what the reduction made of their density, in one line.
+        The schedules, and one line about how the reduction changed their density.
 
     Raises:
-        ConfigError: the file cannot be read, is none of this format or of another model.
+        ConfigError: the file cannot be read, is not of this format or is of another model.
     """
     place = place_of(path)
     _, data = _read_json(path)
@@ -278,7 +279,7 @@ def schedules_of_moa(path: str | Path, shape: ModelShape) -> tuple[HeadSchedules
 
 
 def _longest(rules: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """A rule that keeps what each of these does, at `PUBLISHED_LENGTHS` and between."""
+    """A rule that keeps what each of these rules keeps, at `PUBLISHED_LENGTHS` and between."""
     short, long = PUBLISHED_LENGTHS
     ends = {rule: (rule[0] + rule[1] * short, rule[0] + rule[1] * long) for rule in rules}
     low, high = (max(end[at] for end in ends.values()) for at in (0, 1))
@@ -292,15 +293,15 @@ def _longest(rules: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def schedules_of_duo(
     path: str | Path, shape: ModelShape, sparsity: float, sink: int = 64, recent: int = 256
 ) -> tuple[HeadSchedules, str]:
-    """A head pattern as DuoAttention publishes it: a TSV of gates, a line a layer, a column a KV head.
+    """Read DuoAttention's published head pattern: a TSV of gates, one line per layer, one column per KV head.
 
-    Gates below 0 count as 0. Full heads are those at or above the quantile `sparsity` of all gates; of equal gates the
-    first layers and heads come first (the public code adds unseeded noise). With `sparsity` 0 every head is full, with
-    1 none is.
+    Gates below 0 count as 0. A head is full if its gate is at or above the quantile `sparsity` of all gates. Of equal
+    gates, those of the first layers and heads come first (the public code adds unseeded noise). With `sparsity` 0 every
+    head is full, with 1 no head is.
 
     Args:
         path: the file.
-        shape: the model it is for.
+        shape: the model.
         sparsity: share of the heads that keep only `sink` and `recent` tokens.
         sink: first tokens.
         recent: last tokens.
@@ -309,7 +310,8 @@ def schedules_of_duo(
         The schedules, and how many heads are full, in one line.
 
     Raises:
-        ConfigError: the file cannot be read, is none of this format or of another model, or `sparsity` is no share.
+        ConfigError: the file cannot be read, is not of this format or is of another model.
+        ValueError: `sparsity` is not a share.
     """
     place = place_of(path)
     if not 0 <= sparsity <= 1:
@@ -319,7 +321,7 @@ def schedules_of_duo(
     if problem := _wrong_size(gates, shape.num_layers, shape.num_kv_heads):
         raise ConfigError(f"{place}: {problem}; it was made for another model; {MAKE_ONE}")
     heads = [(layer, head) for layer in range(shape.num_layers) for head in range(shape.num_kv_heads)]
-    ranked = sorted(heads, key=lambda at: -gates[at[0]][at[1]])  # stable: of equal gates the first
+    ranked = sorted(heads, key=lambda at: -gates[at[0]][at[1]])  # stable: of equal gates, the first comes first
     number = 0 if sparsity == 1 else len(heads) - math.ceil(sparsity * (len(heads) - 1))
     schedules = duo_schedules(shape, set(ranked[:number]), sink, recent)
     return schedules, f"{path}: {number} of {len(heads)} KV heads are full, the others keep {sink} + {recent} tokens"
@@ -337,7 +339,7 @@ def _gate(place: str, layer: int, text: str) -> float:
 
 
 def duo_schedules(shape: ModelShape, full: set[tuple[int, int]], sink: int = 64, recent: int = 256) -> HeadSchedules:
-    """The schedules whose (layer, KV head) pairs in `full` keep everything, and the others sink and recent tokens."""
+    """Head schedules where the (layer, KV head) pairs in `full` keep everything, the others sink and recent tokens."""
     streaming = float(sink + recent), 0.0
     rules = [
         [(0.0, 1.0) if (layer, head) in full else streaming for head in range(shape.num_kv_heads)]
@@ -370,7 +372,7 @@ def _is_table(rows: Any) -> bool:
 
 
 def _wrong_size(rows: Any, layers: int, heads: int) -> str | None:
-    """What is wrong with a table that should have a number for each layer and head."""
+    """What is wrong with a table that should have one number for each layer and head, if anything."""
     if not _is_table(rows):
         return f"expected {layers} lists of {heads} numbers, got {quoted(rows)}"
     if len(rows) != layers:
@@ -382,7 +384,7 @@ def _wrong_size(rows: Any, layers: int, heads: int) -> str | None:
 
 
 def _out_of_range(rows: list[list[float]]) -> str | None:
-    """What is wrong with the numbers of a table: infinite, not a number, or beyond every count."""
+    """What is wrong with the numbers of a table, if anything: infinite, not a number, or larger than any count."""
     for layer, row in enumerate(rows):
         for head, number in enumerate(row):
             if not -MOST <= number <= MOST:

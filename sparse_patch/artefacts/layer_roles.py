@@ -1,7 +1,7 @@
-"""Layer roles: a YAML file that says which layers of a model read everything, and which of them choose.
+"""Layer roles: a YAML file that says which layers of a model read every key, and which of them select keys.
 
-A header, `full` and `select`; under `measured` is what the search found, for people. Files of earlier versions have the
-model's sizes under `model` in place of a header, and what they were made with under `measured`.
+The file has a header, `full` and `select`; `measured` holds what the search found, for people. Files of earlier
+versions have the model's sizes under `model` instead of a header, and their settings under `measured`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +24,11 @@ _OF_MODEL = {"model_type": str, "num_layers": int, "num_heads": int, "hidden_siz
 
 
 class Roles(BaseModel):
-    """Which layers read everything, and which of them choose; the others are sparse.
+    """Which layers read every key, and which of them select keys; the other layers are sparse.
 
     Attributes:
-        full: layers that read everything; selecting ones may be among them.
-        select: layers that choose. None for DELTA's rule: every full layer that a sparse one follows.
+        full: layers that read every key; selecting layers may be among them.
+        select: layers that select keys. None is DELTA's rule: every full layer that is followed by a sparse layer.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -37,12 +37,12 @@ class Roles(BaseModel):
     select: list[LayerIndex] | None = None
 
     def resolved(self, shape: ModelShape, place: str, others: frozenset[int] = frozenset()) -> "Roles":
-        """The roles in numbers from 0, `select` spelled out and what is not sparse nor selecting in `full`.
+        """The roles as layer numbers from 0, with `select` spelled out; other layers that are not sparse are in `full`.
 
         Args:
             shape: the model.
-            place: where the roles are written, for messages, with what stands between it and a field.
-            others: layers that the method is not used in; they read everything.
+            place: where the roles are written, for messages, including the separator before a field.
+            others: layers that do not use the method; they read every key.
 
         Raises:
             FieldError: the roles do not fit the model; its field begins with `place`.
@@ -71,16 +71,16 @@ class Roles(BaseModel):
 
 
 def followed_by_sparse(full: set[int], layers: Sequence[int]) -> set[int]:
-    """DELTA's rule: those of `layers` that are in `full`, and whose next one is not."""
+    """DELTA's rule: the layers in `full` whose next layer among `layers` is not in `full`."""
     return {layer for layer, after in pairwise(layers) if layer in full and after not in full}
 
 
 class Calibration(NamedTuple):
-    """What `sparse-patch calibrate layers` found.
+    """The result of `sparse-patch calibrate layers`.
 
     Attributes:
-        header: what it was made for, and with.
-        layers: the choice.
+        header: the model and settings of the search.
+        layers: the roles that it chose.
     """
 
     header: Header
@@ -88,12 +88,12 @@ class Calibration(NamedTuple):
 
 
 def write_calibration(path: str | Path, calibration: Calibration, measured: Mapping[str, Any]) -> None:
-    """Write a calibration as YAML, in place of an older one at once, a line for each entry.
+    """Write a calibration as YAML, one line per entry. An older file is replaced atomically.
 
     Args:
         path: the file.
-        calibration: what methods read.
-        measured: what else the search found, for people. Of a list every item has a line.
+        calibration: the part that methods read.
+        measured: what else the search found, for people. Every item of a list has its own line.
     """
     data = {**calibration.header.entry(), **calibration.layers.model_dump(), "measured": dict(measured)}
     text = "# Which layers of a model select keys for decode, by `sparse-patch calibrate layers`.\n"
@@ -117,10 +117,10 @@ def _flow(value: Any) -> str:
 
 
 def read_calibration(path: str | Path) -> Calibration:
-    """What a file of `sparse-patch calibrate layers` holds; it may hold more.
+    """Read a file of `sparse-patch calibrate layers`. The file may hold more than that.
 
     Raises:
-        ConfigError: the file cannot be read or is none of this format; the message names field, file and place.
+        ConfigError: the file cannot be read or is not of this format; the message names field, file and place.
     """
     place = place_of(path)
     header, data = read_artefact(path, KIND, read_yaml)
@@ -138,7 +138,7 @@ def read_calibration(path: str | Path) -> Calibration:
 
 
 def _earlier_header(data: Mapping[Any, Any], place: str) -> Header:
-    """That of a file of an earlier version, from its `model`."""
+    """The header of a file of an earlier version, from its `model`."""
     model = data["model"]
     if not isinstance(model, dict):
         raise ConfigError(f"{place}: model: expected a mapping of {', '.join(_OF_MODEL)}, got {quoted(model)}")

@@ -1,8 +1,7 @@
-"""MInference's head patterns: a JSON file with what each head reads.
+"""MInference's head patterns: a JSON file that says what each head reads.
 
-As MInference publishes it, the file is a list with a mapping of heads for each layer, each head
-`[pattern, columns, diagonals, score]`. `sparse-patch calibrate minference` writes the same list under the key `layers`,
-beside a header.
+MInference publishes a list with one mapping per layer, from each head to `[pattern, columns, diagonals, score]`.
+`sparse-patch calibrate minference` writes the same list under the key `layers`, beside a header.
 """
 
 import json
@@ -23,7 +22,7 @@ Kind = Literal["vertical_and_slash", "stream_llm", "block_sparse"]
 
 
 class Pattern(NamedTuple):
-    """What one head reads, as MInference's files have it.
+    """What one head reads, as in MInference's files.
 
     Attributes:
         kind: the pattern.
@@ -36,14 +35,14 @@ class Pattern(NamedTuple):
     diagonals: int
 
 
-MISSING = Pattern("vertical_and_slash", 1000, 6096)  # of a head that a file does not have, as in the public code
+MISSING = Pattern("vertical_and_slash", 1000, 6096)  # for a head that a file does not have, as in the public code
 
 
 class Patterns(NamedTuple):
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
-        header: the file's; of a published file only the number of layers is known.
+        header: header of the file; for a published file only the number of layers is known.
         layers: the patterns of each layer, by head.
     """
 
@@ -59,12 +58,12 @@ class Patterns(NamedTuple):
 
 
 def write_patterns(path: str | Path, header: Header, layers: Sequence[Mapping[int, Sequence[Any]]]) -> None:
-    """Write patterns, in place of an older file at once; a layer in a line.
+    """Write patterns, one layer per line. An older file is replaced atomically.
 
     Args:
         path: the file.
-        header: what the patterns were made for, and with.
-        layers: of each layer its heads that have a pattern: [pattern, columns, diagonals, score].
+        header: the model and settings of the patterns.
+        layers: for each layer, the heads that have a pattern: [pattern, columns, diagonals, score].
     """
     rows = [json.dumps({str(head): list(entry) for head, entry in heads.items()}) for heads in layers]
     head = json.dumps(header.entry())[1:-1]
@@ -72,10 +71,10 @@ def write_patterns(path: str | Path, header: Header, layers: Sequence[Mapping[in
 
 
 def read_patterns(path: str | Path) -> Patterns:
-    """The patterns of a file, with a header or as MInference publishes it.
+    """Read the patterns of a file, with a header or as MInference publishes it.
 
     Raises:
-        ConfigError: the file cannot be read or is none of this format; the message names field, file and place.
+        ConfigError: the file cannot be read or is not of this format; the message names field, file and place.
     """
     place = place_of(path)
     header, body = read_artefact(path, KIND, read_json)
@@ -90,7 +89,7 @@ def read_patterns(path: str | Path) -> Patterns:
 
 
 def _head(place: str, layer: int, head: str) -> int:
-    """Written in one way only, so that no head is set twice."""
+    """The index of a head. Only one spelling of it is valid, so that no head is set twice."""
     if not (head.isdecimal() and len(head) < 10 and head == str(int(head))):
         raise ConfigError(f"{place}: layer {layer}: expected the index of a head, got {short(head)}")
     return int(head)

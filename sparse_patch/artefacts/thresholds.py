@@ -1,7 +1,7 @@
-"""The calibration of SALE as a file: a threshold for each query head, and for which model and settings it was found.
+"""The calibration file of SALE: a threshold for each query head, and the model and settings of the search.
 
-A safetensors file with one tensor, `tau`, float32 `[num_layers, num_query_heads]`, and a header in its metadata. A
-threshold of 0 makes its head dense. Files of earlier versions have a field of the metadata for each size and setting.
+It is a safetensors file with one tensor, `tau`, float32 `[num_layers, num_query_heads]`, and a header in its metadata.
+A threshold of 0 makes its head dense. Files of earlier versions have one metadata field for each size and setting.
 """
 
 import math
@@ -35,13 +35,13 @@ Count = Annotated[int, Field(ge=0, le=MOST)]
 
 
 class SearchSettings(BaseModel):
-    """What thresholds were found with, of which a configuration must not differ.
+    """The settings that thresholds were found with. A configuration must not differ from them.
 
     Attributes:
-        numerics: of the estimates.
-        window: of the reference region, in tokens.
-        block_size: side of the tiles that were computed, in tokens: smaller ones would compute less and err more.
-        error: the error that it allows a head: the L1 norm, per query, of the change of the output.
+        numerics: numerics of the estimates.
+        window: window of the reference region, in tokens.
+        block_size: side of the computed tiles, in tokens; smaller tiles would compute less and err more.
+        error: the error that a head may have: the L1 norm, per query, of the change of the output.
     """
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
@@ -53,11 +53,11 @@ class SearchSettings(BaseModel):
 
 
 class Thresholds(NamedTuple):
-    """What a calibration holds.
+    """The content of a calibration file.
 
     Attributes:
         tau: float32 `[num_layers, num_query_heads]`, on the CPU.
-        header: what it was made for, and with.
+        header: the model and settings of the search.
         numerics: see `SearchSettings`.
         window: likewise.
         block_size: likewise.
@@ -73,12 +73,12 @@ class Thresholds(NamedTuple):
 
 
 def write_thresholds(path: str | Path, tau: torch.Tensor, header: Header) -> None:
-    """Write a calibration, in place of an older one at once.
+    """Write a calibration. An older file is replaced atomically.
 
     Args:
         path: the file.
         tau: float32 `[num_layers, num_query_heads]`.
-        header: what it was made for, and with; the settings have at least those of `SearchSettings`.
+        header: the model and settings of the search; the settings have at least those of `SearchSettings`.
 
     Raises:
         FieldError: the thresholds are not of the model's shape, not finite or negative, or a setting is missing.
@@ -90,10 +90,10 @@ def write_thresholds(path: str | Path, tau: torch.Tensor, header: Header) -> Non
 
 
 def read_thresholds(path: str | Path) -> Thresholds:
-    """What a file that `write_thresholds` wrote holds.
+    """Read a file that `write_thresholds` wrote.
 
     Raises:
-        ConfigError: the file cannot be read or is none of this format; the message names field, file and place.
+        ConfigError: the file cannot be read or is not of this format; the message names field, file and place.
     """
     place = place_of(path)
     said, body = read_artefact(path, KIND, read_safetensors)
@@ -114,7 +114,7 @@ def read_thresholds(path: str | Path) -> Thresholds:
 
 
 def _earlier_header(metadata: Mapping[str, str], place: str) -> Header:
-    """That of a file of an earlier version."""
+    """The header of a file of an earlier version."""
     sizes = {key: _value(place, metadata, key, kind) for key, kind in _OF_MODEL.items()}
     search = {key: _value(place, metadata, key, kind) for key, kind in _OF_SEARCH.items()}
     settings: dict[str, Any] = {key: value for key, value in metadata.items() if key not in sizes} | search
@@ -127,7 +127,7 @@ def _earlier_header(metadata: Mapping[str, str], place: str) -> Header:
 
 
 def _value(place: str, metadata: Mapping[str, str], key: str, kind: type) -> Any:
-    """A field of the metadata as what it is."""
+    """A metadata field, converted to its type."""
     if key not in metadata:
         raise ConfigError(f"{place}: metadata {key}: missing; {MAKE_ONE}")
     text = metadata[key]
@@ -144,7 +144,7 @@ def _value(place: str, metadata: Mapping[str, str], key: str, kind: type) -> Any
 
 
 def _problem(tau: torch.Tensor, model: MadeFor) -> str | None:
-    """What is wrong with the thresholds of a model."""
+    """What is wrong with the thresholds of a model, if anything."""
     shape = model.num_layers, model.num_heads
     if tau.dtype != torch.float32 or tuple(tau.shape) != shape:
         kind = str(tau.dtype).removeprefix("torch.")

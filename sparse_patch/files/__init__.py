@@ -1,1 +1,1 @@
-"""Files: how they are read, with limits, and written, all or nothing."""
+"""Files: they are read within limits, and written as a whole or not at all."""

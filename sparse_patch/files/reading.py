@@ -1,8 +1,8 @@
-"""Files that a user names: read within limits, and refused in one line that says where what is wrong stands.
+"""Reading files that a user names. Reading has limits, and a bad file is refused in one line that says what and where.
 
-Only regular files are read: a pipe would be waited for, a device has no end. YAML is what `yaml.safe_load` takes, in a
-limited number of bytes, levels and nodes, where an alias counts as all that it stands for. In YAML and JSON a key that
-is set twice is an error: which of the two is meant cannot be known.
+Only regular files are read, because a pipe would block and a device has no end. YAML is what `yaml.safe_load` takes,
+with a limited number of bytes, levels and nodes; an alias counts as all the nodes that it stands for. In YAML and JSON
+a key that is set twice is an error, because nobody can know which of the two is meant.
 """
 
 import json
@@ -21,14 +21,14 @@ MOST_BYTES = 16 * 2**20  # of an artefact
 MOST_YAML_BYTES = 2**20
 MOST_NODES = 20_000
 MOST_LEVELS = 32  # of nesting
-LONGEST_NUMBER = 500  # characters; Python itself refuses to read or write some thousand digits
+LONGEST_NUMBER = 500  # characters; Python itself refuses to read or write several thousand digits
 
 _KEYS_ONLY = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:value"  # `<<` and `=`
 _WORDS = "tag:yaml.org,2002:str", "tag:yaml.org,2002:binary"
 
 
 def read_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
-    """What a regular file of at most `most` bytes holds.
+    """The content of a regular file of at most `most` bytes.
 
     Raises:
         ConfigError: there is no such file, or it cannot be read.
@@ -36,7 +36,7 @@ def read_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
     try:
         with open(path, "rb", opener=_open) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError(f"{one_line(path)}: cannot be read: it is no regular file")
+                raise ConfigError(f"{one_line(path)}: cannot be read: it is not a regular file")
             data = file.read(most + 1)
     except ConfigError:
         raise
@@ -48,23 +48,23 @@ def read_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
 
 
 def _open(path: str, flags: int) -> int:
-    """Opening a pipe does not wait for its other end."""
+    """Open a file; for a pipe, do not wait for its other end."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
-    """The text of a regular file in UTF-8; raises ConfigError as `read_bytes` does, and where it is no text."""
+    """The text of a regular file in UTF-8; raises ConfigError as `read_bytes` does, and if it is not UTF-8."""
     try:
         return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{one_line(path)}: is no text in UTF-8: {error.reason} at byte {error.start}") from None
+        raise ConfigError(f"{one_line(path)}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds.
+    """The content of a YAML file.
 
     Raises:
-        ConfigError: the file cannot be read, is no YAML, or is beyond the limits of this module.
+        ConfigError: the file cannot be read, is not YAML, or exceeds the limits of this module.
     """
     place, text = one_line(path), read_text(path, MOST_YAML_BYTES)
     try:
@@ -83,14 +83,14 @@ def read_yaml(path: str | Path) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with limits. Scalars are made while their place is known, so that what is wrong has a path."""
+    """SafeLoader with limits. It constructs scalars while their place is known, so that an error can name the path."""
 
     def __init__(self, text: str, place: str) -> None:
         super().__init__(text)
         self.place = place
-        self.path: list[str] = []  # of the node that is composed
+        self.path: list[str] = []  # keys that lead to the node being composed
         self.nodes = 0
-        self.sizes: dict[str, int] = {}  # nodes that an anchor stands for
+        self.sizes: dict[str, int] = {}  # number of nodes that each anchor stands for
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event, before = self.peek_event(), self.nodes
@@ -140,7 +140,7 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (ConfigError, yaml.YAMLError):
             raise
-        except Exception:  # each kind of scalar has exceptions of its own
+        except Exception:  # each kind of scalar raises its own exceptions
             kind = node.tag.rpartition(":")[2]
             self._refuse(node, f"expected a valid {kind}, got {quoted(node.value)}; put text in quotes")
 
@@ -149,7 +149,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _path(keys: Iterable[str]) -> str:
-    """The keys that lead to a value, and a colon; empty for the whole."""
+    """The keys that lead to a value, and a colon; empty for the whole file."""
     path = ".".join(key for key in keys if key)
     return f"{one_line(path)}: " if path else ""
 
@@ -160,19 +160,19 @@ def _twice(first: int, second: int) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file holds; raises ConfigError as `parse_json` does, and if it cannot be read."""
+    """The content of a JSON file; raises ConfigError as `parse_json` does, and if the file cannot be read."""
     return parse_json(read_text(path), one_line(path))
 
 
 def parse_json(text: str, place: str) -> Any:
-    """What JSON says. NaN and infinities are numbers, as Python writes them; an integer of 500 digits is a float.
+    """The value of a JSON text. Python's NaN and infinities are numbers; an integer of over 500 digits is a float.
 
     Args:
         text: the JSON.
-        place: what it is, for messages.
+        place: name of the source, for messages.
 
     Raises:
-        ConfigError: it is no JSON, is nested too deeply or sets a key twice; the message begins with `place`.
+        ConfigError: the text is not JSON, is nested too deeply or sets a key twice; the message begins with `place`.
     """
     twice = False
 
@@ -187,7 +187,7 @@ def parse_json(text: str, place: str) -> Any:
     except RecursionError:
         raise ConfigError(f"{place}: expected at most {MOST_LEVELS} levels of nesting") from None
     except ValueError:
-        raise ConfigError(f"{place}: is no JSON") from None
+        raise ConfigError(f"{place}: is not JSON") from None
     if twice:
         raise ConfigError(f"{place}: {_set_twice(text)}")
     if _levels(data) > MOST_LEVELS:
@@ -200,7 +200,7 @@ def _integer(digits: str) -> float:
 
 
 def _levels(data: Any) -> int:
-    """How deep lists and mappings are nested."""
+    """How deeply lists and mappings are nested."""
     level, row = 0, [data]
     while row := [item for item in row if isinstance(item, list | dict)]:
         level += 1
@@ -212,7 +212,7 @@ _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}:,]')
 
 
 def _set_twice(text: str) -> str:
-    """What is wrong with valid JSON in which a key is set twice: its path and lines, of the first one."""
+    """The message about valid JSON that sets a key twice: path and lines of the first such key."""
     path: list[Any] = []  # the key or the index at each level
     seen: list[dict[str, int]] = []  # where the keys of each level begin; empty for a list
     word = None
@@ -236,4 +236,4 @@ def _set_twice(text: str) -> str:
     raise AssertionError("no key is set twice")
 
 
-MOST = 2**31 - 1  # of any count: what int32 holds
+MOST = 2**31 - 1  # largest value of any count: the most that int32 holds

@@ -1,4 +1,4 @@
-"""Files that are written: looked at before the work, replaced as a whole, one line if that fails."""
+"""Writing files. A target is checked before the work and replaced as a whole; a failure is one line."""
 
 import os
 from collections.abc import Sequence
@@ -7,22 +7,22 @@ from pathlib import Path
 from sparse_patch.errors import SparsePatchError, one_line
 
 _SUFFIX = ".tmp"
-_FAULTS = (OSError, ValueError, RuntimeError)  # the last two for a path with a NUL or a circle of links
+_FAULTS = (OSError, ValueError, RuntimeError)  # the last two are for a path with a NUL or a cycle of links
 
 
 class WriteError(SparsePatchError):
-    """A file cannot be written. What stood in its place is still there."""
+    """A file cannot be written. The old file is still there."""
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Raise before a long run if what it makes cannot be written; leaves nothing behind.
+    """Raise before a long run if its results cannot be written. The check leaves nothing behind.
 
     Args:
-        paths: files that will be written, each once. None is passed over.
+        paths: files that will be written, each once. None is skipped.
 
     Raises:
-        WriteError: the folder is missing or read-only, a folder stands in the file's place, the file is read-only, or
-            it is named twice.
+        WriteError: the folder is missing or read-only, the path is a folder, the file is read-only, or a file is
+            named twice.
     """
     targets: list[Path] = []
     for path in paths:
@@ -34,7 +34,7 @@ def check_writable(*paths: Path | None) -> None:
 
 
 def _checked(path: Path, others: Sequence[Path]) -> Path:
-    """Where a path leads; see `check_writable`."""
+    """The target of a path, after its checks; see `check_writable`."""
     target = _target(path)
     if not target.parent.is_dir():
         raise ValueError(f"{one_line(target.parent)} is not a folder")
@@ -51,12 +51,12 @@ def _checked(path: Path, others: Sequence[Path]) -> Path:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Replace a file at once: a reader, a kill or a full disk leaves the old one or the new one, never a part.
+    """Replace a file atomically: readers, a kill or a full disk find the old file or the new one, never a part.
 
-    What a link points at is replaced, not the link. A device or a pipe is written to as it is.
+    The target of a link is replaced, not the link. A device or a pipe is written to directly.
 
     Raises:
-        WriteError: it cannot be written.
+        WriteError: the file cannot be written.
     """
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -70,10 +70,10 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def append_file(path: Path, text: str) -> None:
-    """Add to the end of a file: all of it, or nothing.
+    """Append all of a text to a file, or nothing.
 
     Raises:
-        WriteError: it cannot be written.
+        WriteError: the file cannot be written.
     """
     try:
         with path.open("ab", buffering=0) as file:
@@ -99,12 +99,12 @@ def _replace(target: Path, data: bytes) -> None:
 
 
 def _target(path: Path) -> Path:
-    """What is written: what a link points at; a device or a pipe as it is named, for it may have no other name."""
+    """The path to write to: the target of a link. A device or a pipe keeps its name, as it may have no other."""
     return path.resolve() if is_replaced(path) else path
 
 
 def is_replaced(path: Path) -> bool:
-    """Whether a file stands there, or nothing; not a device or a pipe, which is written to as it is."""
+    """Whether the path is a file or nothing yet. A device or a pipe is not replaced but written to directly."""
     return path.is_file() or not path.exists()
 
 

@@ -1,1 +1,1 @@
-"""What every kernel stands on: tensors only. Nothing here knows of a call, a plan or a method."""
+"""Shared helpers of all kernels. They take tensors only; nothing here knows a call, a plan or a method."""

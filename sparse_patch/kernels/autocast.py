@@ -1,12 +1,12 @@
-"""Precision of attention under `torch.autocast`: one cast of queries, keys and values, and none after it."""
+"""Precision of attention under `torch.autocast`: queries, keys and values are cast once; nothing is cast later."""
 
 import torch
 
 
 def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors in the dtype in which autocast has the model's own attention run; unchanged without autocast.
+    """Cast tensors to the dtype that autocast gives the model's own attention; without autocast, change nothing.
 
-    Autocast leaves float64 as it is, and so does this.
+    Autocast leaves float64 as it is, and so does this function.
     """
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):

@@ -1,4 +1,4 @@
-"""Where the Triton kernels run."""
+"""Which devices the Triton kernels run on."""
 
 from importlib.util import find_spec
 
@@ -8,7 +8,7 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 def why_no_triton(x: torch.Tensor) -> str | None:
-    """Why no Triton kernel can run on a tensor; None if one can, as on any device in Triton's interpreter."""
+    """Why no Triton kernel can run on a tensor; None if one can. Triton's interpreter runs on any device."""
     if not _HAS_TRITON:
         return "backend triton needs the package triton"
     if x.is_cuda:
@@ -18,13 +18,13 @@ def why_no_triton(x: torch.Tensor) -> str | None:
 
 
 def prefers_triton(x: torch.Tensor) -> bool:
-    """Whether an op that chooses for itself takes its Triton kernel for a tensor: on every GPU that it runs on."""
+    """Whether "auto" prefers an op's Triton kernel for a tensor: yes on every GPU that the kernel runs on."""
     return x.is_cuda and why_no_triton(x) is None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _interprets() -> bool:
-    """Whether Triton's interpreter is on; torch.compile cannot trace the question."""
+    """Whether Triton's interpreter is on. torch.compile cannot trace this check."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)

@@ -1,4 +1,4 @@
-"""What the launches of several Triton kernels need."""
+"""Helpers that the launches of several Triton kernels share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ R_co = TypeVar("R_co", covariant=True)
 
 
 class LaunchOp(Protocol[P, R_co]):
-    """What `launch_op` makes of a launch.
+    """A launch after `launch_op`.
 
     Attributes:
         op: the custom op.
@@ -33,15 +33,16 @@ def no_outputs() -> None:
 def launch_op(
     name: str, outputs: Callable[..., Any] = no_outputs, mutates_args: Sequence[str] = ()
 ) -> Callable[[Callable[P, R_co]], LaunchOp[P, R_co]]:
-    """A kernel's launch as a custom op `sparse_patch::name`, where torch.compile or a fake tensor has to know one.
+    """Register a kernel's launch as the custom op `sparse_patch::name`, for torch.compile and for fake tensors.
 
-    Eager calls go past the op, whose wrapper takes as long on the host as the launch. The first argument is a tensor.
+    Eager calls bypass the op, because its wrapper takes as long on the host as the launch. The first argument is a
+    tensor.
 
     Args:
-        name: of the op.
-        outputs: room for what the launch returns: empty tensors of the same shapes, dtypes and strides. It takes the
-            arguments of the launch that it needs, under their names in the launch; its keyword-only parameters keep
-            their defaults.
+        name: name of the op.
+        outputs: makes empty tensors with the shapes, dtypes and strides of what the launch returns. Its parameters are
+            the arguments of the launch that it needs, under the same names; its keyword-only parameters keep their
+            defaults.
         mutates_args: names of the tensors that the launch writes to.
 
     Raises:
@@ -66,7 +67,7 @@ def launch_op(
 
 
 def _fake(launch: Callable[..., Any], outputs: Callable[..., Any]) -> Callable[..., Any]:
-    """The launch as torch.compile plans with it: any call of it gives what `outputs` gives."""
+    """The launch as torch.compile traces it: every call returns what `outputs` returns."""
     arguments = signature(launch)
     needed = [x.name for x in signature(outputs).parameters.values() if x.kind is not Parameter.KEYWORD_ONLY]
     unknown = [name for name in needed if name not in arguments.parameters]
@@ -83,7 +84,7 @@ def _fake(launch: Callable[..., Any], outputs: Callable[..., Any]) -> Callable[.
 
 @dataclass(frozen=True)
 class Tile:
-    """How the kernel is cut: queries and keys of a tile, warps of a program, depth of its pipeline."""
+    """The tiling of a kernel: queries and keys per tile, warps per program, pipeline depth."""
 
     block_m: int
     block_n: int
@@ -92,7 +93,7 @@ class Tile:
 
 
 def tile_of(head_dim: int, dtype: torch.dtype, block_size: int, capability: tuple[int, int]) -> Tile:
-    """The tile for a head size, dtype and GPU generation; static, so that no prompt length waits for a search."""
+    """The tile for a head size, dtype and GPU generation; a static choice, so no prompt length waits for a search."""
     wide = head_dim > 128
     if dtype == torch.float32:
         tile = Tile(64, 32, 4, 1)
@@ -107,7 +108,7 @@ def tile_of(head_dim: int, dtype: torch.dtype, block_size: int, capability: tupl
 
 @cache
 def gpu_properties(device: torch.device) -> tuple[int, tuple[int, int]]:
-    """Number of SMs and compute capability; of a small GPU where the interpreter runs."""
+    """Number of SMs and compute capability; under the interpreter, those of a small GPU."""
     if device.type != "cuda":
         return 4, (9, 0)
     properties = torch.cuda.get_device_properties(device)
@@ -115,12 +116,12 @@ def gpu_properties(device: torch.device) -> tuple[int, tuple[int, int]]:
 
 
 def rows_in_one_piece(x: torch.Tensor) -> torch.Tensor:
-    """A tensor whose last stride is 1: itself, or a copy."""
+    """The tensor itself if its last stride is 1, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def tma_ready(x: torch.Tensor) -> torch.Tensor:
-    """A tensor that a tensor descriptor can describe: itself, or a copy with room behind each row."""
+    """The tensor itself if a tensor descriptor can describe it, else a copy with padding after each row."""
     if is_aligned(x):
         return x
     steps = STEP // x.element_size()
@@ -129,27 +130,27 @@ def tma_ready(x: torch.Tensor) -> torch.Tensor:
 
 
 def by_row(numbers: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:
-    """Numbers one after the other, as those of the rows, `[B]`; `instead`, which is not read, if there are none."""
+    """Contiguous numbers, such as those of the rows `[B]`; if there are none, `instead`, which is not read."""
     return instead if numbers is None else numbers.contiguous()
 
 
 def given(x: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:
-    """A tensor that a kernel can do without; `instead`, which is not read, if there is none."""
+    """An optional tensor of a kernel; if there is none, `instead`, which is not read."""
     return instead if x is None else x
 
 
 def block_of(size: int) -> int:
-    """The side of a tile that holds so many numbers: a power of two, and enough for a product of tiles."""
+    """The side of a tile that holds `size` numbers: a power of two, and large enough for a product of tiles."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How a kernel multiplies tiles of a dtype."""
+    """The precision with which a kernel multiplies tiles of a dtype."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def attention_constants(q: torch.Tensor, v: torch.Tensor, softcap: float) -> dict[str, Any]:
-    """What every kernel of attention is compiled for, of queries and values `[..., D]` and a softcap, 0 for none."""
+    """Compile-time constants of every attention kernel, for queries and values `[..., D]`; a softcap of 0 is none."""
     head_dim, value_dim = q.shape[-1], v.shape[-1]
     return {
         "D": head_dim,
@@ -164,7 +165,7 @@ def attention_constants(q: torch.Tensor, v: torch.Tensor, softcap: float) -> dic
 def attention_outputs(
     q: torch.Tensor, v: torch.Tensor, return_lse: bool, *, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for an output `[B, Hq, Sq, Dv]`, in memory as `[B, Sq, Hq, Dv]`, and its LSE, empty if not asked for."""
+    """Empty tensors: output `[B, Hq, Sq, Dv]`, in memory `[B, Sq, Hq, Dv]`, and LSE (of size 0 if not asked for)."""
     batch, heads, q_length, _ = q.shape
     out = q.new_empty(batch, q_length, heads, v.shape[-1], dtype=dtype or q.dtype).transpose(1, 2)
     return out, q.new_empty((batch, heads, q_length) if return_lse else (0,), dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""What several Triton kernels have in common: pieces that are compiled into them, and what their launches need.
+"""Pieces that several Triton kernels share: functions that are compiled into them, and helpers of their launches.
 
-Every kernel names things alike: `b_` is a value, `p_` a pointer, `offs_` an offset, `mask_` a mask, `i_` the number of
+All kernels use the same prefixes: `b_` is a value, `p_` a pointer, `offs_` an offset, `mask_` a mask, `i_` the index of
 what a program works on. A comment such as `# [BM, BD]` gives the shape of a tile, `BM` for `BLOCK_M`.
 """
 
@@ -11,9 +11,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparse_patch.kernels.launch import block_of
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)  # to log2 units, in which an exponential is one instruction
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)  # and back to natural ones
-LOWEST: tl.constexpr = tl.constexpr(-3.4028234e38)  # a running maximum of no key yet that can be subtracted from -inf
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)  # to log2 units: there an exponential is one instruction
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)  # back to natural units
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234e38)  # a running maximum before any key; -inf minus it is no NaN
 
 
 @triton.jit
@@ -24,18 +24,18 @@ def softcap_logits(s, scale, softcap):
 
 @triton.jit
 def tile_logits(q, k_tile, softcap, HAS_SOFTCAP: tl.constexpr, scale, PRECISION: tl.constexpr):
-    """Logits of a tile, in units that `add_tile` multiplies by its scale."""
+    """Logits of a tile, in units that `add_tile` multiplies by its `to_log2`."""
     s = tl.dot(q, k_tile, input_precision=PRECISION)  # [BM, BN]
     if HAS_SOFTCAP:
-        s = softcap_logits(s, scale, softcap)
+        s = softcap_logits(s, scale, softcap)  # [BM, BN]
     return s
 
 
 @triton.jit
 def add_tile(s, v_tile, acc, m_i, l_i, to_log2, PRECISION: tl.constexpr):
-    """Online softmax: one more tile of logits and values. `to_log2` brings the logits to log2 units.
+    """Online softmax: add one tile of logits and values. `to_log2` converts the logits to log2 units.
 
-    The maximum `m_i` of a row that has no key yet is `LOWEST`; `-inf` will do before a tile in which it sees one.
+    The maximum `m_i` of a row without a key so far is `LOWEST`. It may be `-inf` if the row sees a key in this tile.
     """
     m_new = tl.maximum(m_i, tl.max(s, 1) * to_log2)  # [BM]
     p = tl.math.exp2(s * to_log2 - m_new[:, None])  # [BM, BN]
@@ -47,12 +47,12 @@ def add_tile(s, v_tile, acc, m_i, l_i, to_log2, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_split_tile(s, v_tile, acc, m_i, l_i, PRECISION: tl.constexpr):
-    """Online softmax of few queries: one more tile of logits, in log2 units, and values.
+    """Online softmax of few queries: add one tile of logits, in log2 units, and values.
 
-    A row may have no key at all. Its sum is spread over the columns of `l_i`: a sum over warps costs a barrier.
+    A row may have no key at all. Its sum is spread over the columns of `l_i`, because a sum over warps costs a barrier.
     """
     m_new = tl.maximum(m_i, tl.max(s, 1))  # [BM]
-    base = tl.where(m_new == -float("inf"), 0.0, m_new)  # [BM]; no key yet: -inf less -inf is NaN
+    base = tl.where(m_new == -float("inf"), 0.0, m_new)  # [BM]; no key yet: -inf minus -inf is NaN
     p = tl.math.exp2(s - base[:, None])  # [BM, BN]
     alpha = tl.math.exp2(m_i - base)  # [BM]
     l_i = l_i * alpha[:, None] + p  # [BM, BN]
@@ -62,9 +62,9 @@ def add_split_tile(s, v_tile, acc, m_i, l_i, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_to_exp_sum(m_i, l_i, s):
-    """Online log-sum-exp of rows with one more tile `s`, in log2 units: maximum, and sum of `2 ** (s - maximum)`.
+    """Online log-sum-exp: add a tile `s` in log2 units; gives each row's maximum and sum of `2 ** (s - maximum)`.
 
-    A row may be `-inf` all along: then its sum stays 0.
+    The sum of a row that is `-inf` throughout stays 0.
     """
     m_new = tl.maximum(m_i, tl.max(s, 1))  # [BM]
     shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # [BM]
@@ -73,28 +73,28 @@ def add_to_exp_sum(m_i, l_i, s):
 
 @triton.jit
 def query_blocks_of_row(row_starts, q_start, keys, i_b, SIDE: tl.constexpr):
-    """The grid index of a row's first query block, and how many a row has."""
+    """The grid index of a row's first query block, and how many query blocks the row has."""
     start = tl.load(row_starts + i_b).to(tl.int32)
     first = tl.maximum(q_start - start, 0) // SIDE
     return first, tl.cdiv(keys - start, SIDE) - first
 
 
 def tiles_of(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """A descriptor that loads tiles `[1, 1, rows, BLOCK_D]` of a tensor `[B, H, S, D]` from `tma_ready`."""
+    """A descriptor that loads tiles `[1, 1, rows, BLOCK_D]` of a tensor `[B, H, S, D]` that `tma_ready` returned."""
     return TensorDescriptor.from_tensor(x, [1, 1, rows, block_of(x.shape[-1])])
 
 
 def merge_splits(part: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Merge partial attention over splits of the keys by their LSE.
+    """Merge the partial attention of splits of the keys by their LSEs.
 
     Args:
-        part: float32 `[B, Hq, Sq, splits, Dv]`, contiguous; not read where the LSE is `-inf`.
+        part: float32 `[B, Hq, Sq, splits, Dv]`, contiguous; entries whose LSE is `-inf` are not read.
         part_lse: float32 `[B, Hq, Sq, splits]`, contiguous.
-        out: `[B, Hq, Sq, Dv]`, which is written; its last stride is 1.
-        lse: float32 `[B, Hq, Sq]`, contiguous, which is written.
+        out: `[B, Hq, Sq, Dv]`, is written; its last stride is 1.
+        lse: float32 `[B, Hq, Sq]`, contiguous, is written.
     """
     batch, heads, q_length, splits, value_dim = part.shape
-    block_s = max(16, triton.next_power_of_2(splits))  # few variants while a growing cache is short
+    block_s = max(16, triton.next_power_of_2(splits))  # at least 16: few kernel variants while a growing cache is short
     block_dv = min(triton.next_power_of_2(value_dim), max(16, 2048 // block_s))
     _merge_kernel[(batch * heads * q_length, triton.cdiv(value_dim, block_dv))](
         part,
@@ -128,11 +128,11 @@ def _merge_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Output and LSE of one query from those of its splits; a program holds some columns of the output."""
+    """Compute output and LSE of one query from its splits. A program holds some columns of the output."""
     row = tl.program_id(0).to(tl.int64)
     i_d = tl.program_id(1)
-    offs_s = tl.arange(0, BLOCK_S)
-    offs_dv = i_d * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    offs_s = tl.arange(0, BLOCK_S)  # [BS]
+    offs_dv = i_d * BLOCK_DV + tl.arange(0, BLOCK_DV)  # [BDV]
     lses = tl.load(part_lse + row * splits + offs_s, mask=offs_s < splits, other=-float("inf"))  # [BS]
     mask = (lses > -float("inf"))[:, None] & (offs_dv < DV)[None, :]  # [BS, BDV]
     parts = tl.load(part + (row * splits + offs_s)[:, None] * DV + offs_dv[None, :], mask=mask, other=0.0)  # [BS, BDV]
@@ -150,6 +150,6 @@ def _merge_kernel(
 
 @triton.jit
 def window_at(p_window, position):
-    """Windows of queries at positions; `p_window` points to the most, base, slope and least of a `GrowingWindow`."""
+    """Windows of queries at positions. `p_window` points to `(most, base, slope, least)` of a `GrowingWindow`."""
     grown = (tl.load(p_window + 1) + tl.load(p_window + 2) * (position.to(tl.int64) + 1)) >> 16
     return tl.minimum(tl.maximum(grown, tl.load(p_window + 3)), tl.load(p_window)).to(tl.int32)

@@ -1,3 +1,3 @@
-"""How much room a buffer that grows has behind what is in it."""
+"""How much spare room a growing buffer keeps after its content."""
 
-SPARE = 256  # tokens beyond what is asked for
+SPARE = 256  # tokens beyond those asked for

@@ -7,7 +7,7 @@ from sparse_patch.plans import BlockGrid
 
 
 def key_blocks(x: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """Keys or values `[B, Hkv, Skv, D]` as `[B, Hkv, N, block, D]`, each row from its first real key, zeros behind."""
+    """Keys or values `[B, Hkv, Skv, D]` as `[B, Hkv, N, block, D]`, each row from its first real key; zeros follow."""
     slots = grid.num_key_blocks * grid.block_size
     if grid.padded:
         position = torch.arange(slots, device=x.device) + grid.row_starts[:, None]

@@ -1,7 +1,7 @@
-"""Plans: what a method decided, as data. A plan owns no kernel and knows no method.
+"""Plans: the decisions of methods, as data. A plan owns no kernel and knows no method.
 
-Every plan has `density()`, the share of the causal triangle it computes (padding excluded from both sides), so that
-methods, tests, the report, the pictures and the benchmarks mean the same by it.
+Every plan has `density()`, the share of the causal triangle it computes (padding excluded from both sides). So methods,
+tests, the report, the pictures and the benchmarks all use the same definition.
 """
 
 from sparse_patch.plans.blocks import BlockPlan

@@ -13,21 +13,21 @@ from sparse_patch.plans.plan import SparsePlan
 
 @dataclass(frozen=True)
 class BlockPlan(SparsePlan):
-    """For each (row, query head, query block), the key blocks to read, and single key columns beside them.
+    """The key blocks to read for each (row, query head, query block), and single key columns beside them.
 
     Attributes:
         indices: int32 `[B, Hq, NQ, N]`; the first `counts` entries of a list are key blocks in ascending order, each at
-            most once and none above the diagonal. What follows them has no meaning.
+            most once and none above the diagonal. The entries after them are undefined.
         counts: int32 `[B, Hq, NQ]`; 0 for the query blocks that a row does not have.
         grid: the grid that the indices refer to.
         columns: int32 `[B, Hq, NQ, C]`; the first `column_counts` entries of a list are keys, as positions within the
-            row, each at most once, in none of the listed blocks and before the query block. None for no columns.
+            row, each at most once, in none of the listed blocks and before the query block. None without columns.
         column_counts: int32 `[B, Hq, NQ]`, or None.
-        pv_threshold: tiles whose logits lie this far below what was read before them, in log2 units, count for nothing
-            (`ops.block_sparse` says which). 0 or more; None for no such tile. Only a plan without columns may have it.
-            `mask`, `density` and what else the plan says include these tiles.
-        decided_pairs: causal pairs that the method decided to read, where it decides finer than in whole blocks, int64
-            `[B, Hq]`; None where the blocks are its decision. For the report.
+        pv_threshold: tiles whose logits lie this far below what was read before them, in log2 units, are left out
+            (`ops.attention.block_sparse` says which tiles). At least 0; None leaves out no tile. Only a plan without
+            columns may have it. `mask`, `density` and the plan's other numbers include these tiles.
+        decided_pairs: causal pairs that the method decided to read, if it decides finer than in whole blocks, int64
+            `[B, Hq]`; None if the blocks are its decision. For the report.
     """
 
     indices: torch.Tensor
@@ -52,14 +52,14 @@ class BlockPlan(SparsePlan):
     def from_blocks(
         cls, blocks: torch.Tensor, grid: BlockGrid, columns: torch.Tensor | None = None, *, is_causal: bool = False
     ) -> "BlockPlan":
-        """From a map of blocks and from columns; what lies outside the causal triangle is dropped.
+        """The plan of a map of blocks and of columns. Everything outside the causal triangle is dropped.
 
         Args:
             blocks: bool `[B, Hq, NQ, N]`.
             grid: their grid.
-            columns: int64 `[B, Hq, C]`, keys as positions within the row, each at most once; a negative entry is none.
-                A query block reads those that come before it and lie in none of its blocks.
-            is_causal: whether the map has nothing outside of the triangle, which saves a copy of it.
+            columns: int64 `[B, Hq, C]`, keys as positions within the row, each at most once; a negative entry is no
+                key. A query block reads the columns that come before it and lie in none of its blocks.
+            is_causal: whether the map has nothing outside the triangle; this saves a copy of the map.
         """
         if not is_causal:
             blocks = blocks & grid.causal[:, None]
@@ -69,14 +69,14 @@ class BlockPlan(SparsePlan):
             return cls(indices, counts, grid)
         block = (columns // grid.block_size).clamp(0, blocks.shape[-1] - 1)
         in_blocks = blocks.gather(-1, block[:, :, None].expand(-1, -1, blocks.shape[2], -1))
-        key = columns.masked_fill(columns < 0, grid.kv_length)  # before no query block
+        key = columns.masked_fill(columns < 0, grid.kv_length)  # so it comes before no query block
         end = (grid.query_block_ids * grid.block_size).masked_fill(~grid.has_queries, 0)
         wanted = (key[:, :, None] < end[:, None, :, None]) & ~in_blocks
         return cls(indices, counts, grid, *compact(wanted, columns.int()[:, :, None].expand(wanted.shape)))
 
     @property
     def listed(self) -> torch.Tensor:
-        """Which entries of `indices` count, bool `[B, Hq, NQ, N]`."""
+        """Which entries of `indices` are valid, bool `[B, Hq, NQ, N]`."""
         return leading(self.indices, self.counts)
 
     @property

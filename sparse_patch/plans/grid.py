@@ -10,11 +10,11 @@ from sparse_patch.plans.once import once
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """The grid of square blocks that a call is cut into, each row of the batch from its own first key.
+    """The grid of square blocks that a call is cut into. Each row of the batch begins at its own first key.
 
     Key block `J` of row `b` holds the keys `kv_start[b] + J*B ... + B-1`. Query blocks lie on the same grid, so the
-    diagonal block of query block `I` is key block `I`; in a chunk that begins inside a block the first query block is
-    partial. Row `b` has its query blocks `first_block[b] + 0, 1, ...`. Because rows count from their own start, a
+    diagonal block of query block `I` is key block `I`. In a chunk that begins inside a block, the first query block is
+    partial. Row `b` has the query blocks `first_block[b] + 0, 1, ...`. Because rows count from their own start, a
     left-padded row is cut exactly as the same row alone.
     """
 
@@ -50,14 +50,14 @@ class BlockGrid:
 
     @property
     def num_query_blocks(self) -> int:
-        """Query blocks that the row with the most of them can have, NQ (a host number, whatever the padding)."""
+        """The most query blocks that a row can have, NQ (a Python int, whatever the padding)."""
         if not self.padded:
             return self.num_key_blocks - self.q_start // self.block_size
         worst = -(-self.q_length // self.block_size) + (self.q_start > 0)
         return min(worst, self.num_key_blocks)
 
     def visible_key_blocks(self, query_blocks: int) -> int:
-        """Most key blocks that the first so many query blocks of a row can see (a host number)."""
+        """The most key blocks that the first `query_blocks` query blocks of a row can see (a Python int)."""
         return min(self.q_start // self.block_size + query_blocks, self.num_key_blocks)
 
     @once
@@ -72,12 +72,12 @@ class BlockGrid:
 
     @once
     def tail(self) -> torch.Tensor:
-        """Tokens that each row's last key block lacks, int64 `[B]`."""
+        """Tokens missing in each row's last key block, int64 `[B]`."""
         return self.key_blocks_per_row * self.block_size - self.lengths
 
     @once
     def key_block_tokens(self) -> torch.Tensor:
-        """Real keys of each key block, int64 `[B, N]`; 0 for blocks that a row lacks."""
+        """Real keys of each key block, int64 `[B, N]`; 0 for blocks that a row does not have."""
         begin = torch.arange(self.num_key_blocks, device=self.row_starts.device) * self.block_size
         return (self.lengths[:, None] - begin).clamp(0, self.block_size)
 
@@ -94,7 +94,7 @@ class BlockGrid:
 
     @once
     def query_block_ids(self) -> torch.Tensor:
-        """Grid index of every query block, int64 `[B, NQ]`; blocks past a row's end have no rows."""
+        """Grid index of every query block, int64 `[B, NQ]`; blocks past a row's end have no query."""
         steps = torch.arange(self.num_query_blocks, device=self.row_starts.device)
         return self.first_query[:, None] // self.block_size + steps
 
@@ -113,7 +113,7 @@ class BlockGrid:
         return (key_block <= self.query_block_ids[..., None]) & self.has_queries[..., None]
 
     def on_diagonals(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Blocks on the `chosen` block diagonals, bool `[B, Hq, N]` by block distance: bool `[B, Hq, NQ, N]`."""
+        """Blocks on block diagonals, bool `[B, Hq, NQ, N]`; `chosen` is bool `[B, Hq, N]` by block distance."""
         key_block = torch.arange(self.num_key_blocks, device=chosen.device)
         distance = (self.query_block_ids[..., None] - key_block).clamp(0, self.num_key_blocks - 1)
         index = distance.flatten(1)[:, None].expand(-1, chosen.shape[1], -1)
@@ -127,7 +127,7 @@ class BlockGrid:
 
     @once
     def query_index(self) -> torch.Tensor:
-        """Index into the call's queries of every slot of every query block, int64 `[B, NQ, block]`; may lie outside."""
+        """Index into the call's queries for every slot of a query block, int64 `[B, NQ, block]`; may lie outside."""
         slots = torch.arange(self.block_size, device=self.row_starts.device)
         in_row = self.query_block_ids[..., None] * self.block_size + slots
         return in_row + (self.row_starts - self.q_start)[:, None, None]

@@ -1,4 +1,4 @@
-"""Lists of numbers with a count each, of which plans are made."""
+"""Lists of numbers with a count each; plans consist of such lists."""
 
 import torch
 

@@ -7,10 +7,10 @@ T = TypeVar("T")
 
 
 class once(Generic[T]):
-    """A property that is computed when it is first asked for, then kept: `functools.cached_property` without a lock.
+    """A property that is computed on first access and then kept: `functools.cached_property` without a lock.
 
-    The lock, which Python has up to 3.11, is nothing that `torch.compile` can trace. Threads that ask at the same time
-    compute the value twice.
+    Python has that lock up to 3.11, and `torch.compile` cannot trace it. Threads that ask at the same time compute the
+    value twice.
     """
 
     def __init__(self, make: Callable[[Any], T]) -> None:
@@ -21,5 +21,5 @@ class once(Generic[T]):
         if instance is None:
             return self  # type: ignore[return-value]
         value = self.make(instance)
-        object.__setattr__(instance, self.name, value)  # found before this one from now on; dataclasses may be frozen
+        object.__setattr__(instance, self.name, value)  # hides this property from now on; dataclasses may be frozen
         return value

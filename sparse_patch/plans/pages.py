@@ -11,25 +11,24 @@ from sparse_patch.plans.plan import SparsePlan
 
 @dataclass(frozen=True)
 class PagePlan(SparsePlan):
-    """For each (row, list), the pages of keys to read: what decode plans are. Nothing here reads a length on the host.
+    """The pages of keys to read for each (row, list): the plan of decode methods. No length is read on the host.
 
-    Page `u` of row `b` holds the keys `kv_start[b] + u*P ... + P-1`: rows count from their own first key, so a
-    left-padded row has the pages that it has alone. Query `i` of the call reads the keys of the listed pages up to
-    itself.
+    Page `u` of row `b` holds the keys `kv_start[b] + u*P ... + P-1`. Rows count from their own first key, so a
+    left-padded row has the same pages as alone. Query `i` of the call reads the keys of the listed pages up to itself.
 
     Attributes:
-        page_size: tokens of a page, P; 1 for lists of tokens.
+        page_size: tokens per page, P; 1 for lists of tokens.
         heads: query heads, Hq.
         q_length: queries of the call, Sq.
-        capacity: keys that the call's `k` has room for, valid or not (a host number).
+        capacity: keys that the call's `k` has room for, valid or not (a Python int).
         lengths: real keys of each row, int64 `[B]`.
-        kv_start: first real key of each row, int64 `[B]`; None where no row is padded.
-        pages: int32 `[B, L, K]`, where L is 1 (one list for all heads), Hkv or Hq; the first `counts` entries of a list
-            are pages, in any order, each at most once and each with a key at or before the last query. None for every
+        kv_start: first real key of each row, int64 `[B]`; None if no row is padded.
+        pages: int32 `[B, L, K]`; L is 1 (one list for all heads), Hkv or Hq. The first `counts` entries of a list are
+            pages in any order, each at most once and each with a key at or before the last query. None reads every
             page.
-        counts: int32 `[B, L]`; None for every page.
+        counts: int32 `[B, L]`; None reads every page.
         wants_logits: whether the method asks for the logits of the last query (see `DecodeMethod.select`); only a plan
-            of every page may.
+            of every page may ask.
     """
 
     page_size: int
@@ -44,20 +43,20 @@ class PagePlan(SparsePlan):
 
     @classmethod
     def every(cls, call: AttentionCall, page_size: int = 1, wants_logits: bool = False) -> "PagePlan":
-        """Dense decode: every page."""
+        """The plan of dense decode: every page."""
         _, heads, q_length, _ = call.q.shape
         of_rows = call.lengths(), call.kv_start
         return cls(page_size, heads, q_length, call.kv_length, *of_rows, wants_logits=wants_logits)
 
     @classmethod
     def of(cls, call: AttentionCall, pages: torch.Tensor, counts: torch.Tensor, page_size: int) -> "PagePlan":
-        """The listed pages; arguments as the attributes."""
+        """The plan of listed pages; the arguments are like the attributes."""
         _, heads, q_length, _ = call.q.shape
         return cls(page_size, heads, q_length, call.kv_length, call.lengths(), call.kv_start, pages, counts)
 
     @property
     def num_pages(self) -> int:
-        """Pages that a row can have (a host number)."""
+        """The most pages that a row can have (a Python int)."""
         return -(-self.capacity // self.page_size)
 
     def mask(self) -> torch.Tensor:
@@ -89,7 +88,7 @@ class PagePlan(SparsePlan):
         return causal_pairs(self.lengths - self.q_length, self.lengths, torch.zeros_like(self.lengths))
 
     def block_map(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `SparsePlan.block_map`; one row, of the last query, with a block for each page."""
+        """See `SparsePlan.block_map`. The map has one row, for the last query, and one block for each page."""
         page = torch.arange(self.num_pages, device=self.lengths.device)
         causal = page * self.page_size < self.lengths[0]
         if self.pages is None or self.counts is None:

@@ -1,4 +1,4 @@
-"""What every plan can say of itself."""
+"""The interface of every plan."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from sparse_patch.plans.once import once
 
 @dataclass(frozen=True)
 class Dense:
-    """Read every key: what a method answers when sparsity has nothing to give (short prompt, `gamma: 1`, ...)."""
+    """Read every key: the answer of a method when sparsity saves nothing (short prompt, `gamma: 1`, ...)."""
 
     reason: str
 
@@ -20,12 +20,12 @@ class Dense:
 
 
 class SparsePlan(ABC):
-    """Which keys each query of a call reads. One op in `ops.attention` executes plans of a kind.
+    """Which keys each query of a call reads. Each kind of plan has one op in `ops.attention` that executes it.
 
     Attributes:
-        known_beforehand: whether the plan follows from positions only, so that a cache may forget what no query reads.
-        decided_pairs: causal pairs that the method decided to read, if it decides finer than the plan says, int64
-            `[B, Hq]`; None if the plan is its decision. For the report.
+        known_beforehand: whether the plan follows from positions only, so that a cache may forget unread keys.
+        decided_pairs: causal pairs that the method decided to read, if its decision is finer than the plan, int64
+            `[B, Hq]`; None if the plan is the decision. For the report.
     """
 
     known_beforehand: ClassVar[bool] = False
@@ -41,14 +41,14 @@ class SparsePlan(ABC):
 
     @abstractmethod
     def causal_pairs(self) -> torch.Tensor:
-        """Causal (query, key) pairs of real tokens that there are, int64 `[B]`."""
+        """All causal (query, key) pairs of real tokens, int64 `[B]`."""
 
     @abstractmethod
     def block_map(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What one query head of the first row reads, for pictures.
+        """The blocks that one query head of the first row reads, for pictures.
 
         Returns:
-            The blocks with a key that is read, and the causal ones: bool `[query blocks, key blocks]`, on the CPU.
+            The blocks with a key that is read, and the causal blocks: bool `[query blocks, key blocks]`, on the CPU.
         """
 
     @once

@@ -1,4 +1,4 @@
-"""A sink and a window for each KV head: what is known before a token is."""
+"""A sink and a window for each KV head: a plan that is known before any token is."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ import torch
 from sparse_patch.call import AttentionCall, causal_pairs
 from sparse_patch.plans.plan import SparsePlan
 
-_EVERY = 1 << 40  # more keys than there are
-_SIDE = 128  # tokens of a block in pictures
+_EVERY = 1 << 40  # more keys than any row has
+_SIDE = 128  # tokens per block in pictures
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class GrowingWindow:
 
     Attributes:
         base: in 2^-16 tokens; may be negative.
-        slope: in 2^-16 tokens for each token; at most 2^16, so that no window moves back to a key that it has left.
-        least: keys that every query has.
-        most: keys that a query has at most.
+        slope: in 2^-16 tokens per token; at most 2^16, so that no window moves back to a key that it has left.
+        least: minimum number of keys of a query.
+        most: maximum number of keys of a query.
     """
 
     base: int
@@ -31,7 +31,7 @@ class GrowingWindow:
     most: int
 
     def at(self, position: int) -> int:
-        """Keys of the query at a position, the query itself among them."""
+        """Number of keys of the query at a position, including its own."""
         return min(max((self.base + self.slope * (position + 1)) >> 16, self.least), self.most)
 
 
@@ -40,7 +40,7 @@ Window = int | GrowingWindow | None  # keys up to the query itself; None for eve
 
 @dataclass(frozen=True)
 class SpanPlan(SparsePlan):
-    """For each KV head a sink and a window, by the token: what StreamingLLM, DuoAttention and MoA decide beforehand.
+    """A sink and a window for each KV head, in tokens: what StreamingLLM, DuoAttention and MoA decide beforehand.
 
     The query at position `i` of its row reads the keys `j <= i` with `j < sink` or `i - j < window`. Positions count
     from the row's first real token, and the queries are the last tokens of the call, so the rule is the same whether a
@@ -48,12 +48,12 @@ class SpanPlan(SparsePlan):
 
     Attributes:
         sinks: first tokens of a row that every query reads, one number per KV head.
-        windows: keys that a query reads up to itself, 1 for itself alone, one window per KV head; None for every key.
+        windows: keys that a query reads up to itself, one window per KV head; 1 is only its own key, None is every key.
         heads: query heads, Hq; head `h` uses KV head `h // (Hq // Hkv)`.
         q_length: queries of the call, Sq.
-        capacity: keys that the call's `k` has room for, valid or not (a host number).
+        capacity: keys that the call's `k` has room for, valid or not (a Python int).
         lengths: real keys of each row, int64 `[B]`.
-        row_starts: where in `k` each row begins, int64 `[B]`; negative where its first keys are not in `k`.
+        row_starts: where in `k` each row begins, int64 `[B]`; negative if its first keys are not in `k`.
 
     Raises:
         ValueError: sinks and windows are not one per KV head, a sink is negative or a window below 1.
@@ -76,7 +76,7 @@ class SpanPlan(SparsePlan):
 
     @classmethod
     def of(cls, call: AttentionCall, sinks: Sequence[int], windows: Sequence[Window]) -> "SpanPlan":
-        """The spans on a call; arguments as the attributes."""
+        """The plan of spans for a call; the arguments are like the attributes."""
         if len(sinks) != call.k.shape[1]:
             raise ValueError(f"{len(sinks)} spans for {call.k.shape[1]} KV heads")
         _, heads, q_length, _ = call.q.shape
@@ -114,15 +114,15 @@ class SpanPlan(SparsePlan):
         key = torch.arange(0, length, _SIDE)
         query = key[max(length - self.q_length, 0) // _SIDE :, None]
         causal = key <= query
-        near = torch.minimum(key + _SIDE - 1, query)  # the key of the block that is next to the block's first query
+        near = torch.minimum(key + _SIDE - 1, query)  # the key of the key block that is nearest to the query
         return causal & (in_span(query, key, sink, window) | in_span(query, near, sink, window)), causal
 
 
 def check_spans(sinks: Sequence[int], windows: Sequence[Window]) -> None:
-    """Refuse what are no spans.
+    """Refuse invalid spans.
 
     Raises:
-        ValueError: there are not as many sinks as windows, or none; a sink is negative or a window below 1.
+        ValueError: the numbers of sinks and windows differ or are 0, a sink is negative, or a window is below 1.
     """
     if len(sinks) != len(windows) or not sinks:
         raise ValueError(f"spans need a sink and a window per KV head, got {len(sinks)} and {len(windows)}")
@@ -138,19 +138,19 @@ def spans_of(sinks: Sequence[int], windows: Sequence[Window]) -> list[tuple[int,
 
 
 def widest(window: int | GrowingWindow) -> int:
-    """Keys that any query has at most."""
+    """The most keys that any query has."""
     return window.most if isinstance(window, GrowingWindow) else window
 
 
 def window_parameters(window: Window) -> tuple[int, int, int, int]:
-    """Most, base, slope and least of a window; see `GrowingWindow`, which every window is one of."""
+    """`(most, base, slope, least)`: any window as the parameters of a `GrowingWindow`."""
     if isinstance(window, GrowingWindow):
         return window.most, window.base, window.slope, window.least
     return (_EVERY, 0, 0, _EVERY) if window is None else (window, 0, 0, window)
 
 
 def in_span(query: torch.Tensor, key: torch.Tensor, sink: int, window: Window) -> torch.Tensor:
-    """Whether queries read keys, both given by their position in the row; no position is negative but of padding."""
+    """Whether queries read keys, both given by their position in the row. Only padding has negative positions."""
     causal = (key <= query) & (key >= 0)
     if window is None:
         return causal

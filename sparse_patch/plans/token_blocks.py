@@ -11,27 +11,28 @@ from sparse_patch.plans.lists import leading
 from sparse_patch.plans.once import once
 from sparse_patch.plans.plan import SparsePlan
 
-BLOCK_BITS = 8  # of an entry of a `TokenBlockPlan` that say which tokens of a tile read the block
+BLOCK_BITS = 8  # bits of a `TokenBlockPlan` entry that say which tokens of a tile read the block
 
 
 @dataclass(frozen=True)
 class TokenBlockPlan(SparsePlan):
-    """For each (row, KV head, query) the key blocks to read; the query heads of a KV head read the same.
+    """The key blocks to read for each (row, KV head, query). All query heads of a KV head read the same blocks.
 
     A query in block `I` of its row reads the first `init_blocks` blocks, the blocks `I - local_blocks ... I` up to
-    itself, and of those in between the ones that are listed for it. A query in one of the first `dense_blocks` blocks
+    itself, and the blocks in between that are listed for it. A query in one of the first `dense_blocks` blocks
     reads every key before it.
 
-    Lists are shared by tiles of neighbouring queries, which choose much the same. Query blocks lie on the grid, and
+    A tile of neighbouring queries, which choose similar blocks, shares one list. Query blocks lie on the grid, and
     tile `t` of a row holds the `tile` positions from `query_block_ids[b, 0] * B + t * tile` on.
 
     Attributes:
-        entries: int32 `[B, Hkv, NT, C]`; the first `counts` of a list have a meaning, in ascending order. `entry >>
-            BLOCK_BITS` is a key block, each at most once; bit `i` of the entry says whether query `i` of the tile reads
-            it, and at least one does. Only queries that there are, and blocks that they do not read in any case.
+        entries: int32 `[B, Hkv, NT, C]`; the first `counts` entries of a list are valid, in ascending order. `entry >>
+            BLOCK_BITS` is a key block, listed at most once. Bit `i` of the entry says whether query `i` of the tile
+            reads the block; at least one query does. Entries have only real queries, and only blocks that these
+            queries do not always read.
         counts: int32 `[B, Hkv, NT]`.
         grid: the grid of the blocks.
-        tile: queries of a tile: a power of two, `BLOCK_BITS` at most.
+        tile: queries per tile: a power of two, at most `BLOCK_BITS`.
         heads: query heads, Hq.
         init_blocks: see above.
         local_blocks: see above.
@@ -52,9 +53,9 @@ class TokenBlockPlan(SparsePlan):
         """Entries and counts of chosen blocks.
 
         Args:
-            blocks: bool `[B, Hkv, NQ, block, N]`: by query block, query in it and key block.
+            blocks: bool `[B, Hkv, NQ, block, N]`: by query block, query in the block and key block.
             real: bool `[B, NQ, block]`, see `BlockGrid.query_is_real`.
-            tile: queries of a tile.
+            tile: queries per tile.
         """
         of_tiles = (blocks & real[:, None, ..., None]).flatten(2, 3).unflatten(2, (-1, tile))
         bit = torch.arange(tile, dtype=torch.int32, device=blocks.device)[:, None]
@@ -63,7 +64,7 @@ class TokenBlockPlan(SparsePlan):
         return compact(readers != 0, (number << BLOCK_BITS) | readers)
 
     def blocks(self) -> torch.Tensor:
-        """What every query reads as a map of blocks, bool `[B, Hkv, NQ, block, N]`; its own block included."""
+        """The blocks that each query reads, including its own, as a map: bool `[B, Hkv, NQ, block, N]`."""
         grid = self.grid
         readers = self.entries.new_zeros(*self.counts.shape, grid.num_key_blocks + 1)
         target = torch.where(leading(self.entries, self.counts), self.entries >> BLOCK_BITS, grid.num_key_blocks)
@@ -108,19 +109,19 @@ class TokenBlockPlan(SparsePlan):
         return causal_pairs(self.grid.q_start, self.grid.kv_length, self.grid.row_starts)
 
     def block_map(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `SparsePlan.block_map`; every block that a query of the block reads."""
+        """See `SparsePlan.block_map`. A query block reads the blocks that any of its queries reads."""
         kv_head = head * self.counts.shape[1] // self.heads
         return self.blocks()[0, kv_head].any(1).cpu(), self.grid.causal[0].cpu()
 
     @once
     def _between(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`listable_blocks` of the query blocks, int64 `[B, NQ]` both."""
+        """`listable_blocks` of the query blocks, int64 `[B, NQ]` each."""
         return listable_blocks(self.grid.query_block_ids, self.init_blocks, self.local_blocks, self.dense_blocks)
 
 
 def listable_blocks(
     block: torch.Tensor, init_blocks: int, local_blocks: int, dense_blocks: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The blocks that queries of these blocks may have listed: from and up to, both like `block`; see the plan."""
+    """First and last-plus-one block that may be listed for queries in `block`, both like `block`; see the plan."""
     low = (block - local_blocks).clamp(min=0).masked_fill(block < dense_blocks, 0)
     return low.clamp(max=init_blocks), low

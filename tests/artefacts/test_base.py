@@ -1,4 +1,4 @@
-"""Headers: what artefacts say of themselves, in each container, and files that have none."""
+"""Headers of artefacts in each container, and files without a header."""
 
 import json
 from collections.abc import Callable
@@ -108,9 +108,9 @@ def test_a_file_of_another_kind(written: str, read: str, tmp_path: Path) -> None
 
 
 def test_the_header_of_an_earlier_file_is_not_written_again(tmp_path: Path) -> None:
-    """It does not say enough of the model to be read."""
+    """It does not say enough about the model to be read."""
     earlier = read_head_schedules(ROOT / "recipes" / "needle-llama" / "moa-50.json")
-    with pytest.raises(ValueError, match=r"header: is of an earlier version of the format; take Header\.of"):
+    with pytest.raises(ValueError, match=r"header: is of an earlier version of the format; use Header\.of"):
         write_head_schedules(tmp_path / "new.json", earlier)
     again = earlier.model_copy(update={"header": Header.of("moa", NEEDLE, earlier.header.settings)})
     write_head_schedules(tmp_path / "new.json", again)
@@ -143,7 +143,7 @@ def test_a_bad_header_of_safetensors(said: Any, message: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "text, message",
-    [("{", "metadata artefact: is no JSON"), ('{"a": 1, "a": 1}', "metadata artefact: a: is set twice")],
+    [("{", "metadata artefact: is not JSON"), ('{"a": 1, "a": 1}', "metadata artefact: a: is set twice")],
 )
 def test_a_header_that_is_no_json(text: str, message: str, tmp_path: Path) -> None:
     save_file({"tau": torch.ones(2, 4)}, tmp_path / "t", {"artefact": text})

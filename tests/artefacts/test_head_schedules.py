@@ -1,4 +1,4 @@
-"""Plans of spans: the rule, the file, and what others have published."""
+"""Head schedules: the rule, the file, and the published files of others."""
 
 import json
 import math
@@ -99,7 +99,7 @@ def said(**changes: Any) -> dict[str, Any]:
 
 
 BAD: list[tuple[Any, str]] = [
-    ("{", "is no JSON"),
+    ("{", "is not JSON"),
     ([], "expected a JSON object, got list"),
     ({**GOOD, "format": "per-head-span/2"}, "format: expected 'per-head-span/1', got 'per-head-span/2'"),
     ({key: value for key, value in GOOD.items() if key != "format"}, "artefact: missing; run"),
@@ -154,7 +154,7 @@ def test_a_file_that_is_not_there_and_another_model(tmp_path: Path) -> None:
 
 
 def test_a_published_plan_of_moa(tmp_path: Path) -> None:
-    """Every KV head keeps what each query head of its group would: heads q // group, as Transformers repeats them."""
+    """Every KV head keeps what each query head of its group keeps: heads q // group, as Transformers repeats them."""
     alphas = [[0, 2048, 0, 0], [-1024, 1024, 512, 512]]
     betas = [[0.5, 0.25, 1, 0], [1, 0.5, 0.125, 0.125]]
     path = tmp_path / "moa.json"

@@ -1,6 +1,6 @@
-"""What users' files and dicts may hold: a reader gives a value, or refuses in one line of at most 500 characters.
+"""Any content of users' files and dicts: a reader gives a value, or refuses in one line of at most 500 characters.
 
-2,000 cases a run, the same each time. `FUZZ_CASES=20000` tries others, and as many.
+A run has 2,000 cases, the same each time. `FUZZ_CASES=20000` tries that many, and others.
 """
 
 import copy
@@ -113,7 +113,7 @@ OBJECTS = (
 
 
 def one_of(values: Sequence[Any]) -> st.SearchStrategy[Any]:
-    """One of some values, a copy that may be changed; by its number, because its repr may be long or raise."""
+    """A copy of one of some values, which may be changed. It is chosen by its index: its repr may be long or raise."""
     return st.integers(0, len(values) - 1).map(lambda number: copy.deepcopy(values[number]))
 
 
@@ -196,7 +196,7 @@ def changed_value(draw: st.DrawFn, value: Any, odd: tuple[Any, ...]) -> Any:
 
 
 def used(config: PatchConfig) -> None:
-    """What a model asks of a configuration when it is patched, with what it says of itself."""
+    """What a model asks of a configuration when it is patched, and what the configuration says about itself."""
     config.fingerprint()
     resolved = config.bind(SHAPE)
     for phase in ("prefill", "decode"):

@@ -1,4 +1,4 @@
-"""What files of a user may hold: a value, or one bounded line with file and field; see test_fuzz_readers.py too."""
+"""Reading users' files gives a value, or one bounded line with file and field; see also test_fuzz_readers.py."""
 
 import ast
 import os
@@ -109,7 +109,7 @@ def test_yaml_that_cannot_be_made_a_value_is_one_line(text: str, message: str, t
 
 
 def test_an_alias_bomb_takes_little_memory(tmp_path: Path) -> None:
-    """The repr of its value would take gigabytes; so would a smaller one that is within the limits for an override."""
+    """The repr of its value would take gigabytes. So would a smaller bomb that is within the limits for an override."""
     (tmp_path / "a.yaml").write_text(BOMB)
     tracemalloc.start()
     try:
@@ -192,11 +192,11 @@ def test_paths_of_the_command_line(
 
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes and devices")
 def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
-    """A pipe that nobody writes to would be waited for, a device would be read for ever."""
+    """Reading a pipe that nobody writes to would block; reading a device would never end."""
     os.mkfifo(tmp_path / "pipe.yaml")
     for path in (tmp_path / "pipe.yaml", Path("/dev/zero")):
         for read in (read_bytes, read_yaml, read_json, load_config):
-            with pytest.raises(ConfigError, match=rf"^{path}: cannot be read: it is no regular file$"):
+            with pytest.raises(ConfigError, match=rf"^{path}: cannot be read: it is not a regular file$"):
                 read(path)
     with pytest.raises(ConfigError, match=rf"^{tmp_path}: cannot be read: Is a directory$"):
         read_bytes(tmp_path)
@@ -208,7 +208,7 @@ def test_files_are_read_up_to_a_limit(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"big: cannot be read: it has more than {MOST_BYTES} bytes"):
         read_bytes(tmp_path / "big")
     (tmp_path / "latin").write_bytes("Größe".encode("latin1"))
-    with pytest.raises(ConfigError, match=r"latin: is no text in UTF-8: invalid start byte at byte 2"):
+    with pytest.raises(ConfigError, match=r"latin: is not UTF-8 text: invalid start byte at byte 2"):
         read_yaml(tmp_path / "latin")
 
 
@@ -220,8 +220,8 @@ JSON = [
     ('{"\\u0061": 1, "a": 2}', "x: a: is set twice, in line 1; keep one of them"),
     ("[" * 900 + "]" * 900, "x: expected at most 32 levels of nesting"),
     ("[" * 100_000, "x: expected at most 32 levels of nesting"),
-    ("{", "x: is no JSON"),
-    ("1 2", "x: is no JSON"),
+    ("{", "x: is not JSON"),
+    ("1 2", "x: is not JSON"),
 ]
 
 
@@ -245,9 +245,9 @@ OF_PICKLING = {f"tests/integration/test_{name}.py" for name in ("cache_layers", 
 
 
 def test_nothing_is_loaded_that_could_run_code() -> None:
-    """In the whole repository: `torch.load` has `weights_only=True`, YAML and NumPy the loaders without objects.
+    """In the whole repository, `torch.load` has `weights_only=True`; YAML and NumPy use loaders without objects.
 
-    Tests of pickling read what they have written themselves.
+    Tests of pickling read only what they have written themselves.
     """
     files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     loads = 0

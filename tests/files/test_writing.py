@@ -1,4 +1,4 @@
-"""Results are written whole or not at all; what cannot be written is one line, before the work if it can be seen."""
+"""Results are written as a whole or not at all; a failure is one line, before the work if it can be foreseen."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_what_is_appended_is_there_whole_or_not(tmp_path: Path, monkeypatch: pyt
     opened = Path.open
 
     class Full:
-        """Takes four bytes, then no more."""
+        """A file that takes four bytes, then no more."""
 
         def __init__(self, file: object) -> None:
             self.file, self.room = file, 4
@@ -85,7 +85,7 @@ def test_what_is_appended_is_there_whole_or_not(tmp_path: Path, monkeypatch: pyt
 
 
 def unwritable(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Paths that cannot be written, for root as well, and why."""
+    """Paths that nobody can write to, not even root, and why."""
     (folder / "file").touch()
     (folder / "circle").symlink_to(folder / "circle")
     return {
@@ -154,7 +154,7 @@ def test_every_command_looks_before_it_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """No model is loaded and nothing is printed; a name of 100 kB or with a line break is no other."""
+    """No model is loaded and nothing is printed; this also holds for a name of 100 kB or with a line break."""
     monkeypatch.chdir(tmp_path)
     for name in (f"no/such/r.{ending}", f"{'x' * 100_000}.{ending}", f"a\nb/r.{ending}"):
         monkeypatch.setattr(sys, "argv", ["sparse-patch", *arguments, name])
@@ -181,7 +181,7 @@ def test_a_full_device_is_one_line_that_says_what_is_left(
 
 @needs_full
 def test_output_that_nobody_takes(tmp_path: Path) -> None:
-    """A full disk under the output is an error in one line; a reader that has read enough is none."""
+    """A full disk under the output is an error in one line; a reader that has read enough is no error."""
     command = [sys.executable, "-m", "sparse_patch.cli", "methods"]
     with FULL.open("w") as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)

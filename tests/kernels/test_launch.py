@@ -1,4 +1,4 @@
-"""A launch as a custom op: what torch.compile plans with is what the launch gives."""
+"""A launch as a custom op: what torch.compile assumes is what the launch returns."""
 
 import re
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def writing_example(x: Tensor, number: float) -> None:
 
 
 def test_a_fake_goes_by_names() -> None:
-    """Arguments in the middle and at the end, defaults and keywords: the shapes stay those of the launch."""
+    """With arguments in the middle and at the end, defaults and keywords, the shapes are those of the launch."""
     with FakeTensorMode():
         x = torch.empty(3)
         assert example.op(x, 5, False).shape == (5, 2)
@@ -69,7 +69,7 @@ def test_an_eager_call_goes_past_the_op_and_a_traced_one_through_it(monkeypatch:
 
 
 class Launches(TorchDispatchMode):
-    """Compares every launch that goes through its op with its fake, and keeps the names."""
+    """Compares every launch that goes through its op with the op's fake, and keeps the names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ LAUNCHES = {
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_fakes_and_results_are_alike(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """In shape, dtype, stride and device; as if the row were traced."""
+    """They agree in shape, dtype, stride and device, as if the row were traced."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     sizes = {Size(dims=(20, 12)): odd, Size(batch=1, dims=(16, 16), dtype=torch.float16): plain}
     for size, layout in list(sizes.items())[: 1 if OPS[name].slow else 2]:
@@ -132,7 +132,7 @@ def test_fakes_and_results_are_alike(monkeypatch: pytest.MonkeyPatch, name: str)
 
 
 def test_every_launch_is_compared() -> None:
-    """With what `test_fakes_and_results_are_alike` goes through."""
+    """`test_fakes_and_results_are_alike` goes through every launch."""
     sources = Path(sparse_patch.__file__).parent.rglob("*.py")
     named = {name for source in sources for name in re.findall(r'@launch_op\(\s*"(\w+)"', source.read_text())}
     assert named == set().union(*LAUNCHES.values())

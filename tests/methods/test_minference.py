@@ -201,7 +201,7 @@ def test_the_fingerprint_follows_the_content_of_the_file(tmp_path: Path, calibra
 
 
 BAD_FILES = [
-    ("{", 'is no JSON; run "sparse-patch calibrate minference'),
+    ("{", 'is not JSON; run "sparse-patch calibrate minference'),
     ("3", "expected a list with a mapping of heads for each layer"),
     ("[[1]]", "expected a list with a mapping of heads for each layer"),
     ('[{"a": ["stream_llm", 1, 2, 3]}]', "layer 0: expected the index of a head, got 'a'"),

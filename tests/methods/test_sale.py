@@ -216,9 +216,9 @@ def test_a_bad_file_is_one_line(
 
 def test_a_file_that_is_no_safetensors(tmp_path: Path) -> None:
     (tmp_path / "bad").write_text("{}")
-    with pytest.raises(ConfigError, match=r"bad: is no safetensors file \(.*calibrate sale"):
+    with pytest.raises(ConfigError, match=r"bad: is not a safetensors file \(.*calibrate sale"):
         load_config("sale", prefill={"calibration": str(tmp_path / "bad")})
-    with pytest.raises(ConfigError, match=r"cannot be read|is no safetensors file"):
+    with pytest.raises(ConfigError, match=r"cannot be read|is not a safetensors file"):
         load_config("sale", prefill={"calibration": str(tmp_path)})
 
 

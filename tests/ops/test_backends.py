@@ -1,4 +1,4 @@
-"""Which tensors the Triton kernels run on, and what each op does where they do not."""
+"""Which tensors the Triton kernels run on, and what each op does with all other tensors."""
 
 import sys
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from sparse_patch.plans import BlockGrid, BlockPlan
 
 
 class _OnGpu:
-    """A tensor of a GPU, as far as the choice looks at it."""
+    """A tensor that looks like one on a GPU to the choice of a backend."""
 
     is_cuda, device = True, "cuda"
 
@@ -62,7 +62,7 @@ def test_ops_that_are_asked_for_triton_say_what_is_missing(monkeypatch: pytest.M
     "method", [FlexPrefill(min_length=0), MInference(min_length=0, vertical=40, slash=104), XAttention(min_length=0)]
 )
 def test_wide_heads_are_selected_for_by_torch(method: PrefillMethod, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU: whole queries and keys of 512 dimensions do not fit in the shared memory that the kernels ask for."""
+    """On a GPU, whole queries and keys of 512 dimensions do not fit in the shared memory that the kernels need."""
     call = make_call(700, head_dim=512)
     expected = bound(method).plan(call)
     monkeypatch.setattr(backends, "prefers_triton", lambda _: True)

@@ -1,4 +1,4 @@
-"""Every op, every tensor that it is given, in every layout: the numbers decide, not where they lie."""
+"""Every op with every tensor in every layout: the result depends on the numbers, not on where they lie."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ from sparse_patch.ops.attention.token_blocks.triton import token_block_attention
 
 
 def alone(op: Op) -> list[tuple[str, ...]]:
-    """The tensors of an op, each alone but those that make sense only together."""
+    """The tensors of an op, one by one; tensors that make sense only together form one entry."""
     each = [(name,) for name in op.make(Size()) if name not in op.together]
     return [*each, op.together] if op.together else each
 
@@ -82,7 +82,7 @@ def test_any_head_dim_of_a_selection(name: str, head_dim: int) -> None:
 
 
 def test_a_descriptor_gets_what_it_can_describe() -> None:
-    """Rows of whole steps of 16 bytes are taken as they are; all others are copied into rows that are."""
+    """Rows of whole 16-byte steps are taken as they are; all others are copied into such rows."""
     fits = torch.randn(2, 3, 5, 24, dtype=torch.float16)
     for x in (fits, fits[:, :2, 1:4], fits.transpose(1, 2), fits[..., 8:20], expanded(fits)):
         assert tma_ready(x) is x
@@ -95,7 +95,7 @@ def test_a_descriptor_gets_what_it_can_describe() -> None:
 
 @pytest.mark.parametrize("layout", [plain, odd])
 def test_fakes_know_the_results_of_any_layout(layout: Layout) -> None:
-    """What torch.compile plans with has the shapes, dtypes and strides of what it gets."""
+    """What torch.compile assumes has the shapes, dtypes and strides of what it gets."""
     size = Size(dims=(20, 12), dtype=torch.float16)
     x = made("block_sparse", size, dict.fromkeys(("q", "k", "v"), layout))
     lists = x["indices"], x["counts"], x["columns"], x["column_counts"], x["kv_start"]

@@ -1,7 +1,8 @@
 """Slow float64 oracles of the decode methods, plain loops written from the papers' specification.
 
 One row without padding: `q` `[Hq, D]` is the query of the current token, the last of the `n` keys `k` `[Hkv, n, D]`.
-Each returns the tokens (or pages) of every list, and a margin: how near, relatively, any decision was to its opposite.
+Each oracle returns the tokens (or pages) of every list, and a margin: how near, relatively, any decision was to its
+opposite.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def probabilities_of(z: np.ndarray) -> np.ndarray:
 
 
 def tidaldecode(z: np.ndarray, kv_heads: int, budget: int, force_current: bool, sharing: str) -> tuple[Lists, float]:
-    """Top-k tokens per query head by logits, or per group or for all by the highest probability."""
+    """Top-k tokens per query head by logits, or per group or for all heads by the highest probability."""
     n = z.shape[1]
     if sharing == "q_head":
         scores = list(z)
@@ -40,7 +41,7 @@ def tidaldecode(z: np.ndarray, kv_heads: int, budget: int, force_current: bool, 
 def delta(
     z: np.ndarray, page_size: int, num_pages: int, recency_pages: int, position_bias: float
 ) -> tuple[Lists, float]:
-    """Pages: sum over tokens of the maximum over all heads of the probability; the last ones forced."""
+    """Pages by the sum over tokens of the maximum probability over all heads; the last pages are forced."""
     probability = probabilities_of(z)
     n = z.shape[1]
     have = math.ceil(n / page_size)
@@ -53,7 +54,7 @@ def delta(
 
 
 def lessismore(z: np.ndarray, budget: int, recency: float, sinks: int) -> tuple[Lists, float]:
-    """The last tokens, the first ones, then the heads' rankings merged rank by rank."""
+    """The last tokens, the first tokens, then the heads' rankings merged rank by rank."""
     heads, n = z.shape
     if n <= budget:
         return [set(range(n))], math.inf
@@ -87,7 +88,7 @@ def quest_bounds(q: np.ndarray, k: np.ndarray, page_size: int) -> np.ndarray:
 def quest(
     q: np.ndarray, k: np.ndarray, page_size: int, num_pages: int, current_page: str, group_score: str | None
 ) -> tuple[Lists, float]:
-    """Pages of the highest bounds; `group_score` None for a list per query head."""
+    """Pages with the highest bounds; `group_score` None gives one list per query head."""
     scores = list(quest_bounds(q, k, page_size))
     if group_score is not None:
         group = len(q) // len(k)
@@ -104,7 +105,7 @@ def quest(
 def kinetics(
     z: np.ndarray, kv_heads: int, block_size: int, num_blocks: int, sinks: int, local: int
 ) -> tuple[Lists, float]:
-    """Tokens of each KV head: sinks, blocks of the highest mean logit, and the window that is left behind them."""
+    """Tokens of each KV head: sinks, blocks with the highest mean logit, and the window that remains after them."""
     heads, n = z.shape
     dynamic = max((n - local - sinks) // block_size, 0) * block_size
     group = heads // kv_heads
@@ -120,7 +121,7 @@ def kinetics(
 
 
 def _top_of_each(scores: list[np.ndarray], number: int, forced: Lists) -> tuple[Lists, float]:
-    """The `number` largest of each array, the forced ones before all others, of equal ones the first."""
+    """The `number` largest of each array: forced ones before all others, and of equal ones the first."""
     lists, margin = [], math.inf
     for values, always in zip(scores, forced, strict=True):
         order = sorted(range(len(values)), key=lambda i, a=always, v=values: (i not in a, -v[i], i))

@@ -1,7 +1,7 @@
 """Slow float64 oracle for the block selection of InfLLM-V2: plain loops over tokens, written from the specification.
 
-One unpadded sequence; the queries are the last ``Sq`` of ``n`` tokens. A compressed key is the mean of the keys of its
-window, all at once.
+One unpadded sequence; the queries are the last ``Sq`` of ``n`` tokens. A compressed key is the mean of all keys of its
+window, taken at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def compressed(k: np.ndarray, size: int, stride: int) -> np.ndarray:
 def block_scores(
     q: np.ndarray, k: np.ndarray, position: int, scale: float, softcap: float | None = None
 ) -> dict[int, float]:
-    """Scores of the blocks of one KV head for the queries [G, D] of the token at a position, which sees keys [n, D]."""
+    """Scores of one KV head's blocks for the queries [G, D] of the token at a position; the token sees keys [n, D]."""
     k = k[: position + 1]
     fine, coarse = compressed(k, 32, 16), compressed(k, 128, 64)
     total = np.zeros(len(fine))

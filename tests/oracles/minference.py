@@ -1,4 +1,4 @@
-"""Slow float64 oracle for MInference's patterns and for A-shape, written from the specification alone.
+"""Slow float64 oracle for MInference's patterns and for A-shape, written only from the specification.
 
 One unpadded sequence; the queries are the last ``Sq`` of ``n`` tokens. Everything loops over tokens. A pattern is
 (kind, a, b) as in MInference's files. Blocks are squares of ``size`` tokens on a grid from the first token; a rule for
@@ -27,8 +27,8 @@ def minference_mask(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What each query reads, bool ``[Hq, Sq, n]``, and by how much each head's selection is decided, ``[Hq]``.
 
-    The margin is the relative gap between the last selected and the first left out entry of every top-k; below rounding
-    another implementation may choose otherwise.
+    The margin is the relative gap between the last selected and the first omitted entry of every top-k; below rounding
+    another implementation may choose differently.
     """
     heads, group = q.shape[0], q.shape[0] // k.shape[0]
     masks, margins = [], []
@@ -119,7 +119,7 @@ def _mask_of(queries: int, n: int, blocks: set[tuple[int, int]], verticals: set[
 
 
 def _top(mass: list[float], number: int, forced: int) -> tuple[list[int], float]:
-    """The ``number`` largest entries, the first ``forced`` before all others; of equal ones the lower index."""
+    """The ``number`` largest entries: the first ``forced`` before all others, and of equal ones the lower index."""
     order = sorted(range(len(mass)), key=lambda index: (index >= forced, -mass[index], index))
     if number >= len(mass) or number <= forced:
         return order[:number], math.inf

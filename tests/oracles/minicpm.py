@@ -1,8 +1,8 @@
 """MiniCPM's forward pass in plain PyTorch, float32, written from the description of the architecture.
 
 A Llama whose embeddings are multiplied by scale_emb, whose residual branches by scale_depth / sqrt(layers), and whose
-last hidden state is divided by hidden_size / dim_model_base before the head. Works on the checkpoint's own config (a
-dict) and weights (by name); shares no code with Transformers.
+last hidden state is divided by hidden_size / dim_model_base before the head. It works on the checkpoint's own config (a
+dict) and weights (by name), and shares no code with Transformers.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Cache = list[tuple[torch.Tensor, torch.Tensor]]  # rotated keys and values [kv h
 def logits_of(
     config: Config, weights: Weights, ids: torch.Tensor, cache: Cache | None = None, batch_length: int = 0
 ) -> torch.Tensor:
-    """Logits `[length, vocabulary]` of one row of token ids `[length]` that stands after what the cache holds.
+    """Logits `[length, vocabulary]` of one row of token ids `[length]` that follow the content of the cache.
 
-    The cache is an empty list at first; it is filled and grows from call to call. `batch_length` is that of the
-    longest row beside this one, with which it shares the choice of RoPE factors.
+    The cache is an empty list at first; it is filled and grows from call to call. `batch_length` is the length
+    of the longest row of the batch, with which this row shares the choice of RoPE factors.
     """
     start = cache[0][0].shape[1] if cache else 0
     end = start + len(ids)
@@ -52,7 +52,7 @@ def attention(
     sin: torch.Tensor,
     past: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """Causal attention `[length, hidden]`, head by head, and the keys and values with those of the past before them."""
+    """Causal attention `[length, hidden]`, head by head, and the keys and values after those of the past."""
 
     def heads(name: str, count: int) -> torch.Tensor:
         out = x @ weights[f"self_attn.{name}_proj.weight"].T + weights.get(f"self_attn.{name}_proj.bias", 0)

@@ -1,8 +1,8 @@
-"""Slow oracle for the selection of SALE: plain loops over tiles, rows and blocks, written from the specification alone.
+"""Slow oracle for the selection of SALE: plain loops over tiles, rows and blocks, written only from the specification.
 
 One unpadded sequence; the queries are the last ``Sq`` of ``n`` tokens, and q and k have the model's dtype. ``m`` is an
-absolute tile of 64 queries, ``i = m - q_start // 64`` its row of this call, ``b`` an absolute block of 32 keys. What is
-exact is float64; the published int4 arithmetic rounds to the model's dtype where the specification does.
+absolute tile of 64 queries, ``i = m - q_start // 64`` its row of this call, ``b`` an absolute block of 32 keys. Exact
+numbers are float64; the published int4 arithmetic rounds to the model's dtype where the specification does.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def sale_selection(
 
 
 def regions(n: int, m: int, window: int, segment: int = 128) -> tuple[int, int]:
-    """Causal blocks of tile m, and the first local one: Step 2 of the specification, as it counts."""
+    """Causal blocks of tile m, and the first local block: Step 2 of the specification, with its way of counting."""
     visible = min(math.ceil(n / 32), math.ceil((m + 1) * 64 / 32))
     per_segment, wanted = segment // 32, window // 32
     without_sink = visible - 1
@@ -105,7 +105,7 @@ def _limit(
     tau: float,
     softcap: float | None,
 ) -> float:
-    """Step 3's thr of one query, in raw smoothed units; with a softcap, of the uncapped logit."""
+    """Step 3's thr of one query, in raw smoothed units; with a softcap, for the uncapped logit."""
     reference = [j for j in range(row + 1) if j // 32 == 0 or j // 32 >= local]
     wide = query.astype(np.float64)
     offset = float(wide @ mean_k.astype(np.float64)) if softcap is not None else 0.0
@@ -134,7 +134,7 @@ def _score(
     limit: float,
     settings: SaleSettings,
 ) -> tuple[float, bool]:
-    """The highest estimate of a query in a block, nearest to a decision, and whether one is above the limit."""
+    """The highest estimate of a query in a block, the nearest to a decision, and whether any is above the limit."""
     keys = np.arange(32 * block, 32 * block + 32)
     dtype = smooth_k.dtype.type
     if settings.numerics == "exact":
@@ -159,7 +159,7 @@ def _score(
 
 
 def _margin(known: float, before: bool, over: bool, distance: float) -> float:
-    """How near a block is to another decision: the clearest of the rows that keep it, else the nearest of them all."""
+    """How near a block is to the other decision: the clearest row that keeps it, else the nearest of all rows."""
     if over:
         return max(known, distance) if before else distance
     return known if before else min(known, distance)

@@ -25,13 +25,13 @@ def moa_window(alpha: float, beta: float, length: int, sink: int, block: int, mi
 
 
 def moa_current_window(alpha: float, beta: float, sink: int, min_span: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The window of a rule whose length is that of the query's own prefix."""
+    """The window of a rule whose length is the query's own prefix."""
     return lambda query: torch.clamp(torch.floor(alpha + beta * (query + 1.0)), min=min_span) - sink
 
 
 @contextmanager
 def spans_by_mask(model: PreTrainedModel, spans: dict[int, Spans]) -> Iterator[None]:
-    """The model with these spans on some of its layers; the others are dense."""
+    """The model with these spans on some of its layers; the other layers are dense."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, eager_mask)
     before = model.config._attn_implementation

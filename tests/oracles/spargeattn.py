@@ -78,7 +78,7 @@ def _similarity(x: np.ndarray) -> float:
 
 
 def _choose(logits: dict[int, float], number: int, settings: SpargeAttnSettings) -> tuple[set[int], float]:
-    """The selected among the candidates, the largest first, and how near the choice was."""
+    """The selected candidates, the largest first, and how near the choice was."""
     order = sorted(logits, key=lambda J: (-logits[J], J))
     weights = [math.exp(logits[J] - logits[order[0]]) for J in order]
     margin, wanted = math.inf, 0

@@ -95,7 +95,7 @@ def _tile_logit(
 
 
 def _choose(mass: np.ndarray, diagonal: int, threshold: float) -> tuple[set[int], float]:
-    """Block 0 and the diagonal, then the largest until the threshold is reached; and how near the choice was."""
+    """Block 0 and the diagonal, then the largest blocks until the threshold is reached; and how near the choice was."""
     chosen = {0, diagonal}
     reached = sum(float(mass[j]) for j in chosen)
     margin = abs(reached - threshold)

@@ -1,4 +1,4 @@
-"""Lists of what is marked in a map: fixed capacity and counts, no host sync."""
+"""Lists of the marked entries of a map, with fixed capacity and counts, without a host sync."""
 
 from torch import Tensor
 
@@ -10,11 +10,10 @@ def compact(marked: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         marked: bool `[B, H, Q, n]`.
-        values: int32 `[B, H, Q, n]`, expanded or not.
+        values: int32 `[B, H, Q, n]`; may be expanded.
 
     Returns:
-        The lists, int32 `[B, H, Q, n]`, of which the first `counts` entries have a meaning; the counts, int32
-        `[B, H, Q]`.
+        The lists, int32 `[B, H, Q, n]`, whose first `counts` entries are valid, and the counts, int32 `[B, H, Q]`.
     """
     if prefers_triton(marked):
         from sparse_patch.kernels.compaction.triton import compact as by_kernel

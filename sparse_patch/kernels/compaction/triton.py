@@ -1,4 +1,4 @@
-"""Triton kernel of the lists: one program a row."""
+"""Triton kernel of `compact`: one program per row."""
 
 import torch
 import triton
@@ -14,7 +14,7 @@ def _outputs(marked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @launch_op("compact", _outputs)
 def compact(marked: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.compact`."""
+    """See `kernels.compaction.compact`."""
     lists, counts = _outputs(marked)
     length = marked.shape[-1]
     block = min(1024, triton.next_power_of_2(max(length, 1)))

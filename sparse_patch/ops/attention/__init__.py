@@ -1,1 +1,1 @@
-"""Ways to execute a plan. Each reads exactly the keys that the plan lists and knows no method."""
+"""Ops that execute plans. Each reads exactly the keys that the plan lists and knows no method."""

@@ -1,4 +1,4 @@
-"""What every kernel of the package flash-attn-4 (CuTe DSL) asks for."""
+"""The requirements of every kernel of the package flash-attn-4 (CuTe DSL)."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ _HEAD_DIMS = (64, 96, 128)
 
 
 def why_unsupported(call: AttentionCall, name: str) -> str | None:
-    """Why the kernel or backend `name` cannot serve the call, as far as the package decides it; None if it can."""
+    """Why the kernel or backend `name` cannot serve the call, as far as the package decides that; None if it can."""
     if not call.q.is_cuda or torch.cuda.get_device_capability(call.q.device)[0] != 9:
         return f"{name} needs a Hopper GPU"
     if not installed():
@@ -30,7 +30,7 @@ def why_unsupported(call: AttentionCall, name: str) -> str | None:
 
 @cache
 def installed() -> bool:
-    """Whether the package flash-attn-4 is there."""
+    """Whether the package flash-attn-4 is installed."""
     try:
         return find_spec("flash_attn.cute") is not None
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""What an attention op is: it executes one kind of plan, by several backends, and gives one kind of result."""
+"""The interface of attention ops: each executes one kind of plan, by several backends, with one kind of result."""
 
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -14,13 +14,13 @@ P = TypeVar("P", bound=SparsePlan)
 
 
 class Attended(NamedTuple):
-    """What attention gives.
+    """The result of attention.
 
     Attributes:
         out: the output `[B, Hq, Sq, Dv]` in the dtype of the queries.
         lse: the log-sum-exp of each query's logits, float32 `[B, Hq, Sq]`, natural logarithm; None if not asked for.
         logits: the logits of the last query, float32 `[B, Hq, capacity]` by position within the row, scaled and
-            softcapped; what lies at the row's length or behind it has no meaning. None if not asked for.
+            softcapped; entries at or after the row's length are undefined. None if not asked for.
     """
 
     out: torch.Tensor
@@ -28,10 +28,10 @@ class Attended(NamedTuple):
     logits: torch.Tensor | None = None
 
     def with_sinks(self, sinks: torch.Tensor) -> "Attended":
-        """The result of a softmax that has one more logit for each head, which no value belongs to (gpt-oss).
+        """The result of a softmax that has one more logit for each head, a logit without a value (gpt-oss).
 
-        Such a softmax gives every key `exp(lse) / (exp(lse) + exp(sink))` of what it has without the sink, so no kernel
-        need know of it. A query with no key still gives 0.
+        Such a softmax multiplies the weight of every key by `exp(lse) / (exp(lse) + exp(sink))`, so kernels need not
+        know the sinks. A query with no key still gives 0.
 
         Args:
             sinks: the logits of the sinks, `[Hq]`.
@@ -43,15 +43,15 @@ class Attended(NamedTuple):
 
 
 class AttentionOp(Generic[P]):
-    """One way to execute one kind of plan.
+    """An op that executes one kind of plan.
 
     Attributes:
         executes: the kind of plan.
-        module: the module of a backend, which has `attend(call, plan, return_lse) -> Attended`; imported when it first
-            runs, because Triton and flash-attn-4 may be missing.
+        module: gives the module of a backend, which has `attend(call, plan, return_lse) -> Attended`. The module is
+            imported when it first runs, because Triton and flash-attn-4 may be missing.
         backends: the names of these modules; `reference` and `torch` serve every call.
-        fastest: the backend that "auto" stands for.
-        why: why one of the other backends cannot serve a call; None if it can.
+        fastest: gives the backend that "auto" stands for.
+        why: says why one of the other backends cannot serve a call; None if it can.
     """
 
     def __init__(  # no frozen dataclass: torch.compile (2.13) cannot trace one that has functions
@@ -72,11 +72,11 @@ class AttentionOp(Generic[P]):
             call: the attention call.
             plan: the keys to read; made for this call.
             backend: one of `backends`, or "auto" for the fastest one that serves the call. "flash" is "auto" for an op
-                that has no such backend.
+                without that backend.
             return_lse: whether the result must have the LSE.
 
         Raises:
-            UnsupportedCallError: the backend cannot serve the call; `why_unsupported` tells before.
+            UnsupportedCallError: the backend cannot serve the call; `why_unsupported` says so in advance.
         """
         if self._is_open(backend):
             backend = self.fastest(call, plan)

@@ -1,4 +1,4 @@
-"""The op of every kind of plan: each folder here that has an `OP` executes the plans that it says."""
+"""The op of every kind of plan: each folder here with an `OP` executes the kind of plan that the `OP` names."""
 
 from importlib import import_module
 from pkgutil import iter_modules

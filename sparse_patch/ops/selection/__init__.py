@@ -1,1 +1,1 @@
-"""Ways to score keys, from which methods make their plans."""
+"""Ops that score keys. Methods make their plans from these scores."""

@@ -1,4 +1,4 @@
-"""Attention of mean queries to mean keys, block by block: a cheap estimate that block-selecting methods rank by."""
+"""Attention of mean queries to mean keys, block by block: a cheap estimate by which methods rank blocks."""
 
 import torch
 
@@ -8,7 +8,7 @@ from sparse_patch.plans import BlockGrid
 
 
 def pooled_attention(call: AttentionCall, grid: BlockGrid, mean_k: torch.Tensor) -> torch.Tensor:
-    """Causal attention of mean queries to mean keys, float32 `[B, Hq, NQ, N]`; query blocks a row lacks are 0."""
+    """Causal attention of mean queries to mean keys, float32 `[B, Hq, NQ, N]`; missing query blocks are 0."""
     logits = pooled_logits(query_means(call.q, grid), mean_k, call).masked_fill(~grid.causal[:, None], -torch.inf)
     return logits.softmax(-1).masked_fill(~grid.causal[:, None], 0.0)
 
@@ -21,6 +21,6 @@ def pooled_logits(mean_q: torch.Tensor, mean_k: torch.Tensor, call: AttentionCal
 
 
 def mean_of_rows(means: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean of each row, float32 `[B, H, D]`, from means of blocks `[B, H, N, D]` of `tokens` each, int64 `[B, N]`."""
+    """Mean of each row, float32 `[B, H, D]`, from block means `[B, H, N, D]` of `tokens` each, int64 `[B, N]`."""
     share = tokens.float() / tokens.sum(-1, keepdim=True).clamp(min=1).float()
     return (means * share[:, None, :, None]).sum(-2)

@@ -1,4 +1,4 @@
-"""One list of tokens for all heads, out of a ranking by each: the merge of LessIsMore."""
+"""One list of tokens for all heads, from the ranking of each head: the merge of LessIsMore."""
 
 import torch
 
@@ -7,28 +7,28 @@ from sparse_patch.tensor_parallel import ALL_HEADS, HeadShard
 
 
 def merged_ranks(scores: torch.Tensor, limits: torch.Tensor, k: int, shard: HeadShard = ALL_HEADS) -> torch.Tensor:
-    """Where each token stands when the heads' top k are merged: rank by rank and, within a rank, head by head.
+    """The place of each token when the heads' top k are merged: rank by rank and, within a rank, head by head.
 
-    The merged list of k tokens is `top_pages(-merged_ranks(scores, limits, k)[:, None], limits, k)`: the heads' lists
-    in rank order, merged, every token once, of which the first k are kept (LessIsMore, arXiv 2508.07101;
-    the order of heads within a rank, which it leaves open, is their index). Ties within a head go to the lower token.
+    The merged list of k tokens is `top_pages(-merged_ranks(scores, limits, k)[:, None], limits, k)`. It is the heads'
+    lists merged in rank order, with every token once, and cut to the first k (LessIsMore, arXiv 2508.07101). The paper
+    leaves the order of heads within a rank open; here it is their index. Ties within a head go to the lower token.
 
     Args:
         scores: float32 `[B, Hq, N]`; NaN counts as `-inf`.
-        limits: tokens of each row that may be listed, the first ones: int64 `[B]`.
-        k: tokens that the merged list is to have.
-        shard: which of the layer's heads the scores are of; those of all processes are merged.
+        limits: number of first tokens of each row that may be listed, int64 `[B]`.
+        k: tokens of the merged list.
+        shard: the part of the layer's heads that have these scores; the scores of all processes are merged.
 
     Returns:
-        float32 `[B, N]`, `rank * heads + head` of the best place that a head gives the token, 0 the best of all; no two
-        alike but `inf`, for tokens that are in no head's top k or lie behind the limit.
+        float32 `[B, N]`: `rank * heads + head` of the best place that any head gives the token; 0 is the best. Tokens
+        that are in no head's top k or lie at or after the limit have `inf`; all other values differ.
     """
     here = scores.shape[1]
     tokens, counts = top_pages(scores, limits, k)
     tokens = tokens.long()
     listed = torch.arange(tokens.shape[-1], device=scores.device) < counts[..., None]
     values = scores.gather(-1, tokens)
-    values = values.masked_fill(values.isnan() | ~listed, -torch.inf)  # stable: what is not listed stays behind
+    values = values.masked_fill(values.isnan() | ~listed, -torch.inf)  # stable: unlisted tokens come last
     in_order = tokens.gather(-1, values.sort(dim=-1, descending=True, stable=True).indices)
     rank = torch.arange(tokens.shape[-1], dtype=torch.float32, device=scores.device)
     head = shard.rank * here + torch.arange(here, dtype=torch.float32, device=scores.device)

@@ -14,7 +14,7 @@ from sparse_patch.plans import BlockGrid, BlockPlan
 
 FAST = ["torch", "triton"]  # flash needs a GPU
 EVERYWHERE = ["reference", *FAST]
-# Rounding of float32 logits of about 40 over up to 256 terms, times values of 3; in half precision of the output.
+# Rounding of float32 logits of about 40 over up to 256 terms, times values of 3; in half precision, of the output.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -102,7 +102,7 @@ def test_unplanned_keys_and_the_future_are_never_read(backend: str) -> None:
     plan = BlockPlan.from_blocks(blocks, BlockGrid.of(call, 64))
     expected, _, _ = attend(call, plan, backend)
     k, v = call.k.clone(), call.v.clone()
-    k[:, :, 64:128], v[:, :, 64:128] = 30.0, 1e6  # block 1: read by query block 1 alone
+    k[:, :, 64:128], v[:, :, 64:128] = 30.0, 1e6  # block 1: read only by query block 1
     k[:, :, 200:], v[:, :, 200:] = 30.0, 1e6  # the future of queries 192 to 199
     output, _, _ = attend(AttentionCall(**{**vars(call), "k": k, "v": v}), plan, backend)
     unchanged = [*range(64), *range(128, 200)]
@@ -126,7 +126,7 @@ def test_torch_backend_leaves_threads_and_modes_alone(mode: type, threads: int) 
 
 
 def share_left_out(call: AttentionCall, plan: BlockPlan, backend: str) -> torch.Tensor:
-    """Assert that a backend leaves out what the oracle does; the share of each query's weight that it is."""
+    """Assert that a backend leaves out the oracle's tiles; return their share of each query's weight."""
     assert_matches(call, plan, backend)
     _, lse, _ = attend(call, plan, backend, return_lse=True)
     _, whole, _ = attend(call, replace(plan, pv_threshold=None), backend, return_lse=True)

@@ -1,4 +1,4 @@
-"""The dense kernels that a CPU has, and what the others refuse."""
+"""The dense kernels that run on a CPU, and what the other kernels refuse."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ def test_no_kernel_is_faster_on_a_cpu() -> None:
 
 
 class _OnGpu:
-    """A tensor of a GPU, as far as the choice looks at it."""
+    """A tensor that looks like one on a GPU to the choice of a kernel."""
 
     is_cuda, dtype, device, shape = True, torch.bfloat16, "cuda", (1, 4, 100, 128)
 

@@ -17,7 +17,7 @@ from sparse_patch.plans import PagePlan
 
 FAST = ["torch", "triton"]
 EVERYWHERE = ["reference", *FAST]
-# Rounding of float32 logits of about 40, times values of 3; in half precision of the output.
+# Rounding of float32 logits of about 40, times values of 3; in half precision, of the output.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -93,7 +93,7 @@ def test_head_dims_and_dtypes(backend: str, dtype: torch.dtype, head_dim: int, v
 def test_ragged_batches_static_buffers_and_softcap(
     backend: str, queries: int, tail: int | None, softcap: float | None
 ) -> None:
-    """Rows of 90, 57 and 3 keys: with 5 queries, the first ones of the last row are padding."""
+    """Rows have 90, 57 and 3 keys; with 5 queries, the first queries of the last row are padding."""
     call = decode_call(90, queries=queries, row_starts=[0, 33, 87], tail=tail, softcap=softcap, heads=(6, 2))
     assert_matches(call, PagePlan.every(call, wants_logits=True), backend)
     for lists, page_size in ((1, 8), (2, 8), (6, 1)):
@@ -169,7 +169,7 @@ def test_queries_without_a_key_give_zero(backend: str) -> None:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("splits", [1, 2, 3, 12])
 def test_splits_change_nothing(splits: int) -> None:
-    """Also more splits than there are tiles, and rows that are much shorter than others."""
+    """This includes more splits than tiles, and rows that are much shorter than others."""
     call = decode_call(130, queries=2, row_starts=[0, 90, 127], heads=(2, 1))
     for plan in (PagePlan.every(call, wants_logits=True), random_pages(call, 1, 8)):
         expected, lse, logits = attend(call, plan, "reference", return_lse=True)
@@ -233,7 +233,7 @@ def step_arguments() -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("every", [True, False])
 def test_no_value_is_read_on_the_host(backend: str, every: bool) -> None:
-    with FakeTensorMode() as mode:  # a value that is asked for raises
+    with FakeTensorMode() as mode:  # reading a value raises
         *tensors, pages = (mode.from_tensor(x) for x in step_arguments())
         output, _ = step(backend, *tensors, None if every else pages)
         assert output.shape == (2, 4, 1, 16)

@@ -16,7 +16,7 @@ from sparse_patch.plans import GrowingWindow, SpanPlan, Window
 
 FAST = ["torch", "triton"]
 EVERYWHERE = ["reference", *FAST]
-# Rounding of float32 logits of about 40, times values of 3; in half precision of the output.
+# Rounding of float32 logits of about 40, times values of 3; in half precision, of the output.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 HALF, SLOW, STEADY = (
     GrowingWindow(-5 << 16, 1 << 15, 3, 90),
@@ -108,7 +108,7 @@ def test_chunks_equal_one_shot(backend: str, windows: tuple[Window, ...], split:
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
 def test_a_row_that_began_before_its_keys(backend: str) -> None:
-    """A negative `kv_start`: the last keys of a call, on their own, and queries that need no more."""
+    """A negative `kv_start`: only the last keys of a call, and queries that need no other keys."""
     call = make_call(160, queries=70, row_starts=[0, 30])
     expected, _, _ = attend(call, SpanPlan.of(call, (0, 0), (21, 3)), backend)
     rest = replace(call, k=call.k[:, :, 70:], v=call.v[:, :, 70:], q_start=20, kv_start=call.kv_start - 70)
@@ -168,7 +168,7 @@ def test_strides(backend: str) -> None:
 @pytest.mark.parametrize("backend", EVERYWHERE)
 def test_no_value_is_read_on_the_host(backend: str) -> None:
     call = make_call(100, queries=40, row_starts=[0, 20])
-    with FakeTensorMode() as mode:  # a value that is asked for raises
+    with FakeTensorMode() as mode:  # reading a value raises
         q, k, v, starts, end = (mode.from_tensor(x) for x in (call.q, call.k, call.v, call.kv_start, torch.tensor(90)))
         for kv_end in (None, end):
             fake = replace(call, q=q, k=k, v=v, kv_start=starts, kv_end=kv_end)

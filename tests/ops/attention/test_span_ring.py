@@ -1,4 +1,4 @@
-"""Every backend of the ring against plain attention by the same spans over all keys ever seen, and against counting."""
+"""Every backend of the ring against plain attention with the same spans over all keys ever seen, and against counts."""
 
 from dataclasses import replace
 from typing import Any
@@ -90,7 +90,7 @@ def test_any_split_equals_one_shot(backend: str, spans: Any, lengths: list[int])
 @pytest.mark.usefixtures("poisoned", "small_pieces")
 @pytest.mark.parametrize("backend", EVERYWHERE)
 def test_token_by_token_around_every_turn(backend: str) -> None:
-    """Capacities of 5, 10 and 17 slots: filled, turned over, twice and more, beside one that keeps everything."""
+    """Capacities of 5, 10 and 17 slots are filled and turned over once or more, beside one that keeps everything."""
     call = make_call(36, heads=(4, 4), row_starts=[0, 3])
     assert_ring_matches(call, ((0, 4, 12, 5), (5, 6, 5, None)), [1] * 36, backend, seen_on_device=True)
     assert_ring_matches(call, ((0, 4, 12, 5), (5, GROWING, 5, None)), [1] * 36, backend, seen_on_device=True)
@@ -115,7 +115,7 @@ def test_head_dims_and_dtypes(backend: str, dtype: torch.dtype, head_dim: int, v
 
 @pytest.mark.parametrize("backend", FAST)
 def test_long_forwards_and_real_pieces(backend: str) -> None:
-    """Several tiles of queries and of slots, and heads that need one piece, two and three."""
+    """Several tiles of queries and of slots, and heads that need one, two and three pieces."""
     call = make_call(700, heads=(2, 2))
     assert_ring_matches(call, ((64, 0), (300, 540)), [500, 197, 1, 1, 1], backend)
 
@@ -203,7 +203,7 @@ def step_arguments() -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
 def test_no_value_is_read_on_the_host(backend: str) -> None:
-    with FakeTensorMode() as mode:  # a value that is asked for raises
+    with FakeTensorMode() as mode:  # reading a value raises
         tensors = [mode.from_tensor(x) for x in step_arguments()]
         assert step(backend, *tensors).shape == (2, 4, 1, 16)
         q, k, v = (x.expand(-1, -1, 50, -1) for x in tensors[:3])
@@ -233,7 +233,7 @@ def test_after_prepare_a_step_brings_nothing_to_the_device() -> None:
 
 
 def test_the_custom_ops_are_sound() -> None:
-    """Their fakes have the shapes, dtypes and strides of the real ones, and write what they say."""
+    """Their fakes have the shapes, dtypes and strides of the real ones, and the ops write what they declare."""
     q, k, v, ring_k, ring_v, _ = step_arguments()
     before, spans = torch.tensor([20, -1]), ((4, 0), flat((10, None)), LAYOUT.capacities)
     torch.library.opcheck(span_ring_attention.op, (q, ring_k, ring_v, before, None, None, *spans, 0.3, 0.0))

@@ -15,7 +15,7 @@ from sparse_patch.ops.attention.token_blocks.triton import token_block_attention
 from sparse_patch.plans import BLOCK_BITS, TokenBlockPlan, leading
 
 FAST = ["torch", "triton"]
-# Rounding of float32 logits of about 40, times values of 3; in half precision of the output.
+# Rounding of float32 logits of about 40, times values of 3; in half precision, of the output.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -85,7 +85,7 @@ def test_any_strides(backend: str) -> None:
 
 @pytest.mark.parametrize("queries", [330, 130], ids=["whole", "chunk"])
 def test_a_plan_says_what_it_reads(queries: int) -> None:
-    """Lists, map, mask and counts of one plan against each other and the rule."""
+    """Lists, map, mask and counts of one plan agree with each other and with the rule."""
     call = make_call(330, queries=queries, row_starts=[0, 75], heads=(4, 2))
     plan = random_token_blocks(call, tile=4, init=1, local=1, dense=2, chance=0.3)
     mask, start = plan.mask(), [0, 75]

@@ -1,4 +1,4 @@
-"""The Triton kernel of the antidiagonal masses against PyTorch, which `test_xattention.py` holds to the oracle."""
+"""The Triton kernel of the antidiagonal masses against PyTorch, which `test_xattention.py` compares with the oracle."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from sparse_patch.kernels import slices
 from sparse_patch.ops.selection.antidiagonal import block_masses
 from sparse_patch.plans import BlockGrid
 
-# The CPU multiplies half precision in float32; so does the interpreter, from the same inputs.
+# The CPU multiplies half precision in float32, and so does the interpreter, from the same inputs.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-5}
 
 

@@ -56,12 +56,12 @@ def test_similarities_are_1_for_one_direction_and_0_for_nothing(backend: ModuleT
     grid = BlockGrid.of(call, 32)
     call.q[:, 0] = torch.arange(1, 97, dtype=dtype)[:, None] * torch.linspace(-1, 1, 16, dtype=dtype) / 32
     call.q[:, 1] = 0
-    call.k[:] = call.q  # less itself a key is zero
+    call.k[:] = call.q  # a key minus itself is zero
     center = call.k[:, :, 40].float()
     alike = backend.query_means_and_similarities(call.q, grid)[1]
     torch.testing.assert_close(alike, torch.tensor([1.0, 0.0])[None, :, None].expand(1, 2, 3), atol=1e-6, rtol=1e-3)
     alike = backend.key_similarities(call.k, grid, center)
-    # Around key 40 the head's first block points one way, the last one the other; of the middle one 8 keys and 23.
+    # Around key 40 the head's first block points one way, the last one the other way; in the middle one, 8 keys and 23.
     expected = torch.tensor([[1.0, (15 / 32) ** 2, 1.0], [0.0] * 3])[None]
     torch.testing.assert_close(alike, expected, atol=1e-3, rtol=1e-3)
 

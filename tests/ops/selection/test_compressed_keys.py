@@ -66,7 +66,7 @@ def test_dtypes_head_dims_and_slices(dtype: torch.dtype, head_dim: int, monkeypa
 
 
 def test_equal_scores_go_to_the_lower_block() -> None:
-    """Keys that are all alike: every score is the same, as their products with eighths are exact in any order."""
+    """All keys are alike, so every score is the same: products with eighths are exact in any order."""
     call = make_call(640, queries=64, heads=(4, 1))
     call = replace(call, q=(8 * call.q).round() / 8, k=torch.ones_like(call.k))
     rule, grid = CompressedKeysParams(init_blocks=1, local_blocks=1, dense_blocks=0, chosen=3), BlockGrid.of(call, 64)
@@ -78,7 +78,7 @@ def test_equal_scores_go_to_the_lower_block() -> None:
 
 
 def test_scores_of_the_last_query_are_those_of_the_prompt() -> None:
-    """Decode and prefill: the blocks with the highest scores of the one are the choice of the other."""
+    """The blocks with the highest scores in decode are the choice of prefill."""
     call = make_call(640, queries=1, heads=(8, 2), row_starts=[0, 50], softcap=15.0)
     means = page_means(call, 16)
     rule = CompressedKeysParams(init_blocks=1, local_blocks=1, dense_blocks=0, chosen=2)

@@ -28,7 +28,7 @@ from sparse_patch.ops.selection.low_bit_scores.maps import packed
 from sparse_patch.ops.selection.low_bit_scores.params import TileBounds, mean_key, mean_query
 from sparse_patch.plans import BlockGrid, BlockPlan
 
-# Float32 sums and the oracle's float64 ones may fall on different sides of a limit that is closer than this, in logits;
+# Float32 sums and the oracle's float64 sums may lie on different sides of a limit that is closer than this, in logits;
 # in half precision the estimate itself is rounded.
 MARGIN = {torch.float32: 1e-4, torch.float16: 2e-2}
 NUMERICS = pytest.mark.parametrize("numerics", ["int8", "int4"])
@@ -53,7 +53,7 @@ def oracle(call: AttentionCall, rule: LowBitParams, tau: list[float], numerics: 
 
 
 def compare_with_oracle(call: AttentionCall, rule: LowBitParams) -> tuple[int, int]:
-    """Assert equality where no decision is within rounding of its limit: (candidates compared, candidates in doubt)."""
+    """Assert equality for decisions beyond rounding of their limit: (candidates compared, candidates in doubt)."""
     expected = oracle(call, rule, TAU[: call.q.shape[1]])
     margins = torch.from_numpy(expected.margins)
     clear = margins > MARGIN[call.q.dtype]
@@ -83,7 +83,7 @@ def test_decisions_equal_the_oracle(
 
 @NUMERICS
 def test_codes_and_scales_equal_the_oracle(numerics: Numerics) -> None:
-    """Bit for bit, but for codes of values that lie where the code changes."""
+    """They agree bit for bit, except for codes of values that lie where the code changes."""
     call, rule = make_call(300, queries=237, heads=(4, 2), head_dim=40, dtype=torch.float16), LowBitParams(numerics)
     expected = oracle(call, rule, [1.0] * 4)
     mean_k, mean_q = mean_key(call), mean_query(call) if numerics == "int4" else None
@@ -115,7 +115,7 @@ def assert_same_codes(codes: torch.Tensor, expected: np.ndarray, ties: np.ndarra
 
 
 def test_the_published_segments() -> None:
-    """The rule's formula is the specification's; with 128 tokens 5 and 7 blocks take turns."""
+    """The rule's formula is the specification's; with 128 tokens, 5 and 7 blocks alternate."""
     for window, length in itertools.product((32, 128, 256), (1, 31, 64, 65, 300, 1000)):
         bounds = TileBounds.of(make_call(length, head_dim=16, heads=(1, 1)), LowBitParams("int8", window))
         expected = [regions(length, m, window) for m in range(math.ceil(length / 64))]
@@ -149,7 +149,7 @@ def test_small_and_odd_calls(length: int, queries: int) -> None:
     [(300, None, "int8"), (171, 20.0, "int8"), (171, 20.0, "int4"), (150, None, "int4"), (1, None, "int8")],
 )
 def test_padding_chunks_and_softcap(queries: int, softcap: float | None, numerics: Numerics) -> None:
-    """Triton is PyTorch, and a row of a batch is the row alone."""
+    """Triton equals PyTorch, and a row of a batch equals the row alone."""
     call = make_call(300, queries=queries, row_starts=[0, 137], softcap=softcap, head_dim=32, heads=(2, 1))
     rule = LowBitParams(numerics, 32)
     bits = decide(call, rule)
@@ -191,7 +191,7 @@ def test_more_than_one_word(backend: str) -> None:
 
 @NUMERICS
 def test_forced_blocks_and_causality(numerics: Numerics) -> None:
-    """At the highest tau the sink and the local blocks alone; at 0 all up to the diagonal."""
+    """At the highest tau only the sink and the local blocks are kept; at 0, all blocks up to the diagonal."""
     call, rule = make_call(385, queries=130, head_dim=32, heads=(2, 1)), LowBitParams(numerics, 64)
     forced = torch.from_numpy(oracle(call, rule, [1e4, 1e4]).forced)
     visible = TileBounds.of(call, rule).visible[0]
@@ -259,7 +259,7 @@ def test_a_constant_added_to_all_keys_changes_nothing_beyond_rounding(numerics: 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # of the interpreter
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_tile_reads_no_later_token(numerics: Numerics, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given the means, which are of all tokens, nothing behind a tile has a part in its decisions."""
+    """With the means (of all tokens) given, nothing after a tile affects its decisions."""
     call, rule = make_call(330, head_dim=32, heads=(1, 1)), LowBitParams(numerics, 32)
     means = mean_key(call), mean_query(call)
     module = in_torch if backend == "torch" else in_triton
@@ -285,7 +285,7 @@ def test_garbage_stays_in_the_padding(numerics: Numerics, backend: str) -> None:
 
 @pytest.mark.parametrize("begin", [64, 256])
 def test_a_chunk_from_the_edge_of_a_tile_decides_what_the_whole_prompt_would(begin: int) -> None:
-    """In int4 the mean query is of the chunk, so only the codes differ."""
+    """In int4 the mean query is that of the chunk, so only the codes differ."""
     call = make_call(450, head_dim=32, heads=(2, 1))
     chunk = AttentionCall(**{**vars(call), "q": call.q[:, :, begin:], "q_start": begin})
     rule = LowBitParams("int8", 32)

@@ -26,7 +26,7 @@ def written_out(logits: torch.Tensor, lengths: list[int], page_size: int) -> np.
 
 
 def random_logits(lengths: list[int], size: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits with NaN behind each row's end, and the LSE of what lies before it."""
+    """Logits with NaN after each row's end, and the LSE of the logits before it."""
     logits = 3 * torch.randn(len(lengths), heads, size)
     lse = torch.stack([logits[row, :, :length].logsumexp(-1) for row, length in enumerate(lengths)])
     for row, length in enumerate(lengths):
@@ -71,7 +71,7 @@ def test_any_strides(backend: object) -> None:
 
 
 def test_a_page_is_the_sum_of_maxima() -> None:
-    """Two heads that attend to another token each: the page has both, not the larger of two sums."""
+    """Two heads attend to different tokens: the page's score has both, not the larger of two sums."""
     attention = torch.tensor([[[0.6, 0.1, 0.2, 0.1], [0.1, 0.7, 0.1, 0.1]]])
     scores = op(attention.log(), torch.zeros(1, 2), torch.tensor([4]), 2)
     torch.testing.assert_close(scores, torch.tensor([[1.3, 0.3]]))

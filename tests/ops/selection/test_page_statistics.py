@@ -1,4 +1,4 @@
-"""Statistics of pages and the scores by them, in Triton and in PyTorch, against loops over the keys."""
+"""Statistics of pages and scores from them, in Triton and in PyTorch, against loops over the keys."""
 
 from dataclasses import replace
 from functools import partial
@@ -34,7 +34,7 @@ def pages_of_row(call: AttentionCall, row: int, page_size: int, offset: int = 0)
 
 
 def assert_bounds(call: AttentionCall, page_size: int) -> None:
-    """The bounds of every page of every row are those of its keys."""
+    """Assert that the bounds of every page of every row are those of its keys."""
     low, high = ops.page_bounds(call, page_size)
     assert low.shape == high.shape == (*call.k.shape[:2], -(-call.kv_length // page_size), call.k.shape[-1])
     assert low.dtype == high.dtype == call.k.dtype
@@ -77,7 +77,7 @@ def test_padding_changes_nothing() -> None:
 
 
 class Cache:
-    """Keys that grow, shrink and change rows, and the memory beside them: a cache with one layer."""
+    """A cache with one layer: keys that grow, shrink and change rows, with the memory beside them."""
 
     def __init__(self, row_starts: list[int] | None, kinds: tuple[str, ...] = ("bounds", "means")) -> None:
         batch = len(row_starts) if row_starts else 2
@@ -112,7 +112,7 @@ class Cache:
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("row_starts", [None, [13, 2]], ids=str)
 def test_append_crop_and_reorder(row_starts: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After whatever happened to the cache, the statistics are those from scratch."""
+    """Whatever happened to the cache, the statistics equal those computed from scratch."""
     monkeypatch.setattr(kept, "SPARE", 5)
     cache = Cache(row_starts)
     for tokens in (10, 5, 1, 1, 1, 1, 1, 3, 1):  # with padding, the second chunk begins inside it
@@ -147,7 +147,7 @@ def test_only_pages_of_new_tokens_are_computed(backend: ModuleType) -> None:
 
 
 def test_another_kind_takes_the_place_of_the_first() -> None:
-    """What is not refreshed any more must not be found later."""
+    """Statistics that are no longer refreshed must not be found later."""
     cache, kv_state = Cache(None), KVState()
     assert_bounds(replace(cache.call(10), kv_state=kv_state), 4)
     assert_means(replace(cache.call(10), kv_state=kv_state), 4, 0)
@@ -172,7 +172,7 @@ def test_room_grows_with_the_buffer_of_the_keys() -> None:
 @pytest.mark.parametrize("row_starts", [None, [0, 9]], ids=str)
 @pytest.mark.parametrize("prefill", [30, 0])
 def test_static_cache(row_starts: list[int] | None, prefill: int) -> None:
-    """A buffer that is NaN behind its end. The memory is filled by prefill, or at the first decode step."""
+    """The buffer is NaN after its end. The memory is filled by prefill, or at the first decode step."""
     buffer = torch.full((2, 2, 61, 8), torch.nan)
     starts = torch.tensor(row_starts) if row_starts else None
     memories = KVState(), KVState()
@@ -205,7 +205,7 @@ def test_static_cache(row_starts: list[int] | None, prefill: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("length", [1, 17, 64])
 def test_scores(heads: tuple[int, int], dtype: torch.dtype, length: int) -> None:
-    """Bounds and means against loops over pages, and no key of a page above its bound."""
+    """Bounds and means equal loops over pages, and no key of a page is above its bound."""
     starts = [0, min(5, length - 1), length - 1]
     call = make_call(length, heads=heads, head_dim=24, dtype=dtype, row_starts=starts)
     q = call.q[:, :, -1]
@@ -305,7 +305,7 @@ def test_it_compiles_without_a_graph_break() -> None:
 
 
 def test_the_kernels_declare_what_they_do() -> None:
-    """Their schemas, mutations and shapes, as torch.compile relies on them."""
+    """torch.compile relies on their schemas, mutations and shapes."""
     k, starts, end = torch.randn(2, 2, 20, 8), torch.tensor([0, 3]), torch.tensor(18)
     low, high = torch.zeros(2, 2, 5, 8), torch.zeros(2, 2, 5, 8)
     opcheck = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))

@@ -9,7 +9,7 @@ from sparse_patch.ops.selection.top_pages import top_pages
 
 
 def merge(scores: list[list[float]], limit: int, k: int) -> list[int]:
-    """The heads' top k in rank order, merged rank by rank, each token once, the first k of them."""
+    """Merge the heads' top k rank by rank; list each token once and keep the first k."""
     order = [sorted(range(limit), key=lambda i: (-head[i], i))[:k] for head in scores]
     merged = [head[rank] for rank in range(min(k, limit)) for head in order]
     return list(dict.fromkeys(merged))[:k]

@@ -23,7 +23,7 @@ BACKENDS = pytest.mark.parametrize("backend", [in_torch, in_triton], ids=["torch
 
 
 def by_sorting(scores: torch.Tensor, limits: torch.Tensor, k: int) -> list[list[list[int]]]:
-    """The pages of each list of each row: best first, lower first, the first k; then in order."""
+    """The pages of each list of each row: sorted best first (ties: lower first), cut to k, then in ascending order."""
     return [
         [
             sorted(sorted(range(limit), key=lambda i: (-(-INF if math.isnan(s[i]) else s[i]), i))[:k])
@@ -69,7 +69,7 @@ def structured(kind: str, *shape: int) -> torch.Tensor:
 def test_exact(backend: object, kind: str, size: int) -> None:
     scores = structured(kind, 3, 2, size)
     limits = torch.tensor([[size, 0], [size // 2, 1], [max(size - 1, 0), size + 7]])
-    scores[0, 1] = scores[2, 0, -1] = NAN  # behind the limit
+    scores[0, 1] = scores[2, 0, -1] = NAN  # beyond the limit
     for k in sorted({1, size // 3, size + 5} - {0}):
         assert_exact(backend, scores, limits, k)
 
@@ -83,7 +83,7 @@ def test_a_long_list_of_random_scores(backend: object) -> None:
 @pytest.mark.parametrize("kind", ["random", "ties", "holes", "forced"])
 @pytest.mark.parametrize("size, k", [(65, 3), (64, 31), (200, 40), (290, 10)])
 def test_lists_in_parts(kind: str, size: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A list too long for one program: the best of each part, and the best of those."""
+    """If a list is too long for one program, it chooses the best of each part, and the best of those."""
     monkeypatch.setattr(kernels, "_PART", (32, 32))
     scores = structured(kind, 2, 2, size)
     limits = torch.tensor([[size, 40], [size - 20, 1]])

@@ -1,6 +1,7 @@
-"""Slow float64 oracle for the block selection of FlexPrefill, written from the specification alone.
+"""Slow float64 oracle for the block selection of FlexPrefill, written only from the specification.
 
-Written without sight of the implementation. One unpadded sequence; the queries are the last ``Sq`` of ``n`` tokens.
+It was written without sight of the implementation. There is one unpadded sequence; the queries are the last ``Sq`` of
+``n`` tokens.
 
 Steps: 0 dense shortcuts, 1 budgets in blocks, 2 representative queries, 3 their attention, 4 token profiles by key and
 by distance, 5 counts against gamma, 6 pooling to blocks, 7 head switch, 8 forced entries, 9 top-k, 10 vertical-slash
@@ -70,7 +71,7 @@ def boundary_margins(
 ) -> np.ndarray:
     """Smallest relative distance to a threshold of any decision that reaches row i of head h, float64 [Hq, NQ].
 
-    inf where nothing was decided (dense shortcut); 0 where the decision rests on a tie or on float32 underflow.
+    inf if nothing was decided (dense shortcut); 0 if the decision rests on a tie or on float32 underflow.
     An exact tie of two zero masses is no risk (they are zero in every precision): the fixed tie rule decides it.
     """
     call = make_call(q, k, scale, settings, softcap)

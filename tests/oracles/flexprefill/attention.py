@@ -21,7 +21,7 @@ def _softmax(x: np.ndarray) -> np.ndarray:
 
 
 def _pooled_keys(call: Call, keys: np.ndarray) -> np.ndarray:
-    """Step 7: kbar_J, the mean over the keys that block J really has, [N, D]."""
+    """Step 7: kbar_J, the mean over the real keys of block J, [N, D]."""
     return np.stack([np.mean(keys[j * call.block : (j + 1) * call.block], axis=0) for j in range(call.num_blocks)])
 
 

@@ -12,7 +12,7 @@ FLOAT32_ZERO_RISK = 1e-30  # a probability between 0 and this may be an exact 0 
 
 @dataclass(frozen=True)
 class FlexPrefillSettings:
-    """Hyper-parameters ; budgets in tokens; ``selection`` is "reference" or "coverage"."""
+    """Hyper-parameters; budgets in tokens; ``selection`` is "reference" or "coverage"."""
 
     gamma: float
     tau: float
@@ -24,7 +24,7 @@ class FlexPrefillSettings:
 
 @dataclass(frozen=True)
 class HeadProfile:
-    """Intermediate results of one query head; block masses are the ones before forcing (step 8)."""
+    """Intermediate results of one query head; block masses are those before forcing (step 8)."""
 
     vert: np.ndarray  # [n] step 4, by key position
     slash: np.ndarray  # [n] step 4, by token distance o

@@ -31,14 +31,14 @@ def _rank_gap(scores: np.ndarray, count: int, forced: bool) -> float:
 
 
 def _changed_counts(raw: int, low: int, high: int) -> tuple[int | None, int | None]:
-    """Nearest raw counts below and above ``raw`` that change min(max(raw, low), high); None where there is none."""
+    """Nearest raw counts below and above ``raw`` that change min(max(raw, low), high); None if there is none."""
     down = min(raw, high) - 1
     up = max(raw, low) + 1
     return (down if down >= low else None), (up if up <= high else None)
 
 
 def _coverage_count_margin(masses: np.ndarray, gamma: float, low: int, high: int, forced: bool) -> float:
-    """Distance of the running sums from gamma where crossing it would change the clamped ``coverage_count``."""
+    """Distance of the running sums from gamma, if crossing it would change the clamped ``coverage_count``."""
     sums = cumulative(masses, forced)
     down, up = _changed_counts(coverage_count(masses, gamma, forced), low, high)
     margin = math.inf
@@ -50,7 +50,7 @@ def _coverage_count_margin(masses: np.ndarray, gamma: float, low: int, high: int
 
 
 def _reference_count_margin(tokens: np.ndarray, gamma: float, low: int, high: int) -> float:
-    """Distance of the running sums from gamma where crossing it would change the clamped ``reference_count``.
+    """Distance of the running sums from gamma, if crossing it would change the clamped ``reference_count``.
 
     c // 128 + 1 >= x iff c >= 128 (x - 1) iff the first 128 (x - 1) - 1 tokens sum to <= gamma.
     """
@@ -67,7 +67,7 @@ def _reference_count_margin(tokens: np.ndarray, gamma: float, low: int, high: in
 
 
 def switch_margin(call: Call, profile: HeadProfile) -> float:
-    """sqrt(JS) against tau; 0 when float32 underflow could turn a query-aware head to NaN (reference only)."""
+    """sqrt(JS) against tau; 0 if float32 underflow could turn a query-aware head to NaN (reference only)."""
     if call.settings.tau <= 0 or math.isnan(profile.js_distance):
         return math.inf
     smallest = min(np.min(profile.abar), np.min(profile.vert_blk))

@@ -1,17 +1,17 @@
 """Block-sparse attention: causal attention over the key blocks and single columns that a `BlockPlan` lists.
 
 Backends: `reference` (float32 softmax under the plan's mask, the oracle), `torch` (gathers only the planned keys; for
-CPUs), `triton` (one kernel for every plan) and `flash` (flash-attn-4's kernel, where it is installed and serves).
+CPUs), `triton` (one kernel for every plan) and `flash` (flash-attn-4's kernel, if it is installed and serves the call).
 Contract of every backend: float16, bfloat16 or float32; grouped KV heads without repeating them; `Dv != D`; any scale;
 softcap; left padding per row; `q_start > 0`; any length and strides; a query with no key gives 0, never NaN;
 accumulation in float32; LSE in natural log on request (`-inf` for a query with no key).
 
-A plan with a `pv_threshold` leaves out tiles of its blocks as it goes, in every backend the same ones. Queries and keys
-of a row are cut into tiles of `tile_side` tokens, and each tile of queries goes through the planned tiles of keys in
-their order. A tile of keys in which every query's largest logit lies at least `pv_threshold` below the largest that the
-query met in the tiles before, in log2 units (logit times log2 e), is in neither the output nor the LSE. The last tile
-always is. Each that is left out holds at most `tile_side * 2 ** -pv_threshold` of a query's sum of weights. `flash`
-does not serve such plans.
+A plan with a `pv_threshold` leaves out tiles of its blocks; every backend leaves out the same tiles. Queries and keys
+of a row are cut into tiles of `tile_side` tokens, and each query tile reads the planned key tiles in their order. A key
+tile is left out of both output and LSE if the largest logit of every query in it lies at least `pv_threshold` below the
+largest logit of that query in the tiles before, in log2 units (logit times log2 e). The last tile is never left out. A
+tile that is left out holds at most `tile_side * 2 ** -pv_threshold` of a query's sum of weights. `flash` does not serve
+such plans.
 """
 
 from typing import Any
@@ -24,8 +24,8 @@ from sparse_patch.plans import BlockPlan
 
 __all__ = ["OP", "attend", "fastest", "tile_side", "why_unsupported"]
 
-# Measured on an H200 at densities of 5 to 50 % (benchmarks/results): from here on flash is the faster one. Below, its
-# launch (0.3 to 0.4 ms on the host) costs more than its kernel saves.
+# Measured on an H200 at densities of 5 to 50 % (benchmarks/results): from this length on flash is faster. Below it,
+# flash's launch (0.3 to 0.4 ms on the host) costs more than its kernel saves.
 _FLASH_LENGTH = 16384
 
 
@@ -44,7 +44,7 @@ def _why(call: AttentionCall, plan: BlockPlan, backend: str) -> str | None:
 
 
 def _module(backend: str) -> Any:
-    """The backend's module, by statements that torch.compile can trace."""
+    """The backend's module, imported by statements that torch.compile can trace."""
     if backend == "triton":
         from sparse_patch.ops.attention.block_sparse import triton
 

@@ -1,8 +1,8 @@
 """flash-attn-4's block-sparse forward (CuTe DSL, Hopper), when the package is installed.
 
-It wants full blocks and masked blocks in two lists: the blocks of a plan below the diagonal are full, the diagonal is
-masked. Its blocks count from the first token of the buffer, so it serves neither padded batches nor chunks that begin
-inside a block, and it has no single columns.
+The kernel takes full blocks and masked blocks in two lists: the blocks of a plan below the diagonal are full, the
+diagonal block is masked. Its blocks count from the first token of the buffer, so it serves neither padded batches nor
+chunks that begin inside a block, and it has no single columns.
 """
 
 from functools import cache
@@ -34,7 +34,7 @@ def why_unsupported(call: AttentionCall, plan: BlockPlan) -> str | None:
 
 
 def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> Attended:
-    """See `ops.block_sparse.attend`."""
+    """See `ops.attention.block_sparse.attend`."""
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import flash_attn_func
 
@@ -59,7 +59,7 @@ def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> At
 
 @cache
 def _causal() -> Any:
-    """The mask inside a diagonal block, bottom-right aligned, as the package's own language has it."""
+    """The mask inside a diagonal block, bottom-right aligned, in the package's own language."""
     import cutlass.cute as cute
     from flash_attn.cute import utils
 

@@ -1,4 +1,4 @@
-"""The oracle: a float32 softmax under the plan's token mask. Slow and N x N large, obviously right."""
+"""The oracle: a float32 softmax under the plan's token mask. It is slow and N x N large, but obviously right."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from sparse_patch.plans import BlockPlan
 
 
 def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> Attended:
-    """See `ops.block_sparse.attend`."""
+    """See `ops.attention.block_sparse.attend`."""
     k = call.k.float().repeat_interleave(call.group_size, dim=1)
     v = call.v.float().repeat_interleave(call.group_size, dim=1)
     logits = apply_softcap(call.q.float() @ k.transpose(-1, -2) * call.scale, call.softcap)
@@ -25,12 +25,12 @@ def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> At
 
 
 def _left_out(logits: torch.Tensor, plan: BlockPlan, threshold: float) -> torch.Tensor:
-    """What the plan's `pv_threshold` leaves out, bool like the masked logits `[B, Hq, Sq, Skv]`."""
+    """What the plan's `pv_threshold` leaves out, bool, shaped like the masked logits `[B, Hq, Sq, Skv]`."""
     grid, side = plan.grid, tile_side(plan.grid.block_size)
     left_out = torch.zeros_like(logits, dtype=torch.bool)
     for row, start in enumerate(grid.row_starts.tolist()):
         first, length = max(grid.q_start - start, 0), grid.kv_length - start
-        for top in range(first // side * side, length, side):  # positions within the row, as everything here
+        for top in range(first // side * side, length, side):  # positions within the row, like everything here
             queries = slice(max(top, first) + start - grid.q_start, min(top + side, length) + start - grid.q_start)
             tiles = logits[row, :, queries, start : start + top + side].split(side, -1)
             for key, far in zip(range(start, grid.kv_length, side), _far_tiles(tiles, threshold), strict=False):
@@ -39,7 +39,7 @@ def _left_out(logits: torch.Tensor, plan: BlockPlan, threshold: float) -> torch.
 
 
 def _far_tiles(tiles: Sequence[torch.Tensor], threshold: float) -> list[torch.Tensor]:
-    """Which tiles `[Hq, queries, keys]` are left out, bool `[Hq]` each; their order is kept, not planned is `-inf`."""
+    """Which tiles `[Hq, queries, keys]` are left out, bool `[Hq]` each, in order; logits not planned are `-inf`."""
     planned = torch.stack([tile.isfinite().flatten(1).any(-1) for tile in tiles])
     largest, far = tiles[0].new_full(tiles[0].shape[:2], -torch.inf), []
     for number, tile in enumerate(tiles):

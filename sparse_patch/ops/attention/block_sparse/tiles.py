@@ -1,8 +1,8 @@
 """The tiles that plans with a `pv_threshold` leave out."""
 
-_SIDE = 64  # the least that the tensor cores of Hopper multiply at once
+_SIDE = 64  # the fewest rows that Hopper's tensor cores multiply at once
 
 
 def tile_side(block_size: int) -> int:
-    """Queries, and keys, of a tile; a block is one tile or several."""
+    """Number of queries, and of keys, of a tile. A block is one tile or several."""
     return min(_SIDE, block_size)

@@ -1,8 +1,8 @@
 """PyTorch backend: gathers the planned keys and computes nothing else, so it saves time on a CPU too.
 
 A task is one query block of one head: gather its key blocks and columns, multiply, softmax, multiply. On a CPU every
-core works through tasks of its own with single-threaded operators: the scores stay in that core's cache, and there is
-no barrier of all cores after each small operator, which costs more than the arithmetic when another process is running.
+core has its own tasks and runs them with single-threaded operators. The scores stay in that core's cache, and no
+barrier of all cores follows each small operator; such a barrier costs more than the arithmetic if another process runs.
 """
 
 import math
@@ -21,15 +21,15 @@ from sparse_patch.plans import BlockPlan, leading
 
 @dataclass(frozen=True)
 class _Task:
-    """One query block of one head: views of what it reads and of where its output goes."""
+    """One query block of one head: views of its inputs and of its outputs."""
 
     q: torch.Tensor  # [block, D]
     blocks: torch.Tensor  # int32 [count], indices into the work's key blocks, ascending
     columns: torch.Tensor  # int32 [columns], indices into the work's keys
-    on_diagonal: bool  # whether the last of them is the diagonal block
+    on_diagonal: bool  # whether the last block is the diagonal block
     out: torch.Tensor  # [block, Dv]
     lse: torch.Tensor | None  # [block]
-    real: torch.Tensor | None  # bool [block], the queries that there are; where tiles may be left out
+    real: torch.Tensor | None  # bool [block], the real queries; only if tiles may be left out
 
     @property
     def keys(self) -> int:
@@ -49,7 +49,7 @@ class _Work:
 
 
 class _Buffers:
-    """Memory that the tasks of one worker share: fresh pages cost as much as the softmax."""
+    """Memory that the tasks of one worker share, because fresh pages cost as much as the softmax."""
 
     def __init__(self, work: _Work, most_keys: int) -> None:
         block = len(work.above_diagonal)
@@ -60,7 +60,7 @@ class _Buffers:
 
 
 def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> Attended:
-    """See `ops.block_sparse.attend`. Reads the plan on the host: meant for the CPU, correct anywhere."""
+    """See `ops.attention.block_sparse.attend`. Reads the plan on the host: meant for the CPU, correct on any device."""
     grid, (batch, heads, rows) = plan.grid, plan.counts.shape
     work = _Work(
         k=key_blocks(call.k, grid).float().flatten(0, 2).flatten(1),
@@ -70,7 +70,7 @@ def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> At
         softcap=call.softcap,
         pv_threshold=plan.pv_threshold,
     )
-    # Laid out in memory as [B, Sq, Hq, Dv], which Transformers wants.
+    # Laid out in memory as [B, Sq, Hq, Dv], which Transformers expects.
     out = work.v.new_zeros(batch, rows, grid.block_size, heads, call.v.shape[-1]).permute(0, 3, 1, 2, 4)
     lse = work.k.new_full((batch, heads, rows, grid.block_size), -torch.inf) if return_lse else None
     _run(work, _tasks(call, plan, query_blocks(call.q, grid).float(), out, lse))
@@ -81,7 +81,7 @@ def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> At
 def _tasks(
     call: AttentionCall, plan: BlockPlan, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
 ) -> list[_Task]:
-    """The tasks that have a list, longest first, so that the workers finish together."""
+    """The tasks that have any key, longest first, so that the workers finish together."""
     counts: list[int] = plan.counts.flatten().tolist()
     first_block = _first_key_block(call, plan)
     lists = (plan.indices + first_block)[plan.listed].split(counts)
@@ -106,7 +106,7 @@ def _columns(plan: BlockPlan, first_key: torch.Tensor) -> Sequence[torch.Tensor]
 
 
 def _each(x: torch.Tensor) -> list[torch.Tensor]:
-    """The `x[b, h, i]` as views, in order."""
+    """All `x[b, h, i]` as views, in order."""
     return [block for row in x.unbind() for head in row.unbind() for block in head.unbind()]
 
 
@@ -123,7 +123,7 @@ def _first_key_block(call: AttentionCall, plan: BlockPlan) -> torch.Tensor:
 
 
 def _run(work: _Work, tasks: list[_Task]) -> None:
-    """Work through the tasks: in one thread per core on a CPU, in this one elsewhere."""
+    """Run all tasks: in one thread per core on a CPU, in this thread on other devices."""
     if not tasks:
         return
     threads = torch.get_num_threads() if work.k.device.type == "cpu" else 1
@@ -139,13 +139,13 @@ def _run(work: _Work, tasks: list[_Task]) -> None:
 
 
 def _set_up_worker() -> None:
-    """Settings of this thread alone: single-threaded operators, and weights below 1e-38 are 0 (they are slow)."""
+    """Settings of this thread only: single-threaded operators, and weights below 1e-38 are 0 (they are slow)."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
 
 
 def _run_tasks(work: _Work, tasks: Iterator[_Task], most_keys: int, inference_mode: bool) -> None:
-    """One worker: takes tasks until none is left."""
+    """Run tasks, as one worker, until none is left."""
     with torch.inference_mode(inference_mode), torch.no_grad():
         buffers = _Buffers(work, most_keys)
         for task in tasks:
@@ -153,7 +153,7 @@ def _run_tasks(work: _Work, tasks: Iterator[_Task], most_keys: int, inference_mo
 
 
 def _attend_task(work: _Work, task: _Task, buffers: _Buffers) -> None:
-    """Attend one task. Every operator here runs thousands of times a call, so there are as few as can be."""
+    """Attend one task. Each operator here runs thousands of times per call, so there are as few as possible."""
     block, in_blocks, keys = len(task.q), len(task.blocks) * len(task.q), task.keys
     torch.index_select(work.k, 0, task.blocks, out=buffers.k[:in_blocks].view(-1, work.k.shape[1]))
     torch.index_select(work.v, 0, task.blocks, out=buffers.v[:in_blocks].view(-1, work.v.shape[1]))
@@ -176,15 +176,15 @@ def _attend_task(work: _Work, task: _Task, buffers: _Buffers) -> None:
 
 
 def _leave_out(scores: torch.Tensor, real: torch.Tensor, on_diagonal: bool, threshold: float) -> None:
-    """Give the tiles that lie `threshold` below what was read before them, in log2 units, scores of `-inf`."""
+    """Set scores to `-inf` in tiles that lie `threshold`, in log2 units, below what was read before them."""
     block, side = len(real), tile_side(len(real))
     tiles = scores.view(block // side, side, -1, side)
     of_tiles = tiles.amax(-1)  # [query tiles, queries, key tiles]
-    before = of_tiles.cummax(-1).values[..., :-1]  # a tile that is left out is no maximum
+    before = of_tiles.cummax(-1).values[..., :-1]  # a tile that is left out never has the maximum
     above = (of_tiles[..., 1:] - before).masked_fill(~real.view(-1, side, 1), -torch.inf).amax(1)
     far = above + threshold * math.log(2) <= 0  # of the tiles from the second on
     if on_diagonal:
-        far.diagonal(far.shape[-1] - block // side).fill_(False)  # what lies behind the last tile is in the future
+        far.diagonal(far.shape[-1] - block // side).fill_(False)  # tiles after the last one are in the future
     elif far.shape[-1]:
         far[:, -1] = False
     tiles[:, :, 1:].masked_fill_(far[:, None, :, None], -torch.inf)

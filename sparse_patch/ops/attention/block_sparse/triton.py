@@ -1,10 +1,10 @@
 """Triton kernel: one pass over the planned blocks and columns of a query block.
 
 A program holds one tile of queries. It reads the blocks below the diagonal, which need no mask, then the single
-columns, then the diagonal block with its mask. Programs are ordered so that what runs together shares keys in the
-cache: one KV head after the other, in it the query blocks from the last (the longest) to the first, and the query heads
-of the GQA group side by side. Keys and values arrive through tensor descriptors: the copy engine on Hopper and later,
-plain loads before. With a `pv_threshold` a tile's logits say whether its values are read at all.
+columns, then the diagonal block with its mask. Programs are ordered so that those that run together share keys in the
+cache: one KV head after the other, within it the query blocks from the last (the longest) to the first, and the query
+heads of the GQA group side by side. Keys and values are loaded through tensor descriptors: by the copy engine on Hopper
+and later, by plain loads on older GPUs. With a `pv_threshold`, a tile's logits decide whether its values are read.
 """
 
 from dataclasses import replace
@@ -32,14 +32,14 @@ from sparse_patch.plans import BlockPlan
 
 
 def tile_that_may_be_left_out(tile: Tile, block_size: int) -> Tile:
-    """The tile of plans with a `pv_threshold`, whose size says what is left out: the same everywhere."""
+    """The tile of plans with a `pv_threshold`. Its size decides what is left out, so it is the same everywhere."""
     side = tile_side(block_size)
     num_stages = tile.num_stages if tile.block_n >= side else 1
     return replace(tile, block_m=side, block_n=side, num_warps=4, num_stages=num_stages)
 
 
 def why_unsupported(call: AttentionCall, plan: BlockPlan) -> str | None:
-    """Why this backend cannot execute the plan where its kernel runs; None if it can."""
+    """Why this backend cannot execute the plan on a device that runs its kernel; None if it can."""
     wide = max(call.q.shape[-1], call.v.shape[-1]) > 128
     if plan.pv_threshold is not None and wide and call.q.dtype == torch.float32:
         return "backend triton: pv_threshold, float32 and a head_dim above 128"  # its tiles need too much memory
@@ -47,7 +47,7 @@ def why_unsupported(call: AttentionCall, plan: BlockPlan) -> str | None:
 
 
 def attend(call: AttentionCall, plan: BlockPlan, return_lse: bool = False) -> Attended:
-    """See `ops.block_sparse.attend`."""
+    """See `ops.attention.block_sparse.attend`."""
     out, lse = block_sparse_attention(
         call.q,
         call.k,
@@ -218,9 +218,9 @@ def _block_sparse_kernel(
     offs_in = first + tl.arange(0, BLOCK_M)  # [BM]; within the block
     offs_m = query_block * BLOCK + offs_in + start - q_start  # [BM]; within the call's queries
     mask_m = (offs_m >= tl.maximum(start - q_start, 0)) & (offs_m < q_length)  # [BM]
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    rows = offs_m.to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
+    offs_dv = tl.arange(0, BLOCK_DV)  # [BDV]
+    rows = offs_m.to(tl.int64)  # [BM]
     p_q = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh + rows[:, None] * stride_qs  # [BM, 1]
     p_q = p_q + offs_d.to(tl.int64)[None, :] * stride_qd  # [BM, BD]
     b_q = tl.load(p_q, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)  # [BM, BD]
@@ -249,7 +249,7 @@ def _block_sparse_kernel(
         is_last = (t == full * PARTS - 1) & (full == count)
         if not LEAVES_OUT or (is_last | _is_near(s, m_i, to_log2, mask_m, pv_threshold)):
             b_v = v_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_DV)  # [BN, BDV]
-            acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
+            acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)  # [BM, BDV], [BM], [BM]
 
     # 5. Single columns, gathered.
     if HAS_COLUMNS:
@@ -259,15 +259,15 @@ def _block_sparse_kernel(
         p_v = v + i_b.to(tl.int64) * stride_vb + i_hk.to(tl.int64) * stride_vh
         for c in tl.range(0, number, BLOCK_N):
             offs_c = c + tl.arange(0, BLOCK_N)  # [BN]
-            mask_c = offs_c < number
+            mask_c = offs_c < number  # [BN]
             keys = tl.load(p_columns + offs_c, mask=mask_c, other=0).to(tl.int64) + start  # [BN]
             # [BD, BN]
             b_k = tl.load(p_k + keys[None, :] * stride_ks + offs_d[:, None], mask=(offs_d < D)[:, None], other=0.0)
             s = tile_logits(b_q, b_k, softcap, HAS_SOFTCAP, scale, PRECISION)  # [BM, BN]
-            s = tl.where(mask_c[None, :], s, -float("inf"))
+            s = tl.where(mask_c[None, :], s, -float("inf"))  # [BM, BN]
             # [BN, BDV]
             b_v = tl.load(p_v + keys[:, None] * stride_vs + offs_dv[None, :], mask=(offs_dv < DV)[None, :], other=0.0)
-            acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
+            acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)  # [BM, BDV], [BM], [BM]
 
     # 6. The diagonal block, with its mask.
     if on_diagonal:
@@ -276,10 +276,10 @@ def _block_sparse_kernel(
             position = start + query_block * BLOCK + n
             b_k = k_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_D)  # [BN, BD]
             s = tile_logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale, PRECISION)  # [BM, BN]
-            s = tl.where(offs_in[:, None] >= (n + tl.arange(0, BLOCK_N))[None, :], s, -float("inf"))
+            s = tl.where(offs_in[:, None] >= (n + tl.arange(0, BLOCK_N))[None, :], s, -float("inf"))  # [BM, BN]
             if not LEAVES_OUT or ((n == first) | _is_near(s, m_i, to_log2, mask_m, pv_threshold)):
                 b_v = v_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_DV)  # [BN, BDV]
-                acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
+                acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)  # [BM, BDV], [BM], [BM]
 
     # 7. Output and LSE.
     acc = tl.where(l_i[:, None] > 0, acc / l_i[:, None], 0.0)  # [BM, BDV]

@@ -8,8 +8,8 @@ from sparse_patch.ops.attention.dense import flash4, sdpa
 from sparse_patch.ops.attention.op import Attended
 
 KERNELS = ("flash4", *sdpa.BACKENDS)
-# On one H200, bf16, head_dim 128: flash4 640-667 TFLOP/s, cuDNN 540-600, FlashAttention-2 320-350. By the major number
-# of the compute capability; a GPU that was not measured is not in it.
+# On one H200, bf16, head_dim 128: flash4 640-667 TFLOP/s, cuDNN 540-600, FlashAttention-2 320-350. Keys are
+# major numbers of the compute capability; GPUs that were not measured are missing.
 _FASTEST_FIRST = {8: ("flash2",), 9: ("flash4", "cudnn")}
 
 
@@ -24,7 +24,7 @@ def attend(call: AttentionCall, kernel: str) -> Attended:
         The output only: these kernels give no LSE.
 
     Raises:
-        UnsupportedCallError: the kernel cannot serve the call; `why_unsupported` tells before.
+        UnsupportedCallError: the kernel cannot serve the call; `why_unsupported` says so in advance.
     """
     if reason := why_unsupported(call, kernel):
         raise UnsupportedCallError(reason)
@@ -32,7 +32,7 @@ def attend(call: AttentionCall, kernel: str) -> Attended:
 
 
 def fastest(call: AttentionCall) -> str | None:
-    """The fastest kernel that serves a call; None where none is known to beat what a model runs anyway, as on a CPU."""
+    """The fastest kernel that serves a call; None if none is known to beat the model's own attention, as on a CPU."""
     if not call.q.is_cuda:
         return None
     order = _FASTEST_FIRST.get(torch.cuda.get_device_capability(call.q.device)[0], ())

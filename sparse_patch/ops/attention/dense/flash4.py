@@ -7,12 +7,12 @@ from sparse_patch.ops.attention import flash_attn_4
 
 
 def why_unsupported(call: AttentionCall) -> str | None:
-    """Why this kernel cannot serve the call; None if it can. Padding and softcap are asked about before."""
+    """Why this kernel cannot serve the call; None if it can. The caller checks padding and softcap first."""
     return flash_attn_4.why_unsupported(call, "kernel flash4")
 
 
 def attend(call: AttentionCall) -> torch.Tensor:
-    """See `ops.dense.attend`. The triangle is aligned at the bottom right, so a chunk may follow on others."""
+    """See `ops.attention.dense.attend`. The triangle is aligned at the bottom right, so a chunk may follow others."""
     from flash_attn.cute.interface import flash_attn_func
 
     out: torch.Tensor = flash_attn_func(

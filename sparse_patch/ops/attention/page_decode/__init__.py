@@ -1,11 +1,11 @@
 """Decode attention over pages: a few queries against the keys that a `PagePlan` lists, or against every key.
 
 Backends: `reference` (float32 softmax under the plan's mask, the oracle), `torch` (gathers only the listed keys; for
-CPUs) and `triton` (split-KV flash decoding: one kernel for every plan, one that merges the splits).
+CPUs) and `triton` (split-KV flash decoding: one kernel for every plan, and one that merges the splits).
 Contract of every backend: float16, bfloat16 or float32; grouped KV heads without repeating them; `Dv != D`; any
-positive scale; softcap; left padding per row; static buffers, of which nothing is read at `kv_end` or behind; any
+positive scale; softcap; left padding per row; static buffers, which are not read at or after `kv_end`; any
 length and strides; a query with no key gives 0, never NaN; accumulation in float32; LSE in natural log (`-inf` for a
-query with no key); no value of a tensor is read on the host.
+query with no key); no tensor value is read on the host.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def _why(call: AttentionCall, plan: PagePlan, backend: str) -> str | None:
 
 
 def _module(backend: str) -> Any:
-    """The backend's module, by statements that torch.compile can trace."""
+    """The backend's module, imported by statements that torch.compile can trace."""
     if backend == "triton":
         from sparse_patch.ops.attention.page_decode import triton
 

@@ -1,4 +1,4 @@
-"""The oracle: a float32 softmax under the plan's token mask. Slow, obviously right."""
+"""The oracle: a float32 softmax under the plan's token mask. It is slow, but obviously right."""
 
 import torch
 
@@ -8,9 +8,9 @@ from sparse_patch.plans import PagePlan
 
 
 def attend(call: AttentionCall, plan: PagePlan, return_lse: bool = False) -> Attended:
-    """See `ops.page_decode.attend`."""
+    """See `ops.attention.page_decode.attend`."""
     mask = plan.mask()
-    unread = ~mask.any(2)[..., None]  # what may be anything: 0 * NaN is NaN
+    unread = ~mask.any(2)[..., None]  # unread keys may hold anything: 0 * NaN is NaN
     k, v = (x.float().repeat_interleave(call.group_size, 1).masked_fill(unread, 0.0) for x in (call.k, call.v))
     logits = apply_softcap(call.q.float() @ k.transpose(-1, -2) * call.scale, call.softcap)
     masked = logits.masked_fill(~mask, -torch.inf)

@@ -1,9 +1,9 @@
 """PyTorch backend: gathers the listed keys and computes nothing else, so it saves time on a CPU too.
 
-Float32 keys of a plan of every page are read where they lie. What is gathered, what is of another dtype and values
-beside which padding or the tail of a static buffer may lie pass, a chunk at a time, through a float32 buffer that stays
-in the cache. A weight of 0 does not silence a NaN: such values become 0 there, and in place of the entries of a list
-that are none its first token is read again.
+Float32 keys of a plan of every page are read in place. Three kinds of tensors pass, a chunk at a time, through a
+float32 buffer that stays in the cache: gathered keys, keys of another dtype, and values next to which padding or the
+tail of a static buffer may lie. A weight of 0 does not silence a NaN, so such values become 0 in this buffer. Unused
+entries of a list read its first token again.
 """
 
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ class _Keys:
     """The keys that the lists of a call name, in the order in which they are read."""
 
     position: torch.Tensor  # int64 [B, L, T], within the row
-    readable: torch.Tensor | None  # bool [B, L, T]; None for all
-    slot: torch.Tensor | None  # int64 [B, L, T], where they lie in the call's buffers; None for the buffers as they are
-    groups: int  # KV heads, or query heads where each has a list of its own
+    readable: torch.Tensor | None  # bool [B, L, T]; None if all are
+    slot: torch.Tensor | None  # int64 [B, L, T], their place in the call's buffers; None for the buffers as they are
+    groups: int  # KV heads, or query heads if each has its own list
 
     def parts(self, x: torch.Tensor, silenced: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
         """Keys or values `[B, Hkv, S, D]` in the order of the lists, as float32 parts `[B, groups, n, D]` along T.
 
-        A part lives until the next one is asked for. What is `silenced`, bool `[B, L, T]`, becomes 0.
+        A part lives until the next one is asked for. Tokens that are `silenced`, bool `[B, L, T]`, become 0.
         """
         if silenced is None and self.slot is None and x.dtype == torch.float32:
             yield x
@@ -50,7 +50,7 @@ class _Keys:
 
 
 def attend(call: AttentionCall, plan: PagePlan, return_lse: bool = False) -> Attended:
-    """See `ops.page_decode.attend`."""
+    """See `ops.attention.page_decode.attend`."""
     q_length = call.q.shape[2]
     keys = _keys(call, plan)
     q = call.q.float().unflatten(1, (keys.groups, -1)).flatten(2, 3)
@@ -76,7 +76,7 @@ def attend(call: AttentionCall, plan: PagePlan, return_lse: bool = False) -> Att
 
 
 def _keys(call: AttentionCall, plan: PagePlan) -> _Keys:
-    """What the plan's lists read."""
+    """The keys that the plan's lists name."""
     starts, lengths = call.row_starts()[:, None, None], call.lengths()[:, None, None]
     kv_heads = call.k.shape[1]
     if plan.pages is None or plan.counts is None:
@@ -94,7 +94,7 @@ def _keys(call: AttentionCall, plan: PagePlan) -> _Keys:
 def _gather(x: torch.Tensor, slots: torch.Tensor, target: torch.Tensor) -> None:
     """Rows `slots` `[B, L, n]` of `x` `[B, Hkv, S, D]` into `target` `[B, groups, n, D]`.
 
-    One `index_select` per row and head, because it alone copies rows of any strides at the speed of memory.
+    One `index_select` per row and head, because only it copies rows of any strides at the speed of memory.
     """
     batch, groups = target.shape[:2]
     per_list, per_kv_head = groups // slots.shape[1], groups // x.shape[1]
@@ -108,7 +108,7 @@ def _gather(x: torch.Tensor, slots: torch.Tensor, target: torch.Tensor) -> None:
 
 
 def _by_position(scores: torch.Tensor, call: AttentionCall) -> torch.Tensor:
-    """Scores `[B, Hq, S]` by key as scores by position within the row; meaningless behind the row's length."""
+    """Scores `[B, Hq, S]` by key as scores by position within the row; undefined after the row's length."""
     if call.kv_start is None:
         return scores.clone()
     slots = torch.arange(scores.shape[-1], device=scores.device) + call.kv_start[:, None]

@@ -1,10 +1,10 @@
 """Triton kernels: split-KV flash decoding.
 
-A program holds the queries of one GQA group (of one query head where each head has a list of its own) and reads a split
-of the group's keys; all splits of a row are equally long, whatever the row's length. Keys and values are gathered by
-their rows, so pages of any size cost the same loop; the list is read one tile ahead, and not at all for every page. A
-second kernel merges the splits by their LSE. The number of splits follows from sizes that the host knows, so a
-captured CUDA graph serves every length of its buffers.
+A program holds the queries of one GQA group (of one query head if each head has its own list) and reads a split of the
+group's keys. All splits of a row are equally long, whatever the row's length. Keys and values are gathered row by row,
+so pages of any size take the same loop. The list is read one tile ahead; a plan of every page has no list. A second
+kernel merges the splits by their LSE. The number of splits follows from sizes that the host knows, so a captured CUDA
+graph serves every length of its buffers.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from sparse_patch.plans import PagePlan
 
 @dataclass(frozen=True)
 class Tile:
-    """How the kernel is cut: keys of a tile, warps of a program, depth of its pipeline, programs for each SM."""
+    """The tiling of the kernel: keys per tile, warps per program, pipeline depth, programs per SM."""
 
     block_n: int
     num_warps: int
@@ -40,17 +40,17 @@ class Tile:
 
 
 def tile_of(head_dim: int, itemsize: int, capability: tuple[int, int]) -> Tile:
-    """The tile for a head size, bytes of an element and GPU generation; static, so that no length waits for a search.
+    """The tile for a head size, bytes per element and GPU generation; a static choice, so no length waits for a search.
 
-    A tile of keys and values takes 32 KB: the programs of an SM then keep enough bytes in flight, and three fit.
+    A tile of keys and values takes 32 KB. The programs of an SM then keep enough bytes in flight, and three tiles fit.
     """
     block_n = max(16, min(128, 32768 // (2 * block_of(head_dim) * itemsize)))
-    warps = 8 if itemsize == 4 else 4  # float32 is multiplied without tensor cores, in many registers
+    warps = 8 if itemsize == 4 else 4  # float32 products use no tensor cores and many registers
     return Tile(block_n, warps, 3 if capability in ((8, 0), (9, 0), (10, 0)) else 2, 2)
 
 
 def attend(call: AttentionCall, plan: PagePlan, return_lse: bool = False) -> Attended:
-    """See `ops.page_decode.attend`."""
+    """See `ops.attention.page_decode.attend`."""
     out, lse, logits = page_decode_attention(
         call.q,
         call.k,
@@ -92,7 +92,7 @@ def page_decode_attention(
     """The kernels' launch; arguments as in `AttentionCall` and `PagePlan`, softcap 0 for none.
 
     Args:
-        splits: parts that the keys of a row are cut into; 0 for what fills the GPU.
+        splits: number of parts that the keys of a row are cut into; 0 for as many as fill the GPU.
 
     Returns:
         The output `[B, Hq, Sq, Dv]`, in memory as `[B, Sq, Hq, Dv]`; the LSE `[B, Hq, Sq]`; the logits
@@ -109,7 +109,7 @@ def page_decode_attention(
     else:
         pages = rows_in_one_piece(pages)
         lists, tokens = pages.shape[1], pages.shape[2] * page_size
-        groups = max(kv_heads, lists)  # of query heads that read the same
+        groups = max(kv_heads, lists)  # groups of query heads that read the same keys
         step = int(lists > 1)
         page_strides, count_strides = ((x.stride(0), step * x.stride(1)) for x in (pages, counts))
     group = heads // groups
@@ -119,7 +119,7 @@ def page_decode_attention(
     sms, capability = gpu_properties(q.device)
     tile = tile_of(max(head_dim, value_dim), q.element_size(), capability)
     splits = splits or max(1, min(triton.cdiv(tokens, tile.block_n), tile.programs_per_sm * sms // programs))
-    tiles = triton.cdiv(tokens, splits * tile.block_n)  # of a split; a deeper pipeline is not filled
+    tiles = triton.cdiv(tokens, splits * tile.block_n)  # tiles per split; a deeper pipeline would not be filled
     part, part_lse = out, lse
     if splits > 1:
         part = q.new_empty(batch, heads, q_length, splits, value_dim, dtype=torch.float32)
@@ -218,7 +218,7 @@ def _split_kernel(
     # 1. The tile: queries of a group, and a split of its keys.
     blocks = tl.cdiv(q_length * GROUP, BLOCK_M)
     pid = tl.program_id(0)
-    i_m = pid % blocks  # these read the same keys: side by side, so that the cache serves all but the first
+    i_m = pid % blocks  # side by side: these programs read the same keys, so the cache serves all but the first
     pid = pid // blocks
     i_split = pid % splits
     pid = pid // splits
@@ -249,9 +249,9 @@ def _split_kernel(
     offs_q = offs_m // GROUP  # [BM]
     offs_h = i_g * GROUP + offs_m % GROUP  # [BM]
     mask_m = offs_q < q_length  # [BM]
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_n = tl.arange(0, BLOCK_N)  # [BN]
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
+    offs_dv = tl.arange(0, BLOCK_DV)  # [BDV]
     p_q = q + i_b * stride_qb + offs_h.to(tl.int64) * stride_qh + offs_q.to(tl.int64) * stride_qs  # [BM]
     mask_q = mask_m[:, None] & (offs_d < D)[None, :]  # [BM, BD]
     b_q = tl.load(p_q[:, None] + (offs_d.to(tl.int64) * stride_qd)[None, :], mask=mask_q, other=0.0)  # [BM, BD]
@@ -267,50 +267,50 @@ def _split_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)  # [BM, BDV]
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)  # [BM]
     # [BM, BN]
-    l_i = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)  # summed at the end: a sum over warps costs a barrier
+    l_i = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)  # summed at the end, because a sum over warps costs a barrier
 
     page = offs_n  # [BN]
     if not EVERY:
-        entry = first * BLOCK_N + offs_n
-        page = tl.load(p_list + entry // PAGE, mask=entry < tokens, other=0)
+        entry = first * BLOCK_N + offs_n  # [BN]
+        page = tl.load(p_list + entry // PAGE, mask=entry < tokens, other=0)  # [BN]
     for t in tl.range(first, last):
         offs_t = t * BLOCK_N + offs_n  # [BN]
         position = offs_t  # [BN]
         if not EVERY:
-            position = tl.where(offs_t < tokens, page * PAGE + offs_t % PAGE, length)
-            ahead = offs_t + BLOCK_N
-            page = tl.load(p_list + ahead // PAGE, mask=ahead < tokens, other=0)
+            position = tl.where(offs_t < tokens, page * PAGE + offs_t % PAGE, length)  # [BN]
+            ahead = offs_t + BLOCK_N  # [BN]
+            page = tl.load(p_list + ahead // PAGE, mask=ahead < tokens, other=0)  # [BN]
         readable = position < length  # [BN]
-        rows = position.to(tl.int64)
+        rows = position.to(tl.int64)  # [BN]
         mask_k = readable[:, None]  # [BN, 1]
         if D < BLOCK_D:
-            mask_k = mask_k & (offs_d < D)[None, :]
+            mask_k = mask_k & (offs_d < D)[None, :]  # [BN, BD]
         mask_v = readable[:, None]  # [BN, 1]
         if DV < BLOCK_DV:
-            mask_v = mask_v & (offs_dv < DV)[None, :]
+            mask_v = mask_v & (offs_dv < DV)[None, :]  # [BN, BDV]
         b_k = tl.load(p_k[None, :] + (rows * stride_ks)[:, None], mask=mask_k, other=0.0)  # [BN, BD]
         s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [BM, BN]
         if HAS_SOFTCAP:
-            s = softcap_logits(s, 1.0, softcap)
+            s = softcap_logits(s, 1.0, softcap)  # [BM, BN]
         if WANTS_LOGITS:
-            wanted = (offs_q == q_length - 1)[:, None] & readable[None, :]
+            wanted = (offs_q == q_length - 1)[:, None] & readable[None, :]  # [BM, BN]
             tl.store(p_logits[:, None] + position[None, :], s, mask=wanted)
         s = tl.where(position[None, :] <= limit[:, None], s * LOG2_E, -float("inf"))  # [BM, BN]
         b_v = tl.load(p_v[None, :] + (rows * stride_vs)[:, None], mask=mask_v, other=0.0)  # [BN, BDV]
-        acc, m_i, l_i = add_split_tile(s, b_v, acc, m_i, l_i, PRECISION)
+        acc, m_i, l_i = add_split_tile(s, b_v, acc, m_i, l_i, PRECISION)  # [BM, BDV], [BM], [BM, BN]
 
-    # 5. Output and LSE, of the split or of all.
+    # 5. Output and LSE, of the split or of all keys.
     total = tl.sum(l_i, 1)  # [BM]
-    divisor = tl.where(total > 0, total, 1.0)  # without a key the output is 0 and the LSE, as m_i, -inf
+    divisor = tl.where(total > 0, total, 1.0)  # [BM]; without a key the output is 0 and the LSE, like m_i, is -inf
     acc = acc / divisor[:, None]  # [BM, BDV]
     b_lse = (m_i + tl.math.log2(divisor)) * LN2  # [BM]
     p_o = o + i_b * stride_ob + offs_h.to(tl.int64) * stride_oh + offs_q.to(tl.int64) * stride_os  # [BM]
     p_lse = lse + (i_b * heads + offs_h) * q_length + offs_q  # [BM]
-    written = mask_m
+    written = mask_m  # [BM]
     if SPLIT:
         p_o += i_split * DV
-        p_lse = lse + ((i_b * heads + offs_h) * q_length + offs_q) * splits + i_split
-        written = mask_m & (total > 0)  # the merge skips what has no key
+        p_lse = lse + ((i_b * heads + offs_h) * q_length + offs_q) * splits + i_split  # [BM]
+        written = mask_m & (total > 0)  # [BM]; the merge skips queries without a key
     tl.store(p_lse, b_lse, mask=mask_m)
-    mask_o = written[:, None] & (offs_dv < DV)[None, :]
+    mask_o = written[:, None] & (offs_dv < DV)[None, :]  # [BM, BDV]
     tl.store(p_o[:, None] + offs_dv[None, :], acc.to(o.dtype.element_ty), mask=mask_o)

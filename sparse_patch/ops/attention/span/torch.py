@@ -1,8 +1,8 @@
 """PyTorch backend: gathers the keys that a slice of queries reads and computes little else, so it saves time on CPUs.
 
-A slice of queries of one KV head reads the sink and one piece of keys, from where the window of its first query begins
-to its last query. Only the sink and the columns at the piece's two ends need a mask, unless rows are padded. A weight
-of 0 does not silence a NaN: in place of what is not the row's, a key that is gets read.
+A slice of queries of one KV head reads the sink and one piece of keys: from the start of its first query's window to
+its last query. Only the sink and the columns at the piece's two ends need a mask, unless rows are padded. A weight of 0
+does not silence a NaN, so a key of the row is read in place of every key that is not the row's.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from sparse_patch.ops.attention.op import Attended
 from sparse_patch.plans import GrowingWindow, SpanPlan, Window, in_span, widest
 
 Masks = Sequence[tuple[slice, torch.Tensor]]  # columns, and which of them each query sees, bool `[B, n, columns]`
-_QUERIES = 128  # of a slice: each reads the windows of all of them
+_QUERIES = 128  # queries per slice; each query reads the windows of all of them
 _HIDDEN = torch.finfo(torch.float32).min  # finite: a query may have no key
 
 
 def attend(call: AttentionCall, plan: SpanPlan, return_lse: bool = False) -> Attended:
-    """See `ops.span.attend`."""
+    """See `ops.attention.span.attend`."""
     out, lse = attend_in_float32(call, plan)
     return Attended(out.to(call.q.dtype), lse)
 
@@ -43,7 +43,7 @@ def attend_in_float32(call: AttentionCall, plan: SpanPlan) -> tuple[torch.Tensor
 
 
 def query_slices(q_length: int, scores_each: int) -> list[slice]:
-    """Slices of the queries, of which each has so many scores."""
+    """Slices of the queries, each query with `scores_each` scores."""
     bytes_each = max(1, 4 * scores_each)
     return list(slices(q_length, bytes_each, limit=min(SLICE_BYTES, _QUERIES * bytes_each)))
 
@@ -51,7 +51,7 @@ def query_slices(q_length: int, scores_each: int) -> list[slice]:
 def attend_visible(
     call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masks: Masks
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A group's queries `[B, G, n, D]` over keys `[B, T, D]`, all that no mask hides.
+    """Attention of a group's queries `[B, G, n, D]` to the keys `[B, T, D]` that no mask hides.
 
     Returns:
         The output `[B, G, n, Dv]` and the LSE `[B, G, n]`, both in float32.
@@ -70,11 +70,11 @@ def attend_visible(
 
 
 def _read(call: AttentionCall, queries: slice, sink: int, window: Window) -> tuple[torch.Tensor, Masks]:
-    """Slots that a slice of queries reads, int64 `[B, T]`, and what each query does not see of them."""
+    """Slots that a slice of queries reads, int64 `[B, T]`, and masks of those that each query sees."""
     device, starts = call.q.device, call.row_starts()[:, None]
     n = queries.stop - queries.start
     end = call.end() - (call.q.shape[2] - queries.stop)  # the slot after the last query's
-    reach = call.kv_length - (call.q.shape[2] - queries.stop if call.kv_end is None else 0)  # `end` at most
+    reach = call.kv_length - (call.q.shape[2] - queries.stop if call.kv_end is None else 0)  # upper bound of `end`
     piece = reach if window is None else min(widest(window) + n - 1, reach)
     begin = end - piece
     slot = (torch.arange(piece, device=device) + begin).expand(len(starts), -1)
@@ -92,7 +92,7 @@ def _read(call: AttentionCall, queries: slice, sink: int, window: Window) -> tup
 
 
 def _edges(first: int, last: int, columns: int, whole: bool) -> list[slice]:
-    """The first and the last columns; all of them if the others are not `whole`, seen by every query."""
+    """The first and the last columns; all columns if the others are not `whole`, which means seen by every query."""
     if not whole or first + last >= columns:
         return [slice(0, columns)]
     return [slice(0, first), slice(columns - last, columns)]

@@ -1,11 +1,12 @@
-"""Triton kernel: sink and window of a tile of queries, and no tile outside of them.
+"""Triton kernel: reads the sink and window of a tile of queries, and no tile outside them.
 
-A program holds one tile of queries of one head. Its keys are two runs: the sink, and the window from where that of its
-first query begins, or the sink ends, up to its last query. One loop goes through the tiles of both runs that every
-query sees whole, without a mask; a second one through the tiles at the runs' edges. Programs with the most work come
-first: KV heads by falling span, in each the query tiles from the last to the first, and the query heads of the GQA
-group side by side, because they share keys in the cache. Keys and values arrive through tensor descriptors, as in
-`ops.block_sparse`.
+A program holds one tile of queries of one head. Its keys are two runs: the sink, and the window. The second run begins
+at the window of the tile's first query, or at the end of the sink, and ends at the last query. One loop reads, without
+a mask, the tiles of both runs that every query sees whole. A second loop reads the tiles at the edges of the runs.
+Programs with the most work come first: KV heads by decreasing span, within each the query tiles from the last to the
+first, and the query heads of the GQA group side by side, because they share keys in the cache. Keys and values are
+loaded through tensor descriptors, as in
+`ops.attention.block_sparse`.
 """
 
 from collections.abc import Sequence
@@ -31,17 +32,17 @@ from sparse_patch.kernels.pieces import LN2, LOG2_E, LOWEST, add_tile, tile_logi
 from sparse_patch.ops.attention.op import Attended
 from sparse_patch.plans import SpanPlan, Window, window_parameters
 
-EVERY = 1 << 30  # as a window: every key
-_BLOCK = 128  # the side that tiles are made for
+EVERY = 1 << 30  # the window of every key
+_BLOCK = 128  # block size that tiles are chosen for
 
 
 def attend(call: AttentionCall, plan: SpanPlan, return_lse: bool = False) -> Attended:
-    """See `ops.span.attend`."""
+    """See `ops.attention.span.attend`."""
     return Attended(*_launched(call, plan, in_float32=False))
 
 
 def attend_in_float32(call: AttentionCall, plan: SpanPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend` with an output in float32, for what goes on from there."""
+    """`attend` with an output in float32, for callers that continue from it."""
     return _launched(call, plan, in_float32=True)
 
 
@@ -62,7 +63,7 @@ def _launched(call: AttentionCall, plan: SpanPlan, in_float32: bool) -> tuple[to
 
 
 def flat(windows: Sequence[Window]) -> list[int]:
-    """`window_parameters` every window, one after the other; a custom op takes no list of tuples."""
+    """The `window_parameters` of all windows in one flat list, because a custom op takes no list of tuples."""
     numbers = [window_parameters(window) for window in windows]
     return list(
         chain.from_iterable((min(most, EVERY), base, slope, min(least, EVERY)) for most, base, slope, least in numbers)
@@ -70,12 +71,12 @@ def flat(windows: Sequence[Window]) -> list[int]:
 
 
 def by_head(numbers: Sequence[int]) -> list[tuple[int, ...]]:
-    """`flat`, undone: the four numbers of each window."""
+    """The inverse of `flat`: the four numbers of each window."""
     return [tuple(numbers[at : at + 4]) for at in range(0, len(numbers), 4)]
 
 
 def grows(numbers: Sequence[int]) -> bool:
-    """Whether any of the windows, as `flat` gives them, is no constant."""
+    """Whether any of the windows, as `flat` gives them, is not constant."""
     return any(most != least for most, _, _, least in by_head(numbers))
 
 
@@ -138,9 +139,9 @@ def span_attention(
 
 @lru_cache(maxsize=1024)
 def _longest_first(sinks: tuple[int, ...], windows: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """KV heads by falling span, with sink and window of each, int64 `[Hkv, 6]`.
+    """KV heads by decreasing span, with sink and window of each, int64 `[Hkv, 6]`.
 
-    Kept, because bringing numbers to a GPU makes the host wait for it.
+    Cached, because copying numbers to a GPU makes the host wait for the GPU.
     """
     heads = enumerate(zip(sinks, by_head(windows), strict=True))
     spans = [(head, min(sink, EVERY), *window) for head, (sink, window) in heads]
@@ -196,7 +197,7 @@ def _span_kernel(
     i_h = i_hk * group + i_g
 
     # 2. The runs of keys: what every query of the tile sees, and their edges.
-    # Everything from here on counts in slots of the buffer, where the row's first key lies in slot `start`.
+    # From here on, everything counts in slots of the buffer; the row's first key lies in slot `start`.
     start = 0
     if HAS_START:
         start = tl.load(kv_start + i_b).to(tl.int32)
@@ -214,7 +215,7 @@ def _span_kernel(
     if GROWS:
         window_first = window_at(p_span + 2, q_first - start)
         window_last = window_at(p_span + 2, q_last - start)
-        window_m = window_at(p_span + 2, slot_m - start)[:, None]
+        window_m = window_at(p_span + 2, slot_m - start)[:, None]  # [BM, 1]
     window_begin = tl.minimum(tl.maximum(q_first - window_first + 1, sink_stop), q_last + 1)
     # Of both runs, the part that every query of the tile sees.
     sink_tiles = tl.maximum(tl.minimum(sink_stop, q_first + 1) - low, 0) // BLOCK_N
@@ -228,10 +229,10 @@ def _span_kernel(
     edges_abc = edges_ab + tl.cdiv(q_last + 1 - window_rest, BLOCK_N)
 
     # 3. Queries.
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    rows = offs_m.to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)  # [BN]
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
+    offs_dv = tl.arange(0, BLOCK_DV)  # [BDV]
+    rows = offs_m.to(tl.int64)  # [BM]
     p_q = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh + rows[:, None] * stride_qs  # [BM, 1]
     p_q = p_q + offs_d.to(tl.int64)[None, :] * stride_qd  # [BM, BD]
     b_q = tl.load(p_q, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)  # [BM, BD]
@@ -247,7 +248,7 @@ def _span_kernel(
         b_k = k_desc.load([i_b, i_hk, slot, 0]).reshape(BLOCK_N, BLOCK_D)  # [BN, BD]
         s = tile_logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale, PRECISION)  # [BM, BN]
         b_v = v_desc.load([i_b, i_hk, slot, 0]).reshape(BLOCK_N, BLOCK_DV)  # [BN, BDV]
-        acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
+        acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)  # [BM, BDV], [BM], [BM]
 
     # 5. The edges, with a mask.
     for t in tl.range(0, edges_abc):
@@ -260,11 +261,11 @@ def _span_kernel(
         distance = slot_m[:, None] - slot_n[None, :]  # [BM, BN]
         # [BM, BN]
         seen = (distance >= 0) & ((distance < window_m) | (slot_n < sink_stop)[None, :]) & (slot_n < stop)[None, :]
-        s = tl.where(seen, s, -float("inf"))
+        s = tl.where(seen, s, -float("inf"))  # [BM, BN]
         b_v = v_desc.load([i_b, i_hk, slot, 0]).reshape(BLOCK_N, BLOCK_DV)  # [BN, BDV]
-        if HAS_END:  # behind the end there may be anything: 0 * NaN is NaN
-            b_v = tl.where((slot_n < stop)[:, None], b_v, 0.0)
-        acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)
+        if HAS_END:  # after the end there may be anything: 0 * NaN is NaN
+            b_v = tl.where((slot_n < stop)[:, None], b_v, 0.0)  # [BN, BDV]
+        acc, m_i, l_i = add_tile(s, b_v, acc, m_i, l_i, to_log2, PRECISION)  # [BM, BDV], [BM], [BM]
 
     # 6. Output and LSE.
     real = (slot_m >= start) & (l_i > 0)  # [BM]; padding queries see no key, whatever the tile's other queries see

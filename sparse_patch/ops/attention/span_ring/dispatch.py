@@ -1,4 +1,4 @@
-"""Choice of the backend: a module here with `attend` and `write`."""
+"""Choice of the backend: each is a module here with `attend` and `write`."""
 
 from typing import Any
 
@@ -13,19 +13,19 @@ from sparse_patch.ops.backends import DEFERS_TO_AUTO, fastest, why_unsupported
 
 
 def attend(call: AttentionCall, ring: Ring, before: torch.Tensor, backend: str = "auto") -> Attended:
-    """Attention of a forward's queries to all the keys that their spans have, in the ring and in the forward.
+    """Attention of a forward's queries to all keys of their spans, in the ring and in the forward.
 
     Args:
-        call: queries, keys and values of the forward alone, scale and softcap; the rest of it is not read.
-        ring: of one token, after `write`; of several, before it.
-        before: tokens that each row had before the forward, int64 `[B]`, as `tokens_before` says.
-        backend: one of `BACKENDS`, or "auto" or "flash" for the fastest one that serves the call.
+        call: queries, keys and values of the forward only, scale and softcap; its other fields are not read.
+        ring: for one token, the ring after `write`; for several tokens, before it.
+        before: tokens that each row had before the forward, int64 `[B]`, from `tokens_before`.
+        backend: "reference", "torch" or "triton"; "auto" or "flash" for the fastest one that serves the call.
 
     Returns:
         Output and LSE.
 
     Raises:
-        UnsupportedCallError: the backend cannot serve the call; `why_unsupported` tells before.
+        UnsupportedCallError: the backend cannot serve the call; `why_unsupported` says so in advance.
     """
     if backend in DEFERS_TO_AUTO:
         backend = fastest(call)
@@ -36,14 +36,14 @@ def attend(call: AttentionCall, ring: Ring, before: torch.Tensor, backend: str =
 
 
 def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, backend: str = "auto") -> None:
-    """Put the keys and values of a forward into the ring: those that the spans of later queries have.
+    """Write keys and values of a forward into the ring: those that the spans of later queries have.
 
     Args:
-        ring: is changed.
+        ring: is changed in place.
         k: `[B, Hkv, S, D]`.
         v: `[B, Hkv, S, Dv]`.
         before: tokens that each row had before the forward, int64 `[B]`; padding is not written.
-        backend: one of `BACKENDS`, or "auto" or "flash" for the fastest one.
+        backend: "reference", "torch" or "triton"; "auto" or "flash" for the fastest one.
 
     Raises:
         UnsupportedCallError: backend triton does not run on the device.
@@ -56,13 +56,13 @@ def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, ba
 
 
 def prepare(ring: Ring) -> None:
-    """Bring what the kernels ask of a layout to the ring's device, before a step is captured: a graph cannot do it."""
+    """Copy the layout's tables for the kernels to the ring's device before a step is captured: a graph cannot do it."""
     if prefers_triton(ring.k):
         _module("triton").prepare(ring.layout, ring.k.device)
 
 
 def _module(backend: str) -> Any:
-    """The backend's module, by statements that torch.compile can trace."""
+    """The backend's module, imported by statements that torch.compile can trace."""
     if backend == "triton":
         from sparse_patch.ops.attention.span_ring import triton
 

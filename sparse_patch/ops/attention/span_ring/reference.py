@@ -1,4 +1,4 @@
-"""The oracle: a float32 softmax over what the slots hold and over the forward's own keys. Slow, obviously right."""
+"""The oracle: a float32 softmax over the slots and the forward's own keys. It is slow, but obviously right."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from sparse_patch.plans import in_span
 
 
 def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> Attended:
-    """See `ops.span_ring.attend`."""
+    """See `ops.attention.span_ring.attend`."""
     query = before[:, None] + torch.arange(call.q.shape[2], device=before.device)
     alone = call.q.shape[2] == 1  # then the ring holds the token itself
     held = ring.layout.positions(before + 1 if alone else before)
@@ -32,7 +32,7 @@ def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> Attended:
 
 
 def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor) -> None:
-    """See `ops.span_ring.write`. Asks of every slot which token it holds afterwards."""
+    """See `ops.attention.span_ring.write`. For every slot, finds which token it holds afterwards."""
     position = ring.layout.positions(before + k.shape[2])
     token = position - before[:, None]
     is_new = (position >= 0) & (token >= 0)

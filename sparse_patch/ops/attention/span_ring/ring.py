@@ -12,21 +12,21 @@ from sparse_patch.plans import SpanPlan, Window, check_spans, spans_of, widest
 
 @dataclass(frozen=True)
 class RingLayout:
-    """Where one layer keeps the keys of its KV heads, one head after the other; all numbers are the host's.
+    """Where one layer keeps the keys of its KV heads, head by head. All numbers are Python ints, no device sync.
 
     A head has `capacity` slots. The token at position `p`, counted from its row's first real token, lies in the head's
-    slot `p` if `p < sink`, else in `sink + (p - sink) mod turn`, where the `turn` is what the sink leaves of the
-    capacity: the window, a growing one at its widest. So once a row has seen `t` tokens, a head holds those below
-    `min(sink, t)` and the last ones from `max(sink, t - window)` on. It fills from its first slot to its last.
+    slot `p` if `p < sink`, else in `sink + (p - sink) mod turn`, where `turn` is the capacity without the sink:
+    the window, or the widest size of a growing one. So once a row has seen `t` tokens, a head holds the tokens below
+    `min(sink, t)` and the last tokens, from `max(sink, t - window)` on. It fills from its first slot to its last.
 
     Attributes:
         sinks: as in `SpanPlan`, one per KV head.
         windows: as in `SpanPlan`; None for a head that keeps everything.
-        capacities: slots of each head: sink and widest window, or of a head that keeps everything, the most tokens that
-            a row can have; beyond them it forgets the oldest.
+        capacities: slots of each head: sink and widest window. For a head that keeps everything, the most tokens that a
+            row can have; beyond them it forgets the oldest.
 
     Raises:
-        ValueError: these are no spans, or a capacity is not what its span needs.
+        ValueError: the spans are invalid, or a capacity is not what its span needs.
     """
 
     sinks: tuple[int, ...]
@@ -59,7 +59,7 @@ class RingLayout:
 
     @property
     def turns(self) -> list[int]:
-        """Slots of each head that are written in turn."""
+        """Number of slots of each head that are written in turn."""
         return [slots - sink for slots, (sink, _) in zip(self.capacities, self.spans, strict=True)]
 
     @property
@@ -69,7 +69,7 @@ class RingLayout:
 
     @property
     def total(self) -> int:
-        """Slots of all heads."""
+        """Number of slots of all heads."""
         return sum(self.capacities)
 
     @property
@@ -78,13 +78,13 @@ class RingLayout:
         return [slice(start, start + slots) for start, slots in zip(self.starts, self.capacities, strict=True)]
 
     def slots(self, head: int, positions: torch.Tensor) -> torch.Tensor:
-        """Slots of a head's tokens at positions `[...]`, int64 `[...]`; for padding, one of those in turn."""
+        """Slots of a head's tokens at positions `[...]`, int64 `[...]`; padding gets a slot written in turn."""
         start, (sink, _), turn = self.starts[head], self.spans[head], self.turns[head]
         in_sink = (positions >= 0) & (positions < sink)
         return start + torch.where(in_sink, positions, sink + (positions - sink) % turn)
 
     def positions(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Positions of what the slots hold once rows have seen `tokens` `[B]`: int64 `[B, total]`, -1 for nothing."""
+        """Positions of the tokens in the slots once rows have seen `tokens` `[B]`: int64 `[B, total]`, -1 if empty."""
         latest, held = tokens[:, None] - 1, []
         for slots, (sink, _), turn in zip(self.capacities, self.spans, self.turns, strict=True):
             slot = torch.arange(slots, device=tokens.device)
@@ -103,7 +103,7 @@ class Ring:
     """The keys and values that one layer keeps.
 
     Attributes:
-        layout: which slot keeps what.
+        layout: which slot keeps which token.
         k: `[B, total, D]`.
         v: `[B, total, Dv]`. Slots that hold no token must be finite.
     """
@@ -121,13 +121,13 @@ class Ring:
 def tokens_before(
     seen: int | torch.Tensor, kv_start: torch.Tensor | None, batch: int, device: torch.device
 ) -> torch.Tensor:
-    """Tokens that each row had before a forward, int64 `[B]`; -n where the forward begins with n tokens of padding.
+    """Tokens that each row had before a forward, int64 `[B]`; -n if the forward begins with n tokens of padding.
 
     Args:
-        seen: tokens of the cache, padding included; of a static cache, int64 `[]` on the device.
-        kv_start: first real token of each row, int64 `[B]`; None where no row is padded.
-        batch: rows.
-        device: where the answer is wanted.
+        seen: tokens of the cache, including padding; for a static cache, int64 `[]` on the device.
+        kv_start: first real token of each row, int64 `[B]`; None if no row is padded.
+        batch: number of rows.
+        device: device of the result.
     """
     if kv_start is not None:
         return seen - kv_start
@@ -137,6 +137,6 @@ def tokens_before(
 
 
 def own_keys(call: AttentionCall, layout: RingLayout, before: torch.Tensor) -> tuple[AttentionCall, SpanPlan]:
-    """A forward's attention to its own keys alone: the rows began `before` tokens before them."""
+    """A forward's attention to its own keys only, as call and plan: rows began `before` tokens before these keys."""
     alone = replace(call, q_start=0, kv_start=-before, kv_end=None)
     return alone, SpanPlan.of(alone, layout.sinks, layout.windows)

@@ -1,4 +1,4 @@
-"""PyTorch backend: each KV head reads its slots where they lie, and of the forward's own keys what `ops.span` reads."""
+"""PyTorch backend: each KV head reads its slots in place, and of the forward's own keys what `attention.span` reads."""
 
 import torch
 
@@ -10,7 +10,7 @@ from sparse_patch.plans import in_span, widest
 
 
 def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> Attended:
-    """See `ops.span_ring.attend`."""
+    """See `ops.attention.span_ring.attend`."""
     if call.q.shape[2] == 1:
         layout, held = ring.layout, ring.layout.positions(before + 1)[:, None]
         parts = [
@@ -57,15 +57,15 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
 
 
 def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor) -> None:
-    """See `ops.span_ring.write`. No slot is written twice at once: the order of such writes is nobody's."""
+    """See `ops.attention.span_ring.write`. No slot is written twice, because the order of such writes is undefined."""
     layout, length = ring.layout, k.shape[2]
     for head, (slots, (sink, _), turn) in enumerate(zip(layout.slices, layout.spans, layout.turns, strict=True)):
         of_head = ring.k[:, slots], ring.v[:, slots], k[:, head], v[:, head]
-        last = torch.arange(max(length - turn, 0), length, device=k.device)  # no two are a turn apart
+        last = torch.arange(max(length - turn, 0), length, device=k.device)  # no two tokens are a turn apart
         position = before[:, None] + last
         slot = layout.slots(head, position) - slots.start
         _put(*of_head, slot, last.expand_as(position), position >= 0)
-        if length > turn:  # of the sink, what comes before these
+        if length > turn:  # tokens of the sink that come before these
             slot = torch.arange(sink, device=k.device).expand(len(k), -1)
             token = slot - before[:, None]
             _put(*of_head, slot, token, (token >= 0) & (token < length - turn))

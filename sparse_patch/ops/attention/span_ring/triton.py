@@ -1,10 +1,10 @@
 """Triton kernels: attention to the slots of a ring, and writing them.
 
-A program of attention holds the queries of a GQA group and reads a piece of one head's slots. The pieces are a list
-that the host makes once for a layout: heads of very different capacity keep all of the GPU busy, and slots that are not
-filled yet cost nothing. For one token the pieces are short, and a second kernel merges what they give. For several
-tokens a piece is a whole head; the programs go on from the output and LSE of the forward's attention to its own keys.
-A captured CUDA graph serves every length: what a row has seen is read on the device.
+An attention program holds the queries of a GQA group and reads a piece of one head's slots. The host lists the pieces
+once for a layout, so heads of very different capacity keep the whole GPU busy. Slots that are not filled yet cost
+nothing. For one token the pieces are short, and a second kernel merges their results. For several tokens a piece is a
+whole head; the programs continue from the output and LSE of the forward's attention to its own keys. A captured CUDA
+graph serves every length, because the number of tokens that a row has seen is read on the device.
 """
 
 from collections.abc import Sequence
@@ -30,24 +30,24 @@ from sparse_patch.ops.attention.page_decode.triton import tile_of
 from sparse_patch.ops.attention.span.triton import attend_in_float32, by_head, flat, grows
 from sparse_patch.ops.attention.span_ring.ring import Ring, RingLayout, first_slots, own_keys
 
-_MOST_SPLITS = 128  # of a head, which the second kernel merges at once
-_LEAST_PIECE = 256  # slots: below, a program starts for too little
+_MOST_SPLITS = 128  # splits per head; the second kernel merges them at once
+_LEAST_PIECE = 256  # slots; with fewer, a program has too little work
 
 
 def piece_of(capacities: Sequence[int]) -> int:
-    """Slots that a program reads for one token, at most."""
+    """The most slots that a program reads for one token."""
     return max(_LEAST_PIECE, triton.next_power_of_2(triton.cdiv(max(capacities), _MOST_SPLITS)))
 
 
 def prepare(layout: RingLayout, device: torch.device) -> None:
-    """See `ops.span_ring.prepare`; for single tokens."""
+    """See `ops.attention.span_ring.prepare`; for single tokens."""
     sinks, windows = zip(*layout.spans, strict=True)
     _heads(sinks, layout.capacities, device)
     _work(sinks, tuple(flat(windows)), layout.capacities, piece_of(layout.capacities), device)
 
 
 def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> Attended:
-    """See `ops.span_ring.attend`."""
+    """See `ops.attention.span_ring.attend`."""
     layout = ring.layout
     own, own_lse = (None, None) if call.q.shape[2] == 1 else attend_in_float32(*own_keys(call, layout, before))
     sinks, windows = zip(*layout.spans, strict=True)
@@ -68,7 +68,7 @@ def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> Attended:
 
 
 def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor) -> None:
-    """See `ops.span_ring.write`."""
+    """See `ops.attention.span_ring.write`."""
     sinks = [sink for sink, _ in ring.layout.spans]
     span_ring_write(ring.k, ring.v, k, v, before, sinks, ring.layout.capacities)
 
@@ -91,11 +91,11 @@ def span_ring_attention(
     scale: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernels' launch; arguments as in `ops.span_ring` and `ops.span.triton`, softcap 0 for none.
+    """The kernels' launch; arguments as in `attention.span_ring` and `attention.span.triton`, softcap 0 for none.
 
     Args:
-        own: float32 `[B, Hq, Sq, Dv]`, the queries' attention to keys that are not in the ring; None where the ring has
-            them all, the queries' own included.
+        own: float32 `[B, Hq, Sq, Dv]`, the queries' attention to keys that are not in the ring; None if the ring has
+            all keys, including the queries' own.
         own_lse: its LSE, float32 `[B, Hq, Sq]`, contiguous.
 
     Returns:
@@ -162,7 +162,7 @@ def span_ring_write(
     sinks: Sequence[int],
     capacities: Sequence[int],
 ) -> None:
-    """The kernel's launch; arguments as in `ops.span_ring`."""
+    """The kernel's launch; arguments as in `ops.attention.span_ring`."""
     batch, kv_heads, length, head_dim = k.shape
     value_dim = v.shape[3]
     k, v = rows_in_one_piece(k), rows_in_one_piece(v)
@@ -190,7 +190,7 @@ def span_ring_write(
 
 @lru_cache(maxsize=1024)
 def _heads(sinks: tuple[int, ...], capacities: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Sink, capacity and first slot of each KV head, int32 `[Hkv, 3]`; kept as the spans of `ops.span.triton`."""
+    """Sink, capacity and first slot of each KV head, int32 `[Hkv, 3]`; cached like spans in `attention.span.triton`."""
     heads = list(zip(sinks, capacities, first_slots(capacities), strict=True))
     return torch.tensor(heads, dtype=torch.int32, device=device)
 
@@ -203,7 +203,7 @@ def _work(
     piece: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """The pieces of all heads, those of the largest first: piece, head and the head's numbers, int64 `[pieces, 9]`."""
+    """The pieces of all heads, largest heads first: piece, head and the head's numbers, int64 `[pieces, 9]`."""
     heads = zip(range(len(sinks)), sinks, capacities, first_slots(capacities), by_head(windows), strict=True)
     largest_first = sorted(heads, key=lambda head: -head[2])
     pieces = [(i, *head, *window) for *head, window in largest_first for i in range(triton.cdiv(head[2], piece))]
@@ -254,7 +254,7 @@ def _ring_kernel(
     # 1. The tile: queries of a group, and a piece of its slots.
     blocks = tl.cdiv(q_length * GROUP, BLOCK_M)
     pid = tl.program_id(0)
-    i_m = pid % blocks  # these read the same keys: side by side
+    i_m = pid % blocks  # side by side: these programs read the same keys
     pid = pid // blocks
     i_b = (pid % batch).to(tl.int64)
     p_work = work + pid // batch * 9
@@ -267,14 +267,14 @@ def _ring_kernel(
     turn = capacity - sink
 
     # 2. The slots that are filled.
-    seen = tl.load(before + i_b).to(tl.int32)  # what the row had before the first query
+    seen = tl.load(before + i_b).to(tl.int32)  # tokens that the row had before the first query
     held = seen
     if not HAS_OWN:
-        held = seen + 1  # the one query's token is there
+        held = seen + 1  # the token of the only query is there
     begin = i_split * piece
     end = tl.minimum(begin + piece, tl.minimum(capacity, held))
     if HAS_OWN:
-        past_window = i_m * BLOCK_M // GROUP + 1 >= window  # for the first query of the tile, so for all
+        past_window = i_m * BLOCK_M // GROUP + 1 >= window  # of the first query of the tile, so of all
         end = tl.where(past_window, tl.minimum(end, sink), end)
 
     # 3. Queries.
@@ -283,9 +283,9 @@ def _ring_kernel(
     offs_q = offs_m // GROUP  # [BM]
     offs_h = i_hk * GROUP + offs_m % GROUP  # [BM]
     mask_m = offs_q < q_length  # [BM]
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_n = tl.arange(0, BLOCK_N)  # [BN]
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
+    offs_dv = tl.arange(0, BLOCK_DV)  # [BDV]
     p_q = q + i_b * stride_qb + offs_h.to(tl.int64) * stride_qh + offs_q.to(tl.int64) * stride_qs  # [BM]
     mask_q = mask_m[:, None] & (offs_d < D)[None, :]  # [BM, BD]
     b_q = tl.load(p_q[:, None] + (offs_d.to(tl.int64) * stride_qd)[None, :], mask=mask_q, other=0.0)  # [BM, BD]
@@ -294,7 +294,7 @@ def _ring_kernel(
     mask_o = mask_m[:, None] & (offs_dv < DV)[None, :]  # [BM, BDV]
     p_lse = (i_b * heads + offs_h) * q_length + offs_q  # [BM]
 
-    # 4. Attention to the slots, which goes on from that to the own keys.
+    # 4. Attention to the slots; it continues from the attention to the own keys.
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)  # [BM, BDV]
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)  # [BM]
     l_i = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)  # [BM, BN]
@@ -307,35 +307,35 @@ def _ring_kernel(
     for n in tl.range(begin, end, BLOCK_N):
         slot = n + offs_n  # [BN]
         readable = slot < end  # [BN]
-        rows = slot.to(tl.int64)
+        rows = slot.to(tl.int64)  # [BN]
         mask_k = readable[:, None] & (offs_d < D)[None, :]  # [BN, BD]
         mask_v = readable[:, None] & (offs_dv < DV)[None, :]  # [BN, BDV]
         b_k = tl.load(p_k[None, :] + (rows * stride_ks)[:, None], mask=mask_k, other=0.0)  # [BN, BD]
         s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [BM, BN]
         if HAS_SOFTCAP:
-            s = softcap_logits(s, 1.0, softcap)
-        visible = readable[None, :]
+            s = softcap_logits(s, 1.0, softcap)  # [BM, BN]
+        visible = readable[None, :]  # [1, BN]
         if HAS_OWN or GROWS:
             position = tl.where(slot < sink, slot, slot + (held - 1 - slot) // turn * turn)  # [BN]
             distance = (seen + offs_q)[:, None] - position[None, :]  # [BM, BN]
             window_m = window
             if GROWS:
                 window_m = window_at(p_work + 5, seen + offs_q)[:, None]  # [BM, 1]
-            visible = visible & ((slot < sink)[None, :] | (distance < window_m))
+            visible = visible & ((slot < sink)[None, :] | (distance < window_m))  # [BM, BN]
         s = tl.where(visible, s * LOG2_E, -float("inf"))  # [BM, BN]
         b_v = tl.load(p_v[None, :] + (rows * stride_vs)[:, None], mask=mask_v, other=0.0)  # [BN, BDV]
-        acc, m_i, l_i = add_split_tile(s, b_v, acc, m_i, l_i, PRECISION)
+        acc, m_i, l_i = add_split_tile(s, b_v, acc, m_i, l_i, PRECISION)  # [BM, BDV], [BM], [BM, BN]
 
-    # 5. Output and LSE, of the piece or of all.
+    # 5. Output and LSE, of the piece or of all slots.
     total = tl.sum(l_i, 1)  # [BM]
-    divisor = tl.where(total > 0, total, 1.0)  # without a key the output is 0 and the LSE, as m_i, -inf
+    divisor = tl.where(total > 0, total, 1.0)  # [BM]; without a key the output is 0 and the LSE, like m_i, is -inf
     acc = acc / divisor[:, None]  # [BM, BDV]
     b_lse = (m_i + tl.math.log2(divisor)) * LN2  # [BM]
     p_o = o + i_b * stride_ob + offs_h.to(tl.int64) * stride_oh + offs_q.to(tl.int64) * stride_os  # [BM]
     if SPLIT:
         p_o += i_split * DV
-        p_lse = p_lse * splits + i_split
-        mask_o = mask_o & (total > 0)[:, None]  # the merge skips what has no key
+        p_lse = p_lse * splits + i_split  # [BM]
+        mask_o = mask_o & (total > 0)[:, None]  # [BM, BDV]; the merge skips queries without a key
     tl.store(lse + p_lse, b_lse, mask=mask_m)
     tl.store(p_o[:, None] + offs_dv[None, :], acc.to(o.dtype.element_ty), mask=mask_o)
 
@@ -373,14 +373,14 @@ def _write_kernel(
     seen = tl.load(before + i_b).to(tl.int32)
 
     offs_s = i_s * BLOCK_S + tl.arange(0, BLOCK_S)  # [BS]
-    position = seen + offs_s
-    # Of tokens that would share a slot only the last one is written.
+    position = seen + offs_s  # [BS]
+    # Of tokens that would share a slot, only the last one is written.
     kept = (offs_s < length) & (position >= 0) & ((position < sink) | (offs_s >= length - turn))  # [BS]
     slot = tl.where(position < sink, position, sink + (position - sink) % turn)  # [BS]
-    slots = (first_slot + slot).to(tl.int64)
-    rows = offs_s.to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    slots = (first_slot + slot).to(tl.int64)  # [BS]
+    rows = offs_s.to(tl.int64)  # [BS]
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
+    offs_dv = tl.arange(0, BLOCK_DV)  # [BDV]
     mask_k = kept[:, None] & (offs_d < D)[None, :]  # [BS, BD]
     mask_v = kept[:, None] & (offs_dv < DV)[None, :]  # [BS, BDV]
     p_k = k + i_b * stride_kb + i_hk.to(tl.int64) * stride_kh + rows[:, None] * stride_ks + offs_d[None, :]  # [BS, BD]

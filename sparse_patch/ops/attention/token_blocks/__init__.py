@@ -1,4 +1,4 @@
-"""Attention over the key blocks of a `TokenBlockPlan`, which gives every token blocks of its own.
+"""Attention over the key blocks of a `TokenBlockPlan`, which gives every token its own blocks.
 
 Backends: `reference` (float32 softmax under the plan's mask, the oracle), `torch` (gathers only the planned blocks; for
 CPUs) and `triton`. Contract of every backend: float16, bfloat16 or float32; grouped KV heads without repeating them;
@@ -26,7 +26,7 @@ def _why(call: AttentionCall, plan: TokenBlockPlan, backend: str) -> str | None:
 
 
 def _module(backend: str) -> Any:
-    """The backend's module, by statements that torch.compile can trace."""
+    """The backend's module, imported by statements that torch.compile can trace."""
     if backend == "triton":
         from sparse_patch.ops.attention.token_blocks import triton
 

@@ -1,9 +1,9 @@
 """Triton kernel: a program holds a tile of neighbouring tokens with all query heads of their KV head.
 
-These are the rows of one product of matrices, so every block is read once for all of them. Blocks that every token of
-the tile reads need no mask below the diagonal. Of the chosen blocks it goes through those that any token of the tile
-reads, and what a token does not read gets the weight 0. Neighbours choose much the same blocks, and where they do not,
-no more keys are loaded than for each token alone.
+These are the rows of one matrix product, so every block is read once for all of them. Blocks that every token of the
+tile reads need no mask below the diagonal. Of the chosen blocks, the program reads those that any token of the tile
+reads; a token gives weight 0 to blocks that it does not read. Neighbours choose similar blocks. If they do not, no more
+keys are loaded than for each token alone.
 """
 
 from dataclasses import dataclass
@@ -31,13 +31,13 @@ _BITS: tl.constexpr = tl.constexpr(BLOCK_BITS)
 
 @dataclass(frozen=True)
 class Tile:
-    """How the kernel is cut.
+    """The tiling of the kernel.
 
     Attributes:
-        block_n: keys of a step.
-        num_warps: of a program.
-        num_stages: depth of its pipeline.
-        registers: of a thread at most, so that two programs share a multiprocessor; None for no limit.
+        block_n: keys per step.
+        num_warps: warps per program.
+        num_stages: pipeline depth.
+        registers: most registers per thread, so that two programs share a multiprocessor; None if unlimited.
     """
 
     block_n: int
@@ -47,7 +47,7 @@ class Tile:
 
 
 def tile_of(rows: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
-    """The tile for so many rows (tokens times heads), a head size, dtype and GPU generation."""
+    """The tile for a number of rows (tokens times heads), a head size, dtype and GPU generation."""
     wide = head_dim > 128
     if dtype == torch.float32:
         return Tile(16, 16 if wide else 8, 1)
@@ -59,14 +59,14 @@ def tile_of(rows: int, head_dim: int, dtype: torch.dtype, capability: tuple[int,
 
 
 def why_unsupported(call: AttentionCall, plan: TokenBlockPlan) -> str | None:
-    """Why this backend cannot execute the plan where its kernel runs; None if it can."""
+    """Why this backend cannot execute the plan on a device that runs its kernel; None if it can."""
     if plan.tile * call.group_size > 256:
         return f"backend triton: {call.group_size} query heads of a KV head"
     return why_no_kernel(call)
 
 
 def attend(call: AttentionCall, plan: TokenBlockPlan, return_lse: bool = False) -> Attended:
-    """See `ops.token_blocks.attend`."""
+    """See `ops.attention.token_blocks.attend`."""
     out, lse = token_block_attention(
         call.q,
         call.k,
@@ -160,7 +160,7 @@ def token_block_attention(
 
 @triton.jit
 def _next_block(u, inits, fixed, low, p_list, count):
-    """Block `u` of a tile, of those below its diagonal, and which of its tokens read it."""
+    """Block `u` of a tile, among the blocks below its diagonal, and which tokens of the tile read it."""
     listed = tl.load(p_list + u - fixed, mask=(u >= fixed) & (u < fixed + count), other=0)
     block = tl.where(u < inits, u, tl.where(u < fixed, low + u - inits, listed >> _BITS))
     return block, tl.where(u < fixed, -1, listed)
@@ -218,18 +218,18 @@ def _token_block_kernel(
     if (first + start < q_start + q_length) & (first + TILE + start > q_start):
         # 2. Queries.
         offs_r = tl.arange(0, TILE * BLOCK_G)  # [R]
-        offs_t, offs_g = offs_r // BLOCK_G, offs_r % BLOCK_G
+        offs_t, offs_g = offs_r // BLOCK_G, offs_r % BLOCK_G  # [R], [R]
         offs_m = first + offs_t  # [R]; positions within the row
         index = (offs_m + start - q_start).to(tl.int64)  # [R]; within the call's queries
         mask_r = (index >= tl.maximum(start - q_start, 0)) & (index < q_length) & (offs_g < GROUP)  # [R]
         offs_h = (i_hk * GROUP + offs_g).to(tl.int64)  # [R]
-        offs_d = tl.arange(0, BLOCK_D)
-        offs_dv = tl.arange(0, BLOCK_DV)
+        offs_d = tl.arange(0, BLOCK_D)  # [BD]
+        offs_dv = tl.arange(0, BLOCK_DV)  # [BDV]
         p_q = q + i_b.to(tl.int64) * stride_qb + offs_h[:, None] * stride_qh + index[:, None] * stride_qs  # [R, 1]
         p_q = p_q + offs_d.to(tl.int64)[None, :] * stride_qd  # [R, BD]
         b_q = tl.load(p_q, mask=mask_r[:, None] & (offs_d < D)[None, :], other=0.0)  # [R, BD]
 
-        # 3. The list: blocks that all tokens read, and those that some do.
+        # 3. The list: blocks that all tokens read, and blocks that some tokens read.
         i_list = (i_b * kv_heads + i_hk).to(tl.int64) * tiles + i_tile
         p_list = entries + i_list * num_entries
         count = tl.load(counts + i_list)
@@ -248,17 +248,17 @@ def _token_block_kernel(
         for n in tl.range(block * BLOCK, first + TILE, BLOCK_N):
             b_k = k_desc.load([i_b, i_hk, start + n, 0]).reshape(BLOCK_N, BLOCK_D)  # [BN, BD]
             s = tile_logits(b_q, b_k.T, softcap, HAS_SOFTCAP, scale, PRECISION)  # [R, BN]
-            s = tl.where(offs_m[:, None] >= (n + tl.arange(0, BLOCK_N))[None, :], s, -float("inf"))
-            m_new = tl.maximum(m_i, tl.max(s, 1) * to_log2)
+            s = tl.where(offs_m[:, None] >= (n + tl.arange(0, BLOCK_N))[None, :], s, -float("inf"))  # [R, BN]
+            m_new = tl.maximum(m_i, tl.max(s, 1) * to_log2)  # [R]
             p = tl.math.exp2(s * to_log2 - m_new[:, None])  # [R, BN]
-            alpha = tl.math.exp2(m_i - m_new)
-            l_i = l_i * alpha + tl.sum(p, 1)
+            alpha = tl.math.exp2(m_i - m_new)  # [R]
+            l_i = l_i * alpha + tl.sum(p, 1)  # [R]
             b_v = v_desc.load([i_b, i_hk, start + n, 0]).reshape(BLOCK_N, BLOCK_DV)  # [BN, BDV]
-            acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision=PRECISION)
+            acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision=PRECISION)  # [R, BDV]
             m_i = m_new
 
         # 5. Blocks below the diagonal, each for the tokens that read it.
-        j_next, readers_next = _next_block(0, inits, fixed, low, p_list, count)  # one ahead: see ops.block_sparse
+        j_next, readers_next = _next_block(0, inits, fixed, low, p_list, count)  # one ahead: see block_sparse
         for u in tl.range(0, (fixed + count) * PARTS):
             j, readers = j_next, readers_next
             j_next, readers_next = _next_block((u + 1) // PARTS, inits, fixed, low, p_list, count)
@@ -268,10 +268,10 @@ def _token_block_kernel(
             reads = (readers >> offs_t) & 1 != 0  # [R]
             m_new = tl.maximum(m_i, tl.where(reads, tl.max(s, 1) * to_log2, -float("inf")))  # [R]
             p = tl.math.exp2(s * to_log2 - tl.where(reads, m_new, float("inf"))[:, None])  # [R, BN]
-            alpha = tl.math.exp2(m_i - m_new)
-            l_i = l_i * alpha + tl.sum(p, 1)
+            alpha = tl.math.exp2(m_i - m_new)  # [R]
+            l_i = l_i * alpha + tl.sum(p, 1)  # [R]
             b_v = v_desc.load([i_b, i_hk, position, 0]).reshape(BLOCK_N, BLOCK_DV)  # [BN, BDV]
-            acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision=PRECISION)
+            acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision=PRECISION)  # [R, BDV]
             m_i = m_new
 
         # 6. Output and LSE.

@@ -20,7 +20,7 @@ class _Groups:
     stride: int
     keys: torch.Tensor  # [B, Hkv, GK, stride * D]
     position: torch.Tensor  # int64 [B, GQ], the key group that begins where the query group does
-    factor: torch.Tensor  # float32 [B, GQ], from the product of a query group, which is of means, to its logits
+    factor: torch.Tensor  # float32 [B, GQ], converts a query group's product, which is of means, to its logits
     weight: torch.Tensor  # float32 [B, GQ], share of a query group in its block; 0 for groups without a real query
 
     @classmethod
@@ -49,7 +49,7 @@ class _Groups:
         return self.grid.block_size // self.stride
 
     def bytes_each(self, visible: int) -> int:
-        """Temporary bytes for each query group that sees `visible` key groups: logits, and its queries thrice."""
+        """Temporary bytes for each query group that sees `visible` key groups: logits, and three times its queries."""
         batch, heads, _, head_dim = self.call.q.shape
         size = self.keys.element_size()
         logits = visible * (4 if size == 4 else 4 + size)
@@ -57,7 +57,7 @@ class _Groups:
 
 
 def block_masses(call: AttentionCall, grid: BlockGrid, stride: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """See `ops.antidiagonal`. Beside the slices there is at most one copy of the keys, where they are not in order."""
+    """See `ops.selection.antidiagonal`. Besides the slices, keys are copied at most once, if they are not in order."""
     groups = _Groups.of(call, grid, stride)
     batch, heads = call.q.shape[:2]
     for blocks in slices(grid.num_query_blocks, 4 * batch * heads * grid.num_key_blocks):
@@ -79,11 +79,11 @@ def _masses(groups: _Groups, blocks: slice) -> torch.Tensor:
 
 
 def _attention_to_blocks(groups: _Groups, begin: int, end: int, visible: int) -> torch.Tensor:
-    """Attention of the query groups `begin` to `end - 1` to the first key blocks, by weight: `[B, Hq, groups, N]`."""
+    """Weighted attention of the query groups `begin` to `end - 1` to the first key blocks: `[B, Hq, groups, N]`."""
     call, stride = groups.call, groups.stride
     keys = groups.keys[:, :, : visible * groups.per_block]
     q = query_slots(call.q, groups.grid, begin * stride, end * stride).to(keys.dtype) / stride
-    q = q.unflatten(2, (-1, stride)).flip(3).flatten(3)  # [B, Hq, groups, stride * D]: queries from the last
+    q = q.unflatten(2, (-1, stride)).flip(3).flatten(3)  # [B, Hq, groups, stride * D]: the last query first
     q = q.unflatten(1, (-1, call.group_size)).flatten(2, 3)  # the heads of a KV head one after another
     logits = (q @ keys.transpose(-1, -2)).float().unflatten(2, (call.group_size, -1)).flatten(1, 2)
     logits = apply_softcap(logits.mul_(groups.factor[:, None, begin:end, None]), call.softcap)

@@ -1,8 +1,8 @@
 """Triton kernel: strided product, online softmax and block sums in one program, without a copy of queries or keys.
 
-A program holds one tile of query groups of one head and goes over the key groups that they see twice: first for the
-maximum and the sum of each query group, then, multiplying once more, for the block sums. A second product costs less
-than writing the logits and reading them back. The product is a loop over stride and head dim, so that a tile's memory
+A program holds one tile of query groups of one head and reads the key groups that they see twice: first for the maximum
+and the sum of each query group, then, with a second product, for the block sums. A second product costs less than
+writing the logits and reading them back. The product is a loop over stride and head dim, so that a tile's memory
 depends on neither.
 """
 
@@ -22,7 +22,7 @@ from sparse_patch.plans import BlockGrid
 
 @dataclass(frozen=True)
 class Tile:
-    """How the kernel is cut: query and key groups of a tile (as many), depth of one product, warps, pipeline."""
+    """The tiling of the kernel: query groups (and as many key groups) per tile, depth of one product, warps, stages."""
 
     groups: int
     depth: int
@@ -39,7 +39,7 @@ def tile_of(head_dim: int, dtype: torch.dtype, groups_per_block: int) -> Tile:
 
 
 def block_masses(call: AttentionCall, grid: BlockGrid, stride: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """See `ops.antidiagonal`."""
+    """See `ops.selection.antidiagonal`."""
     batch, heads = call.q.shape[:2]
     start = call.kv_start
     for blocks in slices(grid.num_query_blocks, 4 * batch * heads * grid.num_key_blocks):
@@ -139,9 +139,9 @@ def _logits(
 ):
     """Logits of a tile of groups in log2 units.
 
-    `offs_m`, `offs_n`: first token of each group, as indices into the call's queries and keys. Queries that are not
-    `first_query` to `q_length - 1` and keys from `kv_length` on are zeros. `to_log2`, for each query group, brings the
-    sum over the antidiagonal to a mean.
+    `offs_m` and `offs_n` are the first token of each group, as indices into the call's queries and keys. Queries
+    outside `first_query` to `q_length - 1` and keys from `kv_length` on are zeros. `to_log2` turns the sum over the
+    antidiagonal of each query group into a mean.
     """
     PARTS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)  # [BM, BN]
@@ -150,15 +150,15 @@ def _logits(
         offs_d = (i % PARTS) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BK]
         query = offs_m + STRIDE - 1 - t  # [BM]
         key = offs_n + t  # [BN]
-        mask_m = (query >= first_query) & (query < q_length)
+        mask_m = (query >= first_query) & (query < q_length)  # [BM]
         p_qt = p_q + query.to(tl.int64)[:, None] * stride_qs + offs_d.to(tl.int64)[None, :] * stride_qd  # [BM, BK]
         p_kt = p_k + key.to(tl.int64)[None, :] * stride_ks + offs_d.to(tl.int64)[:, None] * stride_kd  # [BK, BN]
         b_q = tl.load(p_qt, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)  # [BM, BK]
         b_k = tl.load(p_kt, mask=(key < kv_length)[None, :] & (offs_d < D)[:, None], other=0.0)  # [BK, BN]
-        s = tl.dot(b_q, b_k, s, input_precision="ieee")
-    s = s * to_log2[:, None]
+        s = tl.dot(b_q, b_k, s, input_precision="ieee")  # [BM, BN]
+    s = s * to_log2[:, None]  # [BM, BN]
     if HAS_SOFTCAP:
-        s = softcap_logits(s, 1.0, softcap * LOG2_E)
+        s = softcap_logits(s, 1.0, softcap * LOG2_E)  # [BM, BN]
     return tl.where(future, -float("inf"), s)
 
 
@@ -200,7 +200,7 @@ def _antidiagonal_kernel(
     HAS_START: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    # 1. The tile: query groups of a head, of whole blocks.
+    # 1. The tile: query groups of a head, in whole blocks.
     PER_BLOCK: tl.constexpr = BLOCK // STRIDE  # groups of a block
     ROWS: tl.constexpr = BLOCK_M // PER_BLOCK  # query blocks of a tile
     COLS: tl.constexpr = BLOCK_N // PER_BLOCK  # key blocks of a tile
@@ -219,10 +219,10 @@ def _antidiagonal_kernel(
     if HAS_START:
         start = tl.load(kv_start + i_b).to(tl.int32)
     length = kv_length - start
-    first_query = tl.maximum(q_start - start, 0)  # within the row, as every position below
+    first_query = tl.maximum(q_start - start, 0)  # within the row, like every position below
     tile_block = first_query // BLOCK + first_block + i_tile * ROWS
     offs_a = tile_block * PER_BLOCK + tl.arange(0, BLOCK_M)  # [BM]; query groups
-    first_real = tl.maximum(offs_a * STRIDE, first_query)
+    first_real = tl.maximum(offs_a * STRIDE, first_query)  # [BM]
     real = tl.maximum(tl.minimum(offs_a * STRIDE + STRIDE, length) - first_real, 0)  # [BM]
     to_log2 = scale * LOG2_E / tl.maximum(real, 1).to(tl.float32)  # [BM]
 
@@ -231,7 +231,7 @@ def _antidiagonal_kernel(
     offs_m = offs_a * STRIDE + start - q_start  # [BM]
     first_m = tl.maximum(start - q_start, 0)
     end_key = tl.minimum((tile_block + ROWS) * PER_BLOCK, tl.cdiv(length, STRIDE))  # key groups that the tile sees
-    end_key = tl.where(tile_block * BLOCK < length, end_key, 0)  # nothing behind the row's end
+    end_key = tl.where(tile_block * BLOCK < length, end_key, 0)  # nothing after the row's end
 
     # 3. Maximum and sum of each query group.
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)  # [BM]
@@ -242,15 +242,15 @@ def _antidiagonal_kernel(
         s = _logits(p_q, p_k, offs_m, offs_c * STRIDE + start, first_m, q_length, kv_length, stride_qs, stride_qd,
                     stride_ks, stride_kd, to_log2, softcap, offs_c[None, :] > offs_a[:, None],
                     D, STRIDE, BLOCK_M, BLOCK_N, BLOCK_K, HAS_SOFTCAP)  # fmt: skip
-        m_new = tl.maximum(m_i, tl.max(s, 1))  # finite from the first tile on: every group sees key group 0
-        l_i = l_i * tl.math.exp2(m_i - m_new) + tl.sum(tl.math.exp2(s - m_new[:, None]), 1)
+        m_new = tl.maximum(m_i, tl.max(s, 1))  # [BM]; finite from the first tile on: every group sees key group 0
+        l_i = l_i * tl.math.exp2(m_i - m_new) + tl.sum(tl.math.exp2(s - m_new[:, None]), 1)  # [BM]
         m_i = m_new
 
     # 4. Sums over blocks.
     # A group's share of its block: one over the number of groups of the block that hold a real query.
-    block_a = offs_a // PER_BLOCK * BLOCK
-    block_first = tl.maximum(block_a, first_query) // STRIDE
-    block_end = tl.cdiv(tl.minimum(block_a + BLOCK, length), STRIDE)
+    block_a = offs_a // PER_BLOCK * BLOCK  # [BM]
+    block_first = tl.maximum(block_a, first_query) // STRIDE  # [BM]
+    block_end = tl.cdiv(tl.minimum(block_a + BLOCK, length), STRIDE)  # [BM]
     share = tl.where(real > 0, 1.0 / (l_i * tl.maximum(block_end - block_first, 1).to(tl.float32)), 0.0)  # [BM]
 
     offs_i = i_tile * ROWS + tl.arange(0, ROWS)  # [ROWS]; query blocks, within the launch

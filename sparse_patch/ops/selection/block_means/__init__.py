@@ -1,10 +1,10 @@
-"""Means of queries and keys over the blocks of a grid, of the tokens that a block really has, and how alike those are.
+"""Means of queries and keys over the real tokens of a grid's blocks, and how similar these tokens are to each other.
 
-The self-similarity of a block is the mean cosine of all ordered pairs of its tokens, a token with itself included: the
-squared length of the sum of its unit vectors, over the squared number of its tokens. It lies in [0, 1]; 1 for tokens
-that all point one way, 0 for blocks that a row lacks. A zero vector has a cosine of 0 with everything.
+The self-similarity of a block is the mean cosine of all ordered pairs of its tokens, including a token with itself: the
+squared length of the sum of its unit vectors, divided by the squared number of its tokens. It lies in [0, 1]: 1 if all
+tokens point in one direction, 0 for blocks that a row does not have. A zero vector has a cosine of 0 with everything.
 
-Sums are float32, from float16, bfloat16 or float32 tokens of any strides.
+Tokens are float16, bfloat16 or float32, of any strides; sums are float32.
 """
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from sparse_patch.plans import BlockGrid
 
 
 def key_means(k: Tensor, grid: BlockGrid) -> Tensor:
-    """Mean key of each block, float32 `[B, Hkv, N, D]` for keys `[B, Hkv, Skv, D]`; 0 for blocks a row lacks."""
+    """Mean key of each block, float32 `[B, Hkv, N, D]` for keys `[B, Hkv, Skv, D]`; 0 for missing blocks."""
     if prefers_triton(k):
         from sparse_patch.ops.selection.block_means.triton import key_means as of_blocks
     else:
@@ -23,7 +23,7 @@ def key_means(k: Tensor, grid: BlockGrid) -> Tensor:
 
 
 def key_similarities(k: Tensor, grid: BlockGrid, center: Tensor) -> Tensor:
-    """Self-similarity of each block of the keys less `center`, a vector for each row and head.
+    """Self-similarity of each block of the keys minus `center`, one vector for each row and head.
 
     Args:
         k: `[B, Hkv, Skv, D]`.

@@ -1,4 +1,4 @@
-"""Triton kernel of the means: one program reads one block where it lies, whatever its strides and its row's padding."""
+"""Triton kernel of the means: one program reads one block in place, whatever its strides and its row's padding."""
 
 import torch
 import triton
@@ -9,22 +9,22 @@ from sparse_patch.plans import BlockGrid
 
 
 def key_means(k: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """See `ops.block_means`."""
+    """See `ops.selection.block_means`."""
     return block_means(k, *_of_keys(grid), None, grid.num_key_blocks, grid.block_size, True, False)[0]
 
 
 def key_similarities(k: torch.Tensor, grid: BlockGrid, center: torch.Tensor) -> torch.Tensor:
-    """See `ops.block_means`."""
+    """See `ops.selection.block_means`."""
     return block_means(k, *_of_keys(grid), center, grid.num_key_blocks, grid.block_size, False, True)[1]
 
 
 def query_means(q: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """See `ops.block_means`."""
+    """See `ops.selection.block_means`."""
     return block_means(q, *_of_queries(grid), None, grid.num_query_blocks, grid.block_size, True, False)[0]
 
 
 def query_means_and_similarities(q: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.block_means`."""
+    """See `ops.selection.block_means`."""
     return block_means(q, *_of_queries(grid), None, grid.num_query_blocks, grid.block_size, True, True)
 
 
@@ -34,7 +34,7 @@ def _of_keys(grid: BlockGrid) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _of_queries(grid: BlockGrid) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of query blocks, whose first slots may lie before the call."""
+    """The same for query blocks, whose first slots may lie before the call."""
     shift = grid.row_starts - grid.q_start
     return shift + grid.query_block_ids[:, 0] * grid.block_size, shift.clamp(min=0)
 
@@ -57,10 +57,10 @@ def block_means(
     with_means: bool,
     with_similarities: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel's launch: of the blocks of `x` `[B, H, S, D]` from index `first[b]` on, of tokens from `low[b]` on.
+    """The kernel's launch, for the blocks of `x` `[B, H, S, D]` from index `first[b]` and the tokens from `low[b]` on.
 
     Returns:
-        Means, float32 `[B, H, blocks, D]`, and similarities, `[B, H, blocks]`; what is not wanted is empty.
+        Means, float32 `[B, H, blocks, D]`, and similarities, `[B, H, blocks]`; results that are not wanted are empty.
     """
     batch, heads, length, head_dim = x.shape
     means, similarities = _outputs(x, blocks, with_means, with_similarities)
@@ -95,7 +95,7 @@ def _block_kernel(
     pid = tl.program_id(0)
     i_block, i_bh = pid % blocks, pid // blocks
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
     offs_s = tl.load(first + i_b) + i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     real = (offs_s >= tl.load(low + i_b)) & (offs_s < length)  # [BLOCK]
     mask = real[:, None] & (offs_d < D)[None, :]  # [BLOCK, BD]
@@ -108,7 +108,7 @@ def _block_kernel(
     if SIMILARITIES:
         if CENTERED:
             b_center = tl.load(center + i_bh.to(tl.int64) * D + offs_d, mask=offs_d < D, other=0.0)  # [BD]
-            b_x = tl.where(mask, b_x - b_center[None, :], 0.0)
+            b_x = tl.where(mask, b_x - b_center[None, :], 0.0)  # [BLOCK, BD]
         length_x = tl.sqrt(tl.sum(b_x * b_x, 1))  # [BLOCK]
         total = tl.sum(b_x / tl.maximum(length_x, 1e-12)[:, None], 0)  # [BD]
         tl.store(similarities + pid, tl.sum(total * total, 0) / (count * count).to(tl.float32))

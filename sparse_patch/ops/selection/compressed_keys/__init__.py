@@ -1,21 +1,22 @@
-"""Blocks of keys by compressed keys: the selection of InfLLM-V2 (arXiv 2509.24663).
+"""Key blocks chosen by compressed keys: the selection of InfLLM-V2 (arXiv 2509.24663).
 
-A compressed key is the mean of the keys of a window. The fine ones are of 32 tokens, one every 16, the coarse ones of
-128 tokens, one every 64; windows count from the row's first key. Both follow from the means of 16 tokens each, the
-pages of `ops.page_statistics`, which are what a cache keeps: a fine one is the mean of 2 of them and a coarse one of 8.
+A compressed key is the mean of the keys of a window. Fine windows have 32 tokens, one every 16; coarse windows have 128
+tokens, one every 64. Windows count from the row's first key. Both kinds follow from means of 16 tokens each, the pages
+of `ops.selection.page_statistics`, which a cache keeps: a fine key is the mean of 2 pages, a coarse key the mean of 8.
 
-A token sees the compressed keys whose windows end before it, or with it: no later key has any part in what it chooses.
-For query head `h` and token `i` the fine ones have the weights
+A token sees the compressed keys whose windows end before or at the token, so no later key affects its choice. For query
+head `h` and token `i` the fine keys have the weights
 
     p[h, i, j] = exp(logit of fine key j - LSE over the logits of the coarse keys)
 
-which do not sum to 1: the LSE is an estimate, a quarter of the work of the true one. The heads of a KV head choose
-together, by the sum of their weights. The score of a block of 64 tokens is the largest sum of the five windows that
-hold a token of it. Of equal scores the lower block wins. Logits are those of the model, scaled and softcapped.
+The weights do not sum to 1, because the LSE is an estimate; it takes a quarter of the work of the true one. The query
+heads of a KV head choose together, by the sum of their weights. The score of a block of 64 tokens is the largest sum
+among the five windows that hold a token of the block. Of equal scores the lower block wins. Logits are those of the
+model, scaled and softcapped.
 
-Backends: `torch` and `triton`. Both: float16, bfloat16 or float32, any number of query heads for a KV head without
-repeating queries or keys, any scale, softcap, left padding per row, `q_start > 0`, any length and strides; scores of a
-slice of the queries at a time.
+Backends: `torch` and `triton`. Both serve float16, bfloat16 or float32, any number of query heads per KV head without
+repeating queries or keys, any scale, softcap, left padding per row, `q_start > 0`, any length and strides. Both hold
+the scores of one slice of the queries at a time.
 """
 
 import torch.nn.functional as F
@@ -37,8 +38,8 @@ def compressed_keys(means: Tensor) -> tuple[Tensor, Tensor]:
         means: mean keys `[B, Hkv, Np, D]` of 16 tokens each, from `page_means`.
 
     Returns:
-        `[B, Hkv, n, D]` each, in the dtype of the means: as many as have all their windows' pages; those that hold a
-        page that is not full have no meaning.
+        `[B, Hkv, n, D]` each, in the dtype of the means: all windows whose pages exist. Keys of windows with a page
+        that is not full have no meaning.
     """
     means = F.pad(means, (0, 0, 0, max(COARSE_PAGES - means.shape[2], 0)))
     fine = (means[:, :, :-1].float() + means[:, :, 1:].float()) / 2
@@ -47,7 +48,7 @@ def compressed_keys(means: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def choose_blocks(call: AttentionCall, means: Tensor, rule: CompressedKeysParams) -> TokenBlockPlan:
-    """The plan of a call of prefill: what every token reads in any case, and the blocks with its highest scores.
+    """The plan of a prefill call: what every token always reads, and the blocks with its highest scores.
 
     Args:
         call: the attention call.
@@ -68,10 +69,10 @@ def choose_blocks(call: AttentionCall, means: Tensor, rule: CompressedKeysParams
 
 
 def tile_of(group_size: int) -> int:
-    """Tokens of a tile of the plan: as few as make 64 rows with the heads of a group, 8 at most and 4 at least.
+    """Tokens per tile of the plan: as few as make 64 rows with the heads of a group, at most 8 and at least 4.
 
-    64 rows are what the tensor cores of Hopper multiply at once. With more tokens a block is read less often; the fewer
-    tokens, the more alike are the blocks that they chose.
+    Hopper's tensor cores multiply 64 rows at once. With more tokens a block is read less often; with fewer tokens, the
+    blocks that they chose are more alike.
     """
     return 4 if group_size > 8 else 8
 
@@ -79,14 +80,14 @@ def tile_of(group_size: int) -> int:
 def block_scores(call: AttentionCall, means: Tensor, rule: CompressedKeysParams) -> Tensor:
     """Scores of blocks for the last query of a call, float32 `[B, Hkv, ceil(kv_length / 64)]`.
 
-    Blocks that the query reads in any case have +inf, the others a finite score of at least 0. Blocks that a row does
-    not have have no meaning. The logit of a compressed key is computed as the mean of those of its pages, which is the
-    same thing.
+    Blocks that the query always reads have +inf, the others a finite score of at least 0. Scores of blocks that a row
+    does not have are undefined. The logit of a compressed key is computed as the mean of its pages' logits, which is
+    the same.
 
     Args:
         call: the attention call.
         means: mean keys of 16 tokens each, from `page_means`.
-        rule: how many blocks; `dense_blocks` has no part in it.
+        rule: how many blocks; `dense_blocks` is not used.
     """
     lengths = call.lengths()
     of_pages = mean_scores(call.q[:, :, -1], means, lengths, STRIDE)

@@ -1,4 +1,4 @@
-"""What a token reads in any case, and how many blocks it chooses beside."""
+"""What a token always reads, and how many more blocks it chooses."""
 
 from dataclasses import dataclass
 
@@ -11,19 +11,19 @@ STRIDE = 16  # tokens from one compressed key to the next; each is the mean of t
 BLOCK = 64  # tokens of a block
 COLUMNS = BLOCK // STRIDE  # compressed keys that begin in a block
 COARSE = 4  # coarse compressed keys are this many times as long, and as far apart
-COARSE_PAGES = 2 * COARSE  # pages of STRIDE tokens that one is the mean of
-LARGEST = torch.finfo(torch.float32).max  # that a score can be
+COARSE_PAGES = 2 * COARSE  # pages of STRIDE tokens per coarse compressed key
+LARGEST = torch.finfo(torch.float32).max  # largest possible score
 
 
 @dataclass(frozen=True)
 class CompressedKeysParams:
-    """How many blocks a token reads; see `TokenBlockPlan` for the first three.
+    """How many blocks a token reads; see `TokenBlockPlan` for the first three numbers.
 
     Attributes:
         init_blocks: first blocks.
         local_blocks: blocks before the token's own, at least 1.
         dense_blocks: first blocks whose tokens read everything before them.
-        chosen: blocks between these that a token chooses, at least 1.
+        chosen: blocks that a token chooses in between, at least 1.
     """
 
     init_blocks: int
@@ -32,18 +32,18 @@ class CompressedKeysParams:
     chosen: int
 
     def candidates(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The blocks that tokens of these blocks choose among: from and up to, both like `block`."""
+        """First and last-plus-one block that tokens of `block` choose among, both like `block`."""
         return listable_blocks(block, self.init_blocks, self.local_blocks, self.dense_blocks)
 
 
 def seen(tokens: torch.Tensor, number: int, factor: int = 1) -> torch.Tensor:
-    """Which of the first `number` compressed keys those see that see so many tokens `[...]`: bool `[..., number]`."""
+    """Which of the first `number` compressed keys a query sees that sees `tokens` `[...]`: bool `[..., number]`."""
     end = torch.arange(2, number + 2, device=tokens.device) * (factor * STRIDE)
     return end <= tokens[..., None]
 
 
 def pooled(columns: torch.Tensor, blocks: int) -> torch.Tensor:
-    """Scores of compressed keys `[..., n]`, none below 0, as those of blocks `[..., blocks]`: b has 4b-1 to 4b+3."""
+    """Scores of blocks `[..., blocks]` from those of compressed keys `[..., n]`, all at least 0: b has 4b-1 to 4b+3."""
     room = blocks * COLUMNS
     padded = F.pad(columns, (1, max(room - columns.shape[-1], 0)))[..., : room + 1]
     return padded.unfold(-1, COLUMNS + 1, COLUMNS).amax(-1)

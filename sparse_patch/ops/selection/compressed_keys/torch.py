@@ -1,4 +1,4 @@
-"""PyTorch backend: slices of query blocks; and one query."""
+"""PyTorch backend, for slices of query blocks and for one query."""
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,10 @@ def choose(
     Args:
         call: the attention call.
         k1: the fine compressed keys.
-        k2: the coarse ones.
+        k2: the coarse compressed keys.
         rule: how many blocks.
-        grid: of blocks of 64.
-        tile: tokens of a tile.
+        grid: grid of blocks of 64 tokens.
+        tile: tokens per tile.
     """
     each = 8 * len(call.q) * call.q.shape[1] * BLOCK * k1.shape[2]
     parts = [
@@ -64,7 +64,7 @@ def _chosen(
 def _scores(
     call: AttentionCall, q: torch.Tensor, k1: torch.Tensor, k2: torch.Tensor, tokens: torch.Tensor, blocks: int
 ) -> torch.Tensor:
-    """Scores of blocks, float32 `[B, Hkv, S, N]`, for queries `[B, Hq, S, D]` that see so many tokens each."""
+    """Scores of blocks, float32 `[B, Hkv, S, N]`, for queries `[B, Hq, S, D]` that see `tokens` each."""
     grouped = q.float().unflatten(1, (call.k.shape[1], call.group_size))
     coarse = _logits(call, grouped, k2).masked_fill(~seen(tokens, k2.shape[2], COARSE)[:, None, None], -torch.inf)
     lse = coarse.logsumexp(-1, keepdim=True)
@@ -86,15 +86,15 @@ def block_scores(
     softcap: float | None,
     rule: CompressedKeysParams,
 ) -> torch.Tensor:
-    """Scores of blocks for one query; see `ops.compressed_keys.block_scores`.
+    """Scores of blocks for one query; see `ops.selection.compressed_keys.block_scores`.
 
     Args:
         of_pages: products of the query with the pages' mean keys, not scaled, float32 `[B, Hq, Np]`; `-inf` for pages
             without a real key.
         lengths: tokens of each row, int64 `[B]`.
         kv_heads: KV heads.
-        scale: as the call's.
-        softcap: as the call's.
+        scale: scale of the call.
+        softcap: softcap of the call.
         rule: how many blocks.
     """
     number = -(-of_pages.shape[-1] // COLUMNS)

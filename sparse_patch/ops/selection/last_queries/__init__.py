@@ -1,4 +1,4 @@
-"""Where the last queries of a call look: what vertical-slash methods choose from."""
+"""Where the last queries of a call look: vertical-slash methods choose from this."""
 
 from torch import Tensor
 
@@ -7,11 +7,11 @@ from sparse_patch.ops.backends import fastest
 
 
 def last_query_profiles(call: AttentionCall, queries: int) -> tuple[Tensor, Tensor]:
-    """Mean attention of the last `queries` queries by key and by distance, float32 `[B, Hq, Skv]` each, sums of 1.
+    """Mean attention of the last `queries` queries by key and by distance, float32 `[B, Hq, Skv]` each, with sum 1.
 
-    By key: indexed by position in the buffer, padding 0. By distance: entry `o` sums the attention to the key `o` back.
-    Every row must have at least `queries` real tokens for its profile to mean anything; `queries` is a power of two
-    from 16 to 128.
+    By key: indexed by position in the buffer; padding is 0. By distance: entry `o` sums the attention to the key `o`
+    positions back. The profile of a row is valid only if the row has at least `queries` real tokens. `queries` is a
+    power of two from 16 to 128.
     """
     if fastest(call) == "triton":
         from sparse_patch.ops.selection.last_queries.triton import last_query_profiles as profiles

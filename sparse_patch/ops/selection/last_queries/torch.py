@@ -6,7 +6,7 @@ from sparse_patch.call import AttentionCall, apply_softcap
 
 
 def last_query_profiles(call: AttentionCall, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.profiles`. One head at a time: the probabilities of all are 2 GB at 128k tokens and 32 heads."""
+    """See `ops.selection.last_queries`. One head at a time: all probabilities are 2 GB at 128k tokens and 32 heads."""
     hidden = torch.ones(queries, call.kv_length, dtype=torch.bool, device=call.q.device)
     hidden = hidden.triu(1 + call.kv_length - queries)  # the future
     if call.kv_start is not None:
@@ -17,7 +17,7 @@ def last_query_profiles(call: AttentionCall, queries: int) -> tuple[torch.Tensor
 
 
 def _head_profiles(call: AttentionCall, head: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`last_query_profiles` of one query head, `[B, Skv]` each; `hidden`, `[B, block, Skv]`: keys out of sight."""
+    """`last_query_profiles` of one query head, `[B, Skv]` each; `hidden` `[B, block, Skv]` has the unseen keys."""
     q = call.q[:, head, -hidden.shape[-2] :].float() * call.scale
     logits = apply_softcap(q @ call.k[:, head // call.group_size].float().transpose(-1, -2), call.softcap)
     weights = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
@@ -27,8 +27,8 @@ def _head_profiles(call: AttentionCall, head: int, hidden: torch.Tensor) -> tupl
 def _diagonal_sums(weights: torch.Tensor) -> torch.Tensor:
     """Sums `[B, n]` over the diagonals, farthest first, of the attention `[B, R, n]` of the last R of n queries.
 
-    Reading each row one step further than the row before lines the diagonals up in columns, without a copy. Where that
-    runs over a row's end, it reads what lies above the previous row's diagonal, which is 0.
+    If each row is read one step further than the row before, the diagonals line up in columns, without a copy. Past a
+    row's end this reads what lies above the previous row's diagonal, which is 0.
     """
     batch, rows, length = weights.shape
     stride = (rows * length, length + 1, 1)

@@ -1,7 +1,7 @@
-"""Triton kernels of the profiles: two passes over the keys, no probability is ever written to memory.
+"""Triton kernels of the profiles: two passes over the keys; no probability is ever written to memory.
 
-The first pass makes the LSE of each query, the second the sums over columns and diagonals. In a tile of W keys the
-diagonals line up in columns after each row was turned by its own number: `turned[i, c] = tile[i, (i - c) % W]` holds
+The first pass computes the LSE of each query, the second the sums over columns and diagonals. In a tile of W keys the
+diagonals line up in columns after each row is rotated by its own index: `turned[i, c] = tile[i, (i - c) % W]` holds
 distances that are `c` plus a multiple of W.
 """
 
@@ -13,17 +13,17 @@ from sparse_patch.call import AttentionCall
 from sparse_patch.kernels.launch import block_of, by_row, launch_op, precision_of
 from sparse_patch.kernels.pieces import LOG2_E, add_to_exp_sum, softcap_logits
 
-_PROGRAMS = 1056  # enough for every GPU; more tiles in a program share its queries
+_PROGRAMS = 1056  # enough for every GPU; the tiles of a program share its queries
 
 
 def last_query_profiles(call: AttentionCall, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.profiles`; `queries` is a power of two from 16 to 128."""
+    """See `ops.selection.last_queries`; `queries` is a power of two from 16 to 128."""
     by_key, by_distance = stacked_profiles(call, queries)
     return by_key, by_distance
 
 
 def stacked_profiles(call: AttentionCall, queries: int) -> torch.Tensor:
-    """Both profiles of `ops.profiles` in one tensor, float32 `[2, B, Hq, Skv]`."""
+    """Both profiles of `ops.selection.last_queries` in one tensor, float32 `[2, B, Hq, Skv]`."""
     return query_profiles(call.q, call.k, call.kv_start, call.scale, call.softcap or 0.0, queries)
 
 
@@ -70,7 +70,7 @@ def query_profiles(
     }
     grid = (batch * heads * splits,)
     _lse_kernel[grid](*arguments, partial, **settings)
-    # Narrower tiles, so that two programs fit on a multiprocessor: turning a tile takes shared memory.
+    # Rotating a tile takes shared memory, so tiles are narrower: two programs then fit on a multiprocessor.
     _profile_kernel[grid](*arguments, partial, profiles, W=min(64, queries), **settings)
     return profiles
 
@@ -83,16 +83,16 @@ def _tile_logits(
 ):  # fmt: skip
     """Logits, in log2 units, of the R last queries and the W keys from `j`; `-inf` where a query does not see a key.
 
-    `scale` and `softcap` bring them there.
+    `scale` and `softcap` include the conversion to log2 units.
     """
     offs_j = j + tl.arange(0, W)  # [W]
-    offs_d = tl.arange(0, BLOCK_D)
-    rows = offs_j.to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
+    rows = offs_j.to(tl.int64)  # [W]
     mask = (offs_j < keys)[None, :] & (offs_d < D)[:, None]  # [BD, W]
     p_tile = p_k + rows[None, :] * stride_ks + offs_d.to(tl.int64)[:, None] * stride_kd  # [BD, W]
     b_k = tl.load(p_tile, mask=mask, other=0.0)  # [BD, W]
     s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [R, W]
-    s = softcap_logits(s, scale, softcap) if HAS_SOFTCAP else s * scale
+    s = softcap_logits(s, scale, softcap) if HAS_SOFTCAP else s * scale  # [R, W]
     seen = offs_j[None, :] <= (keys - R + tl.arange(0, R))[:, None]  # [R, W]
     return tl.where(seen, s, -float("inf"))
 
@@ -102,7 +102,7 @@ def _queries_and_split(
     q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, heads, group, keys, first_query,
     splits, tiles, D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, HAS_START: tl.constexpr,
 ):  # fmt: skip
-    """What a program works on: a head (of all rows), one split of its keys with their begin and end, the last queries.
+    """The work of a program: a head (of all rows), one split of its keys with begin and end, and the last queries.
 
     The query heads of a KV head come one after another, so that they share its keys in the cache.
     """
@@ -113,7 +113,7 @@ def _queries_and_split(
     if HAS_START:
         start = tl.load(kv_start + i_b).to(tl.int32)
     rows = (first_query + tl.arange(0, R)).to(tl.int64)  # [R]
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
     p_q = q + i_b * stride_qb + i_h * stride_qh + rows[:, None] * stride_qs  # [R, 1]
     b_q = tl.load(p_q + offs_d.to(tl.int64)[None, :] * stride_qd, mask=(offs_d < D)[None, :], other=0.0)  # [R, BD]
     p_k = k + i_b * stride_kb + (i_h // group) * stride_kh
@@ -132,7 +132,7 @@ def _lse_kernel(
         q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, heads, group, keys,
         first_query, splits, tiles, D, BLOCK_D, R, HAS_START,
     )  # fmt: skip
-    offs_r = tl.arange(0, R)
+    offs_r = tl.arange(0, R)  # [R]
     m_i = tl.full([R], -float("inf"), dtype=tl.float32)  # [R]
     l_i = tl.zeros([R], dtype=tl.float32)  # [R]
     for j in tl.range(first, last, R):
@@ -140,7 +140,7 @@ def _lse_kernel(
         s = _tile_logits(
             b_q, p_k, stride_ks, stride_kd, keys, j, scale, softcap, D, BLOCK_D, R, R, HAS_SOFTCAP, PRECISION
         )
-        m_i, l_i = add_to_exp_sum(m_i, l_i, s)
+        m_i, l_i = add_to_exp_sum(m_i, l_i, s)  # [R], [R]
     tl.store(partial + (i_bh.to(tl.int64) * splits + i_s) * R + offs_r, m_i + tl.math.log2(l_i))
 
 
@@ -155,19 +155,22 @@ def _profile_kernel(
         q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, heads, group, keys,
         first_query, splits, tiles, D, BLOCK_D, R, HAS_START,
     )  # fmt: skip
-    offs_r = tl.arange(0, R)
+    offs_r = tl.arange(0, R)  # [R]
+    # 1. The LSE of each query, from all splits.
     p_partial = partial + i_bh.to(tl.int64) * splits * R + offs_r[:, None]  # [R, 1]
     m_i = tl.full([R], -float("inf"), dtype=tl.float32)  # [R]
     l_i = tl.zeros([R], dtype=tl.float32)  # [R]
-    for i in tl.range(0, splits, 16):  # 16 at a time: the program has nothing else to do while it waits for them
-        offs_i = i + tl.arange(0, 16)
+    for i in tl.range(0, splits, 16):  # 16 at a time, as the program only waits for them
+        offs_i = i + tl.arange(0, 16)  # [16]
         # [R, 16]
         parts = tl.load(p_partial + offs_i[None, :] * R, mask=(offs_i < splits)[None, :], other=-float("inf"))
-        m_i, l_i = add_to_exp_sum(m_i, l_i, parts)
+        m_i, l_i = add_to_exp_sum(m_i, l_i, parts)  # [R], [R]
     b_lse = m_i + tl.math.log2(l_i * R)  # [R]; times R: the profiles are means over the queries
+
+    # 2. Sums over columns and diagonals.
     p_key = profiles + i_bh.to(tl.int64) * keys
     p_distance = p_key + (tl.num_programs(0) // splits).to(tl.int64) * keys
-    offs_w = tl.arange(0, W)
+    offs_w = tl.arange(0, W)  # [W]
     turn = (offs_r[:, None] - offs_w[None, :] + R) % W  # [R, W]
     back = offs_r[:, None] - offs_w[None, :]  # [R, W]; how far a row lies below its column
     # Distances come in bands of W. A tile ends the farthest band that it touches, and begins two others.
@@ -183,17 +186,19 @@ def _profile_kernel(
         tl.store(p_key + j + offs_w, tl.sum(p, 0), mask=j + offs_w < keys)
         turned = tl.gather(p, turn, 1)  # [R, W]
         if R == W:
-            ended = nearest + tl.sum(tl.where(back >= 0, turned, 0.0), 0)
+            ended = nearest + tl.sum(tl.where(back >= 0, turned, 0.0), 0)  # [W]
             nearest = tl.sum(tl.where(back < 0, turned, 0.0), 0)
-            far = band - j
+            far = band - j  # [W]
         else:
-            ended = middle + tl.sum(tl.where(back >= W, turned, 0.0), 0)
-            middle = nearest + tl.sum(tl.where((back >= 0) & (back < W), turned, 0.0), 0)
+            ended = middle + tl.sum(tl.where(back >= W, turned, 0.0), 0)  # [W]
+            middle = nearest + tl.sum(tl.where((back >= 0) & (back < W), turned, 0.0), 0)  # [W]
             nearest = tl.sum(tl.where(back < 0, turned, 0.0), 0)
-            far = band - j + W
-        # Two programs at most add to a distance, so that the order of the additions does not matter.
+            far = band - j + W  # [W]
+        # At most two programs add to a distance, so the order of the additions does not matter.
         tl.atomic_add(p_distance + far, ended, mask=(far >= 0) & (far < keys), sem="relaxed")
-    end = band - (first + (last - first + W - 1) // W * W)
+
+    # 3. The bands that the last tile has begun.
+    end = band - (first + (last - first + W - 1) // W * W)  # [W]
     if R != W:
         tl.atomic_add(p_distance + end + W, middle, mask=end + W >= 0, sem="relaxed")
     tl.atomic_add(p_distance + end, nearest, mask=end >= 0, sem="relaxed")

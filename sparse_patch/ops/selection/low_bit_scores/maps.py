@@ -14,13 +14,13 @@ def packed(bits: torch.Tensor) -> torch.Tensor:
 
 
 def unpacked(words: torch.Tensor) -> torch.Tensor:
-    """Words, int32 `[..., words]`, as bits, bool `[..., 32 * words]`: for tests and pictures, 32 times as large."""
+    """Words, int32 `[..., words]`, as bits, bool `[..., 32 * words]`: for tests and pictures; 32 times as large."""
     place = torch.arange(32, dtype=torch.int32, device=words.device)
     return (((words[..., None] >> place) & 1) != 0).flatten(-2)
 
 
 def tiles(words: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """Decisions merged into the blocks of a grid of 64 or 128: a block that any decision in it keeps.
+    """Decisions merged into the blocks of a grid of 64 or 128: a block is kept if any decision in it is.
 
     Args:
         words: the map of a call, int32 `[B, Hq, NQ of 64, words]`.
@@ -57,13 +57,13 @@ def _rows(words: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
 def decided_pairs(words: torch.Tensor, call: AttentionCall) -> torch.Tensor:
     """Causal (query, key) pairs of real tokens that the decisions themselves keep, int64 `[B, Hq]`.
 
-    A plan computes whole blocks of 64 or 128, so it has more: these are the method's, comparable with the density that
-    its paper reports.
+    A plan computes whole blocks of 64 or 128, so it has more pairs. These pairs are the method's own, comparable with
+    the density that its paper reports.
     """
     grid = BlockGrid.of(call, QUERY_TILE)
     begin, end = grid.query_bounds  # [B, NQ]
     tile = grid.query_block_ids * QUERY_TILE
-    on_diagonal = -(-(end - tile) // KEY_BLOCK)  # blocks that a tile's own queries begin; a map always has them
+    on_diagonal = -(-(end - tile) // KEY_BLOCK)  # blocks that begin in the tile's own queries; a map always has them
     below = _ones(words).sum(-1) - on_diagonal[:, None]
     triangle = (end - begin) * (begin + end + 1 - 2 * tile) // 2
     pairs = below * (KEY_BLOCK * (end - begin))[:, None] + triangle[:, None]
@@ -71,7 +71,7 @@ def decided_pairs(words: torch.Tensor, call: AttentionCall) -> torch.Tensor:
 
 
 def _ones(words: torch.Tensor) -> torch.Tensor:
-    """How many bits of each word are set, uint8: sums of neighbours, in the bytes and then over them."""
+    """How many bits are set in each byte of the words, uint8: sums of neighbours, of pairs and of nibbles."""
     octets = words.contiguous().view(torch.uint8)
     octets = octets - ((octets >> 1) & 0x55)
     octets = (octets & 0x33) + ((octets >> 2) & 0x33)

@@ -1,4 +1,4 @@
-"""What decides, and what every backend reads of a call before it decides."""
+"""The rule of the decisions, and what every backend reads from a call before it decides."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,19 +13,19 @@ from sparse_patch.plans.once import once
 
 Numerics = Literal["int4", "int8"]
 
-QUERY_TILE = 64  # queries of a decision
-KEY_BLOCK = 32  # keys of a decision; as many blocks fill a word
-WORD_KEYS = KEY_BLOCK * 32  # keys of a word of decisions
+QUERY_TILE = 64  # queries per decision
+KEY_BLOCK = 32  # keys per decision; the same number of blocks fills a word
+WORD_KEYS = KEY_BLOCK * 32  # keys per word of decisions
 SEGMENT = 128  # keys by which the candidates grow
 DENSE_BELOW = 1e-5  # a tau below this makes a head dense
 
 
 @dataclass(frozen=True)
 class LowBitParams:
-    """How blocks are scored and what is never scored.
+    """How blocks are scored, and which blocks are never scored.
 
     Attributes:
-        numerics: "int4" or "int8"; see `ops.scores`.
+        numerics: "int4" or "int8"; see `ops.selection.low_bit_scores`.
         local_window: keys before the end of a query tile that are in its reference region; a multiple of 32.
     """
 
@@ -38,14 +38,14 @@ class LowBitParams:
 
     @property
     def always_kept(self) -> int:
-        """Tokens up to which a row has no candidates, whatever it holds."""
+        """A row of at most this many tokens has no candidates, whatever it holds."""
         return self.local_window + SEGMENT
 
     def candidates(self, visible: torch.Tensor) -> torch.Tensor:
-        """How many key blocks, from block 1 on, are candidates where so many are visible: whole segments.
+        """How many key blocks, from block 1 on, are candidates if `visible` blocks are visible: whole segments.
 
-        The published code goes by segments: the last `local_window` keys, and what is left of the first segment that
-        they touch, are local.
+        The published code counts in segments: the last `local_window` keys, and the rest of the first segment that they
+        touch, are local.
         """
         per_segment = SEGMENT // KEY_BLOCK
         segments = (visible - 1 - self.local_window // KEY_BLOCK).div(per_segment, rounding_mode="floor")
@@ -54,7 +54,7 @@ class LowBitParams:
 
 @dataclass(frozen=True)
 class TileBounds:
-    """The key blocks of every query tile of a call: block 0, candidates, and from `local` on the local ones.
+    """The key blocks of every query tile of a call: block 0, candidates, and local blocks from `local` on.
 
     Attributes:
         grid: the call's grid of query tiles.
@@ -75,7 +75,7 @@ class TileBounds:
 
     @once
     def visible(self) -> torch.Tensor:
-        """Key blocks that each tile sees, diagonal ones included, int64 `[B, NQ]`; 0 for tiles without a query."""
+        """Key blocks that each tile sees, including diagonal ones, int64 `[B, NQ]`; 0 for tiles without a query."""
         of_row = -(-self.grid.lengths // KEY_BLOCK)
         visible = torch.minimum((self.grid.query_block_ids + 1) * (QUERY_TILE // KEY_BLOCK), of_row[:, None])
         return visible.masked_fill(~self.grid.has_queries, 0)

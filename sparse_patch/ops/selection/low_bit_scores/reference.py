@@ -1,4 +1,4 @@
-"""Reference backend: whole score matrices of one head of one row at a time, step by step as `ops.scores` says."""
+"""Reference backend: whole score matrices of one head of one row at a time, step by step as the package's text says."""
 
 import torch
 
@@ -9,7 +9,7 @@ from sparse_patch.plans import BlockGrid
 
 
 def decisions(call: AttentionCall, tau: torch.Tensor, rule: LowBitParams) -> torch.Tensor:
-    """See `ops.scores`."""
+    """See `ops.selection.low_bit_scores`."""
     grid = BlockGrid.of(call, QUERY_TILE)
     num_words = -(-call.kv_length // (32 * KEY_BLOCK))
     batch, heads = call.q.shape[:2]
@@ -84,7 +84,7 @@ def _estimate(
 def _quantise(
     x: torch.Tensor, group: torch.Tensor, largest_code: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes as float32 `[n, D]`, and the scale `[n]` of each row of x, which has the group `group[n]`."""
+    """Codes as float32 `[n, D]`, and the scale `[n]` of each row of `x`; row n has the group `group[n]`."""
     scale = torch.zeros(x.shape[0], dtype=dtype, device=x.device)
     for number in group.unique().tolist():
         members = group == number

@@ -1,4 +1,4 @@
-"""PyTorch backend: exact integer products in float32, a slice of query tiles and a word of key blocks at a time."""
+"""PyTorch backend: exact integer products in float32, one slice of query tiles and one word of key blocks at a time."""
 
 import math
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from sparse_patch.ops.selection.low_bit_scores.params import (
     mean_query,
 )
 
-_MEAN_LIMIT = 2.0**29  # of the mean query's term, so that it stays an int32 beside a product
+_MEAN_LIMIT = 2.0**29  # bound of the mean query's term, so that its sum with a product stays an int32
 
 
 @dataclass(frozen=True)
 class QuantisedKeys:
-    """The smoothed keys of a call as codes, each row from its own first key, zeros behind its last.
+    """The smoothed keys of a call as codes, each row from its own first key, with zeros after its last.
 
     Attributes:
         codes: int8 `[B, Hkv, S, D]`; S is a multiple of 1024.
@@ -42,7 +42,7 @@ class QuantisedKeys:
 
 
 def decisions(call: AttentionCall, tau: torch.Tensor, rule: LowBitParams) -> torch.Tensor:
-    """See `ops.scores`."""
+    """See `ops.selection.low_bit_scores`."""
     bounds = TileBounds.of(call, rule)
     mean_k = mean_key(call)
     mean_q = mean_query(call) if rule.numerics == "int4" else None
@@ -65,8 +65,8 @@ def quantised_keys(
     Args:
         call: the attention call.
         rule: the rule.
-        mean_k: `[B, Hkv, D]`, what is taken off the keys.
-        mean_q: `[B, Hq, D]`, what is taken off the queries; None for int8.
+        mean_k: `[B, Hkv, D]`, is subtracted from the keys.
+        mean_q: `[B, Hq, D]`, is subtracted from the queries; None for int8.
     """
     bounds = TileBounds.of(call, rule)
     slot = torch.arange(bounds.num_words * WORD_KEYS, device=call.k.device).expand(call.k.shape[0], -1)
@@ -93,7 +93,7 @@ def quantised_queries(
     """Codes, int8, and scales of whole query tiles.
 
     Args:
-        q: `[B, Hq, R, D]`, zeros where there is no query.
+        q: `[B, Hq, R, D]`, zeros in slots without a query.
         real: which slots hold a query, bool `[B, R]`.
         rule: the rule.
         mean_q: `[B, Hq, D]`; None for int8.
@@ -113,7 +113,7 @@ def quantised_queries(
 
 
 def scale_of(largest: torch.Tensor, rule: LowBitParams, dtype: torch.dtype) -> torch.Tensor:
-    """The scale of a group from its largest magnitude, float32, as it is stored; 1 for a group of zeros."""
+    """The scale of a group as it is stored, from its largest magnitude, float32; 1 for a group of zeros."""
     scale = (largest / rule.largest_code).to(dtype if rule.numerics == "int4" else torch.float32)
     return scale.masked_fill(scale == 0, 1)
 
@@ -126,13 +126,13 @@ def to_codes(x: torch.Tensor, scales: torch.Tensor, rule: LowBitParams) -> torch
 def smoothed_keys(
     call: AttentionCall, bounds: TileBounds, mean_k: torch.Tensor, slot: torch.Tensor, valid: torch.Tensor
 ) -> torch.Tensor:
-    """Keys by their position within the row, the mean taken off, in the model's dtype; zeros where not valid.
+    """Keys by their position within the row, minus the mean, in the model's dtype; zeros if not valid.
 
     Args:
         call: the attention call.
         bounds: its tiles.
         mean_k: `[B, Hkv, D]`.
-        slot: positions, int64 `[B, T]`; may lie outside the row where not valid.
+        slot: positions, int64 `[B, T]`; may lie outside the row if not valid.
         valid: bool `[B, T]`.
 
     Returns:
@@ -153,7 +153,7 @@ def limits(
     real: torch.Tensor,
     part: slice,
 ) -> torch.Tensor:
-    """What an estimated product of query and smoothed key must exceed for its block to be kept.
+    """The limit that an estimated product of query and smoothed key must exceed to keep its block.
 
     Args:
         call: the attention call.
@@ -161,7 +161,7 @@ def limits(
         bounds: its tiles.
         mean_k: `[B, Hkv, D]`.
         q: the queries of the tiles of `part`, `[B, Hq, R, D]`.
-        real: which of them there are, bool `[B, R]`.
+        real: which of them are real, bool `[B, R]`.
         part: which query tiles.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Scores of pages from the attention of one query: what DELTA ranks by."""
+"""Scores of pages from the attention of one query: DELTA ranks by them."""
 
 from torch import Tensor
 
@@ -11,17 +11,17 @@ def page_scores(
 ) -> Tensor:
     """The attention that a page's tokens get, each from the head that attends to it most.
 
-    A token's score is the largest probability that any query head gives it, a page's the sum over its tokens: the sum
-    of maxima, not the maximum of sums (DELTA, arXiv 2510.09883).
+    A token's score is the largest probability that any query head gives it. A page's score is the sum over its tokens:
+    the sum of maxima, not the maximum of sums (DELTA, arXiv 2510.09883).
 
     Args:
-        logits: float32 `[B, Hq, S]`, scaled, by position within the row; those at the row's length or behind it are not
-            read.
+        logits: float32 `[B, Hq, S]`, scaled, by position within the row; entries at or after the row's length are not
+            used.
         lse: float32 `[B, Hq]`, natural logarithm.
         lengths: tokens of each row, int64 `[B]`.
-        page_size: tokens of a page.
+        page_size: tokens per page.
         recent: last pages of each row that are always read.
-        shard: which of the layer's heads these are; the scores are those of all processes' heads.
+        shard: the part of the layer's heads that is given; the scores are of the heads of all processes.
 
     Returns:
         float32 `[B, ceil(S / page_size)]`; `-inf` for pages without a token, `+inf` for the recent ones.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 def page_scores(
     logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int, recent: int = 0
 ) -> torch.Tensor:
-    """See `ops.page_scores`."""
+    """See `ops.selection.page_scores`."""
     token = torch.arange(logits.shape[-1], device=logits.device)
     log_probability = (logits - lse[..., None]).amax(1)
     probability = log_probability.exp().masked_fill(token >= lengths[:, None], 0.0)
@@ -15,7 +15,7 @@ def page_scores(
 
 
 def pages_of_tokens(scores: torch.Tensor, lengths: torch.Tensor, page_size: int, recent: int) -> torch.Tensor:
-    """Scores of pages from those of tokens, float32 `[B, S]`: 0 or less for tokens that a row does not have."""
+    """Scores of pages from those of tokens, float32 `[B, S]`: at most 0 for tokens that a row does not have."""
     pages = F.pad(scores.clamp(min=0), (0, -scores.shape[-1] % page_size)).unflatten(-1, (-1, page_size))
     first = torch.arange(pages.shape[1], device=scores.device) * page_size
     is_recent = first >= (lengths - 1)[:, None] // page_size * page_size - (recent - 1) * page_size

@@ -1,7 +1,7 @@
 """Triton kernel of the pages' scores: one pass over the logits, whatever the number of heads.
 
-A program has some pages of a row. It loads its tokens of several heads at once, so that many loads are under way, and
-each thread has all heads of its tokens: the maximum over heads costs no exchange between threads.
+A program has some pages of a row. It loads the logits of several heads at once, so that many loads are in flight. Each
+thread has all heads of its tokens, so the maximum over heads costs no exchange between threads.
 """
 
 import torch
@@ -10,13 +10,13 @@ import triton.language as tl
 
 from sparse_patch.kernels.launch import launch_op
 
-_BLOCK = 128  # tokens of a program, at 4 a thread: many small programs hide the way of the logits from memory
+_BLOCK = 128  # tokens per program, 4 per thread; many small programs hide the memory latency of the logits
 
 
 def page_scores(
     logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int, recent: int = 0
 ) -> torch.Tensor:
-    """See `ops.page_scores`; `page_size` is a power of two up to 256."""
+    """See `ops.selection.page_scores`; `page_size` is a power of two up to 256."""
     return score_pages(logits, lse, lengths, page_size, recent)
 
 
@@ -28,7 +28,7 @@ def _outputs(logits: torch.Tensor, page_size: int) -> torch.Tensor:
 def score_pages(
     logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int, recent: int
 ) -> torch.Tensor:
-    """The kernel's launch; arguments and result as in `ops.page_scores`."""
+    """The kernel's launch; arguments and result as in `ops.selection.page_scores`."""
     scores = _outputs(logits, page_size)
     batch, heads, size = logits.shape
     block = max(_BLOCK, page_size)
@@ -65,14 +65,14 @@ def _score_kernel(
         offs_h = h + tl.arange(0, HEADS)  # [HEADS]
         p_logits = logits + i_b * stride_b + offs_h.to(tl.int64)[:, None] * stride_h  # [HEADS, 1]
         p_logits = p_logits + offs_s.to(tl.int64)[None, :] * stride_s  # [HEADS, BLOCK]
-        # What lies behind the row's end is loaded too: a mask that may end anywhere forbids wide loads.
+        # Logits after the row's end are loaded too, because a mask that may end anywhere forbids wide loads.
         mask = (offs_h < heads)[:, None] & (offs_s < size)[None, :]  # [HEADS, BLOCK]
         b_logits = tl.load(p_logits, mask=mask, other=-float("inf"))  # [HEADS, BLOCK]
         b_lse = tl.load(lse + i_b * heads + offs_h, mask=offs_h < heads, other=0.0)  # [HEADS]
-        top = tl.maximum(top, tl.max(b_logits - b_lse[:, None], 0))
+        top = tl.maximum(top, tl.max(b_logits - b_lse[:, None], 0))  # [BLOCK]
     probability = tl.where(offs_s < length, tl.exp(top), 0.0)  # [BLOCK]
     sums = tl.sum(tl.reshape(probability, (BLOCK // P, P)), 1)  # [BLOCK / P]
-    offs_u = i_block * (BLOCK // P) + tl.arange(0, BLOCK // P)
-    sums = tl.where(offs_u >= tl.cdiv(length, P) - recent, float("inf"), sums)
-    sums = tl.where(offs_u * P < length, sums, -float("inf"))
+    offs_u = i_block * (BLOCK // P) + tl.arange(0, BLOCK // P)  # [BLOCK / P]
+    sums = tl.where(offs_u >= tl.cdiv(length, P) - recent, float("inf"), sums)  # [BLOCK / P]
+    sums = tl.where(offs_u * P < length, sums, -float("inf"))  # [BLOCK / P]
     tl.store(scores + i_b * pages + offs_u, sums, mask=offs_u < pages)

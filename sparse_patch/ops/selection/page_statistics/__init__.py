@@ -1,9 +1,9 @@
-"""What a page's keys are like, kept from step to step, and the scores of pages by it.
+"""Statistics of the keys of each page, kept from step to step, and scores of pages from them.
 
 Page `u` of a row holds its tokens `offset + u * page_size ...`, counted from the row's first key. Statistics lie in
-`call.kv_state` and follow one rule: every call computes anew, from the keys, all pages that hold one of its tokens, and
-pages at a row's length or behind it are never read. So statistics after appending, cropping and reordering are those of
-the keys as they are. A state that is empty, or whose tokens end before the call's begin, is filled from all the keys.
+`call.kv_state` and follow one rule: every call recomputes from the keys all pages that hold one of its tokens, and
+pages at or after a row's length are never read. So after appending, cropping and reordering, the statistics are those
+of the current keys. A state that is empty, or whose tokens end before the call's tokens begin, is filled from all keys.
 A state keeps the statistics of one kind: another page size, offset or kind replaces them.
 """
 
@@ -19,7 +19,7 @@ def page_bounds(call: AttentionCall, page_size: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         Both `[B, Hkv, ceil(kv_length / page_size), D]` in the dtype of the keys; views of `call.kv_state`, if there is
-        one. Pages without a real key have no meaning, and may be NaN.
+        one. Values of pages without a real key are undefined and may be NaN.
     """
     names = (f"low/{page_size}", f"high/{page_size}")
     low, high = up_to_date(call, names, page_size, offset=0)
@@ -27,10 +27,10 @@ def page_bounds(call: AttentionCall, page_size: int) -> tuple[Tensor, Tensor]:
 
 
 def page_means(call: AttentionCall, page_size: int, offset: int = 0) -> Tensor:
-    """Mean of the keys of each page (Kinetics, arXiv 2506.05333, whose pages begin behind 4 sinks: `offset` 4).
+    """Mean of the keys of each page (Kinetics, arXiv 2506.05333, whose pages begin after 4 sinks: `offset` 4).
 
     Returns:
-        `[B, Hkv, ceil((kv_length - offset) / page_size), D]` in the dtype of the keys, as `page_bounds`.
+        `[B, Hkv, ceil((kv_length - offset) / page_size), D]` in the dtype of the keys, like `page_bounds`.
     """
     (means,) = up_to_date(call, (f"means/{page_size}+{offset}",), page_size, offset)
     return means
@@ -44,7 +44,7 @@ def bound_scores(q: Tensor, low: Tensor, high: Tensor, lengths: Tensor, page_siz
         low: `[B, Hkv, Np, D]`, from `page_bounds`.
         high: as `low`.
         lengths: tokens of each row, int64 `[B]`.
-        page_size: tokens of a page.
+        page_size: tokens per page.
 
     Returns:
         float32 `[B, Hq, Np]`, not scaled; `-inf` for pages without a real key.
@@ -60,10 +60,10 @@ def mean_scores(q: Tensor, means: Tensor, lengths: Tensor, page_size: int, offse
     """`q @ mean key` of each page, which is the mean of its keys' logits before scaling (Kinetics).
 
     Args:
-        q: `[B, Hq, D]`, or `[B, Hkv, D]` for the mean over a GQA group's queries, whose scores are the group's means.
+        q: `[B, Hq, D]`, or `[B, Hkv, D]` for the mean over a GQA group's queries; its scores are the group's means.
         means: `[B, Hkv, Np, D]`, from `page_means`.
         lengths: tokens of each row, int64 `[B]`.
-        page_size: tokens of a page.
+        page_size: tokens per page.
         offset: position within the row of the first page's first token.
 
     Returns:

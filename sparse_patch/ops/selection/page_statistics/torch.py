@@ -9,8 +9,8 @@ from sparse_patch.ops.selection.page_statistics.pages import pages_of
 def refresh(call: AttentionCall, tensors: list[torch.Tensor], tokens: int, page_size: int, offset: int) -> None:
     """Compute, in place, the pages of each row that hold one of its last `tokens` tokens: bounds or means.
 
-    A row has them in a window of as many pages as any row can need. Where the window would run out of the tensors it
-    begins earlier instead: an earlier page comes out as it was.
+    Each row has them in a window of as many pages as any row can need. If the window would run out of the tensors, it
+    begins earlier; an earlier page gets the values that it had.
     """
     rows = torch.arange(len(call.k), device=call.k.device)[:, None]
     starts, lengths = call.row_starts()[:, None], call.lengths()[:, None]
@@ -27,7 +27,7 @@ def refresh(call: AttentionCall, tensors: list[torch.Tensor], tokens: int, page_
 
 
 def _statistics(keys: torch.Tensor, real: torch.Tensor, number: int) -> list[torch.Tensor]:
-    """Bounds or mean over the real ones of keys `[B, T, P, Hkv, D]`, `[B, T, Hkv, D]` each."""
+    """Bounds or mean over the real keys among `[B, T, P, Hkv, D]`, `[B, T, Hkv, D]` each."""
     absent = ~real[..., None, None]
     if number == 1:
         count = real.sum(-1).clamp(min=1)[..., None, None]
@@ -38,7 +38,7 @@ def _statistics(keys: torch.Tensor, real: torch.Tensor, number: int) -> list[tor
 def bound_scores(
     q: torch.Tensor, low: torch.Tensor, high: torch.Tensor, lengths: torch.Tensor, page_size: int
 ) -> torch.Tensor:
-    """See `ops.page_statistics`."""
+    """See `ops.selection.page_statistics`."""
     scores = _products(q.clamp(min=0), high) + _products(q.clamp(max=0), low)
     return _of_pages(scores, lengths, page_size, 0)
 
@@ -46,12 +46,12 @@ def bound_scores(
 def mean_scores(
     q: torch.Tensor, means: torch.Tensor, lengths: torch.Tensor, page_size: int, offset: int = 0
 ) -> torch.Tensor:
-    """See `ops.page_statistics`."""
+    """See `ops.selection.page_statistics`."""
     return _of_pages(_products(q, means), lengths, page_size, offset)
 
 
 def _products(q: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-    """Products of queries `[B, Hq, D]` with what each page `[B, Hkv, Np, D]` has, float32 `[B, Hq, Np]`."""
+    """Products of queries `[B, Hq, D]` with the vectors of pages `[B, Hkv, Np, D]`, float32 `[B, Hq, Np]`."""
     grouped = q.float().unflatten(1, (pages.shape[1], -1))
     return (grouped @ pages.float().transpose(-1, -2)).flatten(1, 2)
 

@@ -1,7 +1,7 @@
 """Triton kernels of the pages' statistics and scores.
 
-Scores are products with tensor cores: `max(q*low, q*high)` is `q*high` where q is positive and `q*low` where it is not,
-so a bound is the sum of two products, and every page is read once for all query heads of its KV head.
+Scores are products on tensor cores. `max(q*low, q*high)` is `q*high` if q is positive, else `q*low`, so a bound is the
+sum of two products. Every page is read once for all query heads of its KV head.
 """
 
 import torch
@@ -35,7 +35,7 @@ def refresh_bounds(
     page_size: int,
     offset: int,
 ) -> None:
-    """The kernel's launch; `end` is the number of valid keys where `kv_end` is None."""
+    """The kernel's launch; `end` is the number of valid keys if `kv_end` is None."""
     _refresh(low, high, k, kv_start, kv_end, end, tokens, page_size, offset)
 
 
@@ -110,48 +110,48 @@ def _refresh_kernel(
     page = tl.maximum(end - start - tokens - offset, 0) // P + i_t
     begin = start + offset + page * P
     stop = tl.minimum(begin + P, end)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
     p_k = k + i_b * stride_kb + i_h * stride_kh
     if BOUNDS:
         low = tl.full([BLOCK_D], float("inf"), dtype=tl.float32)  # [BD]
-        high = tl.full([BLOCK_D], -float("inf"), dtype=tl.float32)
+        high = tl.full([BLOCK_D], -float("inf"), dtype=tl.float32)  # [BD]
     else:
         low = tl.zeros([BLOCK_D], dtype=tl.float32)  # [BD]
         high = low
     for j in tl.range(begin, stop, ROWS):
         offs_s = j + tl.arange(0, ROWS)  # [ROWS]
-        real = (offs_s < stop)[:, None]
+        real = (offs_s < stop)[:, None]  # [ROWS, 1]
         mask = real & (offs_d < D)[None, :]  # [ROWS, BD]
         # [ROWS, BD]
         b_k = tl.load(p_k + offs_s.to(tl.int64)[:, None] * stride_ks + offs_d[None, :], mask=mask, other=0.0)
-        b_k = b_k.to(tl.float32)
+        b_k = b_k.to(tl.float32)  # [ROWS, BD]
         if BOUNDS:
-            low = tl.minimum(low, tl.min(tl.where(real, b_k, float("inf")), 0))
-            high = tl.maximum(high, tl.max(tl.where(real, b_k, -float("inf")), 0))
+            low = tl.minimum(low, tl.min(tl.where(real, b_k, float("inf")), 0))  # [BD]
+            high = tl.maximum(high, tl.max(tl.where(real, b_k, -float("inf")), 0))  # [BD]
         else:
-            low += tl.sum(b_k, 0)
+            low += tl.sum(b_k, 0)  # [BD]
     if not BOUNDS:
-        low = low / tl.maximum(stop - begin, 1).to(tl.float32)
+        low = low / tl.maximum(stop - begin, 1).to(tl.float32)  # [BD]
     i_n, offs_d = page.to(tl.int64), offs_d.to(tl.int64)
-    mask = offs_d < tl.where(begin < end, D, 0)  # a page without a key may lie behind the tensors
-    p_first = first + i_b * stride_1b + i_h * stride_1h + i_n * stride_1n + offs_d * stride_1d
+    mask = offs_d < tl.where(begin < end, D, 0)  # [BD]; a page without a key may lie past the end of the tensors
+    p_first = first + i_b * stride_1b + i_h * stride_1h + i_n * stride_1n + offs_d * stride_1d  # [BD]
     tl.store(p_first, low.to(first.dtype.element_ty), mask=mask)
     if BOUNDS:
-        p_second = second + i_b * stride_2b + i_h * stride_2h + i_n * stride_2n + offs_d * stride_2d
+        p_second = second + i_b * stride_2b + i_h * stride_2h + i_n * stride_2n + offs_d * stride_2d  # [BD]
         tl.store(p_second, high.to(second.dtype.element_ty), mask=mask)
 
 
 def bound_scores(
     q: torch.Tensor, low: torch.Tensor, high: torch.Tensor, lengths: torch.Tensor, page_size: int
 ) -> torch.Tensor:
-    """See `ops.page_statistics`."""
+    """See `ops.selection.page_statistics`."""
     return score_pages(q, high, low, lengths, page_size, 0)
 
 
 def mean_scores(
     q: torch.Tensor, means: torch.Tensor, lengths: torch.Tensor, page_size: int, offset: int = 0
 ) -> torch.Tensor:
-    """See `ops.page_statistics`."""
+    """See `ops.selection.page_statistics`."""
     return score_pages(q, means, None, lengths, page_size, offset)
 
 
@@ -163,7 +163,7 @@ def _outputs(q: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
 def score_pages(
     q: torch.Tensor, high: torch.Tensor, low: torch.Tensor | None, lengths: torch.Tensor, page_size: int, offset: int
 ) -> torch.Tensor:
-    """The kernel's launch: bounds, or, without `low`, products with `high`."""
+    """The kernel's launch: bounds, or products with `high` if `low` is None."""
     q = rows_in_one_piece(q)
     if high.stride(-1) != 1 or (low is not None and low.stride() != high.stride()):
         high, low = high.contiguous(), None if low is None else low.contiguous()
@@ -206,20 +206,20 @@ def _score_kernel(
     i_b, i_h = (i_bh // kv_heads).to(tl.int64), (i_bh % kv_heads).to(tl.int64)
     length = tl.load(lengths + i_b).to(tl.int32)
     offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
-    offs_g = tl.arange(0, BLOCK_G)
-    offs_d = tl.arange(0, BLOCK_D)
-    real = (offs_n < pages) & (offset + offs_n * P < length)
+    offs_g = tl.arange(0, BLOCK_G)  # [BG]
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
+    real = (offs_n < pages) & (offset + offs_n * P < length)  # [BN]
     p_q = q + i_b * stride_qb + (i_h * GROUP + offs_g)[None, :] * stride_qh + offs_d[:, None]  # [BD, BG]
     b_q = tl.load(p_q, mask=(offs_g < GROUP)[None, :] & (offs_d < D)[:, None], other=0.0)  # [BD, BG]
     p_pages = i_b * stride_b + i_h * stride_h + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :]  # [BN, BD]
-    mask = real[:, None] & (offs_d < D)[None, :]
+    mask = real[:, None] & (offs_d < D)[None, :]  # [BN, BD]
     b_high = tl.load(high + p_pages, mask=mask, other=0.0)  # [BN, BD]
     if BOUNDS:
         b_low = tl.load(low + p_pages, mask=mask, other=0.0)  # [BN, BD]
         s = tl.dot(b_high, tl.maximum(b_q, 0.0).to(b_q.dtype), input_precision=PRECISION)  # [BN, BG]
-        s = tl.dot(b_low, tl.minimum(b_q, 0.0).to(b_q.dtype), s, input_precision=PRECISION)
+        s = tl.dot(b_low, tl.minimum(b_q, 0.0).to(b_q.dtype), s, input_precision=PRECISION)  # [BN, BG]
     else:
         s = tl.dot(b_high, b_q, input_precision=PRECISION)  # [BN, BG]
-    s = tl.where(real[:, None], s, -float("inf"))
+    s = tl.where(real[:, None], s, -float("inf"))  # [BN, BG]
     p_scores = scores + ((i_bh.to(tl.int64) * GROUP + offs_g)[None, :] * pages + offs_n[:, None])  # [BN, BG]
     tl.store(p_scores, s, mask=(offs_g < GROUP)[None, :] & (offs_n < pages)[:, None])

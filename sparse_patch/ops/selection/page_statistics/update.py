@@ -29,7 +29,7 @@ def up_to_date(call: AttentionCall, names: tuple[str, ...], page_size: int, offs
 
 
 def _is_behind(call: AttentionCall, kv_state: KVState, names: tuple[str, ...]) -> bool:
-    """Whether the state lacks tokens from before the call. Of a static cache's decode step only the device knows."""
+    """Whether the state lacks tokens from before the call. In a static cache's decode step, only the device knows."""
     kept = kv_state.of(PAGES)
     if any(name not in kept for name in names) or kept[names[0]].shape[0] != call.k.shape[0]:
         return True
@@ -39,7 +39,7 @@ def _is_behind(call: AttentionCall, kv_state: KVState, names: tuple[str, ...]) -
 def _with_room(
     call: AttentionCall, kv_state: KVState, names: tuple[str, ...], whole: bool, page_size: int, offset: int
 ) -> list[torch.Tensor]:
-    """The tensors in kv_state, with room for the call's pages: replaced where they are too small or not there."""
+    """The tensors in `kv_state`, with room for the call's pages; replaced if they are too small or missing."""
     pages = kv_state.of(PAGES)
     kept = [pages[name] for name in names if name in pages]
     fits = len(kept) == len(names) and kept[0].shape[0] == call.k.shape[0]
@@ -55,7 +55,7 @@ def _with_room(
 
 
 def _room(call: AttentionCall) -> int:
-    """Tokens to have room for: as many as the keys' own buffer, of which a call may show the filled part only."""
+    """Tokens to have room for: as many as the keys' own buffer, of which a call may show only the filled part."""
     buffer = call.k.stride(1) // max(call.k.stride(2), 1)  # `[B, Hkv, room, D]` in memory
     if call.kv_end is not None or buffer > call.kv_length:
         return max(buffer, call.kv_length)
@@ -65,7 +65,7 @@ def _room(call: AttentionCall) -> int:
 def _new(call: AttentionCall, number: int, pages: int) -> list[torch.Tensor]:
     batch, heads, _, head_dim = call.k.shape
     tensors = [call.k.new_empty(batch, heads, pages, head_dim) for _ in range(number)]
-    # A static cache's own tensors are marked too, which imports this; it takes seconds and others do not need it.
+    # A static cache marks its own tensors and so imports this. The import takes seconds; other caches do not need it.
     if not torch.compiler.is_compiling() and "torch._dynamo" in sys.modules:
         for tensor in tensors:
             torch._dynamo.mark_static_address(tensor)

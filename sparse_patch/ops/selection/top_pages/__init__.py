@@ -1,4 +1,4 @@
-"""The pages of the highest scores, as the lists of a `PagePlan`."""
+"""The pages with the highest scores, as the lists of a `PagePlan`."""
 
 from torch import Tensor
 
@@ -6,21 +6,21 @@ from sparse_patch.kernels.availability import prefers_triton
 
 
 def top_pages(scores: Tensor, limits: Tensor, k: int, page_size: int = 1) -> tuple[Tensor, Tensor]:
-    """The `min(k, limit)` highest of the first `limit` scores of each list, by number.
+    """The pages of the `min(k, limit)` highest among the first `limit` scores of each list, in ascending order.
 
-    A page of score `+inf` is chosen before all others, one of `-inf` or NaN only when nothing else is left; of equal
-    scores the lower page wins. Exact, without a host sync.
+    A page of score `+inf` is chosen before all others, a page of `-inf` or NaN only if nothing else is left. Of equal
+    scores the lower page wins. The choice is exact and needs no host sync.
 
     Args:
         scores: float32 `[B, L, N]`.
-        limits: pages that each row, or each list, really has, or with a `page_size` the tokens of them: int64 `[B]` or
+        limits: real pages of each row or of each list, or their tokens if `page_size` is given: int64 `[B]` or
             `[B, L]`; at most N pages count.
-        k: pages to choose; more than N are N.
-        page_size: tokens of a page, where `limits` are tokens.
+        k: pages to choose; at most N are chosen.
+        page_size: tokens per page, if `limits` are tokens.
 
     Returns:
-        The pages, int32 `[B, L, min(k, N)]`, in ascending order; what follows the first `counts` has no meaning but is
-        a page number below N. The counts, int32 `[B, L]`.
+        The pages, int32 `[B, L, min(k, N)]`, in ascending order, and the counts, int32 `[B, L]`. Entries after the
+        first `counts` have no meaning, but are page numbers below N.
     """
     k = min(k, scores.shape[-1])
     limits = limits[:, None] if limits.ndim == 1 else limits

@@ -4,11 +4,11 @@ import torch
 
 
 def top_pages(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.top_pages`; `limits` is int64 `[B, L]` and `k` at most N."""
+    """See `ops.selection.top_pages`; `limits` is int64 `[B, L]` and `k` at most N."""
     size = scores.shape[-1]
     page = torch.arange(size, device=scores.device)
     scores = torch.where(scores.isnan(), -torch.inf, scores).masked_fill(page >= limits[..., None], -torch.inf)
-    # A tie is won by the lower page, so what lies behind the limit never wins over a page of `-inf` within it.
+    # The lower page wins a tie, so a page beyond the limit never wins over a page of `-inf` within it.
     chosen = _ordered(scores, page).topk(k).indices
     counts = limits.clamp(0, k)
     has_meaning = torch.arange(k, device=scores.device) < counts[..., None]
@@ -17,7 +17,7 @@ def top_pages(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch
 
 
 def _ordered(scores: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
-    """Numbers without ties, int64, in the order of scores without NaN; the lower of two equal pages has the higher."""
+    """Int64 numbers in the order of scores without NaN, without ties: of two equal scores, the lower page is higher."""
     bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)  # one zero, not two
     rising = bits ^ (bits >> 31 & 0x7FFFFFFF)
     return (rising.long() << 32) - page

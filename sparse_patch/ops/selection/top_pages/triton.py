@@ -1,9 +1,9 @@
 """Triton kernel of the lists of pages: one program chooses from one list, which it holds in registers.
 
-It bisects for the smallest score that is chosen, over the scores' bits as numbers of the same order, until exactly k
-are at or above it or the bits are exhausted, and writes what it chose in order. A list that is too long is chosen from
-in parts, and then, by the same kernel, from what the parts gave: a page among the k best of a list is among the k best
-of its part. Parts keep the order, so the lower page wins a tie there as well.
+It bisects for the smallest chosen score, over the scores' bits as numbers of the same order, until exactly k scores are
+at or above it or the bits are exhausted. Then it writes the chosen pages in order. If a list is too long, the kernel
+chooses first from its parts and then from the pages that the parts gave: a page among the k best of a list is among the
+k best of its part. Parts keep the order, so the lower page wins a tie there as well.
 """
 
 import torch
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from sparse_patch.kernels.launch import given, launch_op
 
-_PART = (2048, 8192)  # least and most pages of a part
+_PART = (2048, 8192)  # fewest and most pages of a part
 _WIDEST = 32768  # pages that a program can hold
 
 
@@ -27,7 +27,7 @@ def why_unsupported(scores: torch.Tensor, k: int) -> str | None:
 def top_pages(
     scores: torch.Tensor, limits: torch.Tensor, k: int, page_size: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.top_pages`; `limits` is int64 `[B, L]` and `k` at most N."""
+    """See `ops.selection.top_pages`; `limits` is int64 `[B, L]` and `k` at most N."""
     return select_pages(scores, limits, k, page_size)
 
 
@@ -50,10 +50,10 @@ def select_pages(
 
 
 def _block(entries: int, k: int) -> int:
-    """Entries that a program takes, of lists of so many: all of them, or parts.
+    """Entries that a program takes, for lists of `entries`: all of them, or a part.
 
-    Small parts are quick and run side by side, but what they choose has to be chosen from again: a part is 8k long
-    where that lies within bounds, and never less than 2k, which halves the list.
+    Small parts are quick and run side by side, but their results have to be chosen from again. So a part is 8k long if
+    that lies within bounds, and never shorter than 2k, which halves the list.
     """
     least, most = _PART
     part = max(least, min(triton.next_power_of_2(8 * k), most), triton.next_power_of_2(2 * k))
@@ -69,7 +69,7 @@ def _select(
     block: int,
     entries: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of each part, of all pages or of the candidates `[B, L, entries]`; -1 where a part has fewer."""
+    """The k best of each part, of all pages or of the candidates `[B, L, entries]`; -1 if a part has fewer."""
     batch, lists, size = scores.shape
     parts = triton.cdiv(entries, block)
     pages, counts = _outputs(scores, k, parts=parts)
@@ -110,22 +110,22 @@ def _select_kernel(
 ):  # fmt: skip
     i_part, i_list = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_b, i_l = i_list // lists, i_list % lists
-    offs = tl.arange(0, BLOCK)
+    offs = tl.arange(0, BLOCK)  # [BLOCK]
     page = i_part * BLOCK + offs  # [BLOCK]
     if HAS_CANDIDATES:
-        page = tl.load(candidates + i_list * entries + page, mask=page < entries, other=-1)
-        real, there = page >= 0, page >= 0
+        page = tl.load(candidates + i_list * entries + page, mask=page < entries, other=-1)  # [BLOCK]
+        real, there = page >= 0, page >= 0  # [BLOCK], [BLOCK]
     else:
         limit = tl.cdiv(tl.load(limits + i_b * stride_limit_b + i_l * stride_limit_l), page_size)
         real, there = page < tl.minimum(limit, size), page < size  # a mask that may end anywhere forbids wide loads
     p_scores = scores + i_b * stride_b + i_l * stride_l + page.to(tl.int64) * stride_n  # [BLOCK]
     key = _rising(tl.load(p_scores, mask=there, other=-float("inf")))  # [BLOCK]
     low = tl.min(tl.where(real, key, 0x7FFFFFFF), 0)
-    key = tl.where(real, key, -0x80000000)  # below -inf
+    key = tl.where(real, key, -0x80000000)  # [BLOCK]; below -inf
     high = tl.max(key, 0)
     count = tl.minimum(k, tl.sum(real.to(tl.int32), 0))
 
-    # The largest number with `count` keys at or above it; or an earlier one with exactly as many.
+    # The largest number with `count` keys at or above it, or an earlier number with exactly `count`.
     while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # rounded up, without overflow
         reached = tl.sum((key >= middle).to(tl.int32), 0)
@@ -135,7 +135,7 @@ def _select_kernel(
     above = key > low  # [BLOCK]
     equal = real & (key == low)  # [BLOCK]
     ahead = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)  # [BLOCK]; two counts of 16 bits, one scan
-    rank = (ahead >> 16) & 0xFFFF  # among equals, from 1
+    rank = (ahead >> 16) & 0xFFFF  # [BLOCK]; among equals, from 1
     ties = count - tl.sum(above.to(tl.int32), 0)
     place = (ahead & 0xFFFF) + tl.minimum(rank, ties) - 1  # [BLOCK]
     i_out = i_list * tl.num_programs(0) + i_part

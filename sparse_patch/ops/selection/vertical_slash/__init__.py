@@ -1,4 +1,4 @@
-"""Which columns and diagonals of blocks hold the attention of a head's last queries, and the plans that they make."""
+"""Which block columns and diagonals hold the attention of a head's last queries, and the plans made from them."""
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ __all__ = ["QueryAware", "VerticalSlashParams", "choose_vertical_slash", "plan_o
 def choose_vertical_slash(
     call: AttentionCall, grid: BlockGrid, mean_k: Tensor, rule: VerticalSlashParams
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What each head takes by the attention of the last block of queries.
+    """The columns and diagonals that each head takes, by the attention of its last block of queries.
 
     Args:
         call: the attention call; every row that matters has more tokens than a block.
@@ -24,7 +24,7 @@ def choose_vertical_slash(
 
     Returns:
         The key blocks that every query block reads, bool `[B, Hq, N]`; the distances in blocks at which every query
-        block reads one, bool `[B, Hq, N]` (number 0 of both always is taken; ties go to the lower number); and which
+        block reads one, bool `[B, Hq, N]` (index 0 of both is always taken; ties go to the lower index); and which
         heads are query-aware, bool `[B, Hq]`.
     """
     if fastest(call) == "triton":
@@ -35,12 +35,12 @@ def choose_vertical_slash(
 
 
 def plan_of_vertical_slash(verticals: Tensor, slashes: Tensor, aware: QueryAware | None, grid: BlockGrid) -> BlockPlan:
-    """The blocks in some columns, on some diagonals, and those that query-aware heads choose one by one.
+    """The plan of the blocks in some columns, on some diagonals, and of those that query-aware heads choose one by one.
 
     Args:
         verticals: key blocks that every query block reads, bool `[B, Hq, N]`.
         slashes: distances in blocks at which every query block reads a key block, bool `[B, Hq, N]`.
-        aware: the heads that choose block by block as well; None for none.
+        aware: the heads that also choose block by block; None if no head does.
         grid: the grid of the call.
     """
     if prefers_triton(verticals) and (aware is None or fastest(aware.call) == "triton"):

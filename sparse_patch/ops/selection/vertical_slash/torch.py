@@ -9,13 +9,13 @@ from sparse_patch.ops.selection.pooling import pooled_attention, pooled_logits
 from sparse_patch.ops.selection.vertical_slash.params import QueryAware, VerticalSlashParams
 from sparse_patch.plans import BlockGrid, BlockPlan
 
-_TOKENS_PER_LINE = 128  # of FlexPrefill's public code, whatever its block size is
+_TOKENS_PER_LINE = 128  # as in FlexPrefill's public code, whatever the block size is
 
 
 def choose_vertical_slash(
     call: AttentionCall, grid: BlockGrid, mean_k: torch.Tensor, rule: VerticalSlashParams
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `ops.lines`."""
+    """See `ops.selection.vertical_slash`."""
     by_key, by_distance = last_query_profiles(call, grid.block_size)
     key_mass = _pool(by_key, grid, grid.row_starts)
     distance_mass = _pool(by_distance, grid, torch.zeros_like(grid.tail) if rule.reach else -grid.tail)
@@ -32,7 +32,7 @@ def choose_vertical_slash(
 def plan_of_vertical_slash(
     verticals: torch.Tensor, slashes: torch.Tensor, aware: QueryAware | None, grid: BlockGrid
 ) -> BlockPlan:
-    """See `ops.lines`."""
+    """See `ops.selection.vertical_slash`."""
     blocks = verticals[:, :, None] | grid.on_diagonals(slashes)
     if aware is not None:
         blocks = blocks | (_aware_blocks(aware, grid) & aware.heads[..., None, None])
@@ -40,7 +40,7 @@ def plan_of_vertical_slash(
 
 
 def _aware_blocks(aware: QueryAware, grid: BlockGrid) -> torch.Tensor:
-    """What every head would take, bool `[B, Hq, NQ, N]`."""
+    """The blocks that every head would take, bool `[B, Hq, NQ, N]`."""
     attention = pooled_attention(aware.call, grid, aware.mean_k)
     shape = attention.shape
     if not aware.each_row:  # one sort over all rows of the head
@@ -100,7 +100,7 @@ def tokens_within(mass: torch.Tensor, gamma: float) -> torch.Tensor:
 
 
 def _number_reaching(ranked: torch.Tensor, gamma: float) -> torch.Tensor:
-    """How many leading entries it takes until their sum is at least `gamma`, int64 `[...]`."""
+    """Number of leading entries until their sum is at least `gamma`, int64 `[...]`."""
     return (ranked.cumsum(-1) - ranked < gamma).sum(-1)
 
 

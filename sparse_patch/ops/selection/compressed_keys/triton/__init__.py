@@ -1,4 +1,4 @@
-"""Triton backend: `prefill` chooses for every token of a prompt, `decode` scores blocks for the one that is decoded."""
+"""Triton backend: `prefill` chooses for every token of a prompt, `decode` scores blocks for the token being decoded."""
 
 from sparse_patch.ops.selection.compressed_keys.triton.decode import block_scores
 from sparse_patch.ops.selection.compressed_keys.triton.prefill import choose, why_unsupported

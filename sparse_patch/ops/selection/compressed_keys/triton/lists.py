@@ -1,8 +1,8 @@
 """Triton kernels that choose blocks by their scores, and list them.
 
-A program of the first chooses for a token. It bisects for the smallest score that is chosen, over the scores' bits
-(none is negative, so the bits are numbers of the same order). The second makes one list for a tile of tokens of what
-any of them chose, with the tokens that did.
+A program of the first kernel chooses for a token. It bisects for the smallest chosen score, over the scores' bits (no
+score is negative, so the bits are numbers of the same order). The second kernel makes one list for a tile of tokens:
+the blocks that any of the tokens chose, with the tokens that chose them.
 """
 
 import torch
@@ -27,20 +27,20 @@ def write_lists(
     tile: int,
     part: Part,
 ) -> None:
-    """The lists of a part, from its scores.
+    """Write the lists of a part, from its scores.
 
     Args:
-        entries: int32 `[B, Hkv, tiles, capacity]` of a `TokenBlockPlan`, of which those of the part are written.
+        entries: int32 `[B, Hkv, tiles, capacity]` of a `TokenBlockPlan`; the lists of the part are written.
         counts: int32 `[B, Hkv, tiles]`, likewise.
         scores: as `write_scores` writes them.
-        chosen_map: int8 `[n]`, which is written: whether a block is chosen.
+        chosen_map: int8 `[n]`, is written: whether a block is chosen.
         seen: blocks that the last token of the longest row sees.
         chosen: blocks that each token chooses.
-        tile: tokens of a list.
-        part: whose lists they are.
+        tile: tokens per list.
+        part: the part to write.
     """
     block = max(256, triton.next_power_of_2(seen))  # few variants to compile
-    tokens = 1 if scores.is_cuda else tile  # of a program that chooses; what takes the interpreter time are programs
+    tokens = 1 if scores.is_cuda else tile  # per choosing program; in the interpreter, programs take time
     _choose_kernel[part.grid(tokens)](
         scores[0],
         scores[1],
@@ -74,14 +74,14 @@ def write_lists(
 
 @triton.jit
 def _floor(key, count):
-    """For each row a number with `count` keys at or above it, or with the fewest that are more; keys are 0 or more."""
+    """For each row a number with `count` keys at or above it, or with as few more as possible; keys are at least 0."""
     floor = tl.zeros([key.shape[0]], dtype=tl.int32)  # [T]
     ceiling = tl.max(key, 1)  # [T]
     while tl.max(ceiling - floor, 0) > 0:
         middle = floor + ((ceiling - floor + 1) >> 1)  # [T]
         reached = tl.sum((key >= middle[:, None]).to(tl.int32), 1)  # [T]
-        floor = tl.where(reached >= count, middle, floor)
-        ceiling = tl.where(reached > count, ceiling, tl.where(reached == count, middle, middle - 1))
+        floor = tl.where(reached >= count, middle, floor)  # [T]
+        ceiling = tl.where(reached > count, ceiling, tl.where(reached == count, middle, middle - 1))  # [T]
     return floor
 
 
@@ -112,19 +112,19 @@ def _choose_kernel(
     begin, low = candidates(first // _BLOCK, init, local, dense)
     inside = (first + start < q_start + q_length) & (first + TOKENS + start > q_start)
     if inside & (begin < low):
-        offs_t = tl.arange(0, TOKENS)
-        offs_b = tl.arange(0, BLOCK_B)
-        index = first + offs_t + start - q_start
-        real = (index >= tl.maximum(start - q_start, 0)) & (index < q_length)
+        offs_t = tl.arange(0, TOKENS)  # [TOKENS]
+        offs_b = tl.arange(0, BLOCK_B)  # [BB]
+        index = first + offs_t + start - q_start  # [TOKENS]
+        real = (index >= tl.maximum(start - q_start, 0)) & (index < q_length)  # [TOKENS]
         candidate = ((offs_b >= begin) & (offs_b < low))[None, :]  # [1, BB]
         slot = i_bh.to(tl.int64) * (tl.num_programs(0) * TOKENS) + i_t * TOKENS + offs_t  # [TOKENS]
         row = (slot * width)[:, None]  # [TOKENS, 1]
         score = tl.load(highest + row + offs_b[None, :], mask=candidate, other=0.0)  # [TOKENS, BB]
         # [TOKENS, BB]
         before = tl.load(last + row - 1 + offs_b[None, :], mask=candidate & (offs_b > 0)[None, :], other=0.0)
-        score = tl.maximum(score, before)
+        score = tl.maximum(score, before)  # [TOKENS, BB]
         key = tl.where(score == score, score, 0.0).to(tl.int32, bitcast=True)  # [TOKENS, BB]
-        key = tl.where(candidate, key, -1)
+        key = tl.where(candidate, key, -1)  # [TOKENS, BB]
         count = tl.minimum(wanted, low - begin)
 
         floor = _floor(key, count)  # [TOKENS]
@@ -134,7 +134,7 @@ def _choose_kernel(
             equal = key == floor[:, None]  # [TOKENS, BB]
             rank = tl.where(equal, BLOCK_B - offs_b[None, :], 0)  # [TOKENS, BB]
             taken = taken & (~equal | (rank >= _floor(rank, tl.sum(equal.to(tl.int32), 1) - surplus)[:, None]))
-        taken = taken & real[:, None]
+        taken = taken & real[:, None]  # [TOKENS, BB]
         tl.store(chosen + row + offs_b[None, :], taken.to(tl.int8), mask=(offs_b < low)[None, :])
 
 
@@ -169,16 +169,16 @@ def _list_kernel(
     i_list = i_bh.to(tl.int64) * tiles + first_block * (_BLOCK // TILE) + i_t
     total = 0
     if begin < low:
-        offs_t = tl.arange(0, TILE)
-        offs_b = tl.arange(0, BLOCK_B)
-        index = first + offs_t + start - q_start
-        real = (index >= tl.maximum(start - q_start, 0)) & (index < q_length)
+        offs_t = tl.arange(0, TILE)  # [TILE]
+        offs_b = tl.arange(0, BLOCK_B)  # [BB]
+        index = first + offs_t + start - q_start  # [TILE]
+        real = (index >= tl.maximum(start - q_start, 0)) & (index < q_length)  # [TILE]
         slot = i_bh.to(tl.int64) * (tl.num_programs(0) * TILE) + i_t * TILE + offs_t  # [TILE]
         candidate = (offs_b >= begin) & (offs_b < low)  # [BB]
         p_chosen = chosen + (slot * width)[:, None] + offs_b[None, :]  # [TILE, BB]
         taken = tl.load(p_chosen, mask=real[:, None] & candidate[None, :], other=0).to(tl.int32)  # [TILE, BB]
         readers = tl.sum(taken << offs_t[:, None], 0)  # [BB]
-        listed = (readers != 0).to(tl.int32)
+        listed = (readers != 0).to(tl.int32)  # [BB]
         place = tl.cumsum(listed, 0) - 1  # [BB]
         tl.store(entries + i_list * capacity + place, (offs_b << _BITS) | readers, mask=listed != 0)
         total = tl.sum(listed, 0)

@@ -1,7 +1,7 @@
-"""The launches that choose blocks: scores of a few thousand tokens at a time, then the best of each token.
+"""The launches that choose blocks: the scores of a few thousand tokens at a time, then the best blocks of each token.
 
-The scores of all tokens would be many times the keys, so slices of the queries go through the kernels of both one after
-the other.
+The scores of all tokens would take many times the memory of the keys, so slices of the queries go through both steps
+one after the other.
 """
 
 import torch
@@ -16,12 +16,12 @@ from sparse_patch.ops.selection.compressed_keys.triton.part import Part
 from sparse_patch.ops.selection.compressed_keys.triton.scores import Tile, tile_of, write_scores
 from sparse_patch.plans import BlockGrid
 
-_SCORES_BYTES = 128 << 20  # of a slice of the queries at most: smaller ones leave a large GPU idle at their ends
+_SCORES_BYTES = 128 << 20  # most for a slice of the queries; smaller slices leave a large GPU idle at their ends
 _WIDEST = 1 << 17  # blocks of all tokens of a tile that a program can hold
 
 
 def why_unsupported(call: AttentionCall, tile: int) -> str | None:
-    """Why the kernels cannot choose where they run; None if they can."""
+    """Why the kernels cannot choose on a device that runs them; None if they can."""
     if call.group_size > 128:
         return f"backend triton: {call.group_size} query heads of a KV head"
     if tile * triton.next_power_of_2(-(-call.kv_length // BLOCK)) > _WIDEST:
@@ -32,7 +32,7 @@ def why_unsupported(call: AttentionCall, tile: int) -> str | None:
 def choose(
     call: AttentionCall, k1: torch.Tensor, k2: torch.Tensor, rule: CompressedKeysParams, grid: BlockGrid, tile: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.compressed_keys.torch.choose`."""
+    """See `ops.selection.compressed_keys.torch.choose`."""
     return choose_token_blocks(
         call.q,
         k1,
@@ -76,7 +76,7 @@ def choose_token_blocks(
     tile: int,
     query_blocks: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernels' launches, slice by slice; softcap 0 for none, else as in `AttentionCall` and `CompressedKeysParams`.
+    """The kernels' launches, slice by slice; as in `AttentionCall` and `CompressedKeysParams`, softcap 0 for none.
 
     Returns:
         Entries and counts of a `TokenBlockPlan`.
@@ -111,7 +111,7 @@ def choose_token_blocks(
 
 
 def _blocks_at_once(lists: int, width: int, cut: Tile, multiprocessors: int) -> int:
-    """Query blocks of a slice: what fits, but no more than fill the GPU with programs a whole number of times."""
+    """Query blocks per slice: as many as fit, but only as many as fill the GPU a whole number of times."""
     fit = max(1, _SCORES_BYTES // (9 * lists * BLOCK * width))  # a score of each kind, and what is chosen
-    programs, at_once = lists * BLOCK // cut.tokens, 2 * multiprocessors  # of a query block; side by side
+    programs, at_once = lists * BLOCK // cut.tokens, 2 * multiprocessors  # programs per query block, and side by side
     return max(fit * programs // at_once * at_once // programs, 1) if fit * programs > at_once else fit

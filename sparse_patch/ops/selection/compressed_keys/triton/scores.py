@@ -1,9 +1,9 @@
 """Triton kernel of the scores of a few thousand tokens.
 
-A program holds some tokens with all query heads of their KV head as the rows of one product of matrices. It goes
-through the coarse compressed keys for the LSE, then through the fine ones, and sums the rows of a token. A block's
-score is a maximum over five columns, of which the first is the last of the block before: of every block it writes the
-maximum over its own four, and the last of them.
+A program holds some tokens with all query heads of their KV head as the rows of one matrix product. It reads the coarse
+compressed keys for the LSE, then the fine ones, and sums the rows of a token. A block's score is a maximum over five
+columns; the first of them is the last column of the block before. So for every block the program writes the maximum
+over the block's own four columns, and the last of them.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ _COLUMNS: tl.constexpr = tl.constexpr(COLUMNS)
 
 @dataclass(frozen=True)
 class Tile:
-    """How the scoring kernel is cut: tokens of a program, columns of a step, warps, depth of the pipeline."""
+    """The tiling of the scoring kernel: tokens per program, columns per step, warps, pipeline depth."""
 
     tokens: int
     columns: int
@@ -48,17 +48,17 @@ def write_scores(
     part: Part,
     tile: Tile,
 ) -> None:
-    """The scores of a part: of every block the maximum over its own columns, and the last of them.
+    """Write the scores of a part: for every block the maximum over its own columns, and the last of them.
 
     Args:
-        scores: float32 `[2, n]`, which is written: a row for each kind, of `part.width` scores a token.
+        scores: float32 `[2, n]`, is written: one row for each kind, with `part.width` scores per token.
         q: `[B, Hq, Sq, D]`.
         k1: the fine compressed keys, `[B, Hkv, N1, D]`, from `tma_ready`.
-        k2: the coarse ones, `[B, Hkv, N2, D]`, likewise.
-        scale: of the logits.
-        softcap: of the logits, 0 for none.
-        part: whose scores they are.
-        tile: how the kernel is cut.
+        k2: the coarse compressed keys, `[B, Hkv, N2, D]`, likewise.
+        scale: scale of the logits.
+        softcap: softcap of the logits, 0 for none.
+        part: the part to write.
+        tile: tiling of the kernel.
     """
     group = q.shape[1] // part.heads
     _score_kernel[part.grid(tile.tokens)](
@@ -120,9 +120,9 @@ def _score_kernel(
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # 1. The tile: tokens with the query heads of a KV head, and the blocks they choose among.
+    # 1. The tile: tokens with the query heads of a KV head, and the blocks that they choose among.
     ROWS: tl.constexpr = TOKENS * BLOCK_G
-    BLOCKS: tl.constexpr = BLOCK_N // _COLUMNS  # of a step
+    BLOCKS: tl.constexpr = BLOCK_N // _COLUMNS  # per step
     i_t, i_bh = tl.program_id(0), tl.program_id(1)
     i_b, i_h = i_bh // kv_heads, i_bh % kv_heads
     start = 0
@@ -134,12 +134,12 @@ def _score_kernel(
     inside = (first + start < q_start + q_length) & (first + TOKENS + start > q_start)
     if inside & (begin < low):
         # 2. Queries.
-        offs_r = tl.arange(0, ROWS)
-        offs_g = offs_r % BLOCK_G
+        offs_r = tl.arange(0, ROWS)  # [ROWS]
+        offs_g = offs_r % BLOCK_G  # [ROWS]
         offs_m = first + offs_r // BLOCK_G  # [ROWS]
         index = (offs_m + start - q_start).to(tl.int64)  # [ROWS]
         real = (index >= tl.maximum(start - q_start, 0)) & (index < q_length) & (offs_g < GROUP)  # [ROWS]
-        offs_d = tl.arange(0, BLOCK_D)
+        offs_d = tl.arange(0, BLOCK_D)  # [BD]
         p_q = q + i_b.to(tl.int64) * stride_qb + (i_h * GROUP + offs_g).to(tl.int64)[:, None] * stride_qh  # [ROWS, 1]
         p_q = p_q + index[:, None] * stride_qs + offs_d.to(tl.int64)[None, :] * stride_qd  # [ROWS, BD]
         b_q = tl.load(p_q, mask=real[:, None] & (offs_d < D)[None, :], other=0.0)  # [ROWS, BD]
@@ -153,25 +153,25 @@ def _score_kernel(
             b_k = k2_desc.load([i_b, i_h, c * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)  # [BN, BD]
             s = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [ROWS, BN]
             if HAS_SOFTCAP:
-                s = softcap_logits(s, scale, softcap)
-            m_i, l_i = add_to_exp_sum(m_i, l_i, s * to_log2)
+                s = softcap_logits(s, scale, softcap)  # [ROWS, BN]
+            m_i, l_i = add_to_exp_sum(m_i, l_i, s * to_log2)  # [ROWS], [ROWS]
         b_k = k2_desc.load([i_b, i_h, full * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)  # [BN, BD]
         s = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [ROWS, BN]
         if HAS_SOFTCAP:
-            s = softcap_logits(s, scale, softcap)
+            s = softcap_logits(s, scale, softcap)  # [ROWS, BN]
         seen = full * BLOCK_N + tl.arange(0, BLOCK_N)[None, :] < ((offs_m + 1) // _BLOCK - 1)[:, None]  # [ROWS, BN]
-        m_i, l_i = add_to_exp_sum(m_i, l_i, tl.where(seen, s * to_log2, -float("inf")))
-        b_lse = tl.where(offs_g < GROUP, m_i + tl.math.log2(l_i), float("inf"))  # [ROWS]; what is no head has weight 0
+        m_i, l_i = add_to_exp_sum(m_i, l_i, tl.where(seen, s * to_log2, -float("inf")))  # [ROWS], [ROWS]
+        b_lse = tl.where(offs_g < GROUP, m_i + tl.math.log2(l_i), float("inf"))  # [ROWS]; rows of no head have weight 0
 
         # 4. Scores of the blocks, from the fine keys.
         slot = i_bh.to(tl.int64) * (tl.num_programs(0) * TOKENS) + i_t * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
-        offs_b = tl.arange(0, BLOCKS)
+        offs_b = tl.arange(0, BLOCKS)  # [BLOCKS]
         is_last = tl.arange(0, _COLUMNS) == _COLUMNS - 1  # [COLUMNS]
         for c in tl.range(tl.maximum(begin - 1, 0) // BLOCKS, tl.cdiv(low, BLOCKS)):
             b_k = k1_desc.load([i_b, i_h, c * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)  # [BN, BD]
             s = tl.dot(b_q, b_k.T, input_precision=PRECISION)  # [ROWS, BN]
             if HAS_SOFTCAP:
-                s = softcap_logits(s, scale, softcap)
+                s = softcap_logits(s, scale, softcap)  # [ROWS, BN]
             p = tl.math.exp2(s * to_log2 - b_lse[:, None])  # [ROWS, BN]
             p = tl.sum(tl.reshape(p, (TOKENS, BLOCK_G, BLOCK_N)), 1)  # [TOKENS, BN]
             p = tl.reshape(p, (TOKENS, BLOCKS, _COLUMNS))  # [TOKENS, BLOCKS, COLUMNS]

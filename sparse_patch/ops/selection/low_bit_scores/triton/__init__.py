@@ -1,4 +1,4 @@
-"""Triton backend: one kernel quantises the keys, once per KV head, one decides."""
+"""Triton backend: one kernel quantises the keys, once per KV head, and one kernel decides."""
 
 import torch
 
@@ -11,7 +11,7 @@ __all__ = ["decide_blocks", "decisions", "quantise_keys"]
 
 
 def decisions(call: AttentionCall, tau: torch.Tensor, rule: LowBitParams) -> torch.Tensor:
-    """See `ops.scores`."""
+    """See `ops.selection.low_bit_scores`."""
     mean_k = mean_key(call)
     mean_q = mean_query(call) if rule.numerics == "int4" else None
     codes, scales, mean_term = quantise_keys(call.k, mean_k, mean_q, call.kv_start, rule.largest_code)

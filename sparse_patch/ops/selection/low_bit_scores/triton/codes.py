@@ -1,9 +1,9 @@
-"""Smoothing and quantising, as both kernels do it."""
+"""Smoothing and quantising, for both kernels."""
 
 import triton
 import triton.language as tl
 
-EVEN: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: added and taken off again, it rounds half to even
+EVEN: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: adding and subtracting it rounds half to even
 
 
 @triton.jit
@@ -22,8 +22,8 @@ def to_codes(x, scale, LARGEST: tl.constexpr):
 
 @triton.jit
 def smoothed(p_k, position, valid, mean, stride_ks, stride_kd, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Keys `[N, BLOCK_D]` with the mean taken off, in their own dtype; zeros where not valid."""
-    offs_d = tl.arange(0, BLOCK_D)
+    """Keys `[N, BLOCK_D]` minus the mean, in their own dtype; zeros if not valid."""
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
     mask = valid[:, None] & (offs_d < D)[None, :]  # [N, BD]
     p_tile = p_k + position.to(tl.int64)[:, None] * stride_ks + offs_d.to(tl.int64)[None, :] * stride_kd  # [N, BD]
     b_k = tl.load(p_tile, mask=mask, other=0.0)  # [N, BD]

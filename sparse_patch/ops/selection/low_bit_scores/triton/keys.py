@@ -8,7 +8,7 @@ from sparse_patch.kernels.launch import by_row, launch_op
 from sparse_patch.ops.selection.low_bit_scores.params import KEY_BLOCK, WORD_KEYS
 from sparse_patch.ops.selection.low_bit_scores.triton.codes import scale_of, smoothed, to_codes
 
-_KEYS = 128  # of a program
+_KEYS = 128  # per program
 
 
 def _outputs(k: torch.Tensor, mean_q: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,8 +41,8 @@ def quantise_keys(
         largest_code: 7 or 127.
 
     Returns:
-        What `ops.scores.torch.QuantisedKeys` has, D filled up with zeros to a power of two, and `mean_term` empty for
-        int8.
+        The tensors of `ops.selection.low_bit_scores.torch.QuantisedKeys`, with D padded by zeros to a power of two.
+        `mean_term` is empty for int8.
     """
     codes, scales, mean_term = _outputs(k, mean_q)
     batch, kv_heads, slots, block_d = codes.shape
@@ -103,20 +103,20 @@ def _quantise_kernel(
     start = 0
     if HAS_START:
         start = tl.load(kv_start + i_b).to(tl.int32)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
     offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
     mean = tl.load(mean_k + i_bh.to(tl.int64) * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)  # [BD]
-    position = offs_n + start
+    position = offs_n + start  # [BN]
     p_k = k + i_b * stride_kb + i_h * stride_kh
     b_k = smoothed(p_k, position, position < kv_length, mean, stride_ks, stride_kd, D, BLOCK_D)  # [BN, BD]
     dtype: tl.constexpr = b_k.dtype
     x = b_k.to(tl.float32)  # [BN, BD]
 
     # 2. Scales.
-    # Key 8a + 2t + e of a block, int4: the keys of equal t share a scale.
+    # int4: the keys 8a + 2t + e of a block with equal t share a scale.
     by_lane = tl.reshape(tl.max(tl.abs(x), 1), (BLOCKS, 4, 4, 2))  # [BLOCKS, 4, 4, 2]
     first_block = i_bh.to(tl.int64) * steps * BLOCKS + i_n * BLOCKS
-    offs_j = tl.arange(0, BLOCKS)
+    offs_j = tl.arange(0, BLOCKS)  # [BLOCKS]
     if HAS_MEAN:
         scale = scale_of(tl.max(tl.max(by_lane, 3), 1), LARGEST, dtype)  # [BLOCKS, 4]
         tl.store(scales + (first_block + offs_j)[:, None] * 4 + tl.arange(0, 4)[None, :], scale.to(dtype))
@@ -128,7 +128,7 @@ def _quantise_kernel(
     of_key = tl.reshape(of_key, (BLOCK_N,))  # [BN]
 
     # 3. Codes.
-    rows = i_bh.to(tl.int64) * steps * BLOCK_N + offs_n
+    rows = i_bh.to(tl.int64) * steps * BLOCK_N + offs_n  # [BN]
     b_codes = to_codes(x, tl.broadcast_to(of_key[:, None], (BLOCK_N, BLOCK_D)), LARGEST)  # [BN, BD]
     tl.store(codes + rows[:, None] * BLOCK_D + offs_d[None, :], b_codes)
 

@@ -1,4 +1,4 @@
-"""Triton backend of the lines: `choose` takes lines, `cut` the blocks of query-aware heads, `plan` lists both."""
+"""Triton backend of the lines: `choose` takes lines, `cut` finds the blocks of query-aware heads, `plan` lists both."""
 
 from sparse_patch.ops.selection.vertical_slash.triton.choose import choose_vertical_slash
 from sparse_patch.ops.selection.vertical_slash.triton.plan import plan_of_vertical_slash

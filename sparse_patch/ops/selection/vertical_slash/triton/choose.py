@@ -17,7 +17,7 @@ from sparse_patch.plans import BlockGrid
 def choose_vertical_slash(
     call: AttentionCall, grid: BlockGrid, mean_k: torch.Tensor, rule: VerticalSlashParams
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `ops.lines`."""
+    """See `ops.selection.vertical_slash`."""
     profiles = stacked_profiles(call, grid.block_size)
     counts = grid.row_starts if rule.reach else tokens_within(profiles, rule.gamma)
     most = min(rule.max_blocks or grid.num_key_blocks, grid.num_key_blocks)
@@ -53,7 +53,7 @@ def vertical_slash_of_profiles(
     dense_length: int,
     reach: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernels' launches; softcap 0 for none. The rest is that of a `VerticalSlashParams`.
+    """The kernels' launches; softcap 0 for none. The other arguments are those of a `VerticalSlashParams`.
 
     Returns:
         Columns and diagonals, bool `[2, B, Hq, N]`, and which heads are query-aware, bool `[B, Hq]`.
@@ -136,11 +136,11 @@ def _pool_kernel(
     i_b, i_h = i_bh // heads, i_bh % heads
     start = tl.load(row_starts + i_b).to(tl.int32)
     shift = 0
-    if FROM_START:  # what the row's last block lacks shifts the distances
+    if FROM_START:  # tokens missing in the row's last block shift the distances
         shift = tl.cdiv(keys - start, BLOCK) * BLOCK - (keys - start)
     offs_n = (pid % tiles) * 32 + tl.arange(0, 32)  # [32]
-    offs_s = tl.arange(0, BLOCK)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_s = tl.arange(0, BLOCK)  # [BLOCK]
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
     at_key = start + offs_n[:, None] * BLOCK + offs_s[None, :]  # [32, BLOCK]
     mass = tl.load(profiles + i_bh * keys + at_key, mask=at_key < keys, other=0.0)  # [32, BLOCK]
     tl.store(pooled + i_bh * blocks + offs_n, tl.sum(mass, 1), mask=offs_n < blocks)
@@ -157,13 +157,13 @@ def _pool_kernel(
     b_k = tl.load(p_k, mask=(offs_n < blocks)[:, None] & (offs_d < D)[None, :], other=0.0)  # [32, BD]
     s = tl.sum(b_k * mean_q[None, :], 1)  # [32]
     if HAS_SOFTCAP:
-        s = softcap_logits(s, 1.0, softcap)
+        s = softcap_logits(s, 1.0, softcap)  # [32]
     tl.store(pooled + (distances + batch.to(tl.int64) * heads) * blocks + offs_n, s, mask=offs_n < blocks)
 
 
 @triton.jit
 def _number_reaching(mass, exists, offs, gamma):
-    """How many entries, number 0 first and then the largest, it takes until their sum is at least `gamma`."""
+    """Number of entries, entry 0 first and then the largest, until their sum is at least `gamma`."""
     first = tl.sum(tl.where(offs == 0, mass, 0.0), 0)
     others = tl.where(exists & (offs > 0), mass, 0.0)
     bits = others.to(tl.int32, bitcast=True)
@@ -181,7 +181,7 @@ def _number_reaching(mass, exists, offs, gamma):
 
 @triton.jit
 def _largest(mass, exists, offs, wanted):
-    """Marks as many of the largest entries as wanted, number 0 first; ties go to the lower number."""
+    """Mark the `wanted` largest entries, entry 0 first; ties go to the lower index."""
     bits = tl.where(exists, mass.to(tl.int32, bitcast=True), -1)
     bits = tl.where(offs == 0, 0x7F800000, bits)
     cut = 0
@@ -199,25 +199,25 @@ def _choose_kernel(
     pooled, counts, row_starts, lines, aware, batch, heads, keys, blocks, gamma, tau, min_blocks, max_blocks,
     dense_length, REACH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The lines of one head."""
+    """Choose the lines of one head."""
     i_bh = tl.program_id(0)
     all_heads = batch * heads
     start = tl.load(row_starts + i_bh // heads).to(tl.int32)
     number = tl.cdiv(keys - start, BLOCK)
-    offs = tl.arange(0, BLOCK_N)
-    exists = offs < number
+    offs = tl.arange(0, BLOCK_N)  # [BN]
+    exists = offs < number  # [BN]
     p_pooled = pooled + i_bh.to(tl.int64) * blocks + offs  # [BN]
     step = all_heads.to(tl.int64) * blocks
     key_mass = tl.load(p_pooled, mask=exists, other=0.0)  # [BN]
     distance_mass = tl.load(p_pooled + step, mask=exists, other=0.0)  # [BN]
     s = tl.load(p_pooled + 2 * step, mask=exists, other=-float("inf"))  # [BN]
-    p = tl.exp(s - tl.max(s, 0))
-    p = p / tl.sum(p, 0)
+    p = tl.exp(s - tl.max(s, 0))  # [BN]
+    p = p / tl.sum(p, 0)  # [BN]
     middle = (p + key_mass) / 2  # [BN]
     if REACH:
-        middle = tl.maximum(middle, 1.1754943508222875e-38)
+        middle = tl.maximum(middle, 1.1754943508222875e-38)  # [BN]
         terms = tl.where(p > 0, p * tl.log(p / middle), 0.0)  # [BN]
-        terms += tl.where(key_mass > 0, key_mass * tl.log(key_mass / middle), 0.0)
+        terms += tl.where(key_mass > 0, key_mass * tl.log(key_mass / middle), 0.0)  # [BN]
     else:
         terms = p * tl.log(p / middle) + key_mass * tl.log(key_mass / middle)  # [BN]; a 0 makes it NaN
     divergence = tl.sum(tl.where(exists, terms, 0.0), 0) / 2
@@ -234,7 +234,7 @@ def _choose_kernel(
     slashes = tl.where(is_aware, min_blocks, slashes)
     verticals = tl.minimum(tl.minimum(tl.maximum(verticals, min_blocks), max_blocks), number)
     slashes = tl.minimum(tl.minimum(tl.maximum(slashes, min_blocks), max_blocks), number)
-    p_lines = lines + i_bh.to(tl.int64) * blocks + offs
+    p_lines = lines + i_bh.to(tl.int64) * blocks + offs  # [BN]
     every = keys - start <= dense_length
     tl.store(p_lines, _largest(key_mass, exists, offs, verticals) | every, mask=offs < blocks)
     tl.store(p_lines + step, _largest(distance_mass, exists, offs, slashes), mask=offs < blocks)

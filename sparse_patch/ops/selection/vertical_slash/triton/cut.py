@@ -1,7 +1,7 @@
 """Where query-aware heads cut their pooled attention, the causal attention of mean queries to mean keys.
 
-The attention is held for a slice of the heads at a time, the query-aware ones first: their slices are as few as can be,
-and in the others every program leaves at once. The host does not know how many there are.
+The attention is held for one slice of the heads at a time, query-aware heads first. These then need as few slices as
+possible, and in the other slices every program exits at once. The host does not know the number of query-aware heads.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ from sparse_patch.ops.selection.vertical_slash.params import QueryAware
 from sparse_patch.ops.selection.vertical_slash.triton.search import search, warps_of
 from sparse_patch.plans import BlockGrid
 
-_SLICE_BYTES = 56 << 20  # of pooled attention that is held at once; measured on an H200
-_LONG = 2**17  # entries of which one program cannot find the largest soon enough
-_CHUNK = 16384  # of such entries, for one program
-_LONG_STEPS = 9  # launches of such a search: four bits each, and one to add up the last
+_SLICE_BYTES = 56 << 20  # pooled attention that is held at once; measured on an H200
+_LONG = 2**17  # entries; among more, one program finds the largest too slowly
+_CHUNK = 16384  # such entries per program
+_LONG_STEPS = 9  # launches of such a search: four bits each, and one that adds up the last
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class PooledCut:
     """The pooled attention of a slice of the heads, and where it is cut.
 
     Attributes:
-        aware: which heads are cut, and by what.
+        aware: which heads are cut, and by which rule.
         grid: the grid of their call.
-        heads: those of `aware`, contiguous.
-        row_starts: those of `grid`, contiguous.
+        heads: the heads of `aware`, contiguous.
+        row_starts: the row starts of `grid`, contiguous.
         order: every head of every row, the query-aware ones first, int64 `[B * Hq]`.
         attention: float32 `[heads of a slice, NQ, N]`; with `each_row` nothing is written above the diagonal.
-        floors: int32 `[B * Hq, n]`; entries whose bits are above the floor are taken. With `each_row` one for each
-            query block, else the last one counts.
+        floors: int32 `[B * Hq, n]`; entries whose bits are above the floor are taken. With `each_row` there is one
+            floor for each query block; otherwise the last floor counts.
     """
 
     aware: QueryAware
@@ -49,7 +49,7 @@ class PooledCut:
 
     @classmethod
     def of(cls, aware: QueryAware, grid: BlockGrid) -> "PooledCut":
-        """Nothing is in it yet."""
+        """A cut that holds no results yet."""
         number, queries, num_blocks = aware.heads.numel(), grid.num_query_blocks, grid.num_key_blocks
         floors = queries if aware.each_row else _LONG_STEPS if queries * num_blocks > _LONG else 1
         held = next(_slices(number, grid)).stop
@@ -64,7 +64,7 @@ class PooledCut:
         )
 
     def slices(self) -> Iterator[slice]:
-        """Slices of `order`; after each, `attention` and `floors` are those of its heads."""
+        """Slices of `order`. After each slice, `attention` and `floors` are those of its heads."""
         for part in _slices(len(self.order), self.grid):
             _attend_pooled(self, part)
             _find_floors(self, part)
@@ -76,7 +76,7 @@ def _slices(heads: int, grid: BlockGrid) -> Iterator[slice]:
 
 
 def _attend_pooled(cut: PooledCut, part: slice) -> None:
-    """The pooled attention of a slice of the heads, where they are query-aware."""
+    """Compute the pooled attention of the query-aware heads of a slice."""
     aware, call, grid, block_i = cut.aware, cut.aware.call, cut.grid, 16
     queries = grid.num_query_blocks
     _pooled_kernel[((part.stop - part.start) * triton.cdiv(queries, block_i),)](
@@ -107,7 +107,7 @@ def _attend_pooled(cut: PooledCut, part: slice) -> None:
 
 
 def _find_floors(cut: PooledCut, part: slice) -> None:
-    """The floors of a slice of the heads, where they are query-aware."""
+    """Find the floors of the query-aware heads of a slice."""
     aware, grid, (queries, num_blocks) = cut.aware, cut.grid, cut.attention.shape[1:]
     if not aware.each_row and queries * num_blocks > _LONG:
         return _find_floors_of_long(cut, part)
@@ -137,7 +137,7 @@ def _find_floors(cut: PooledCut, part: slice) -> None:
 
 
 def _find_floors_of_long(cut: PooledCut, part: slice) -> None:
-    """The same with many programs for a head, and a launch for each step of the search."""
+    """Find them with many programs per head, and one launch for each step of the search."""
     aware, grid, number, length = cut.aware, cut.grid, part.stop - part.start, cut.attention[0].numel()
     chunks = triton.cdiv(length, _CHUNK)
     sums = cut.attention.new_empty(2, number, chunks, 16)
@@ -173,8 +173,9 @@ def _pooled_kernel(
 ):  # fmt: skip
     """Causal attention of mean queries to mean keys, for some query blocks of a query-aware head.
 
-    `scale` and `softcap` bring logits to log2 units.
+    `scale` and `softcap` convert logits to log2 units.
     """
+    # 1. The tile: query blocks of a head.
     tiles = tl.cdiv(queries, BLOCK_I)
     pid = tl.program_id(0)
     i_bh = tl.load(order + first + pid // tiles).to(tl.int32)
@@ -182,23 +183,28 @@ def _pooled_kernel(
         return
     i_b, i_h = i_bh // heads, i_bh % heads
     offs_i = (pid % tiles) * BLOCK_I + tl.arange(0, BLOCK_I)  # [BI]
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
     first_block, rows = query_blocks_of_row(row_starts, q_start, keys, i_b, SIDE)
     real = offs_i < rows  # [BI]
-    query_block = first_block + offs_i
+    query_block = first_block + offs_i  # [BI]
     start = tl.load(row_starts + i_b).to(tl.int32)
     low = tl.maximum(q_start - start, 0)
+
+    # 2. Mean queries.
     # [1, BD]
     p_q = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh + offs_d.to(tl.int64)[None, :] * stride_qd
     b_q = tl.zeros([BLOCK_I, BLOCK_D], dtype=tl.float32)  # [BI, BD]
     for i in tl.range(0, SIDE, 8):
-        for more in tl.static_range(8):  # eight loads at a time: one after another, each waits for the memory
-            position = query_block * SIDE + i + more
-            there = real & (position >= low) & (position < keys - start)
-            rows_q = (position + start - q_start).to(tl.int64)
+        for more in tl.static_range(8):  # eight loads at a time: single loads would each wait
+            position = query_block * SIDE + i + more  # [BI]
+            there = real & (position >= low) & (position < keys - start)  # [BI]
+            rows_q = (position + start - q_start).to(tl.int64)  # [BI]
+            # [BI, BD]
             b_q += tl.load(p_q + rows_q[:, None] * stride_qs, mask=there[:, None] & (offs_d < D)[None, :], other=0.0)
     number = tl.minimum(query_block * SIDE + SIDE, keys - start) - tl.maximum(query_block * SIDE, low)  # [BI]
-    b_q *= (scale / tl.maximum(number, 1))[:, None]
+    b_q *= (scale / tl.maximum(number, 1))[:, None]  # [BI, BD]
+
+    # 3. Logits, and their LSE.
     p_k = mean_k + (i_b * (heads // group) + i_h // group).to(tl.int64) * blocks * D
     p_o = attention + ((pid // tiles).to(tl.int64) * queries + offs_i[:, None]) * blocks  # [BI, 1]
     m_i = tl.full([BLOCK_I], -float("inf"), dtype=tl.float32)  # [BI]
@@ -214,16 +220,18 @@ def _pooled_kernel(
         )
         s = tl.dot(b_q, b_k, input_precision="tf32x3")  # [BI, BJ]
         if HAS_SOFTCAP:
-            s = softcap_logits(s, 1.0, softcap)
+            s = softcap_logits(s, 1.0, softcap)  # [BI, BJ]
         seen = (offs_j[None, :] <= query_block[:, None]) & real[:, None] & (offs_j < end)[None, :]  # [BI, BJ]
-        s = tl.where(seen, s, -float("inf"))
+        s = tl.where(seen, s, -float("inf"))  # [BI, BJ]
         tl.store(p_o + offs_j[None, :], s, mask=(offs_i < queries)[:, None] & (offs_j < end)[None, :])
-        m_i, l_i = add_to_exp_sum(m_i, l_i, s)
+        m_i, l_i = add_to_exp_sum(m_i, l_i, s)  # [BI], [BI]
+
+    # 4. Weights, from the logits and the LSE.
     tl.debug_barrier()  # the logits that other threads of this program wrote are read below
     lse = tl.where(l_i > 0, m_i + tl.math.log2(l_i), 0.0)  # [BI]
     for j in tl.range(0, end if EACH_ROW else blocks, BLOCK_J):
-        offs_j = j + tl.arange(0, BLOCK_J)
-        mask = (offs_i < queries)[:, None] & (offs_j < blocks)[None, :]
+        offs_j = j + tl.arange(0, BLOCK_J)  # [BJ]
+        mask = (offs_i < queries)[:, None] & (offs_j < blocks)[None, :]  # [BI, BJ]
         s = tl.load(p_o + offs_j[None, :], mask=mask & (offs_j < end)[None, :], other=-float("inf"))  # [BI, BJ]
         tl.store(p_o + offs_j[None, :], tl.math.exp2(s - lse[:, None]), mask=mask)
 
@@ -252,19 +260,19 @@ def _digit_kernel(
     attention, aware, order, row_starts, q_start, keys, sums, sums_before, floors, first, heads, n, chunks, gamma, step,
     SIDE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """One step of the search for a head's floor: four more of its bits from the sums of the step before, new sums.
+    """One step of the search for a head's floor: four more bits from the sums of the step before, then new sums.
 
-    Every program of a head adds the same sums in the same order, so that all find the same bits.
+    Every program of a head adds the same sums in the same order, so all programs find the same bits.
     """
     pid = tl.program_id(0)
     i_row, i_chunk = pid // chunks, pid % chunks
     i_bh = tl.load(order + first + i_row).to(tl.int32)
     if tl.load(aware + i_bh) == 0:
         return
-    offs_n = tl.arange(0, 16)
+    offs_n = tl.arange(0, 16)  # [16]
     floor = tl.load(floors + i_bh * 9 + tl.maximum(step - 1, 0)) if step > 0 else 0
     if step > 0:
-        offs_c = tl.arange(0, CHUNKS)
+        offs_c = tl.arange(0, CHUNKS)  # [CHUNKS]
         p_before = sums_before + (i_row * chunks + offs_c[:, None]) * 16 + offs_n[None, :]  # [CHUNKS, 16]
         mass = tl.sum(tl.load(p_before, mask=(offs_c < chunks)[:, None], other=0.0), 0)  # [16]
         _, rows = query_blocks_of_row(row_starts, q_start, keys, i_bh // heads, SIDE)
@@ -277,9 +285,9 @@ def _digit_kernel(
         candidates = floor + (offs_n << (28 - 4 * step))  # [16]
         mass = tl.zeros([16], dtype=tl.float32)  # [16]
         for i in tl.range(i_chunk * CHUNK, tl.minimum((i_chunk + 1) * CHUNK, n), 1024):
-            offs = i + tl.arange(0, 1024)
+            offs = i + tl.arange(0, 1024)  # [1024]
             x = tl.load(attention + i_row.to(tl.int64) * n + offs, mask=offs < n, other=0.0)  # [1024]
-            bits = x.to(tl.int32, bitcast=True)
-            mass += tl.sum(tl.where(bits[:, None] >= candidates[None, :], x[:, None], 0.0), 0)
-        mass = tl.where((step == 0) & (offs_n > 3), 0.0, mass)  # beyond the bits of 2.0
+            bits = x.to(tl.int32, bitcast=True)  # [1024]
+            mass += tl.sum(tl.where(bits[:, None] >= candidates[None, :], x[:, None], 0.0), 0)  # [16]
+        mass = tl.where((step == 0) & (offs_n > 3), 0.0, mass)  # [16]; beyond the bits of 2.0
         tl.store(sums + (i_row * chunks + i_chunk) * 16 + offs_n, mass)

@@ -17,7 +17,7 @@ from sparse_patch.plans import BlockGrid, BlockPlan
 def plan_of_vertical_slash(
     verticals: torch.Tensor, slashes: torch.Tensor, aware: QueryAware | None, grid: BlockGrid
 ) -> BlockPlan:
-    """See `ops.lines`."""
+    """See `ops.selection.vertical_slash`."""
     if torch.compiler.is_compiling():
         indices, counts = _lists_in_a_graph(verticals, slashes, aware, grid)
     else:
@@ -28,7 +28,7 @@ def plan_of_vertical_slash(
 def _lists_in_a_graph(
     verticals: torch.Tensor, slashes: torch.Tensor, aware: QueryAware | None, grid: BlockGrid
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_lists` by an op, which takes tensors and numbers."""
+    """`_lists` as an op, which takes tensors and numbers."""
     given: Any = (verticals, slashes, grid.row_starts)
     given += grid.q_length, grid.kv_length, grid.q_start, grid.padded, grid.block_size
     if aware is not None:
@@ -77,7 +77,7 @@ def lists_of_lines(
     each_row: bool = False,
     max_blocks: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_lists` of a grid that is given by its fields; the last nine arguments are those of the query-aware heads."""
+    """`_lists` of a grid given by its fields; the last nine arguments are those of the query-aware heads."""
     grid, aware = BlockGrid(len(verticals), q_length, kv_length, q_start, row_starts, padded, block_size), None
     if q is not None and k is not None and heads is not None and mean_k is not None:
         call = AttentionCall(q, k, k, scale, 0, "prefill", q_start, row_starts, softcap)
@@ -88,7 +88,7 @@ def lists_of_lines(
 def _lists(
     verticals: torch.Tensor, slashes: torch.Tensor, aware: QueryAware | None, grid: BlockGrid
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The blocks of each query block, int32 `[B, Hq, NQ, N]`, and how many there are, int32 `[B, Hq, NQ]`."""
+    """The blocks of each query block, int32 `[B, Hq, NQ, N]`, and their number, int32 `[B, Hq, NQ]`."""
     batch, heads, num_blocks = verticals.shape
     queries, (indices, counts) = grid.num_query_blocks, _room(verticals, grid)
     verticals, slashes, row_starts = verticals.contiguous(), slashes.contiguous(), grid.row_starts.contiguous()
@@ -123,7 +123,7 @@ def _plan_kernel(
     queries, blocks, AWARE: tl.constexpr, EACH_ROW: tl.constexpr, FLOORS: tl.constexpr, SIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The list of one query block."""
+    """Write the list of one query block."""
     pid = tl.program_id(0)
     i_bh, i_q = first + pid // queries, pid % queries
     if AWARE:
@@ -141,15 +141,15 @@ def _plan_kernel(
     count = 0
     for j in tl.range(0, end, BLOCK):
         offs_j = j + tl.arange(0, BLOCK)  # [BLOCK]
-        mask = offs_j < end
+        mask = offs_j < end  # [BLOCK]
         taken = tl.load(verticals + i_bh.to(tl.int64) * blocks + offs_j, mask=mask, other=0) != 0  # [BLOCK]
-        distance = query_block - offs_j
-        taken = taken | (tl.load(slashes + i_bh.to(tl.int64) * blocks + distance, mask=mask, other=0) != 0)
+        distance = query_block - offs_j  # [BLOCK]
+        taken = taken | (tl.load(slashes + i_bh.to(tl.int64) * blocks + distance, mask=mask, other=0) != 0)  # [BLOCK]
         if AWARE:
-            p_a = attention + pid.to(tl.int64) * blocks + offs_j
+            p_a = attention + pid.to(tl.int64) * blocks + offs_j  # [BLOCK]
             b_a = tl.load(p_a, mask=offs_j < chosen_end, other=0.0)  # [BLOCK]
-            taken = taken | ((b_a.to(tl.int32, bitcast=True) > floor) & (offs_j < chosen_end))
-        taken = (taken & mask).to(tl.int32)
+            taken = taken | ((b_a.to(tl.int32, bitcast=True) > floor) & (offs_j < chosen_end))  # [BLOCK]
+        taken = (taken & mask).to(tl.int32)  # [BLOCK]
         place = count + tl.cumsum(taken, 0) - 1  # [BLOCK]
         tl.store(indices + i_list * blocks + place, offs_j, mask=taken != 0)
         count += tl.sum(taken, 0)

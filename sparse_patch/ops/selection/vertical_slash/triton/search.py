@@ -1,7 +1,7 @@
 """The largest entries of a row that make up a mass, without a sort.
 
-A search over the bits of the float at which to cut, four candidates a step: floats that are not negative order as their
-bits do.
+The search goes over the bits of the float at which to cut, with four candidates per step. Floats that are not negative
+have the same order as their bits.
 """
 
 import torch
@@ -32,7 +32,7 @@ def warps_of(block: int) -> int:
 
 @triton.jit
 def _enough(mass, number, limit, most, REACH: tl.constexpr, LIMITED: tl.constexpr):
-    """1 if these entries are enough: a sum that reaches the limit (or the most entries there may be), or is above."""
+    """1 if these entries are enough: their sum reaches the limit (or there are `most` entries), or is above it."""
     total = tl.sum(mass, 0)
     if REACH:
         enough = total >= limit
@@ -45,20 +45,20 @@ def _enough(mass, number, limit, most, REACH: tl.constexpr, LIMITED: tl.constexp
 
 @triton.jit
 def search(p_x, n, limit, most, REACH: tl.constexpr, LIMITED: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest bits such that the entries with at least those are enough. Entries lie in [0, 2); all are enough."""
+    """The largest bits such that the entries with at least these are enough. Entries lie in [0, 2); all are enough."""
     found = 0
     for step in tl.range(0, 15):
         digit = 1 << (28 - 2 * step)
-        mass_1 = tl.zeros([BLOCK], dtype=tl.float32)
-        mass_2 = tl.zeros([BLOCK], dtype=tl.float32)
-        mass_3 = tl.zeros([BLOCK], dtype=tl.float32)
-        number_1 = tl.zeros([BLOCK], dtype=tl.int32)
-        number_2 = tl.zeros([BLOCK], dtype=tl.int32)
-        number_3 = tl.zeros([BLOCK], dtype=tl.int32)
+        mass_1 = tl.zeros([BLOCK], dtype=tl.float32)  # [BLOCK]
+        mass_2 = tl.zeros([BLOCK], dtype=tl.float32)  # [BLOCK]
+        mass_3 = tl.zeros([BLOCK], dtype=tl.float32)  # [BLOCK]
+        number_1 = tl.zeros([BLOCK], dtype=tl.int32)  # [BLOCK]
+        number_2 = tl.zeros([BLOCK], dtype=tl.int32)  # [BLOCK]
+        number_3 = tl.zeros([BLOCK], dtype=tl.int32)  # [BLOCK]
         for i in tl.range(0, n, BLOCK):
             offs = i + tl.arange(0, BLOCK)  # [BLOCK]
             x = tl.load(p_x + offs, mask=offs < n, other=0.0)  # [BLOCK]
-            above = x.to(tl.int32, bitcast=True) - found
+            above = x.to(tl.int32, bitcast=True) - found  # [BLOCK]
             mass_1 += tl.where(above >= digit, x, 0.0)
             mass_2 += tl.where(above >= 2 * digit, x, 0.0)
             mass_3 += tl.where(above >= 3 * digit, x, 0.0)
@@ -79,8 +79,8 @@ def _count_kernel(x, counts, gamma, n, BLOCK: tl.constexpr):
     pid = tl.program_id(0)
     p_x = x + pid.to(tl.int64) * n
     cut = search(p_x, n, gamma, 0, False, False, BLOCK)
-    above = tl.zeros([BLOCK], dtype=tl.int32)
-    mass = tl.zeros([BLOCK], dtype=tl.float32)
+    above = tl.zeros([BLOCK], dtype=tl.int32)  # [BLOCK]
+    mass = tl.zeros([BLOCK], dtype=tl.float32)  # [BLOCK]
     for i in tl.range(0, n, BLOCK):
         offs = i + tl.arange(0, BLOCK)  # [BLOCK]
         b_x = tl.load(p_x + offs, mask=offs < n, other=0.0)  # [BLOCK]
