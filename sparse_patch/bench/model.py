@@ -336,7 +336,7 @@ def _row(
 
 
 def _forget(benchmark: Benchmark, model: PreTrainedModel) -> None:
-    """Free what compiled code, its graphs and caches hold, so that the next variant compiles anew and has the memory."""
+    """Free what compiled code, its graphs and caches hold: the next variant compiles anew and has the memory."""
     forget_cache_length(model)
     if is_compiled(benchmark):
         torch.compiler.reset()
