@@ -72,7 +72,7 @@ class MiniCPM(_Carried):
     @model_validator(mode="before")
     @classmethod
     def _one_rope(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Put RoPE in one field: Transformers 5 has `rope_parameters`, older versions `rope_theta` and `rope_scaling`."""
+        """Put RoPE in one field: Transformers 5 has `rope_parameters`, older ones `rope_theta` and `rope_scaling`."""
         scaling = data.get("rope_parameters") or data.get("rope_scaling") or {}
         if not isinstance(scaling, Mapping):
             return data
