@@ -83,9 +83,8 @@ def evaluate(
     about = header(said, evaluation, None if haystack is None else str(haystack))
     old = _earlier_result(json_file) if add else None
     if old is not None and json_file is not None:
-        add_to(
-            old, as_json([], about, evaluation.configs), json_file
-        )  # raises before the work if they do not fit together
+        # Before the work: raise if the results do not fit together.
+        add_to(old, as_json([], about, evaluation.configs), json_file)
     transformers_logging.disable_progress_bar()
     console = Console() if sys.stdout.isatty() else Console(width=120)
     with Journal[Record].beside(json_file, about, Record) as journal:
