@@ -89,7 +89,7 @@ class Probe:
 
     @contextmanager
     def _under_masks(self, captured: dict[int, Any]) -> Iterator[None]:
-        """For a `with` block: the model runs its own eager attention, under the plans' masks in calls that had a plan."""
+        """For a `with` block: the model runs its own eager attention, under the plans' masks in calls with a plan."""
         if not any(not isinstance(plan, Dense) for plans in captured.values() for _, plan in plans):
             yield
             return
