@@ -1,4 +1,4 @@
-"""Every recipe can be read, and what it names exists."""
+"""Every recipe can be read, and everything that it names exists."""
 
 import sys
 from functools import cache

@@ -1,4 +1,4 @@
-"""Checkpoints of MiniCPM that are refused, and models that remote code made."""
+"""MiniCPM checkpoints that are refused, and models made by remote code."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_name_that_is_not_there() -> None:
 
 
 class Payload:
-    """Runs code where it is unpickled."""
+    """Runs code when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return exec, ("raise AssertionError('code of a checkpoint ran')",)
@@ -126,7 +126,7 @@ def test_pickles_run_no_code(tmp_path: Path) -> None:
 
 
 def remote_model(native: GraniteForCausalLM, asks_interface: bool, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
-    """The same model as remote code of Transformers would have made it."""
+    """The same model as Transformers' remote code would make it."""
     module = types.ModuleType("transformers_modules.minicpm.modeling_minicpm")
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
