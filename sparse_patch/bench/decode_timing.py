@@ -82,7 +82,7 @@ class Layers:
         return page_decode.fastest(self.calls[0], PagePlan.every(self.calls[0]))
 
     def forget(self) -> None:
-        """Clear the state that methods keep beside the caches."""
+        """Clear the state that methods keep in addition to the caches."""
         for call in self.calls:
             assert call.kv_state is not None, "made by Benchmark.calls"
             call.kv_state.clear()

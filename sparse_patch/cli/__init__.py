@@ -223,4 +223,4 @@ def parsed(arguments: list[str], place: str) -> tuple[str, dict[str, Any]]:
     except _UsageError as error:
         raise SparsePatchError(f"{place}: {_problem(error) or 'names no command'}") from None
     except typer.Exit:
-        raise SparsePatchError(f"{place}: asks for help, which is no command to run") from None
+        raise SparsePatchError(f"{place}: asks for help, which is not a command to run") from None

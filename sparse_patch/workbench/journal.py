@@ -85,7 +85,7 @@ class Journal(Generic[R]):
             self.path.unlink(missing_ok=True)
         elif isinstance(error, WriteError) and self.records:
             raise WriteError(
-                f"{error}; what was measured is kept in {one_line(self.path)}, the same command goes on from there"
+                f"{error}; measurements are kept in {one_line(self.path)}; run the same command to continue"
             ) from error
 
     def add(self, record: R) -> None:

@@ -224,8 +224,8 @@ def test_what_was_measured_is_kept_when_the_result_cannot_be_written(tmp_path: P
     path = tmp_path / "r.json"
     unwritten = pytest.raises(
         WriteError,
-        match="^/dev/full: cannot be written: No space left on device; what was measured is kept in "
-        rf"{path}.unfinished, the same command goes on from there$",
+        match="^/dev/full: cannot be written: No space left on device; measurements are kept in "
+        rf"{path}.unfinished; run the same command to continue$",
     )
     with unwritten, Journal.beside(path, {"seed": 5}, Record) as kept:
         kept.add(record())

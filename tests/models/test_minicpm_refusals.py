@@ -102,7 +102,7 @@ def test_files_that_are_missing_or_broken(tmp_path: Path) -> None:
 
 def test_a_name_that_is_not_there() -> None:
     for name in ("no-such/model", "./no/such/folder"):
-        assert "no such folder, and not to be had from the hub" in refusal(name)
+        assert "no such folder, and not available from the hub" in refusal(name)
     for wrong in (None, 3):
         with pytest.raises(SparsePatchError, match=f"load_minicpm: path: expected a folder or a hub id, got {wrong}"):
             load_minicpm(wrong)  # type: ignore[arg-type]

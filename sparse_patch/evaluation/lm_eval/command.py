@@ -56,7 +56,7 @@ def _parsed(harness: HarnessCLI) -> argparse.Namespace:
 
 @contextmanager
 def _results_in(path: str | None) -> Iterator[None]:
-    """For a `with` block in which lm-eval writes results: raise if it cannot, where lm-eval would only log.
+    """For a `with` block in which lm-eval writes results: raise if writing fails, which lm-eval would only log.
 
     Raises:
         WriteError: the results cannot be written; raised before the block if that can be known there.

@@ -115,7 +115,7 @@ class SparseLM(HFLM):
             return super().generate_until(requests, disable_tqdm)
 
     def _room(self, settings: dict[str, Any], name: str, longest: int) -> int:
-        """The most tokens that a prompt may have beside the new tokens that a request asks for.
+        """The most tokens that a prompt may have in addition to the new tokens that a request asks for.
 
         Args:
             settings: generation settings of the request.

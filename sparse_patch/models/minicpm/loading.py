@@ -85,5 +85,5 @@ def _folder(path: str | Path, revision: str | None) -> Path:
         if not any(folder.glob("*.safetensors")):  # pickled weights are often there too: download them only if needed
             snapshot_download(str(path), revision=revision, allow_patterns=["*.json", "*.bin"])
     except (OSError, ValueError) as error:
-        raise SparsePatchError(f"{path}: no such folder, and not to be had from the hub: {reason(error)}") from None
+        raise SparsePatchError(f"{path}: no such folder, and not available from the hub: {reason(error)}") from None
     return folder
