@@ -2,12 +2,12 @@
 
     python benchmarks/two_gpus.py --json two-gpus.json
 
-Every configuration reads the same prompts and generates greedily, on one GPU, on two by `device_map`, and on two by
-tensor parallelism, for which the script starts itself under torchrun. What is compared with one GPU are the tokens and
-the logits that they were chosen by, as long as the tokens before are the same. By `device_map` nothing is computed in
-another way. Tensor parallelism adds up in another order, so its logits differ by rounding, and where a method ranks
-keys, two that are almost equal may change places; `unpatched` says how much is rounding alone. Float32, unless asked
-otherwise, so that a wrong key shows. The exit status is 1 if any tokens differ.
+Every configuration reads the same prompts and generates greedily: on one GPU, on two by `device_map`, and on two by
+tensor parallelism, for which the script starts itself under torchrun. The tokens, and the logits from which they were
+chosen, are compared with those of one GPU, as long as the earlier tokens are the same. `device_map` changes no
+computation. Tensor parallelism adds in another order, so its logits differ by rounding; if a method ranks keys, two
+almost equal keys may change places. The rows `unpatched` show the effect of rounding only. The dtype is float32 by
+default, so that a wrong key shows. The exit status is 1 if any tokens differ.
 """
 
 import argparse
@@ -41,25 +41,25 @@ CONFIGS = [
     "flexprefill.yaml",
     *(str(RECIPES / f"{name}.yaml") for name in ("curves/sale-16", "moa-50", "delta", "tidaldecode", "lessismore")),
 ]
-NEW_TOKENS = {"niah_multikey_2": 16, "recite": 48}  # by task
+NEW_TOKENS = {"niah_multikey_2": 16, "recite": 48}  # task -> tokens to generate
 UNPATCHED, ONE, SPREAD, TENSOR = "unpatched", "one GPU", "device_map", "tensor parallel"
 _SHARES = {"density": ".3f", "attended": ".0f"}
-PATIENCE = 60  # seconds that a rank waits for another
-LIMIT = 240  # seconds for all configurations under tensor parallelism
+PATIENCE = 60  # most seconds that a rank waits for another
+LIMIT = 240  # most seconds for all configurations under tensor parallelism
 
 
 @dataclass
 class Outcome:
-    """What a configuration gave in one process.
+    """The result of a configuration in one process.
 
     Attributes:
-        tokens: generated after each prompt.
-        logits: those that they were chosen by, float32 `[tokens, vocabulary]` of each prompt.
+        tokens: tokens generated after each prompt.
+        logits: logits from which they were chosen, float32 `[tokens, vocabulary]` for each prompt.
         density: share of the causal triangle that prefill computed.
         attended: keys read per decoded token and layer.
-        fallbacks: dense calls that the method could not serve, by reason.
-        seconds: of all prompts, with the compilation of kernels.
-        error: why there is nothing of this; empty if there is.
+        fallbacks: reason -> number of dense calls that the method could not serve.
+        seconds: time of all prompts, including the compilation of kernels.
+        error: why the run failed; empty if it did not.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Outcome:
 
 
 def main() -> int:
-    """Measure, compare, print and write; see the module's text."""
+    """Measure, compare, print and write; see the module docstring."""
     options = _options()
     if options.rank_files:
         return _as_rank(options)
@@ -113,7 +113,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=sorted(DTYPES))
     parser.add_argument("--static", action="store_true", help="with a static cache, whose step Transformers compiles")
     parser.add_argument("--json", type=Path, help="file for the result")
-    parser.add_argument("--rank-files", type=Path, help=argparse.SUPPRESS)  # of a process that torchrun started
+    parser.add_argument("--rank-files", type=Path, help=argparse.SUPPRESS)  # for processes that torchrun starts
     return parser.parse_args()
 
 
@@ -127,7 +127,7 @@ def _load(options: argparse.Namespace, device_map: Any = None, **how: Any) -> Pr
 
 
 def _measured(model: PreTrainedModel, options: argparse.Namespace, way: str) -> Iterator[tuple[str, Outcome]]:
-    """The outcome of every configuration, and of none; the first rank says which one it has begun."""
+    """Yield the outcome of the unpatched model and of every configuration. The first rank prints its progress."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     samples = {name: TASKS[name].sample(tokenizer, options.length) for name in NEW_TOKENS}
     prompts = {name: encode(tokenizer, sample.prompt, sample.answer)[0] for name, sample in samples.items()}
@@ -137,7 +137,7 @@ def _measured(model: PreTrainedModel, options: argparse.Namespace, way: str) -> 
             print(f"{way}: {name}, kernels are compiled when they first run ...", file=sys.stderr, flush=True)
         try:
             yield name, _outcome(model, config, prompts, {"cache_implementation": "static"} if options.static else {})
-        except Exception as error:  # the others shall run all the same
+        except Exception as error:  # the other configurations must still run
             yield name, Outcome(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
@@ -169,19 +169,19 @@ def _outcome(
 
 
 def _under_torchrun(options: argparse.Namespace) -> list[dict[str, Outcome]]:
-    """What two ranks give; what they had before one of them failed, if one does."""
+    """The outcomes of two ranks. If a rank fails, the outcomes from before the failure are kept."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
         command += ["--master-addr", "127.0.0.1", "--master-port", "29571", __file__, "--rank-files", folder]
         command += ["--model", str(options.model), "--length", str(options.length), "--dtype", options.dtype]
         command += ["--static"] if options.static else []
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # the ranks import what this process did
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # the ranks' import paths
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         process = subprocess.Popen([*command, "--config", *options.config], env=environment)
         try:
             process.wait(timeout=LIMIT)
         except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its processes
+            process.terminate()  # torchrun then ends its processes
             process.wait(timeout=30)
         files = [Path(folder) / f"{rank}.pt" for rank in range(2)]
         found = [torch.load(file, weights_only=True) if file.exists() else {} for file in files]
@@ -189,14 +189,14 @@ def _under_torchrun(options: argparse.Namespace) -> list[dict[str, Outcome]]:
 
 
 def _as_rank(options: argparse.Namespace) -> int:
-    """One process under torchrun."""
+    """Run as one process under torchrun."""
     rank, on_gpu = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(rank)
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=PATIENCE))
     file, outcomes = options.rank_files / f"{rank}.pt", dict[str, dict[str, Any]]()
     for name, outcome in _measured(_load(options, tp_plan="auto"), options, TENSOR):
-        outcomes[name] = vars(outcome)  # no class of ours, so that no code has to be loaded
+        outcomes[name] = vars(outcome)  # plain data, so that loading needs no class of ours
         torch.save(outcomes, file.with_suffix(".tmp"))
         file.with_suffix(".tmp").rename(file)
     torch.distributed.destroy_process_group()
@@ -204,7 +204,7 @@ def _as_rank(options: argparse.Namespace) -> int:
 
 
 def _rows(outcomes: dict[str, list[dict[str, Outcome]]], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each configuration and way; ranks are one row, as far from one GPU as the farther of them."""
+    """Yield a row for each configuration and way. Ranks share one row, with the larger distance from one GPU."""
     for name, expected in outcomes[ONE][0].items():
         for way, processes in outcomes.items():
             missing = Outcome(error="did not run")
@@ -235,7 +235,7 @@ def _compared(found: Sequence[Outcome], expected: Outcome) -> dict[str, Any]:
 def _differences(
     found: torch.Tensor, tokens: list[int], expected: torch.Tensor, expected_tokens: list[int]
 ) -> tuple[float, float]:
-    """The largest difference of the first token's logits, and of all that follow the same tokens."""
+    """The largest difference of the first token's logits, and of all logits that follow equal tokens."""
     pairs = enumerate(zip(tokens, expected_tokens, strict=False))
     fork = next((i for i, (token, other) in pairs if token != other), min(len(tokens), len(expected_tokens)) - 1)
     apart = (found[: fork + 1] - expected[: fork + 1]).abs().amax(-1)

@@ -1,6 +1,6 @@
 """Write the README's tables from the JSON in `benchmarks/results/`.
 
-Run `python benchmarks/update_readme.py` after new results; a test checks that the README is up to date.
+Run `python benchmarks/update_readme.py` after new results. A test checks that the README is up to date.
 """
 
 import json
@@ -53,7 +53,7 @@ def _demo_note(run: dict[str, Any]) -> str:
     )
 
 
-COLUMNS = {  # title: tasks and figure
+COLUMNS = {  # title -> tasks and figure
     "one needle": (("niah_single_1", "niah_single_2", "niah_single_3"), "exact_match"),
     "of 4 keys": (("niah_multikey_1",), "exact_match"),
     "among needles": (("niah_multikey_2",), "exact_match"),
@@ -70,7 +70,7 @@ def accuracy_tables(name: str = "needle-llama", results: Path = ROOT / "benchmar
 
 
 def accuracy_table(result: dict[str, Any]) -> str:
-    """One row for each length and configuration of `sparse-patch eval`, without columns that say the same in all."""
+    """One row for each length and configuration of `sparse-patch eval`, without columns that never change."""
     rows = result["rows"]
     tasks = {row["task"] for row in rows}
     columns = {title: column for title, column in COLUMNS.items() if tasks & set(column[0])}
@@ -115,7 +115,7 @@ def _accuracy_note(result: dict[str, Any]) -> str:
     samples: dict[int, set[int]] = {}
     for row in sorted(result["rows"], key=lambda row: row["length"]):
         samples.setdefault(row["length"], set()).add(row["samples"])
-    dtype = "bfloat16" if "+cu" in machine["torch"] else "float32"  # as load_model has it
+    dtype = "bfloat16" if "+cu" in machine["torch"] else "float32"  # as in load_model
     prompts = ", ".join(f"{'/'.join(map(str, sorted(number)))} at {length:,}" for length, number in samples.items())
     return (
         "Needles and keys: share of prompts answered exactly. 4 values, variables, recite: share of answer tokens "
@@ -156,12 +156,12 @@ KINDS = ("dense", "blocks", "method")
 
 
 def _prefill_label(row: dict[str, Any]) -> str:
-    """A method is one line, whichever kernels it ran on."""
+    """The label of a row. A method has one line, whichever kernels it ran on."""
     return f"`{row['config']}`" if row["config"] else row["label"]
 
 
 def _prefill_cell(row: dict[str, Any] | None) -> str:
-    """Milliseconds of the whole and speed-up over the fastest dense kernel; for a method its density as well."""
+    """Total milliseconds and speed-up over the fastest dense kernel; for a method its density too."""
     if row is None:
         return ""
     ms = row["total_ms"]
@@ -234,7 +234,7 @@ def _decode_cell(ms: float, dense: float | None) -> str:
 
 
 def updated(readme: str) -> str:
-    """The README with fresh tables between its markers."""
+    """The README with new tables between its markers."""
     tables = {
         "demo": demo_table,
         "accuracy": accuracy_tables,

@@ -1,4 +1,4 @@
-"""Patch a model, answer a question about a long text, print what was computed, unpatch.
+"""Patch a model, answer a question about a long text, print what was computed, and unpatch the model.
 
 python examples/patch_a_model.py [MODEL]
 """

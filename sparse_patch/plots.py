@@ -1,4 +1,4 @@
-"""Pictures of what was computed: the block map of chosen heads, and the density of every layer and head."""
+"""Pictures of what was computed: block maps, densities, accuracy, benchmarks and calibrations."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -28,9 +28,9 @@ def plot_sparsity(
     """Write one PNG: the density of every layer and head, and the block maps of a few heads.
 
     Args:
-        report: what `sparsity_report` gave.
-        plans: what `capture_plans` gave; the last prefill plan of each layer is drawn.
-        path: where the picture goes.
+        report: the result of `sparsity_report`.
+        plans: the result of `capture_plans`; the last prefill plan of each layer is drawn.
+        path: picture to write.
         heads: (layer, query head) pairs to draw; by default six heads from the sparsest to the densest.
 
     Raises:
@@ -53,10 +53,10 @@ def plot_sparsity(
 
 
 def plot_accuracy(result: dict[str, Any], path: str | Path) -> None:
-    """Mean score against the share of dense attention that was computed: one panel a length, one line a method.
+    """Draw the mean score against the computed share of dense attention: one panel per length, one line per method.
 
-    The share is prefill density; for configurations without a prefill method, keys read per decoded token relative to
-    the dense row.
+    The share is prefill density. For configurations without a prefill method, it is the number of keys read per decoded
+    token, relative to the dense row.
 
     Args:
         result: the JSON of `sparse-patch eval`.
@@ -87,7 +87,7 @@ def plot_accuracy(result: dict[str, Any], path: str | Path) -> None:
 
 
 def _short(label: str, labels: Sequence[str]) -> str:
-    """A label without the words that all labels of its line begin with."""
+    """A label without the words that begin all labels of its line."""
     words = label.split("-")
     while len(labels) > 1 and len(words) > 1 and all(other.startswith(f"{words[0]}-") for other in labels):
         words, labels = words[1:], [other.partition("-")[2] for other in labels]
@@ -95,7 +95,7 @@ def _short(label: str, labels: Sequence[str]) -> str:
 
 
 def plot_bench(result: dict[str, Any], path: str | Path) -> None:
-    """Speed-up over the fastest dense kernel against the length: one line for each kernel, density and method.
+    """Draw the speed-up over the fastest dense kernel against the length: one line per kernel, density and method.
 
     Args:
         result: the JSON of `sparse-patch bench prefill`.
@@ -121,7 +121,7 @@ def plot_bench(result: dict[str, Any], path: str | Path) -> None:
 
 
 def plot_layers(result: dict[str, Any], path: str | Path) -> None:
-    """What every layer finds in the lists of the layers before it, and what each is worth as a re-selecting layer.
+    """Draw what every layer finds in the lists of earlier layers, and each layer's worth as a re-selecting layer.
 
     Args:
         result: the JSON of `sparse-patch calibrate layers`.
@@ -155,7 +155,7 @@ def plot_layers(result: dict[str, Any], path: str | Path) -> None:
 
 
 def plot_spans(result: dict[str, Any], path: str | Path) -> None:
-    """What each KV head keeps at every length, and what plans lose against what they keep.
+    """Draw what each KV head keeps at every length, and the loss of head schedules against what they keep.
 
     Args:
         result: the JSON of `sparse-patch calibrate moa`.
@@ -196,7 +196,7 @@ def plot_spans(result: dict[str, Any], path: str | Path) -> None:
 
 
 def _lines(result: dict[str, Any], length: int) -> dict[str, list[tuple[float, float, str]]]:
-    """(Share, mean score, configuration) of each configuration, by method."""
+    """Method -> (share, mean score, configuration) of each of its configurations."""
     rows = [row for row in result["rows"] if row["length"] == length]
     dense = [row for row in rows if row["config"] == "dense"]
     lines: dict[str, list[tuple[float, float, str]]] = {}
@@ -213,7 +213,7 @@ def _lines(result: dict[str, Any], length: int) -> dict[str, list[tuple[float, f
 
 
 def _why_dense(report: SparsityReport) -> str:
-    """What the report says of prefills that were not sparse; the three most frequent reasons."""
+    """Why prefills were not sparse, from the report; the three most frequent reasons."""
     phases = [layer.prefill for layer in report.layers]
     reasons = Counter(reason for phase in phases for reason in {**phase.dense, **phase.fallbacks})
     total = len(report.layers)
@@ -225,13 +225,13 @@ def _why_dense(report: SparsityReport) -> str:
 
 
 def last_sparse_plan(plans: Sequence[tuple[Phase, Plan]]) -> SparsePlan | None:
-    """The last sparse prefill plan of a layer, or None."""
+    """The last sparse prefill plan of a layer; None if there is none."""
     found = [plan for phase, plan in plans if phase == "prefill" and isinstance(plan, SparsePlan)]
     return found[-1] if found else None
 
 
 def draw_density(axes: "Axes", report: SparsityReport) -> None:
-    """Prefill density of each layer (rows) and query head (columns) as a heat map."""
+    """Draw the prefill density of each layer (rows) and query head (columns) as a heat map."""
     width = max((len(layer.prefill.density_by_head) for layer in report.layers), default=0) or 1
     rows = [
         layer.prefill.density_by_head or [1.0 if layer.prefill.density is None else layer.prefill.density] * width
@@ -243,7 +243,7 @@ def draw_density(axes: "Axes", report: SparsityReport) -> None:
 
 
 def draw_blocks(axes: "Axes", plans: dict[int, SparsePlan], layer: int, head: int, colors: Any) -> None:
-    """The blocks that one head of the batch's first row computes: queries downwards, keys to the right.
+    """Draw the blocks that one head of the batch's first row computes: queries downwards, keys to the right.
 
     A block counts if one of its queries reads one of its keys.
     """
@@ -263,7 +263,7 @@ def draw_blocks(axes: "Axes", plans: dict[int, SparsePlan], layer: int, head: in
 
 
 def _pairs(heads: Any) -> list[tuple[int, int]]:
-    """The pairs of layer and head that a caller named."""
+    """Check the (layer, head) pairs that a caller named."""
     pairs = list(heads) if isinstance(heads, Iterable) else [heads]
     for pair in pairs:
         if not isinstance(pair, list | tuple) or [type(number) for number in pair] != [int, int]:
@@ -283,10 +283,10 @@ def _spread_of_heads(plans: dict[int, SparsePlan], number: int = 6) -> list[tupl
 
 
 def check_picture(path: Path | None) -> None:
-    """Raise before a long run if its picture cannot be drawn.
+    """Raise, before a long run, if its picture cannot be drawn.
 
     Raises:
-        SparsePatchError: matplotlib is not installed, or it draws no files with this ending.
+        SparsePatchError: matplotlib is not installed, or cannot draw files with this ending.
     """
     if path is not None:
         figure_class, _ = require_matplotlib()
@@ -307,7 +307,7 @@ def _format(path: Path) -> str:
 
 
 def require_matplotlib() -> tuple["type[Figure]", Any]:
-    """Matplotlib's figure and colour-map classes; SparsePatchError if it is not installed."""
+    """Return matplotlib's figure class and colour maps; raise SparsePatchError if matplotlib is not installed."""
     try:
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What was really computed: counters that the hook fills, and the typed report made from them."""
+"""What was actually computed: the counters that the hook fills, and the typed report made from them."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from sparse_patch.call import PHASES, Phase
 from sparse_patch.files.writing import write_file
 
 COUNTING = Lock()  # threads may share a model
-Count = int | torch.Tensor  # a device tensor where the number is known on the device only; read when a report is made
+Count = int | torch.Tensor  # a device tensor if only the device knows the number; read when a report is made
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Work:
     Attributes:
         queries: query tokens.
         causal: (query, key) pairs of the causal triangle.
-        attended: pairs that the model's own dense attention reads: fewer than `causal` in sliding-window layers.
+        attended: pairs that the model's own dense attention reads; fewer than `causal` in sliding-window layers.
     """
 
     queries: Count
@@ -36,7 +36,7 @@ class Work:
 
 @dataclass
 class PhaseCounts:
-    """Running totals of one layer in one phase. Nothing here is read on the host until a report is made."""
+    """Running totals of one layer in one phase, without a host sync until a report is made."""
 
     calls: int = 0
     sparse_calls: int = 0
@@ -50,17 +50,17 @@ class PhaseCounts:
     dense_kernels: Counter[str] = field(default_factory=Counter)
     copying_calls: int = 0
     keeping_calls: int = 0
-    fallback_in_graph: str | None = None  # the last reason that a graph of torch.compile noted
+    fallback_in_graph: str | None = None  # the last reason recorded in a torch.compile graph
 
     def add_dense(self, work: Work) -> None:
         self._add(work)
         self.attended_by_all = self.attended_by_all + work.attended
 
     def add_sparse(self, work: Work, attended_by_head: torch.Tensor, decided_pairs: torch.Tensor | None = None) -> None:
-        """Count a call.
+        """Count a sparse call.
 
         Args:
-            work: its size.
+            work: size of the call.
             attended_by_head: pairs that each query head computed, summed over the batch, int64 `[Hq]`.
             decided_pairs: `BlockPlan.decided_pairs`.
         """
@@ -99,7 +99,7 @@ class PhaseCounts:
 
 @dataclass
 class LayerCounts:
-    """The totals of one layer, and whether it also ran inside `torch.compile` graphs, whose calls they leave out."""
+    """The totals of one layer, and whether it also ran inside `torch.compile` graphs, whose calls are not counted."""
 
     prefill: PhaseCounts = field(default_factory=PhaseCounts)
     decode: PhaseCounts = field(default_factory=PhaseCounts)
@@ -110,25 +110,24 @@ class LayerCounts:
 
 
 class PhaseReport(BaseModel):
-    """One layer in one phase.
+    """The report of one layer in one phase.
 
     Attributes:
-        calls: attention calls, those inside `torch.compile` graphs left out.
-        sparse_calls: those that ran a sparse plan.
-        density: share of the causal triangle that was computed, mean over heads, dense calls included; None without
-            calls.
-        density_by_head: the same for each query head; empty when no call was sparse.
+        calls: number of attention calls, without those inside `torch.compile` graphs.
+        sparse_calls: number of calls that ran a sparse plan.
+        density: computed share of the causal triangle, mean over heads, dense calls included; None without calls.
+        density_by_head: the same for each query head; empty if no call was sparse.
         attended: keys read per query token, mean over heads; None without calls.
-        dense: dense calls by the configuration or by the model's design, by reason.
-        fallbacks: dense calls because the method could not serve them, by reason. What runs inside `torch.compile`
-            graphs counts as one call.
-        dense_kernels: how many of the calls in `dense` ran on a faster kernel than the model's own, by kernel; with
-            `dense: best` only.
-        copying_calls: how many of `sparse_calls` read a cache that copies all its keys for every token.
-        keeping_calls: how many of `sparse_calls` read by spans from a cache that keeps all keys.
-        pairs: (pairs computed, pairs of the causal triangle, queries): what totals are made from.
-        surplus: of the pairs computed, those that a method did not decide on and that lie in a block with one that it
-            did; mean over heads. 0 for methods that decide on whole blocks.
+        dense: reason -> number of calls that were dense by the configuration or by the model's design.
+        fallbacks: reason -> number of calls that were dense because the method could not serve them. All calls inside
+            `torch.compile` graphs count as one.
+        dense_kernels: kernel -> number of calls in `dense` that ran on a faster kernel than the model's own; only with
+            `dense: best`.
+        copying_calls: number of calls in `sparse_calls` that read a cache which copies all its keys for every token.
+        keeping_calls: number of calls in `sparse_calls` that read by spans from a cache which keeps all keys.
+        pairs: (pairs computed, pairs of the causal triangle, queries); totals are made from these.
+        surplus: computed pairs that the method did not choose but that share a block with a chosen pair; mean over
+            heads. 0 for methods that decide on whole blocks.
     """
 
     calls: int
@@ -146,9 +145,9 @@ class PhaseReport(BaseModel):
 
 
 class LayerReport(BaseModel):
-    """One attention module: its layer index, its path in the model, its method per phase and what it computed.
+    """The report of one attention module: layer index, path in the model, method per phase, and what it computed.
 
-    `compiled` says whether it also ran inside `torch.compile` graphs, which nothing here counts.
+    `compiled` tells whether it also ran inside `torch.compile` graphs, whose calls are not counted.
     """
 
     layer: int
@@ -166,8 +165,8 @@ class LayerReport(BaseModel):
 class SparsityReport(BaseModel):
     """What a patched model computed since it was patched, or since `reset_report`.
 
-    `print(report)` shows a table; `report.model_dump_json()` and `report.save(path)` give JSON. `remarks` is what the
-    methods say about their settings: that they were not calibrated for the model, for instance.
+    `print(report)` shows a table; `report.model_dump_json()` and `report.save(path)` give JSON. `remarks` has the
+    methods' remarks about their settings, for instance that they were not calibrated for the model.
     """
 
     config: dict[str, Any]
@@ -184,28 +183,28 @@ class SparsityReport(BaseModel):
         return sum(computed), sum(causal), sum(queries)
 
     def density(self, phase: Phase = "prefill") -> float | None:
-        """Share of the causal triangle computed over all layers, dense ones included; None without calls."""
+        """Computed share of the causal triangle over all layers, dense layers included; None without calls."""
         computed, causal, _ = self.pairs(phase)
         return computed / causal if causal else None
 
     def decided(self, phase: Phase = "prefill") -> float | None:
-        """`density`, with whole blocks counted as far as the method decided on them: what its paper calls density."""
+        """`density`, but counting only the pairs that the method chose, not whole blocks: the density of its paper."""
         computed, causal, _ = self.pairs(phase)
         surplus = sum(layer.phase(phase).surplus for layer in self.layers)
         return (computed - surplus) / causal if causal else None
 
     def attended(self, phase: Phase = "decode") -> float | None:
-        """Keys read per query token and layer, mean; None without calls."""
+        """Mean number of keys read per query token and layer; None without calls."""
         computed, _, queries = self.pairs(phase)
         return computed / queries if queries else None
 
     def fallbacks(self, phase: Phase | None = None) -> dict[str, int]:
-        """Calls that went dense because the method could not serve them, by reason, over all layers."""
+        """Reason -> number of calls over all layers that ran densely because the method could not serve them."""
         phases = PHASES if phase is None else (phase,)
         return _sum(layer.phase(name).fallbacks for layer in self.layers for name in phases)
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON; raises WriteError if it cannot be written."""
+        """Write the report as JSON; raise WriteError if it cannot be written."""
         write_file(Path(path), self.model_dump_json(indent=2) + "\n")
 
     def __str__(self) -> str:
@@ -215,7 +214,7 @@ class SparsityReport(BaseModel):
         return capture.get().rstrip()
 
     def table(self) -> Table:
-        """One line a layer."""
+        """A table with one line per layer."""
         table = Table(title=f"{self.source} ({self.fingerprint})", title_justify="left")
         for column in (
             "layer",
@@ -240,7 +239,7 @@ class SparsityReport(BaseModel):
         return table
 
     def notes(self) -> list[str]:
-        """The remarks, why calls were dense, one line a reason, and whether the hook is still in place."""
+        """The remarks, one line per reason why calls were dense, and a warning if the hook is no longer active."""
         notes = list(self.remarks)
         for phase in PHASES:
             if (decided := self.decided(phase)) != self.density(phase):
@@ -275,10 +274,10 @@ class SparsityReport(BaseModel):
 
 
 def merged(reports: Sequence[SparsityReport]) -> SparsityReport:
-    """One report of what several processes computed with the same model and configuration.
+    """Merge the reports of several processes that ran the same model and configuration.
 
     Raises:
-        ValueError: the reports are of different configurations.
+        ValueError: the reports have different configurations.
     """
     first = reports[0]
     if any(report.fingerprint != first.fingerprint for report in reports):

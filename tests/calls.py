@@ -1,4 +1,4 @@
-"""Random attention calls with structure: attention that is peaked, local and sink-heavy rather than uniform."""
+"""Random attention calls with structure: their attention is peaked, local and sink-heavy instead of uniform."""
 
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,7 @@ def make_call(
     sharpness: float = 1.5,
     seed: int = 0,
 ) -> AttentionCall:
-    """A prefill call of the last `queries` (default all) of `length` positions; padding holds large garbage."""
+    """A prefill call of the last `queries` (by default all) of `length` positions. Padding contains large garbage."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> torch.Tensor:
@@ -54,7 +54,7 @@ def make_call(
 
 
 def decode_call(length: int, *, tail: int | None = None, queries: int = 1, **options: Any) -> AttentionCall:
-    """A decode call whose padding is NaN; with a `tail`, a static buffer of so many more keys that are NaN."""
+    """A decode call whose padding is NaN. With a `tail`, its static buffer has `tail` more keys, all NaN."""
     call = make_call(length, queries=queries, **options)
     k, v = call.k.clone(), call.v.clone()
     for row, start in enumerate(options.get("row_starts") or []):
@@ -67,13 +67,13 @@ def decode_call(length: int, *, tail: int | None = None, queries: int = 1, **opt
 
 
 def lengths_to_test(block: int) -> list[int]:
-    """Every length up to three blocks, and some around later edges of blocks."""
+    """Every length up to three blocks, and some lengths around later block edges."""
     edges = [block * k + step for k in range(4, 14, 3) for step in (-1, 0, 1)]
     return sorted({*range(1, 3 * block + 2), *edges})
 
 
 def row_alone(call: AttentionCall, row: int) -> tuple[AttentionCall, slice]:
-    """One row of a padded call as a call of its own, and its real queries in the batch."""
+    """One row of a padded call as a separate call, and the row's real queries in the batch."""
     assert call.kv_start is not None
     start = int(call.kv_start[row])
     first_query = max(start - call.q_start, 0)

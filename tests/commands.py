@@ -14,7 +14,7 @@ Completed = subprocess.CompletedProcess[str]
 
 
 def run(*arguments: str, cwd: Path | None = None) -> Completed:
-    """What a command does, in this process: a new one needs ten seconds to begin."""
+    """Run a command in this process, because a new process needs ten seconds to start."""
     out, err, code, before = io.StringIO(), io.StringIO(), 0, Path.cwd()
     os.chdir(cwd or before)
     try:

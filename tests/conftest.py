@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on the CPU
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # a worker for each core: threads of several would wait for one another
+    torch.set_num_threads(1)  # there is a worker per core, so more threads would wait for each other
 
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -30,7 +30,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _gpu_memory(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Workers share one GPU: none keeps the blocks of a test that is over."""
+    """Free a finished test's memory, because the workers share one GPU."""
     yield
     if request.node.get_closest_marker("gpu"):
         gc.collect()
@@ -39,7 +39,7 @@ def _gpu_memory(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Memory that is allocated and not written is NaN."""
+    """Make allocated but unwritten memory NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -47,7 +47,7 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Tiny models: threads cost more than they give."""
+    """Use one thread: for tiny models, threads cost more than they save."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,7 +56,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def fresh_graphs() -> Iterator[None]:
-    """No graph of `torch.compile` is left of another test, and none for the next."""
+    """Drop the `torch.compile` graphs of earlier tests, and of this test afterwards."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -72,7 +72,7 @@ def five_layers() -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that rows of the method table name, for `five_layers`."""
+    """A folder with the files that rows of the method table name, made for `five_layers`."""
     from method_table import SMALL_MODEL, write_plans
 
     folder = tmp_path_factory.mktemp("plans")

@@ -1,4 +1,4 @@
-"""Decode calls made by hand, and the hook's part played by the reference: remember, plan, attend, select."""
+"""Decode calls made by hand, and a reference for the hook's part: remember, plan, attend, select."""
 
 from dataclasses import dataclass, replace
 
@@ -14,11 +14,11 @@ from sparse_patch.plans import Dense, PagePlan
 
 @dataclass(frozen=True)
 class Step:
-    """What one layer did.
+    """The result of one layer.
 
     Attributes:
-        call: its call.
-        plan: what the method answered.
+        call: the layer's call.
+        plan: the method's plan.
         mask: the keys that were read, bool `[B, Hq, Sq, capacity]`.
         output: `[B, Hq, Sq, Dv]`.
     """
@@ -30,14 +30,14 @@ class Step:
 
 
 def decode_call(length: int, *, layer: int = 0, queries: int = 1, **settings: object) -> AttentionCall:
-    """The call of the last tokens of `make_call`, as decode; layers differ."""
+    """The last tokens of `make_call` as a decode call; layers differ."""
     seed = 1000 * int(settings.pop("seed", 0)) + layer  # type: ignore[call-overload]
     call = make_call(length, queries=queries, seed=seed, **settings)  # type: ignore[arg-type]
     return replace(call, phase="decode", layer=layer)
 
 
 def in_buffer(call: AttentionCall, room: int) -> AttentionCall:
-    """The same call from a static cache: buffers with a poisoned tail, whose length is known on the device only."""
+    """The same call from a static cache: buffers with a poisoned tail, whose length only the device knows."""
     batch, heads, length, head_dim = call.k.shape
     k = torch.full((batch, heads, length + room, head_dim), torch.nan, dtype=call.k.dtype)
     v = torch.full((batch, heads, length + room, call.v.shape[-1]), torch.nan, dtype=call.v.dtype)
@@ -52,7 +52,7 @@ def forward(method: Method | BoundMethod, calls: list[AttentionCall]) -> list[St
 
 
 def forward_of_row(method: Method | BoundMethod, calls: list[AttentionCall], row: int) -> list[Step]:
-    """The same for one row of padded calls, alone."""
+    """The same for one row of padded calls by itself."""
     return forward(method, [row_alone(call, row)[0] for call in calls])
 
 
@@ -70,7 +70,7 @@ def run(method: Method | BoundMethod, call: AttentionCall) -> Step:
 
 
 def _attend(call: AttentionCall, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output, and float32 logits by position within the row, NaN behind its length, and LSE of the last query."""
+    """The output, the last query's float32 logits by position in the row (NaN beyond its length), and its LSE."""
     k, v = (part.double().nan_to_num(0).repeat_interleave(call.group_size, 1) for part in (call.k, call.v))
     z = apply_softcap(call.q.double() @ k.transpose(-1, -2) * call.scale, call.softcap)
     z = z.masked_fill(~mask, -torch.inf)

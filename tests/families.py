@@ -1,8 +1,8 @@
 """Tiny random models, one per attention dialect that `sparse_patch` has to get right.
 
-Nothing is downloaded and everything is float32, in eval mode and seeded, so two calls of a factory give two models
-with equal weights. Weights are large on purpose: with the usual 0.02 attention is almost uniform, and a wrong mask, a
-wrong scale or a lost soft cap hardly moves the logits. Sliding windows are shorter than the tests' prompts.
+Nothing is downloaded. All models are float32, in eval mode and seeded, so two calls of a factory give two models with
+equal weights. Weights are large on purpose: with the usual 0.02, attention is almost uniform, and a wrong mask, a wrong
+scale or a lost soft cap hardly changes the logits. Sliding windows are shorter than the tests' prompts.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def _build(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 
 
 def llama(layers: int = 3) -> PreTrainedModel:
-    """The plain case: grouped-query attention, no window, no cap."""
+    """The plain case: grouped-query attention without window or soft cap."""
     return _build("Llama", num_hidden_layers=layers)
 
 
 def mistral() -> PreTrainedModel:
-    """A sliding window on every layer, which reaches the attention function as a keyword only."""
+    """A sliding window on every layer, which the attention function gets only as a keyword."""
     return _build("Mistral", sliding_window=WINDOW)
 
 
@@ -68,7 +68,7 @@ def qwen2() -> PreTrainedModel:
 
 
 def qwen3() -> PreTrainedModel:
-    """Query and key norms; head_dim is not hidden_size / heads."""
+    """Query and key norms; head_dim differs from hidden_size / heads."""
     return _build("Qwen3", head_dim=32)
 
 
@@ -78,14 +78,14 @@ def mistral_full() -> PreTrainedModel:
 
 
 def llama4() -> PreTrainedModel:
-    """Chunks of 64 tokens with RoPE, and full layers without it whose queries are tuned by their position."""
+    """Layers with chunks of 64 tokens and RoPE, and full layers without RoPE whose queries are scaled by position."""
     torch.manual_seed(0)
     experts = {"num_local_experts": 4, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2}
     chunks = {"attention_chunk_size": 64, "no_rope_layers": [1, 0, 1, 0], "floor_scale": 32}
     shape = {"num_hidden_layers": 4, "head_dim": 16}
     model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**{**COMMON, **experts, **chunks, **shape}))
     for module in model.modules():
-        if isinstance(module, Llama4TextExperts):  # not initialised by the class
+        if isinstance(module, Llama4TextExperts):  # the class does not initialise it
             torch.nn.init.normal_(module.gate_up_proj, std=0.2), torch.nn.init.normal_(module.down_proj, std=0.2)
     return model.float().eval()
 
@@ -119,7 +119,7 @@ def gemma() -> PreTrainedModel:
 
 
 def gemma2() -> PreTrainedModel:
-    """Soft cap 50, windows on every other layer, eager by default. Its scale makes the cap bite."""
+    """Soft cap 50, windows on every other layer, eager by default. Its scale is large enough for the cap to matter."""
     return _build("Gemma2", num_hidden_layers=4, head_dim=16, query_pre_attn_scalar=2, sliding_window=WINDOW)
 
 
@@ -139,7 +139,7 @@ def gemma3n() -> PreTrainedModel:
 
 
 def gemma4(head_dim: int = 16, global_head_dim: int = 32) -> PreTrainedModel:
-    """The last layers reuse earlier keys and, of a prompt, see the last query only; full layers have wider heads."""
+    """The last layers reuse earlier keys and see only a prompt's last query; full layers have wider heads."""
     pytest.importorskip("transformers.models.gemma4", reason="this Transformers has no Gemma 4")
     layer_types = ["sliding_attention", "full_attention"] * 3
     heads = {"head_dim": head_dim, "global_head_dim": global_head_dim, "num_kv_shared_layers": 2}
@@ -150,7 +150,7 @@ def gemma4(head_dim: int = 16, global_head_dim: int = 32) -> PreTrainedModel:
 
 
 def phi3() -> PreTrainedModel:
-    """One fused projection: queries, keys and values are slices of it."""
+    """Queries, keys and values are slices of one fused projection."""
     return _build("Phi3", sliding_window=None)
 
 
@@ -162,7 +162,7 @@ def minicpm3() -> PreTrainedModel:
 
 
 def minicpm() -> PreTrainedModel:
-    """What `load_minicpm` makes of a checkpoint of MiniCPM 1, 2, 4 or 4.1, here with LongRoPE."""
+    """The model that `load_minicpm` makes from a checkpoint of MiniCPM 1, 2, 4 or 4.1, here with LongRoPE."""
     factors = [1 + 0.1 * i for i in range(8)]
     rope = {"rope_type": "longrope", "short_factor": factors, "long_factor": [2 * factor for factor in factors]}
     config = {
@@ -233,7 +233,7 @@ _VISION |= {"num_attention_heads": 2, "initializer_range": 0.2}
 
 
 def gemma4_vlm() -> PreTrainedModel:
-    """Gemma 4 with its vision tower: image tokens see each other in both directions in sliding layers alone."""
+    """Gemma 4 with its vision tower: image tokens see each other in both directions, but only in sliding layers."""
     torch.manual_seed(0)
     vision = {**_VISION, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2}
     config = transformers.Gemma4Config(
@@ -248,7 +248,7 @@ def gemma4_vlm() -> PreTrainedModel:
 
 
 def qwen2_5_vl() -> PreTrainedModel:
-    """Images between text, causal as everything else; positions in three dimensions."""
+    """Images between text, causal like all other tokens; positions have three dimensions."""
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     vision = {**_VISION, "depth": 2, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4, "window_size": 16}
@@ -263,7 +263,7 @@ def qwen2_5_vl() -> PreTrainedModel:
 
 
 def qwen3_vl() -> PreTrainedModel:
-    """The same with Qwen3's text tower, whose first layers take what the image tower's layers give."""
+    """The same with Qwen3's text tower, whose first layers add outputs of the image tower's layers."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     text = {**COMMON, "head_dim": 16, "rope_parameters": rope}
     return _qwen_vl("Qwen3VL", text, deepstack_visual_indexes=[0])
@@ -287,7 +287,7 @@ def _qwen_vl(name: str, text: dict[str, Any], **vision: Any) -> PreTrainedModel:
 
 
 def mllama() -> PreTrainedModel:
-    """Llama 3.2 Vision: the image is seen through layers of cross-attention."""
+    """Llama 3.2 Vision: the image is read through cross-attention layers."""
     torch.manual_seed(0)
     vision = {**_VISION, "attention_heads": 2, "num_global_layers": 1, "image_size": 28, "patch_size": 14}
     del vision["num_attention_heads"]
@@ -304,7 +304,7 @@ def mllama() -> PreTrainedModel:
 
 
 def image_inputs(model: PreTrainedModel, length: int) -> dict[str, torch.Tensor]:
-    """A prompt with one image in it, for any of the vision-language models above."""
+    """A prompt with one image, for any of the vision-language models above."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, VOCAB - 8, (1, length), generator=generator)
     kind = model.config.model_type

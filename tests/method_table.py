@@ -1,6 +1,6 @@
-"""Every method in one table: the shared tests in `test_methods.py` run each row through the same matrix.
+"""One table of all methods. The shared tests in `test_methods.py` run each row through the same checks.
 
-A new method adds a row. `small` settings select a part of a call of a few hundred tokens; `full` ones keep everything.
+A new method adds a row. `small` settings select a part of a call of a few hundred tokens; `full` settings keep all.
 """
 
 from dataclasses import dataclass, replace
@@ -79,7 +79,7 @@ PREFILL_METHODS = [
     _sale(tau=1.0, numerics="int4"),
 ]
 
-# Methods that give every token blocks of its own, for prefill and decode.
+# Methods that give every token its own blocks, for prefill and decode.
 TOKEN_METHODS = [
     MethodCase(
         small={"method": "infllmv2", "topk": 3, "window_size": 64, "min_length": 0},
@@ -87,7 +87,7 @@ TOKEN_METHODS = [
     ),
 ]
 
-# What the decode methods of the table are resolved for: layer 0 is full, 1 and 3 select (where layers have roles).
+# The model that decode methods are resolved for: layer 0 is full, 1 and 3 select (if layers have roles).
 SMALL_MODEL = ModelShape("llama", num_layers=5, num_heads=4, num_kv_heads=2, hidden_size=64)
 TWO_LAYERS = replace(SMALL_MODEL, num_layers=2)  # for what is slow: layer 0 selects
 _ROLES = {"full": [0], "select": [1, 3]}
@@ -118,7 +118,7 @@ DECODE_METHODS = [
     _decode("kinetics", 100, block_size=8, sink=4, window=20),
 ]
 
-# TidalDecode that reads every token once more, densely, before the next one.
+# TidalDecode that reads every token again, densely, before the next one.
 CORRECTED = _decode("tidaldecode", 48, roles=_ROLES, correction_period=1)
 
 # Methods of spans, for prefill and decode; `write_plans` writes the files.
@@ -139,7 +139,7 @@ SPAN_METHODS = [
 
 
 def write_plans(folder: Path, shape: ModelShape) -> None:
-    """The files that rows of `SPAN_METHODS` name, for a model."""
+    """Write the files that rows of `SPAN_METHODS` name, for a model."""
     layers, heads = range(shape.num_layers), range(shape.num_kv_heads)
     alphas, betas = ([[pair[head % 2] for head in heads] for _ in layers] for pair in ((24, 60), (0, 0.1)))
     write_head_schedules(folder / "short.json", HeadSchedules.of(shape, alphas, betas, sink=5, block=4, min_span=8))
@@ -151,12 +151,12 @@ def write_plans(folder: Path, shape: ModelShape) -> None:
 
 
 def configurations(folder: Path, full: bool = False, layers: int = 5) -> dict[str, dict[str, Any]]:
-    """A configuration for each row of the tables, by name; the files that some name are in the folder.
+    """Name -> configuration, for each row of the tables. The files that some of them name are in the folder.
 
     Args:
-        folder: what `write_plans` wrote to.
-        full: with the settings that keep everything.
-        layers: of the model, five as in `SMALL_MODEL` or two.
+        folder: the folder that `write_plans` wrote to.
+        full: whether to use the settings that keep everything.
+        layers: layers of the model: five as in `SMALL_MODEL`, or two.
     """
     phases = {
         "prefill": PREFILL_METHODS,
@@ -171,7 +171,7 @@ def configurations(folder: Path, full: bool = False, layers: int = 5) -> dict[st
 
 
 def _on_layers(settings: dict[str, Any], layers: int) -> dict[str, Any]:
-    """Settings whose layers have roles, for a model of so many."""
+    """Settings with roles for the layers of a model with `layers` layers."""
     return (
         {**settings, "roles": {"full": [], "select": [0]}}
         if settings.get("roles") == _ROLES and layers == 2
@@ -180,5 +180,5 @@ def _on_layers(settings: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 def in_folder(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Settings whose file, if they name one, is in a folder."""
+    """Settings with the path of their file, if they name one, in a folder."""
     return {**settings, "calibration": str(folder / settings["calibration"])} if "calibration" in settings else settings

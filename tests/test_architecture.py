@@ -1,4 +1,4 @@
-"""The order of the package: which way imports run, how long files and functions are. Each check is made to fail too."""
+"""The structure of the package: import directions, lengths of files and functions. Each check is made to fail too."""
 
 import ast
 import sys
@@ -32,7 +32,7 @@ BEING_SPLIT = {  # being split
 
 
 def files_of(package: Path) -> dict[str, str]:
-    """The texts of a package's modules, by their paths in it."""
+    """Path in the package -> text of the module."""
     return {path.relative_to(package).as_posix(): path.read_text("utf-8") for path in sorted(package.rglob("*.py"))}
 
 
@@ -61,7 +61,7 @@ def long_files(package: Path) -> set[str]:
 
 
 def long_functions(package: Path) -> set[str]:
-    """Functions that are too long, but kernels in Triton and what launches them, as "path: name"."""
+    """Functions that are too long, except Triton kernels and their launchers, as "path: name"."""
     return {
         f"{path}: {node.name}"
         for path, text in files_of(package).items()
@@ -78,7 +78,7 @@ def _has_kernels(path: str) -> bool:
 
 
 def private_names(text: str) -> set[str]:
-    """Private names that a module reads off something else: `config._name`, or "_name" as a whole string."""
+    """Private names that a module reads from another object: `config._name`, or "_name" as a whole string."""
     found = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
@@ -130,7 +130,7 @@ def _linted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def _planted(folder: Path, changes: dict[str, str]) -> Path:
-    """A package with empty rooms that are called as those of this one, but for some with a text."""
+    """A package with empty rooms that have the names of this package's rooms; some get a text."""
     rooms = [path.name.removesuffix(".py") for path in PACKAGE.iterdir() if _is_room(path)]
     texts = {"__init__.py": "", **{f"{room}/__init__.py": "" for room in rooms}, **changes}
     for path, text in texts.items():

@@ -1,4 +1,4 @@
-"""Configurations: what loads, how it merges, and one line for everything that does not."""
+"""Configurations: what loads, how it is merged, and a one-line error for everything else."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What holds for every prefill method, whatever it selects."""
+"""Properties of every prefill method, whatever it selects."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is known of a model before it runs: heads of its full layers, kinds of layers, whose keys a layer reads."""
+"""What is known about a model before it runs: heads of full layers, kinds of layers, whose keys a layer reads."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def test_kinds_of_layers(build: object, kinds: list[str]) -> None:
 
 
 def test_attention_beside_a_recurrence_is_full_or_sliding_as_any_other() -> None:
-    """Falcon-H1, Zaya; and the name that full layers had in older configs."""
+    """Falcon-H1 and Zaya, and the name of full layers in older configs."""
     kinds = ["hybrid", "hybrid_sliding", "conv", "attention", "full_attention", "indexed_attention"]
     config = PreTrainedConfig(layer_types=kinds)
     expected = ["full", "sliding", "conv", "full", "full", "indexed"]

@@ -1,4 +1,4 @@
-"""The wheel: built, installed in a fresh environment, used from an empty folder. The package: imported in no time."""
+"""The wheel is built, installed in a fresh environment and used from an empty folder. The package imports fast."""
 
 import ast
 import importlib
@@ -45,7 +45,7 @@ def test_it_holds_the_package_and_the_configs_alone(wheel: Path) -> None:
 
 
 def test_patch_model_works_from_the_wheel_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
-    """Only the dependencies come from the environment of the tests, which holds the checkout as an editable install."""
+    """Only the dependencies come from the tests' environment, which has the checkout as an editable install."""
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
@@ -60,7 +60,7 @@ def test_patch_model_works_from_the_wheel_in_a_fresh_environment(wheel: Path, tm
 
 
 def _import_of(code: str) -> set[str]:
-    """The modules that a fresh process has after some code."""
+    """The modules that a fresh process has after running some code."""
     script = f"import sys\n{code}\nprint(*sys.modules)"
     return set(subprocess.check_output([sys.executable, "-c", script], text=True, cwd=ROOT).split())
 
@@ -73,7 +73,7 @@ def test_the_import_is_light() -> None:
 
 
 def test_every_public_name_resolves_and_is_listed() -> None:
-    """In `__all__`, in `dir`, and for type checkers from the module that it has at run time."""
+    """Each name is in `__all__` and in `dir`, and type checkers find it in the module that it has at run time."""
     assert sparse_patch.__all__ == sorted(sparse_patch.__all__) and set(sparse_patch.__all__) <= set(dir(sparse_patch))
     tree = ast.parse(Path(sparse_patch.__file__).read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]

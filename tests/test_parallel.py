@@ -1,4 +1,4 @@
-"""Tensor parallelism: two processes give what one gives, for every method. One start of the two serves all tests."""
+"""Tensor parallelism: two processes give the same as one, for every method. Both are started once for all tests."""
 
 import json
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
     reason="with such a build of torch Transformers takes the GPU, see test_gpu_parallel.py",
 )
 PROMPT, NEW = 300, 6
-SECONDS = 120  # that the processes may take, and wait for one another
+SECONDS = 120  # most seconds for the processes, and for waiting for each other
 _TAU = torch.tensor([[4.0, 0.2, 0.0, 1.0]]).repeat(5, 1)
 _PATTERNS = {
     "0": ["stream_llm", 40, 60, 1.0],
@@ -34,7 +34,7 @@ _PATTERNS = {
 
 
 def configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """What is compared, by name: every row of the methods' table, and settings that differ from head to head."""
+    """Name -> configuration to compare: every row of the method table, and settings that differ between heads."""
     phases = {"prefill": PREFILL_METHODS, "decode": DECODE_METHODS, "both": SPAN_METHODS}
     found = {case.name: {phase: in_folder(case.small, folder)} for phase, cases in phases.items() for case in cases}
     heads = {
@@ -63,7 +63,7 @@ UNSPLIT: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 def generated(model: PreTrainedModel, **options: Any) -> dict[str, torch.Tensor]:
-    """Tokens `[B, NEW]` and logits `[NEW, B, vocabulary]` after a padded batch."""
+    """Generate tokens `[B, NEW]` and logits `[NEW, B, vocabulary]` after a padded batch."""
     ids = torch.randint(3, 90, (2, PROMPT), generator=torch.Generator().manual_seed(4))
     mask = torch.ones_like(ids)
     mask[1, :37] = 0
@@ -75,7 +75,7 @@ def generated(model: PreTrainedModel, **options: Any) -> dict[str, torch.Tensor]
 
 
 def outputs(model: PreTrainedModel, folder: Path, compile_too: bool) -> dict[str, Any]:
-    """What every configuration gives, and the shares that its heads computed in prefill, `[layer][head]`."""
+    """The outputs of every configuration, and the shares that its heads computed in prefill, `[layer][head]`."""
     found: dict[str, Any] = {"unpatched": generated(model)}
     for name, config in configs(folder).items():
         with patched(model, {**config, "on_unsupported": "error"}):
@@ -97,7 +97,7 @@ def outputs(model: PreTrainedModel, folder: Path, compile_too: bool) -> dict[str
 
 
 def unsplit_outputs(model: PreTrainedModel) -> dict[str, Any]:
-    """The same of a model whose plan splits no heads."""
+    """The same for a model whose parallel plan splits no heads."""
     found = {}
     for name, config in UNSPLIT.items():
         with patched(model, config):
@@ -136,13 +136,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
-    """What one process gives."""
+    """The outputs of one process."""
     return {"split": outputs(llama(layers=5), folder, compile_too=False), "unsplit": unsplit_outputs(phi3())}
 
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> Iterator[list[dict[str, Any]]]:
-    """What each of two processes gives."""
+    """The outputs of each of two processes."""
     context: Any = mp.start_processes(rank, (folder,), nprocs=2, join=False, start_method="spawn")
     try:
         for _ in range(SECONDS):
@@ -192,7 +192,7 @@ def test_a_static_cache(name: str, alone: dict[str, Any], ranks: list[dict[str, 
 
 @pytest.mark.parametrize("name", STATIC[:2])
 def test_the_compiled_step(name: str, alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
-    """One graph without a break, the reduction over the ranks in it."""
+    """The step is one graph without breaks, including the reduction over the ranks."""
     for found in ranks:
         assert found["split"][f"{name}, compiled"]["compiled"]
         check(found["split"][f"{name}, compiled"], alone["split"][name])

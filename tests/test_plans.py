@@ -1,4 +1,4 @@
-"""Plans and their grid, against direct counting."""
+"""Plans and their grid, compared with direct counting."""
 
 import pytest
 import torch

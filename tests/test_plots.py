@@ -1,4 +1,4 @@
-"""Pictures: that they are written, and that they show the plan."""
+"""Pictures are written, and they show the plan."""
 
 import sys
 from pathlib import Path
@@ -113,7 +113,7 @@ def test_what_cannot_be_drawn_is_one_line(
 
 
 def test_accuracy_lines_are_scores_against_shares(tmp_path: Path) -> None:
-    """Prefill methods by density; decode methods by keys read, relative to dense."""
+    """Prefill methods are drawn by density, decode methods by keys read relative to dense."""
     figures = {"dense": (1.0, 0.9, 400.0), "a": (0.5, 0.8, 400.0), "b": (0.2, 0.6, 400.0), "d": (1.0, 0.7, 100.0)}
     rows = [
         {"config": config, "task": "vt", "length": 9, "density": density, "score": score, "attended": attended}

@@ -1,4 +1,4 @@
-"""The report against direct counting on real forwards."""
+"""The report, compared with direct counting on real forwards."""
 
 import json
 from pathlib import Path
@@ -95,7 +95,7 @@ def test_it_prints_and_round_trips_as_json(llama: PreTrainedModel, tmp_path: Pat
 
 
 def test_reports_of_several_processes_add_up(llama: PreTrainedModel) -> None:
-    """Two models that share the calls, against one that has them all."""
+    """Two models that share the calls are compared with one that has all of them."""
     reports = []
     for lengths in ([(200, 60), (50, 0)], [(120, 0)], [(200, 60), (50, 0), (120, 0)]):
         with patched(llama, SPARSE):

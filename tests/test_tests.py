@@ -1,4 +1,4 @@
-"""Tests of the tests: what several of them need lies in no test module."""
+"""Tests of the tests: code that several tests need is in no test module."""
 
 import ast
 from collections import Counter
@@ -9,7 +9,7 @@ MODULES = sorted(TESTS.rglob("test_*.py"))
 
 
 def imported(module: Path) -> set[str]:
-    """The last part of the name of every module that is imported."""
+    """The last part of the name of every imported module."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -25,5 +25,5 @@ def test_no_test_imports_a_test() -> None:
 
 
 def test_names_of_test_modules_are_unique() -> None:
-    """pytest imports them by their names alone."""
+    """pytest imports test modules by their names only."""
     assert max(Counter(module.stem for module in MODULES).values()) == 1

@@ -1,7 +1,7 @@
 """A tiny random model of any causal class of the installed Transformers, by rules about the names of config fields.
 
-No class has code of its own here. A rule says what every field of a name becomes, in the config and in the configs
-within it; what no rule names stays as the class has it.
+There is no code for single classes here. A rule says what every field of a name becomes, in the config and in the
+configs within it. Fields that no rule names keep the class's values.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ HIDDEN, HEADS, HEAD_DIM = 64, 4, 16  # HIDDEN = HEADS * HEAD_DIM
 WINDOW = 48  # shorter than the prompts
 STD = 0.2  # with the usual 0.02 attention is almost uniform, and a wrong mask hardly moves the logits
 
-# Kinds of layers that a class may have beside those of its default config.
+# Kinds of layers that a class may have besides those of its default config.
 LAYER_KINDS = sorted(kind for kind in ALLOWED_LAYER_TYPES if re.search(r"_attention$|_sparse$|^hybrid|^conv", kind))
-KV_HEADS = -1  # as many as are asked for
-# What the size of a name becomes; the first pattern that a name matches counts. A size that is 0 or None stays so.
+KV_HEADS = -1  # as many as asked for
+# The new size by the field's name; the first matching pattern counts. A size of 0 or None stays.
 SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size|hash_byte_group_vocab", VOCAB),
     (r"^n(um)?_mamba_heads$|^mamba_n(um)?_heads$", 2 * HIDDEN // HEAD_DIM),  # heads * head_dim = 2 * hidden
@@ -74,7 +74,7 @@ OTHERS: dict[str, Any] = {
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "decoder_start_token_id": 1},
     **{"forced_eos_token_id": None, "forced_bos_token_id": None, "begin_suppress_tokens": None},
 }
-# What stands in place of None in fields that a class cannot do without.
+# Values instead of None for fields that a class needs.
 FILLED: dict[str, Any] = {
     **{"head_dim": HEAD_DIM, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     **{"num_key_value_heads": HEADS, "clip_qkv": 8.0},
@@ -88,9 +88,9 @@ KEEP = {"transformers_version", "model_type", "architectures", "dtype", "torch_d
 
 @cache
 def causal_classes() -> dict[str, str]:
-    """The causal classes of the installed Transformers by name, and the module of each.
+    """Name -> module of the causal classes of the installed Transformers.
 
-    They are those whose names end in ForCausalLM, and what `AutoModelForCausalLM` makes beside them.
+    These are the classes whose names end in ForCausalLM, and all others that `AutoModelForCausalLM` makes.
     """
     wanted = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _tuple(names)}
     found: dict[str, str] = {}
@@ -104,10 +104,10 @@ def causal_classes() -> dict[str, str]:
 
 
 def tiny_models(name: str) -> list[Callable[[], PreTrainedModel]]:
-    """What makes tiny models of a class, seeded, in float32 and eval mode; the first that works is meant.
+    """Functions that make tiny models of a class, seeded, in float32 and eval mode. Use the first one that works.
 
-    They differ in what not every class takes: all kinds of layers that its code names where its config has one, or that
-    one; two KV heads for four query heads, or as many as query heads.
+    They differ in what not every class accepts: all kinds of layers that its code names, or only the one kind of its
+    config; two KV heads for four query heads, or as many KV heads as query heads.
     """
     source = Path(sys.modules[_class_of(name).__module__].__file__ or "").read_text(encoding="utf-8")
     named = tuple(kind for kind in LAYER_KINDS if f'"{kind}"' in source)
@@ -115,7 +115,7 @@ def tiny_models(name: str) -> list[Callable[[], PreTrainedModel]]:
 
 
 def tiny_model(name: str, kv_heads: int, kinds: tuple[str, ...]) -> PreTrainedModel:
-    """One of them."""
+    """Make one of the tiny models."""
     model_class = _class_of(name)
     torch.manual_seed(0)
     return randomised(model_class(tiny_config(model_class.config_class, kv_heads, kinds)).float().eval())
@@ -124,7 +124,7 @@ def tiny_model(name: str, kv_heads: int, kinds: tuple[str, ...]) -> PreTrainedMo
 def tiny_config(
     config_class: type[PreTrainedConfig], kv_heads: int = 2, kinds: tuple[str, ...] = ()
 ) -> PreTrainedConfig:
-    """The default config of a class with every size made small."""
+    """The default config of a class, with every size made small."""
     config: PreTrainedConfig = config_class.from_dict(_shrunk(config_class().to_dict(), kv_heads, kinds))
     return config
 
@@ -135,7 +135,7 @@ def _class_of(name: str) -> Any:
 
 @torch.no_grad()
 def randomised(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with large random matrices, and with vectors that are not zero: what is zero hides faults."""
+    """Give the model large random matrices, and vectors that are not zero, because zeros hide faults."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1 or not parameter.isfinite().all() or not parameter.any():
@@ -152,9 +152,9 @@ class _Layers:
     """The layers of a config, as it was and as it will be.
 
     Attributes:
-        before: how many there were.
-        number: how many there will be.
-        lists: fields with an item for each layer, as they were.
+        before: number of layers before.
+        number: number of layers afterwards.
+        lists: fields with an item for each layer, as they were before.
     """
 
     before: int
@@ -163,7 +163,7 @@ class _Layers:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> _Layers:
-        """Three layers, or every kind of layer twice; three times where the last layers read the keys of others."""
+        """Three layers, or every kind of layer twice; three times if the last layers read the keys of others."""
         before = next((value for key, value in values.items() if LAYERS.match(str(key)) and _is_size(value)), 0)
         lists = {key: value for key, value in values.items() if before > 1 and _is_by_layer(key, value, before)}
         kinds = max((len(_distinct(value)) for value in lists.values()), default=1)
@@ -172,13 +172,13 @@ class _Layers:
         return cls(before, 4 if alternate else max(3, min(times * kinds, 8)), lists)
 
     def like(self, layer: int) -> int:
-        """The first layer of the old ones that a new one is like."""
+        """The first old layer of the same kind as a new layer."""
         new = [_cycled(items, self.number)[layer] for items in self.lists.values()]
         old = zip(*self.lists.values(), strict=True)
         return next((i for i, items in enumerate(old) if list(items) == new), layer)
 
     def indices(self, value: list[int]) -> list[int]:
-        """A list of layers: those of the same kinds, or those that there still are."""
+        """A list of layers, translated to new layers of the same kinds, or cut to those that still exist."""
         for items in self.lists.values():
             kinds = {repr(items[i]) for i in value if i < len(items)}
             if value == [i for i, item in enumerate(items) if repr(item) in kinds]:
@@ -187,7 +187,7 @@ class _Layers:
 
 
 def _is_by_layer(key: Any, value: Any, layers: int) -> bool:
-    """A list with an item for each layer, or a pattern with a letter for each."""
+    """Whether a value is a list with an item per layer, or a pattern with a letter per layer."""
     listed = isinstance(value, list | tuple) or (isinstance(value, str) and "pattern" in str(key))
     return listed and len(value) == layers
 
@@ -197,7 +197,7 @@ def _distinct(items: Any) -> list[Any]:
 
 
 def _cycled(items: Any, number: int) -> list[Any]:
-    """Each distinct item in turn, `number` of them."""
+    """Repeat the distinct items in turn, up to `number` items."""
     kinds = _distinct(items)
     return [kinds[i % len(kinds)] for i in range(number)]
 
@@ -207,7 +207,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _of_all_kinds(values: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
-    """The fields with layers of these kinds too, if there is one kind."""
+    """The fields, with layers of these kinds added if there is only one kind."""
     return {
         key: _cycled([*value, *kinds], len(value))
         if key in ("layer_types", "layers_block_type") and value and len(_distinct(value)) == 1
@@ -217,7 +217,7 @@ def _of_all_kinds(values: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, A
 
 
 def _shrunk(values: dict[str, Any], kv_heads: int, kinds: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields of a config, or of a config within it."""
+    """The small fields of a config, or of a config within it."""
     values = _of_all_kinds(values, kinds)
     layers = _Layers.of(values)
     small: dict[str, Any] = {}
@@ -245,7 +245,7 @@ def _of_layer(key: str, item: Any, kv_heads: int) -> Any:
 
 
 def _field(key: str, value: Any, values: dict[str, Any], layers: _Layers, kv_heads: int, kinds: tuple[str, ...]) -> Any:
-    """One field that is not about single layers."""
+    """The small value of one field that is not about single layers."""
     if key in OTHERS:
         return OTHERS[key]
     if key in ("sliding_window", "use_sliding_window") and "sliding_attention" in kinds:
@@ -269,7 +269,7 @@ def _field(key: str, value: Any, values: dict[str, Any], layers: _Layers, kv_hea
 
 
 def _size(key: str, value: int, kv_heads: int) -> int:
-    """A number by the rules of `SIZES`, which make nothing larger but what must fit the head dimension."""
+    """A size by the rules of `SIZES`, which enlarge only sizes that must fit the head dimension."""
     rule = next((small for pattern, small in SIZES if re.search(pattern, key)), None)
     if rule is None or value <= 0:
         return value
@@ -279,7 +279,7 @@ def _size(key: str, value: int, kv_heads: int) -> int:
 
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:
-    """What rope parameters say of each rotated pair: there are fewer of them."""
+    """Rope parameters with an item per rotated pair, cut to the smaller number of pairs."""
     pairs = HEAD_DIM // 2
     small = dict(values)
     for key in ("short_factor", "long_factor"):
@@ -291,11 +291,11 @@ def _rope(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ratio(values: dict[str, Any]) -> int:
-    """How much wider than the hidden size the attention of Zamba is."""
+    """The factor by which Zamba's attention is wider than its hidden size."""
     return max(int(values.get("attention_hidden_size") or 0) // int(values["hidden_size"]), 1)
 
 
-# Fields whose small value depends on others: of the value, all fields as they were, and the layers.
+# Fields whose small value depends on others: function of the value, all old fields, and the layers.
 SPECIAL: dict[str, Callable[[Any, dict[str, Any], _Layers], Any]] = {
     "attention_hidden_size": lambda _, values, __: HIDDEN * _ratio(values),
     "attention_head_dim": lambda _, values, __: HEAD_DIM * _ratio(values),
@@ -308,5 +308,5 @@ SPECIAL: dict[str, Callable[[Any, dict[str, Any], _Layers], Any]] = {
     ),
     "attn_config": lambda value, *_: {**value, **ROPE},
     "qk_dim_factor": lambda *_: 1.0,
-    "num_layers_per_stack": lambda *_: None,  # made of the number of layers
+    "num_layers_per_stack": lambda *_: None,  # computed from the number of layers
 }

@@ -1,4 +1,4 @@
-"""Tiny tokenizers of the types that models have, trained here on Python's help topics."""
+"""Tiny tokenizers of the usual types, trained here on Python's help topics."""
 
 from functools import cache
 from typing import Any
@@ -13,7 +13,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 @cache
 def byte_fallback_bpe() -> Any:
-    """As Llama 2's: spaces are part of words, characters that were never seen become their UTF-8 bytes."""
+    """Like Llama 2's: spaces are part of words, and unknown characters become their UTF-8 bytes."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
@@ -23,7 +23,7 @@ def byte_fallback_bpe() -> Any:
 
 @cache
 def unigram() -> Any:
-    """As T5's and Gemma's kin: the most probable split, no special token in front."""
+    """Like those of T5 and Gemma: the most probable split, without a special token in front."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()

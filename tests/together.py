@@ -1,4 +1,4 @@
-"""One model that several threads use at once."""
+"""Helpers for several threads that use one model at once."""
 
 import sys
 import threading
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def eager_switching(seconds: float = 1e-5) -> Iterator[None]:
-    """Threads give way to one another as often as the interpreter can have them."""
+    """Threads switch as often as the interpreter allows."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(seconds)
     try:
@@ -22,7 +22,7 @@ def eager_switching(seconds: float = 1e-5) -> Iterator[None]:
 
 
 def at_once(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-    """What jobs return that begin at the same time, a thread each; of one that raised, its exception."""
+    """Start jobs at the same time, one thread each, and return their results; for a job that raised, its exception."""
     results: list[Any] = [None] * len(jobs)
     start = threading.Barrier(len(jobs))
 
@@ -43,7 +43,7 @@ def at_once(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
 
 
 def prompts(lengths: Sequence[int], device: str = "cpu") -> list[dict[str, torch.Tensor]]:
-    """Prompts of one row each; every second one begins with padding."""
+    """One-row prompts; every second one begins with padding."""
     found = []
     for number, length in enumerate(lengths):
         ids = torch.randint(3, 90, (1, length), generator=torch.Generator().manual_seed(length))
@@ -54,7 +54,7 @@ def prompts(lengths: Sequence[int], device: str = "cpu") -> list[dict[str, torch
 
 
 def answer(model: PreTrainedModel, prompt: dict[str, torch.Tensor], new: int, **options: Any) -> list[int]:
-    """The tokens that a model generates, greedily."""
+    """The tokens that a model generates greedily."""
     tokens = model.generate(**prompt, max_new_tokens=new, do_sample=False, **options)  # type: ignore[operator]
     return tokens[0, prompt["input_ids"].shape[1] :].tolist()  # type: ignore[no-any-return]
 
@@ -62,7 +62,7 @@ def answer(model: PreTrainedModel, prompt: dict[str, torch.Tensor], new: int, **
 def wrong_answers(
     model: PreTrainedModel, prompts: Sequence[dict[str, torch.Tensor]], new: int, rounds: int = 1, **options: Any
 ) -> list[str]:
-    """What threads, one for each prompt, answered otherwise than one thread alone does; a line for each answer."""
+    """The answers of threads, one per prompt, that differ from those of a single thread; one line per answer."""
     expected = [answer(model, prompt, new, **options) for prompt in prompts]
     wrong = []
     for _ in range(rounds):

@@ -1,21 +1,21 @@
-"""Every causal class of Transformers with every method: measured on tiny random models, not written down.
+"""Run every causal class of Transformers with every method, on tiny random models, and write the measured results.
 
-    python -m benchmarks.families                  # all of them, into docs/families.json and docs/families.md
-    python -m benchmarks.families Llama JetMoe     # only these, printed and put in place of what was measured before
+    python -m benchmarks.families                  # all classes, into docs/families.json and docs/families.md
+    python -m benchmarks.families Llama JetMoe     # only these: print them, and replace their earlier results
 
 `tests/tiny_models.py` makes the models by rules about field names. A class that the rules cannot make small, or that
-does not generate unpatched, is listed with the reason. Every other one runs every method in three ways:
+does not generate unpatched, is listed with the reason. Every other class runs every method in three ways:
 
-- settings that leave keys out, on two prompts of which one is padded on the left, with the cache that `generate` makes;
-  the logits must be those of the model's own eager attention under the masks of the very plans that ran;
-- settings that keep everything, on the same prompts, where the logits must be those of the unpatched model;
-- the same on one prompt with a static cache, where the unpatched model answers with one as it does without.
+- Settings that leave keys out, on two prompts, one of them left-padded, with the cache that `generate` makes. The
+  logits must equal those of the model's own eager attention under the masks of the plans that ran.
+- Settings that keep everything, on the same prompts. The logits must equal those of the unpatched model.
+- Settings that keep everything, on one prompt, with a static cache if the unpatched model answers the same with one.
 
-All runs of a class are made to write the same tokens, so that logits can be compared step by step. A class runs in a
-process of its own with a limit of time: its crash is a row of the table.
+All runs of a class are forced to generate the same tokens, so that logits can be compared step by step. Each class runs
+in its own process with a time limit; a crash becomes a row of the table.
 
-`generating` runs a model, `layers` and `settings` choose for a method -> `probe` compares, `claims` checks refusals ->
-`sweep` goes through the classes -> `page` writes them down.
+`generating` runs a model. `layers` and `settings` choose the settings of a method. `probe` compares the logits, and
+`claims` checks the reasons of refusals. `sweep` goes through the classes, and `page` writes the results.
 """
 
 import sys

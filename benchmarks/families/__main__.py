@@ -24,7 +24,7 @@ def used_versions() -> dict[str, str]:
 
 
 def write(families: dict[str, Found]) -> dict[str, int]:
-    """Write both files; the totals."""
+    """Write both files and return the totals."""
     ordered = {name: families[name] for name in causal_classes() if name in families}
     result = {"versions": used_versions(), "totals": totals_of(ordered), "families": ordered}
     JSON.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -33,7 +33,7 @@ def write(families: dict[str, Found]) -> dict[str, int]:
 
 
 def full_name(name: str) -> str:
-    """The class that a name stands for, with or without its ForCausalLM."""
+    """Return the class that a name stands for, with or without its ForCausalLM."""
     known = causal_classes()
     for found in (name, f"{name}ForCausalLM", f"{name}LMHeadModel"):
         if found in known:
@@ -43,10 +43,10 @@ def full_name(name: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure every class, or the classes of these names, print a line for each, and write."""
+    """Measure every class or the named ones, print a line for each, and write the results."""
     parser = argparse.ArgumentParser(description="Every causal class of Transformers with every method.")
-    parser.add_argument("families", nargs="*", help="names of classes, with or without ForCausalLM; none for all")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    parser.add_argument("families", nargs="*", help="names of classes, with or without ForCausalLM; default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of processes at a time")
     options = parser.parse_args(arguments)
     names = [full_name(name) for name in options.families]
     kept: dict[str, Found] = {}

@@ -1,4 +1,4 @@
-"""What refusals say of a model, and whether that is so."""
+"""Check whether the reasons that refusals give are true for the model."""
 
 import inspect
 import re
@@ -12,7 +12,7 @@ from benchmarks.families.layers import asks_the_interface, kind_of, layers_of
 
 
 def attends(module: torch.nn.Module) -> bool:
-    """Whether a module is attention by its own code: through the interface, or with a softmax of its own."""
+    """Whether a module computes attention itself: through the interface, or with its own softmax."""
     if asks_the_interface(module):
         return True
     name = type(module).__name__.lower()
@@ -23,20 +23,20 @@ def attends(module: torch.nn.Module) -> bool:
 
 
 def _all_of(model: PreTrainedModel, name: str, holds: Callable[[Any], bool]) -> bool:
-    """Whether something holds for all modules of a class, and there are any."""
+    """Whether the model has modules of a class and a condition holds for all of them."""
     modules = [module for module in model.modules() if type(module).__name__ == name]
     return bool(modules) and all(holds(module) for module in modules)
 
 
 def _written(pattern: str) -> Callable[[Any], bool]:
-    """Whether the code of a module's class has something in it."""
+    """A check of whether the code of a module's class matches a pattern."""
     return lambda module: re.search(pattern, inspect.getsource(type(module))) is not None
 
 
 Claim = Callable[[PreTrainedModel, re.Match[str]], bool]
-# What refusals say, and whether that is so; the first pattern that a message has in it counts.
+# Claims of refusals, each with its check. The first pattern that a message contains counts.
 CLAIMS: dict[str, Claim] = {
-    r"trust_remote_code|other patch": lambda *_: False,  # all classes are Transformers' own, and nobody changed them
+    r"trust_remote_code|other patch": lambda *_: False,  # all classes are Transformers' own, unchanged
     r"do not ask .* first \S+ \(\S+\.(\w+)\)": lambda model, says: _all_of(
         model, says[1], lambda module: not asks_the_interface(module)
     ),
@@ -67,7 +67,7 @@ CLAIMS: dict[str, Claim] = {
 
 
 def what_is_untrue(message: str, model: PreTrainedModel) -> str | None:
-    """What a refusal claims and the model does not bear out; None if it does."""
+    """The claim of a refusal that is not true for the model; None if it is true."""
     for pattern, holds in CLAIMS.items():
         if says := re.search(pattern, message):
             return None if holds(model, says) else f"not so: {says[0]}"

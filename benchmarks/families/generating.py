@@ -1,4 +1,4 @@
-"""Ways to run a tiny model through `generate`, and how far apart their logits are."""
+"""The ways to run a tiny model through `generate`, and the distance between their logits."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ LENGTH, PADDING, NEW = 200, 30, 5
 
 
 class NotShrunk(Exception):
-    """A class has no tiny model that generates; the message is the reason."""
+    """A class has no tiny model that generates; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Way:
         return f"{self.rows} prompts" if self.rows > 1 else "static cache" if self.static else "one prompt"
 
     def inputs(self) -> dict[str, Any]:
-        """Arguments of `generate`; of two prompts the first is padded."""
+        """The arguments of `generate`. The first of two prompts is left-padded."""
         ids = torch.randint(3, VOCAB - 6, (2, LENGTH), generator=torch.Generator().manual_seed(1))
         mask = torch.ones_like(ids)
         mask[0, :PADDING] = 0
@@ -38,7 +38,7 @@ PADDED, ALONE, STATIC = Way(2), Way(1), Way(1, static=True)
 
 
 class Dictated(LogitsProcessor):
-    """Every run writes the same tokens, whatever it would have chosen."""
+    """Makes every run generate the same tokens, whatever the model would choose."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         token = 5 + 7 * (input_ids.shape[1] - LENGTH) % (VOCAB - 10)
@@ -49,7 +49,7 @@ class Dictated(LogitsProcessor):
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, way: Way) -> torch.Tensor:
-    """What `generate` has for each step, `[steps, B, vocabulary]`."""
+    """The logits of each step of `generate`, `[steps, B, vocabulary]`."""
     torch.manual_seed(0)  # Reformer hashes at random
     result: Any = model.generate(  # type: ignore[operator]
         **way.inputs(),
@@ -64,14 +64,14 @@ def logits_of(model: PreTrainedModel, way: Way) -> torch.Tensor:
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative RMS of the worst step and row; infinite if something is not finite."""
+    """Relative RMS of the worst step and row; infinity if a value is not finite."""
     if found.shape != expected.shape or not bool(found.isfinite().all()):
         return torch.inf
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
 def model_that_generates(name: str) -> tuple[PreTrainedModel, torch.Tensor]:
-    """The tiny model, and its unpatched logits of the padded prompts."""
+    """The tiny model of a class, and its unpatched logits on the padded prompts."""
     reason = ""
     for build in tiny_models(name):
         try:
@@ -87,5 +87,5 @@ def model_that_generates(name: str) -> tuple[PreTrainedModel, torch.Tensor]:
 
 
 def in_one_line(error: BaseException) -> str:
-    """An exception in a line."""
+    """An exception as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,4 +1,4 @@
-"""The layers of a model that attend by Transformers' interface, by themselves and by what its config says."""
+"""The layers of a model that use Transformers' attention interface, and their kinds by the model's config."""
 
 import inspect
 from typing import Any
@@ -11,7 +11,7 @@ from sparse_patch.model_shape import ModelShape
 
 
 def layers_of(model: PreTrainedModel) -> list[int]:
-    """The layers whose attention asks Transformers' attention interface."""
+    """Indices of the layers whose attention uses Transformers' attention interface."""
     text = model.config.get_text_config(decoder=True)
     of = [module for module in model.modules() if asks_the_interface(module) and module.config is text]
     layers: set[Any] = {getattr(module, "layer_idx", None) for module in of}
@@ -19,7 +19,7 @@ def layers_of(model: PreTrainedModel) -> list[int]:
 
 
 def kind_of(model: PreTrainedModel, layer: int) -> str:
-    """ "full", or what else the config says of a layer; in hybrid layers full attention runs beside a linear one."""
+    """ "full", or another kind from the config. Hybrid layers (full attention beside linear attention) are "full"."""
     text = model.config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None)
     windowed = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
@@ -28,18 +28,18 @@ def kind_of(model: PreTrainedModel, layer: int) -> str:
 
 
 def first_full_layer(model: PreTrainedModel) -> int:
-    """The first layer with full attention; the first with any if there is none."""
+    """The first layer with full attention, or else the first layer with any attention."""
     layers = layers_of(model) or [0]
     return next((layer for layer in layers if kind_of(model, layer) == "full"), layers[0])
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:
-    """The shape that files are made for; any if there is no attention."""
+    """The shape that calibration files are made for; an arbitrary one if the model has no attention."""
     layers = layers_of(model)
     return ModelShape.of(model.config, 1 + layers[-1]) if layers else ModelShape("none", 1, HEADS, 2, HIDDEN)
 
 
 def asks_the_interface(module: torch.nn.Module) -> bool:
-    """Whether a module's forward asks Transformers' attention interface."""
+    """Whether a module's forward uses Transformers' attention interface."""
     code = getattr(inspect.unwrap(module.forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names

@@ -1,4 +1,4 @@
-"""The page that says it, the totals, and a class in a line."""
+"""The page of the results, the totals, and the one-line summary of a class."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,28 +12,29 @@ FAULTS = (WRONG, RAW, LATE, UNTRUE)
 SYMBOLS = {SPARSE: "●", DENSE: "○", REFUSED: "□", **dict.fromkeys(FAULTS, "✗")}
 PAGE = """# Families
 
-Every causal class of Transformers {transformers} with every method. This page is measured, not written: `make families`
-builds a tiny random model of each class by rules about the names of config fields, and runs each method on it through
-`generate`; [families.json](families.json) has every answer. There are two prompts of {length} tokens, one padded by
-{padding} on the left, and {new} tokens of answer. An answer counts only if the logits are right, to a relative RMS of
-{tolerance}:
+This page shows every causal class of Transformers {transformers} with every method. It is measured, not written by
+hand: `make families` builds a tiny random model of each class by rules about the names of config fields, and runs each
+method on it through `generate`. [families.json](families.json) has every answer. There are two prompts of {length}
+tokens, one left-padded by {padding} tokens, and {new} tokens of answer. An answer counts only if the logits are right,
+to a relative RMS of {tolerance}:
 
-- of settings that leave keys out, those of the model's own eager attention under the masks of the very plans that ran;
-- of settings that keep everything, those of the unpatched model, also for one prompt alone, on a static cache if the
-  unpatched class answers with one as it does without;
-- after all patches are undone, those of before, bit for bit.
+- With settings that leave keys out, the logits must equal those of the model's own eager attention under the masks of
+  the plans that ran.
+- With settings that keep everything, they must equal those of the unpatched model. This is also checked for one prompt
+  without a batch, on a static cache if the unpatched class answers the same with one.
+- After all patches are undone, they must equal those from before the patches, bit for bit.
 
 {totals}
 
-The table:
+Symbols in the table:
 
 - ● sparse; the methods are {methods}
-- ○ right, and dense in every call for the reason in the note
+- ○ right, but dense in every call, for the reason in the note
 - □ refused when the model is patched, for the reason in the note
-- ✗ a fault: wrong logits, an exception that is not ours, a refusal in the middle of `generate` or one that says what is
-  not true of the model
+- ✗ a fault: wrong logits, an exception that is not ours, a refusal in the middle of `generate`, or a refusal whose
+  reason is not true for the model
 
-A number says how many of a kind, where they differ.
+If the methods of a kind differ, a number after the symbol says how many of them it stands for.
 
 {table}
 
@@ -43,13 +44,13 @@ A number says how many of a kind, where they differ.
 
 {missing}
 
-torch {torch}, transformers {transformers}, on a CPU, in float32. What is sparse by kind of layer, in forwards by hand
-and compiled: [models.md](models.md).
+Measured with torch {torch} and transformers {transformers} on a CPU in float32. [models.md](models.md) shows what is
+sparse by kind of layer, in forwards by hand and compiled.
 """
 
 
 def status_of(found: Found) -> str:
-    """A class in a word: its worst fault, else "refused" if no method runs, else "right"; or "not shrunk"."""
+    """The status of a class: "not shrunk", or its worst fault, or "refused" if no method runs, or else "right"."""
     if "not shrunk" in found:
         return "not shrunk"
     outcomes = [_head(outcome) for outcome in found["methods"]]
@@ -64,14 +65,14 @@ def _head(outcome: str) -> str:
 
 
 def totals_of(families: dict[str, Found]) -> dict[str, int]:
-    """How many classes there are of each status."""
+    """The number of classes of each status."""
     statuses = [status_of(found) for found in families.values()]
     counted = ("right", REFUSED, "not shrunk", *FAULTS)
     return {"tried": len(statuses), **{status: statuses.count(status) for status in counted}}
 
 
 def said_totals(totals: dict[str, int]) -> str:
-    """The totals in a line."""
+    """The totals as one line."""
     return (
         f"Classes tried: {totals['tried']}. Right: {totals['right']}. Refused with the reason: {totals[REFUSED]}. "
         f"No tiny model: {totals['not shrunk']}. Wrong: {totals[WRONG]}. Exceptions that are not ours: {totals[RAW]}. "
@@ -80,7 +81,7 @@ def said_totals(totals: dict[str, int]) -> str:
 
 
 def page(result: dict[str, Any]) -> str:
-    """The Markdown page of what `families.json` holds."""
+    """The Markdown page of the content of `families.json`."""
     families = result["families"]
     notes: list[str] = []
     kinds = {kind: of for kind, of in KINDS.items() if kind != "dense"}
@@ -102,7 +103,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def _cell(name: str, outcomes: dict[str, list[str]], methods: Sequence[str], notes: list[str]) -> str:
-    """A symbol for each outcome of a kind's methods, how many where they differ, and the numbers of their notes."""
+    """A symbol for each outcome of a kind's methods, their number if outcomes differ, and the note numbers."""
     cells = []
     of_kind = {outcome: [method for method in of if method in methods] for outcome, of in outcomes.items()}
     of_kind = {outcome: of for outcome, of in of_kind.items() if of}
@@ -118,7 +119,7 @@ def _cell(name: str, outcomes: dict[str, list[str]], methods: Sequence[str], not
 
 
 def said(found: Found) -> str:
-    """What was found, in a line."""
+    """The result of a class as one line."""
     if "not shrunk" in found:
         return str(found["not shrunk"])
     return "; ".join(f"{len(methods)} {outcome}" for outcome, methods in found["methods"].items())

@@ -1,4 +1,4 @@
-"""One class, as a tiny model, and what its methods do."""
+"""The tiny model of one class, and the outcome of every method on it."""
 
 import inspect
 import traceback
@@ -34,7 +34,7 @@ SPARSE, DENSE, REFUSED, WRONG, RAW, LATE, UNTRUE = "sparse", "dense", "refused",
 
 
 class Probe:
-    """One class, as a tiny model, and what its methods do."""
+    """The tiny model of one class, and the outcome of every method on it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -43,16 +43,16 @@ class Probe:
         self.alone, self.alone_way = self._alone()
 
     def _alone(self) -> tuple[torch.Tensor, Way]:
-        """The unpatched logits of one prompt, on a static cache where the model answers the same with one."""
+        """The unpatched logits of one prompt, on a static cache if the model answers the same with one."""
         alone = logits_of(self.model, ALONE)
         try:
             static = logits_of(self.model, STATIC)
-        except Exception:  # what the class says of static caches is its own affair
+        except Exception:  # a class may refuse static caches in its own way
             return alone, ALONE
         return (static, STATIC) if distance(static, alone) <= TOLERANCE else (alone, ALONE)
 
     def method(self, name: str) -> str:
-        """What one method does: an outcome, and the reason where it has one."""
+        """The outcome of one method, with the reason if there is one."""
         with TemporaryDirectory() as folder:
             try:
                 small, full = settings_of(name, self.model, Path(folder))
@@ -89,7 +89,7 @@ class Probe:
 
     @contextmanager
     def _under_masks(self, captured: dict[int, Any]) -> Iterator[None]:
-        """The model as it is, with its eager attention under the masks of plans in the calls that had one."""
+        """For a `with` block: the model runs its own eager attention, under the plans' masks in calls with a plan."""
         if not any(not isinstance(plan, Dense) for plans in captured.values() for _, plan in plans):
             yield
             return
@@ -113,7 +113,7 @@ class Probe:
             self.text._attn_implementation = before
 
     def restored(self) -> str | None:
-        """Whether the model computes what it computed before all patches; None, or how far off it is."""
+        """None if the model computes the same as before all patches; else how far off it is."""
         off = distance(logits_of(self.model, PADDED), self.padded)
         return None if off == 0 else f"{WRONG}: {off:.2g} off after unpatching"
 
@@ -125,7 +125,7 @@ def eager_attention_of(module: torch.nn.Module) -> Callable[..., Any]:
 
 
 def _where(error: BaseException) -> str:
-    """An exception, and where in the package it came from."""
+    """An exception, and the place in the package that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "/sparse_patch/" in frame.filename]
     places = [f"{Path(frame.filename).name}:{frame.name}" for frame in (ours[-1:] + frames[-1:])]
@@ -133,7 +133,7 @@ def _where(error: BaseException) -> str:
 
 
 def what_ran(report: SparsityReport) -> str:
-    """ "sparse", or dense with the reasons of all calls."""
+    """ "sparse", or "dense" with the reasons of all calls."""
     reasons: set[str] = set()
     for layer in report.layers:
         for phase in (layer.prefill, layer.decode):

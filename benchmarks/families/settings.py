@@ -1,4 +1,4 @@
-"""The methods by kind, and settings of each for a model."""
+"""The methods by kind, and the settings of each method for a model."""
 
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ METHODS = [method for methods in KINDS.values() for method in methods]
 
 
 def settings_of(name: str, model: PreTrainedModel, folder: Path) -> tuple[Settings, Settings]:
-    """Settings of a method that leave out a part of `LENGTH` tokens, and settings that keep everything."""
+    """Settings of a method that leave out some of `LENGTH` tokens, and settings that keep all of them."""
     if name == "dense":
         return {"both": {"method": "dense"}}, {"both": {"method": "dense"}}
     case = next(case for cases in CASES.values() for case in cases if case.small["method"] == name)
-    # Logits of random queries and keys lie in the tens, of a single KV head not one half streams, and of blocks of
-    # 64 tokens there are four.
+    # Needed because logits of random queries and keys are in the tens, half of a single KV head cannot stream, and
+    # there are only four blocks of 64 tokens.
     changes = {
         "sale": {"tau": 1e12},
         "duoattention": {"sparsity": 1.0},

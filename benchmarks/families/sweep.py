@@ -1,4 +1,4 @@
-"""Every class in a process of its own."""
+"""Measure every class in its own process."""
 
 import multiprocessing
 import os
@@ -17,12 +17,12 @@ from benchmarks.families.generating import NotShrunk
 from benchmarks.families.probe import RAW, Probe, description
 from benchmarks.families.settings import METHODS
 
-Found = dict[str, Any]  # of a class: what `measure` returns
-LIMIT = 300  # seconds for a class
+Found = dict[str, Any]  # the result of `measure` for a class
+LIMIT = 300  # most seconds for a class
 
 
 def measure(name: str, methods: Iterable[str] = METHODS) -> Found:
-    """What one class does: the tiny model and by outcome the methods, or why there is none."""
+    """Measure one class: its tiny model and the methods by outcome, or the reason why there is no tiny model."""
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -47,7 +47,7 @@ class Job:
     deadline: float
 
     def found(self, pipe: Connection) -> Found:
-        """What it sent, or how it ended."""
+        """The result that the process sent, or how the process ended."""
         try:
             if pipe.poll():
                 return self._ended(pipe.recv())
@@ -64,9 +64,9 @@ class Job:
 
 
 def sweep(names: Sequence[str], jobs: int) -> Iterator[tuple[str, Found]]:
-    """What each class does, as it is found, each in a process of its own: it may crash or hang."""
-    torch.set_num_threads(1)  # before anything is forked
-    measure("LlamaForCausalLM", ["dense"])  # what the first `generate` imports and sets up is there for all
+    """Yield the result of each class when it is ready. Each class has its own process, because it may crash or hang."""
+    torch.set_num_threads(1)  # before any fork
+    measure("LlamaForCausalLM", ["dense"])  # all forks share what the first `generate` imports and sets up
     waiting, running = deque(names), dict[Connection, Job]()
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -79,7 +79,7 @@ def sweep(names: Sequence[str], jobs: int) -> Iterator[tuple[str, Found]]:
 
 
 def _start(name: str) -> tuple[Connection, Job]:
-    context = multiprocessing.get_context("fork")  # what is imported is there at once
+    context = multiprocessing.get_context("fork")  # a fork has all imports already
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, name), daemon=True)
     process.start()

@@ -1,15 +1,16 @@
-"""What runs sparsely on which model: measured on tiny random models, not written down.
+"""Measure on tiny random models what runs sparsely on which model, and write the results.
 
     python -m benchmarks.support                 # everything, into docs/support.json and docs/models.md
-    python -m benchmarks.support gemma3 llama4   # these families again; what there is of the others is kept
+    python -m benchmarks.support gemma3 llama4   # these families again; the results of the others are kept
     python -m benchmarks.support quest           # this method again, on every family
 
-Every family runs every method: a prompt longer than the method's `min_length` and a few tokens, in forwards by hand
-and through `generate`, with the cache that it makes, with a static one, and with a static one whose decode step is
-compiled. What the page says is read from the sparsity report of each run, which counts only if its logits are right;
-the page says what they are compared with.
+Every family runs every method on a prompt longer than the method's `min_length` and a few more tokens: in manual
+forwards, and through `generate` with the cache that it makes, with a static cache, and with a static cache whose decode
+step is compiled. The page shows the sparsity report of each run. A run counts only if its logits are right; the page
+says what they are compared with.
 
-`rows` names the families -> `probe` measures one -> `page` writes them down; the tiny models are those of `tests/`.
+`rows` names the families, `probe` measures one of them, and `page` writes the results. The tiny models are those of
+`tests/`.
 """
 
 import sys

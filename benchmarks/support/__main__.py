@@ -22,7 +22,7 @@ JSON, MARKDOWN = ROOT / "docs" / "support.json", ROOT / "docs" / "models.md"
 
 
 def main(names: list[str]) -> None:
-    """Measure everything, or the families and the methods of these names, and write."""
+    """Measure everything, or the named families and methods, and write the results."""
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -44,7 +44,7 @@ def _in_order(methods: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(found: dict[str, Any]) -> None:
-    """Write both files; a wrong answer is not written."""
+    """Write both files; exit instead if an answer is wrong."""
     text = json.dumps({"versions": used_versions(), "families": found}, indent=1, ensure_ascii=False)
     if WRONG in text:
         raise SystemExit(f"wrong answers, they are not written:\n{text}")

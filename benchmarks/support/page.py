@@ -1,4 +1,4 @@
-"""The page that says it: a symbol for each method and kind of layer, and notes."""
+"""The page of the results: a symbol for each method and kind of layer, and notes."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ DESIGN = {"dense: sliding-window layer", "dense: chunked layer"}
 
 
 def compact(measured: dict[str, Any]) -> dict[str, Any]:
-    """What `measure` returned with one answer where all ways give it."""
+    """The result of `measure`, with one answer if all ways give the same."""
     methods = {
         method: {
             kind: {phase: _one(by_way) for phase, by_way in by_phase.items()} for kind, by_phase in by_kind.items()
@@ -32,39 +32,41 @@ IN = {
 }
 PAGE = """# Models
 
-What runs sparsely on which model, by kind of layer. This page is measured, not written: `make support` runs each method
-on a tiny random model of every family and reads the sparsity reports; [support.json](support.json) has every answer. A
-prompt of {length} tokens and {new} of answer go through forwards by hand with a `DynamicCache`, and through `generate`
-with the cache that it makes, with a static cache, and with a static cache whose decode step is compiled
-(`fullgraph=True` and backend `eager`, which shows that it is one graph). An answer counts only if the logits are right:
+This page shows what runs sparsely on which model, by kind of layer. It is measured, not written by hand: `make support`
+runs each method on a tiny random model of every family and reads the sparsity reports. [support.json](support.json) has
+every answer. A prompt of {length} tokens and {new} tokens of answer run in forwards by hand with a `DynamicCache`, and
+through `generate` with the cache that it makes, with a static cache, and with a static cache whose decode step is
+compiled (`fullgraph=True` and backend `eager`, which shows that it is one graph). An answer counts only if the logits
+are right:
 
-- by hand, those of the model's own eager attention under the masks of the very plans that ran;
-- of the same method with settings that keep everything, those of dense attention;
-- of a compiled step, those of the same step uncompiled.
+- In forwards by hand, the logits must equal those of the model's own eager attention under the masks of the plans that
+  ran.
+- With settings of the same method that keep everything, they must equal those of dense attention.
+- In a compiled step, they must equal those of the same step uncompiled.
 
-The table:
+Symbols in the table:
 
-- ● sparse, in every way to run it
-- ○ dense by the model's design: the layer has a window or chunks of its own
-- ✗ dense, or refused, for the reason in the note
-- empty: no causal self-attention (linear attention, cross-attention to an image), left as it is
+- ● sparse in every way to run it
+- ○ dense by the model's design: the layer has its own window or chunks
+- ✗ dense or refused, for the reason in the note
+- empty: no causal self-attention (linear attention, cross-attention to an image); the layer runs as it is
 
 {table}
 
 {notes}
 
-Of methods whose layers choose for others (`tidaldecode`, `delta`, `lessismore`), ● is those others. `generate` compiles
-decode steps only, never prefill; in a `torch.compile` of yours prefill is sparse on a GPU, and with spans everywhere.
-Layers with shared keys read those of an earlier layer; when `generate` reads a prompt, those of Gemma 4 compute only
-its last token. On a GPU the kernels that multiply whole queries and keys serve a head_dim of up to 256; wider layers
-(512 in Gemma 4) make and run the same plans in PyTorch.
+In methods whose layers choose for other layers (`tidaldecode`, `delta`, `lessismore`), ● stands for these other layers.
+`generate` compiles only decode steps, never prefill. In your own `torch.compile`, prefill is sparse on a GPU, and with
+spans on every device. Layers with shared keys read the keys of an earlier layer. When `generate` reads a prompt, the
+layers with shared keys of Gemma 4 compute only its last token. On a GPU, the kernels that multiply whole queries and
+keys support a head_dim of up to 256; wider layers (512 in Gemma 4) make and run the same plans in PyTorch.
 
-torch {torch}, transformers {transformers}, on a CPU, in float32.
+Measured with torch {torch} and transformers {transformers} on a CPU in float32.
 """
 
 
 def page(result: dict[str, Any]) -> str:
-    """The Markdown page of what `support.json` holds."""
+    """The Markdown page of the content of `support.json`."""
     families = list(result["families"].values())
     of_all = set.intersection(*(set(family["methods"]) for family in families)) - {"dense"}
     methods = [method for method in families[0]["methods"] if method in of_all]
@@ -82,7 +84,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def _cell(by_phase: dict[str, str | dict[str, str]], notes: list[str]) -> str:
-    """A symbol, and the number of the note that it needs."""
+    """A symbol, and the number of its note if it needs one."""
     answers = answers_of(by_phase)
     ran = answers - {NOT_COMPILED}
     symbol = (
@@ -99,7 +101,7 @@ def _cell(by_phase: dict[str, str | dict[str, str]], notes: list[str]) -> str:
 
 
 def answers_of(by_phase: dict[str, str | dict[str, str]]) -> set[str]:
-    """All that a method answers in layers of a kind."""
+    """All answers of a method in layers of one kind."""
     return {answer for found in by_phase.values() for answer in ([found] if isinstance(found, str) else found.values())}
 
 

@@ -1,4 +1,4 @@
-"""One tiny model, and what every method does on it in every way to run it."""
+"""One tiny model, and what every method does on it in every way to run the model."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from sparse_patch.plans import Dense, Plan
 from sparse_patch.report import PhaseReport, SparsityReport
 
 Settings = dict[str, Any]
-Plans = dict[int, list[Plan]]  # of each layer, call by call
+Plans = dict[int, list[Plan]]  # layer -> the plans of its calls, in order
 CASES = (*PREFILL_METHODS, *DECODE_METHODS, *TOKEN_METHODS, *SPAN_METHODS)
 WAYS = ("forward", "generate", "static", "compiled")
 LENGTH, NEW = 200, 4
@@ -37,13 +37,13 @@ ORACLE = "support_oracle"
 def measure(
     name: str, compiled: Iterable[str] | None = None, device: str = "cpu", methods: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """What one family does: the layers of each kind, and by method, kind of layer, phase and way what was computed.
+    """Measure one family: the layers of each kind, and what was computed by method, kind of layer, phase and way.
 
     Args:
-        name: of `FAMILIES`.
-        compiled: methods whose decode step is compiled as well; None for all that decode.
-        device: where the model runs.
-        methods: these alone; none for all.
+        name: a name in `FAMILIES`.
+        compiled: methods whose decode step is also compiled; None for all methods that decode.
+        device: device of the model.
+        methods: the only methods to measure; empty for all methods.
     """
     torch.manual_seed(0)
     family = FAMILIES[name]
@@ -57,7 +57,7 @@ def measure(
 
 
 def settings_of(model: PreTrainedModel) -> dict[str, tuple[Settings, Settings]]:
-    """By method, settings that select a part of `LENGTH` tokens, and settings that keep everything."""
+    """Method -> settings that select some of `LENGTH` tokens, and settings that keep all of them."""
     text = model.config.get_text_config(decoder=True)
     full = [layer for layer in range(text.num_hidden_layers) if attention_kind(text, layer) == "full"]
     chosen: dict[str, tuple[Settings, Settings]] = {}
@@ -66,8 +66,8 @@ def settings_of(model: PreTrainedModel) -> dict[str, tuple[Settings, Settings]]:
         which: Any = {"layers": "all"}
         if issubclass(registry()[name], LayeredMethod):
             which = {"roles": {"full": [], "select": full[:1]}}
-        # Logits of random queries and keys lie in the tens, of a single KV head not one half streams, and of blocks of
-        # 64 tokens there are four.
+        # Needed because logits of random queries and keys are in the tens, half of a single KV head cannot stream, and
+        # there are only four blocks of 64 tokens.
         changes = {
             "sale": {"tau": 1e12},
             "duoattention": {"sparsity": 1.0},
@@ -78,7 +78,7 @@ def settings_of(model: PreTrainedModel) -> dict[str, tuple[Settings, Settings]]:
 
 
 class Probe:
-    """One model, and what its methods do."""
+    """One model, and what every method does on it."""
 
     def __init__(self, model: PreTrainedModel, inputs: Inputs) -> None:
         self.model, self.inputs = model, inputs
@@ -87,7 +87,7 @@ class Probe:
         self.dense = {way: self._run(way) for way in WAYS[:3]}
 
     def kinds(self) -> dict[str, list[int]]:
-        """The layers of each kind."""
+        """Kind of layer -> indices of its layers."""
         kinds: dict[str, list[int]] = {}
         for layer in range(self.text.num_hidden_layers):
             kinds.setdefault(self.kind(layer), []).append(layer)
@@ -98,7 +98,7 @@ class Probe:
         return kind if layer_with_keys(self.text, layer) == layer else f"{kind}, shared keys"
 
     def method(self, name: str, compiled: bool) -> dict[str, dict[Phase, dict[str, str]]]:
-        """By kind of layer, phase and way what a method computes."""
+        """Kind of layer -> phase -> way -> what a method computes."""
         phases = registry()[name].phases
         found: dict[str, dict[Phase, dict[str, str]]] = {
             kind: {phase: {} for phase in PHASES if phase in phases} for kind in self.kinds()
@@ -111,7 +111,7 @@ class Probe:
             for kind, by_phase in found.items():
                 for phase, by_way in by_phase.items():
                     if (phase, way) == ("prefill", "compiled"):
-                        continue  # `generate` compiles no prefill
+                        continue  # `generate` does not compile prefill
                     answer = answers if isinstance(answers, str) else answers[kind, phase]
                     by_way[way] = by_way["static"] if answer == AS_STATIC else answer
         return found
@@ -119,10 +119,11 @@ class Probe:
     def _answers(
         self, name: str, way: str, static: torch.Tensor | None
     ) -> tuple[str | dict[tuple[str, Phase], str], torch.Tensor | None]:
-        """What a method does in one way, by kind and phase, or one answer for all of them; and its logits.
+        """What a method does in one way, by kind and phase or as one answer for all of them; and its logits.
 
-        What is compiled is compared with `static`; everything else, with settings that keep everything, with dense; and
-        forwards by hand with the model's own attention under the masks of the plans.
+        A compiled run is compared with `static`. Every other run is repeated with settings that keep everything and
+        compared with dense attention. Forwards by hand are also compared with the model's own attention under the masks
+        of the plans.
         """
         with self._configs(name) as (small, full):
             try:
@@ -147,7 +148,7 @@ class Probe:
         }, logits
 
     def _patched(self, config: Settings, way: str) -> tuple[torch.Tensor, SparsityReport, Plans]:
-        """Logits, report and the plans of every layer."""
+        """Run a configuration: the logits, the report, and the plans of every layer."""
         with patched(self.model, config), capture_plans(self.model) as plans:
             logits = self._run(way)
             return (
@@ -157,7 +158,7 @@ class Probe:
             )
 
     def _by_masks(self, plans: Plans) -> torch.Tensor:
-        """The logits of the same forwards of the model as it is, with its eager attention under the masks of plans."""
+        """The logits of the same forwards by the unpatched model, with eager attention under the masks of the plans."""
         left = {layer: iter(of_layer) for layer, of_layer in plans.items()}
 
         def attend(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **kwargs: Any) -> Any:
@@ -177,11 +178,11 @@ class Probe:
             self.text._attn_implementation = before
 
     def _answer(self, report: SparsityReport, layers: list[int], phase: Phase) -> str:
-        """What the layers of a kind did in a phase."""
+        """What the layers of one kind did in a phase."""
         seen = [_status(layer.phase(phase)) for layer in report.layers if layer.layer in layers]
         distinct = set(seen) - {""}
         if "sparse" in distinct:
-            distinct.discard("every key")  # the layers that choose for the others
+            distinct.discard("every key")  # these layers choose for the others
         return "; ".join(sorted(distinct, key=lambda status: (status != "sparse", status))) or NOT_ATTENTION
 
     @contextmanager
@@ -202,7 +203,7 @@ class Probe:
 
     @torch.no_grad()
     def _run(self, way: str) -> torch.Tensor:
-        """The logits of one way to run the model."""
+        """Run the model in one way and return its logits."""
         if way == "forward":
             cache = DynamicCache(config=self.model.config)
             prompt = self.model(**self.inputs, past_key_values=cache).logits
@@ -226,14 +227,14 @@ class Probe:
 
 
 def _compile() -> CompileConfig:
-    """One graph without breaks, on a CPU too."""
+    """A compile config that requires one graph without breaks, on a CPU too."""
     config = CompileConfig(backend="eager", fullgraph=True, mode=None)
     config._compile_all_devices = True
     return config
 
 
 def _status(phase: PhaseReport) -> str:
-    """What one layer did: "sparse", "every key" by a plan, dense or fallback with the reason; "" without a call."""
+    """What one layer did: "sparse", "every key" (by a plan), dense or fallback with the reason; "" without calls."""
     reasons = [f"dense: {reason}" for reason in phase.dense] + [f"fallback: {reason}" for reason in phase.fallbacks]
     if phase.sparse_calls:
         assert phase.density is not None

@@ -1,4 +1,4 @@
-"""The rows of the table: families, and a tiny model for each."""
+"""The rows of the table: families, with a tiny model for each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ class Family:
     """A row of the table.
 
     Attributes:
-        models: what stands for these models.
-        build: a tiny random model of their architecture.
-        inputs: what it reads; None for tokens.
+        models: names of the models that the family stands for.
+        build: makes a tiny random model of their architecture.
+        inputs: makes the model's inputs; None for tokens.
     """
 
     models: str

@@ -1,1 +1,1 @@
-"""Benchmarks: one layer's prefill, decode of one layer and of all, and a whole model through `generate`."""
+"""Benchmarks: prefill of one layer, decode of one layer and of all layers, and a whole model through `generate`."""

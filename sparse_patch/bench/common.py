@@ -1,4 +1,4 @@
-"""What the benchmarks share: shapes, dtypes, clocks and the description of the machine."""
+"""Helpers shared by the benchmarks: shapes, dtypes, clocks and the description of the machine."""
 
 import platform
 import re
@@ -37,7 +37,7 @@ SHAPES = {  # query heads, KV heads, head_dim
 
 
 class _AnyRow(Protocol):
-    """What every row has."""
+    """The field that every row has."""
 
     @property
     def length(self) -> int: ...
@@ -45,15 +45,15 @@ class _AnyRow(Protocol):
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a model that decode is timed for.
+    """The sizes of a model whose decode is timed.
 
     Attributes:
         model_type: Transformers' name of the architecture.
-        layers: decoder layers, all with full attention.
+        layers: number of decoder layers, all with full attention.
         hidden: width of the residual stream.
         intermediate: width of the MLP.
-        vocabulary: tokens.
-        heads: of an attention layer.
+        vocabulary: number of tokens.
+        heads: heads of an attention layer.
         rope_theta: base of the rotary embedding.
     """
 
@@ -67,7 +67,7 @@ class Architecture:
 
     @property
     def model_shape(self) -> ModelShape:
-        """What methods decide by."""
+        """The model shape that methods resolve their settings with."""
         return ModelShape(self.model_type, self.layers, self.heads.heads, self.heads.kv_heads, self.hidden)
 
 
@@ -78,11 +78,11 @@ ARCHITECTURES = {
     "needle-llama": Architecture("llama", 8, 384, 1024, 4096, SHAPES["needle-llama"], 1e6),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_CPU_SECONDS, _CPU_RUNS = 0.5, (3, 20)  # of the timing of one row: seconds, and runs at least and at most
+_CPU_SECONDS, _CPU_RUNS = 0.5, (3, 20)  # per row: seconds to measure, and (least, most) runs
 
 
 def shape_of(text: str) -> Shape:
-    """A known shape by its name, or `Hq,Hkv,D`; raises TaskError for anything else."""
+    """Return a known shape by its name, or parse `Hq,Hkv,D`; raise TaskError for anything else."""
     if text in SHAPES:
         return SHAPES[text]
     try:
@@ -98,7 +98,7 @@ def shape_of(text: str) -> Shape:
 
 
 def architecture_of(name: str, layers: int | None = None) -> Architecture:
-    """A known architecture, with another number of layers if one is given; raises TaskError for anything else."""
+    """Return a known architecture, with `layers` layers if given; raise TaskError for an unknown name."""
     if name not in ARCHITECTURES:
         raise TaskError(f"--shape: expected {', '.join(ARCHITECTURES)}, got {name!r}{nearest(name, ARCHITECTURES)}")
     found = ARCHITECTURES[name]
@@ -106,20 +106,20 @@ def architecture_of(name: str, layers: int | None = None) -> Architecture:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """A dtype by its name; raises TaskError for one that is not timed."""
+    """Return a dtype by its name; raise TaskError for one that is not timed."""
     if name not in DTYPES:
         raise TaskError(f"--dtype: expected {', '.join(DTYPES)}, got {name!r}{nearest(name, DTYPES)}")
     return DTYPES[name]
 
 
 def default_dtype(device: str) -> str:
-    """The dtype to time on a device where none is asked for."""
+    """The dtype to time on a device by default."""
     return "bfloat16" if device == "cuda" else "float32"
 
 
 @dataclass(frozen=True)
 class Result(Generic[RowT]):
-    """Rows by length, and what did not run: `{"flash4: needs ...": [8192]}`."""
+    """Rows ordered by length, and the lengths at which something did not run: `{"flash4: needs ...": [8192]}`."""
 
     rows: list[RowT]
     skipped: dict[str, list[int]]
@@ -128,16 +128,16 @@ class Result(Generic[RowT]):
 def configs_by_stem(
     sources: Sequence[str], wanted: str, is_wanted: Callable[[PatchConfig], bool]
 ) -> dict[str, PatchConfig]:
-    """Configurations by the stems of their files.
+    """Load configurations, keyed by the stems of their files.
 
     Args:
         sources: files or packaged names.
-        wanted: what each must have, for messages: "sparse decode method".
-        is_wanted: whether a configuration has it.
+        wanted: what each configuration must have, for messages: "sparse decode method".
+        is_wanted: tells whether a configuration has it.
 
     Raises:
         ConfigError: a configuration is not valid.
-        TaskError: one has not what is wanted, or two have the same stem.
+        TaskError: a configuration lacks what is wanted, or two have the same stem.
     """
     configs: dict[str, PatchConfig] = {}
     for source in sources:
@@ -154,13 +154,13 @@ def configs_by_stem(
 def result_as_json(
     result: Result[Any], methods: Mapping[str, PatchConfig], dtype: torch.dtype, about: dict[str, Any]
 ) -> dict[str, Any]:
-    """What was measured, on what, and of what.
+    """The result as JSON: what was measured, on which machine, and with which configurations.
 
     Args:
-        result: of the benchmark; its rows are dataclasses.
+        result: the benchmark's result; its rows are dataclasses.
         methods: configurations by name.
-        dtype: of what was timed.
-        about: what else the figures depend on.
+        dtype: dtype of the timed inputs.
+        about: everything else that the figures depend on.
     """
     return {
         "machine": {**describe_machine(), "dtype": str(dtype).removeprefix("torch.")},
@@ -183,14 +183,14 @@ def table_of(
     about: str,
     section: Callable[[RowT], object] = lambda row: row.length,
 ) -> Table:
-    """One line a row.
+    """A table with one line per row.
 
     Args:
-        title: above the table.
+        title: text above the table.
         rows: in the order of the table.
-        columns: the text of a row's cell by the column's heading; the first column is on the left and does not wrap.
-        about: below the table.
-        section: a line is drawn between rows that differ in it.
+        columns: column heading -> function that gives a row's cell. The first column is left-aligned and never wraps.
+        about: text below the table.
+        section: a line is drawn between rows that differ in this value.
     """
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE, caption=about)
     drawn.caption_justify = "left"
@@ -205,7 +205,7 @@ def table_of(
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a kernel's time depends on; the versions of what is not there are left out."""
+    """Describe what a kernel's time depends on. Packages that are not installed are left out."""
     packages = ("triton", "flash-attn-4", "flash-attn", "flashinfer-python")
     found = {name: _version(name) for name in packages}
     if torch.cuda.is_available():
@@ -216,12 +216,12 @@ def describe_machine() -> dict[str, Any]:
 def rows_of(
     ways: Iterable[tuple[str, Callable[[], T]]], length: int, skipped: dict[str, list[int]], progress: Step
 ) -> list[T]:
-    """The rows of one length; what a kernel or method does not serve, or memory does not hold, is added to `skipped`.
+    """Measure the rows of one length. Unsupported or out-of-memory measurements are added to `skipped`.
 
     Args:
         ways: label and measurement of each row.
         length: tokens.
-        skipped: lengths by what did not run and why.
+        skipped: what did not run and why -> its lengths; filled here.
         progress: called with a description before each measurement.
     """
     rows = []
@@ -238,12 +238,12 @@ def rows_of(
 
 
 def skipped_notes(skipped: dict[str, list[int]]) -> list[str]:
-    """What did not run, a line each."""
+    """One line for each thing that did not run."""
     return [f"skipped at {', '.join(map(str, lengths))}: {what}" for what, lengths in skipped.items()]
 
 
 def measured(function: Callable[[], object], call: AttentionCall) -> tuple[float, float | None]:
-    """Milliseconds of one run, median, and the most MB that it allocates (None on a CPU)."""
+    """Median milliseconds of one run, and the most MB that it allocates (None on a CPU)."""
     if not call.q.is_cuda:
         return clocked(function), None
     from triton.testing import do_bench
@@ -257,7 +257,7 @@ def measured(function: Callable[[], object], call: AttentionCall) -> tuple[float
 
 
 def clocked(function: Callable[[], object]) -> float:
-    """Milliseconds of one run by the clock, median after a warm-up: for a CPU."""
+    """Median milliseconds of one run by the wall clock, after a warm-up. Used on a CPU."""
     function()
     seconds: list[float] = []
     least, most = _CPU_RUNS
@@ -269,7 +269,7 @@ def clocked(function: Callable[[], object]) -> float:
 
 
 def cell(value: float | None, digits: int) -> str:
-    """A number for a table; empty for None."""
+    """A number as text for a table; empty for None."""
     return "" if value is None else f"{value:.{digits}f}"
 
 
@@ -281,7 +281,7 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """The version of NVIDIA's driver, where Linux tells it."""
+    """The version of NVIDIA's driver, or None if Linux does not report it."""
     path = Path("/proc/driver/nvidia/version")
     found = re.search(r"\d+\.\d+(\.\d+)?", path.read_text()) if path.is_file() else None
     return found[0] if found else None

@@ -1,18 +1,20 @@
-"""`sparse-patch bench decode`: one decode step's attention, per kind of layer and for all layers of a model.
+"""`sparse-patch bench decode`: attention of one decode step, per kind of layer and for all layers of a model.
 
-Every layer has its own queries and its own static cache, as in a model, so that no layer finds its keys in the GPU's
-cache. One step of all layers is one CUDA graph, timed by replaying it (medians); the time of a layer is that of the
-graph by its layers. On a CPU the clock times plain calls. What is timed:
+Every layer has its own queries and its own static cache, as in a model, so no layer finds its keys in the GPU's cache.
+On a GPU one step of all layers is one CUDA graph, timed by replaying it (medians). The time of a layer is the time of
+the graph divided by the number of layers. On a CPU the wall clock times plain calls. The rows are:
 
-- dense: our `page_decode` on every key, PyTorch's SDPA, flash-attn and flashinfer where they are installed and serve;
-- lists: `page_decode` on random lists of a budget, one for all heads, per KV head and per query head, and a selecting
-  layer: dense with logits, page scores, top pages;
-- for each configuration a layer of each role, and the whole stack, through the method as the hook runs it: remember,
-  plan, attend, select. Layers that the method leaves dense run our dense decode;
-- for a configuration of spans the whole stack alone, on full rings: each layer has spans of its own.
+- dense: our `page_decode` on every key, PyTorch's SDPA, and flash-attn and flashinfer if they are installed and
+  support the call;
+- lists: `page_decode` on random lists of each budget: one list for all heads, one per KV head, one per query head;
+- select: a selecting layer, which runs dense attention with logits, page scores and top pages;
+- layer and stack, for each configuration: one layer of each role, and all layers, run through the method as the hook
+  runs it (remember, plan, attend, select). Layers that the method leaves dense run our dense decode;
+- stack only, for a configuration of spans: it runs on full rings, because each layer has its own spans.
 
-The floor of a row is the time to move the bytes that it cannot do without (keys and values that are read, statistics,
-logits written and read) at the bandwidth of a copy, measured in the same run.
+A row's floor is the time to move the bytes it must read or write, at copy bandwidth. These bytes are the keys and
+values that the step reads, the statistics, and the logits (written and read). Copy bandwidth is measured in the same
+run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +54,7 @@ from sparse_patch.kernels.room import SPARE
 from sparse_patch.workbench.machine import machine
 from sparse_patch.workbench.progress import Step
 
-_PAGES = (16, 1)  # tokens of a page of the random lists
+_PAGES = (16, 1)  # page sizes of the random lists, in tokens
 _KINDS = ("dense", "lists", "select", "layer", "stack")
 
 
@@ -62,11 +64,11 @@ class Benchmark:
 
     Attributes:
         architecture: sizes and number of layers.
-        lengths: valid keys.
-        batch: rows.
-        budgets: tokens of the random lists.
-        methods: configurations resolved for the architecture, by name; their decode methods are timed.
-        dtype: of queries, keys and values.
+        lengths: numbers of valid keys.
+        batch: number of rows.
+        budgets: sizes of the random lists, in tokens.
+        methods: name -> configuration resolved for the architecture; its decode method is timed.
+        dtype: dtype of queries, keys and values.
         device: "cuda" or "cpu".
     """
 
@@ -80,12 +82,12 @@ class Benchmark:
 
     @property
     def steps(self) -> int:
-        """Measurements, if nothing is skipped."""
+        """Number of measurements if nothing is skipped."""
         each = 2 + len(decode_kernels.KERNELS) + len(self.budgets) * 3 * len(_PAGES)
         return len(self.lengths) * (each + sum(1 + len(roles_of(self, name)) for name in self.methods))
 
     def calls(self, length: int) -> list[AttentionCall]:
-        """The decode call of every layer: random queries, a static cache with random keys and values."""
+        """The decode call of every layer: random queries, and a static cache of random keys and values."""
         shape, generator = self.architecture.heads, torch.Generator(self.device).manual_seed(0)
 
         def rand(heads: int, tokens: int) -> torch.Tensor:
@@ -109,13 +111,13 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Result(common.Result[Row]):
-    """Rows by length, what did not run, and the bandwidth of a copy."""
+    """Rows ordered by length, what did not run, and the copy bandwidth."""
 
     gb_per_s: float
 
 
 def ways(layers: Layers, benchmark: Benchmark) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """Label and measurement of every row."""
+    """Yield the label and the measurement of every row."""
     yield OURS, partial(ours, layers)
     for kernel in decode_kernels.KERNELS:
         yield kernel, partial(other_kernel, layers, kernel)
@@ -133,11 +135,11 @@ def ways(layers: Layers, benchmark: Benchmark) -> Iterator[tuple[str, Callable[[
 
 
 def methods_of(sources: Sequence[str], architecture: Architecture) -> dict[str, BoundConfig]:
-    """Configurations with a sparse decode method, resolved for an architecture, by the stems of their files.
+    """Load configurations with a sparse decode method and resolve them for an architecture; keyed by file stem.
 
     Raises:
         ConfigError: a configuration is not valid, or does not fit the architecture.
-        TaskError: it has no decode method to time, or two have the same stem.
+        TaskError: a configuration has no decode method to time, or two have the same stem.
     """
     configs = configs_by_stem(
         sources, "sparse decode method", lambda config: config.decode is not None and config.decode.method != "dense"
@@ -146,13 +148,13 @@ def methods_of(sources: Sequence[str], architecture: Architecture) -> dict[str, 
 
 
 def lists_of(architecture: Architecture) -> dict[str, int]:
-    """How heads may share lists, and how many lists that makes."""
+    """The ways in which heads can share lists, each with its number of lists."""
     heads = architecture.heads
     return {"one list": 1, "lists per KV head": heads.kv_heads, "lists per query head": heads.heads}
 
 
 def roles_of(benchmark: Benchmark, name: str) -> dict[str, int]:
-    """The roles of the sparse and selecting layers of a configuration, with a layer that has each."""
+    """The roles of a configuration's sparse and selecting layers, each with one layer of that role."""
     config = benchmark.methods[name]
     method, found = method_of(config), dict[str, int]()
     if method.retention:
@@ -164,7 +166,7 @@ def roles_of(benchmark: Benchmark, name: str) -> dict[str, int]:
 
 @torch.no_grad()
 def bench_decode(benchmark: Benchmark, progress: Step = lambda _: None) -> Result:
-    """Time every way of attending at every length; what a kernel or method does not serve is skipped and noted.
+    """Time every kernel and method at every length; calls that one of them does not support are skipped and noted.
 
     Args:
         benchmark: what to time.
@@ -186,7 +188,7 @@ def bench_decode(benchmark: Benchmark, progress: Step = lambda _: None) -> Resul
 
 
 def as_json(result: Result, benchmark: Benchmark) -> dict[str, Any]:
-    """What was measured, on what, and of what."""
+    """The result as JSON: what was measured, on which machine, and with which configurations."""
     about = {
         "shape": asdict(benchmark.architecture),
         "batch": benchmark.batch,
@@ -198,7 +200,7 @@ def as_json(result: Result, benchmark: Benchmark) -> dict[str, Any]:
 
 
 def table(result: Result, benchmark: Benchmark) -> Table:
-    """One line a row; a section for each kind and length."""
+    """A table with one line per row and one section per kind and length."""
     architecture = benchmark.architecture
     about = (
         f"{machine()['device']}, {benchmark.dtype}, heads and head_dim {architecture.heads}, {architecture.layers} "
@@ -219,12 +221,12 @@ def table(result: Result, benchmark: Benchmark) -> Table:
 
 
 def notes(result: Result) -> list[str]:
-    """What did not run."""
+    """One line for each thing that did not run."""
     return skipped_notes(result.skipped)
 
 
 def _against_dense(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one length in the order of their kinds, each against our dense decode of as many layers."""
+    """The rows of one length, ordered by kind, with `dense` set: time relative to our dense decode."""
     ours = next((row.ms for row in rows if row.label.startswith(OURS)), None)
     ordered = sorted(rows, key=lambda row: _KINDS.index(row.kind))
     return [replace(row, dense=None if ours is None else row.ms / ours / row.layers) for row in ordered]

@@ -1,4 +1,4 @@
-"""Other dense decode kernels, as baselines: PyTorch's SDPA backends, flash-attn and flashinfer."""
+"""Dense decode kernels of other projects, as baselines: PyTorch's SDPA backends, flash-attn and flashinfer."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -21,11 +21,11 @@ _SDPA: dict[str, tuple[SDPBackend, Callable[..., bool]]] = {
     "sdpa efficient": (SDPBackend.EFFICIENT_ATTENTION, can_use_efficient_attention),
 }
 _PACKAGES = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface", "flashinfer": "flashinfer"}
-KERNELS = ("sdpa", *_SDPA, *_PACKAGES)  # "sdpa": whatever SDPA picks
+KERNELS = ("sdpa", *_SDPA, *_PACKAGES)  # "sdpa": the backend that SDPA picks by itself
 
 
 def why_unsupported(call: AttentionCall, kernel: str) -> str | None:
-    """Why a kernel cannot serve a call of one query over a whole buffer; None if it can."""
+    """Why a kernel cannot serve a call of one query over the whole buffer; None if it can."""
     if kernel == "sdpa":
         return None
     if not call.q.is_cuda:
@@ -46,12 +46,12 @@ def why_unsupported(call: AttentionCall, kernel: str) -> str | None:
 
 
 def prepared(call: AttentionCall, length: int, kernel: str) -> Callable[[], torch.Tensor]:
-    """A function that attends to the first `length` keys of a call; its inputs are laid out already.
+    """Return a function that attends to the first `length` keys of a call. Its inputs are laid out beforehand.
 
     Args:
         call: a decode call of one query.
-        length: valid keys.
-        kernel: one of `KERNELS` that is not `why_unsupported`.
+        length: number of valid keys.
+        kernel: one of `KERNELS` for which `why_unsupported` gives None.
     """
     q, k, v = call.q, call.k[:, :, :length], call.v[:, :, :length]
     if kernel.startswith("flash-attn"):
@@ -79,7 +79,7 @@ def prepared(call: AttentionCall, length: int, kernel: str) -> Callable[[], torc
 
 
 def _flash_attn(kernel: str) -> Any:
-    """flash-attn's decode function; None where a package of that name has none (flash-attn-4)."""
+    """flash-attn's decode function; None if the installed package has none (flash-attn-4)."""
     try:
         if kernel == "flash-attn 3":
             from flash_attn_interface import flash_attn_with_kvcache

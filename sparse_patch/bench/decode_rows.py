@@ -1,4 +1,4 @@
-"""The rows of the decode benchmark: kernels on all keys and on random lists, one layer and all layers."""
+"""The rows of the decode benchmark: kernels on all keys and on random lists, single layers and all layers."""
 
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from sparse_patch.tensor_parallel import ALL_HEADS
 
 
 def ours(layers: Layers) -> Row:
-    """`page_decode` on every key."""
+    """Time `page_decode` on every key."""
 
     def step() -> None:
         for call in layers.calls:
@@ -35,7 +35,7 @@ def ours(layers: Layers) -> Row:
 
 
 def other_kernel(layers: Layers, kernel: str) -> Row:
-    """A dense kernel of others; raises UnsupportedCallError if it does not serve the calls."""
+    """Time a dense kernel of another project; raise UnsupportedCallError if it does not support the calls."""
     if problem := decode_kernels.why_unsupported(layers.calls[0], kernel):
         raise UnsupportedCallError(problem)
     attends = [decode_kernels.prepared(call, layers.length, kernel) for call in layers.calls]
@@ -43,7 +43,7 @@ def other_kernel(layers: Layers, kernel: str) -> Row:
         attends[0]()
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # not ours: it must not end the run
+    except RuntimeError as error:  # the kernel is not ours, so its error must not end the run
         raise UnsupportedCallError(reason(error)) from None
 
     def step() -> None:
@@ -55,7 +55,7 @@ def other_kernel(layers: Layers, kernel: str) -> Row:
 
 
 def random_lists_row(layers: Layers, label: str, budget: int, lists: int, page: int) -> Row:
-    """`page_decode` on random lists, other ones in each layer."""
+    """Time `page_decode` on random lists, which differ between layers."""
     plans = [random_lists(call, layers.length, budget, lists, page, seed) for seed, call in enumerate(layers.calls)]
 
     def step() -> None:
@@ -66,7 +66,7 @@ def random_lists_row(layers: Layers, label: str, budget: int, lists: int, page: 
 
 
 def selecting_layer(layers: Layers, budget: int, page: int) -> Row:
-    """Dense with logits, page scores and top pages."""
+    """Time dense attention with logits, page scores and top pages."""
 
     def select(call: AttentionCall) -> None:
         _, lse, logits = table.attend(call, PagePlan.every(call, page, wants_logits=True))
@@ -84,7 +84,7 @@ def selecting_layer(layers: Layers, budget: int, page: int) -> Row:
 
 
 def one_layer(layers: Layers, name: str, config: BoundConfig, role: str, layer: int) -> Row:
-    """A layer of one role, with the list that the selecting layer before it carries on."""
+    """Time a layer of one role, with the list that the selecting layer before it passes on."""
     layers.forget()
     forward_state = forward_state_to(config, layers.calls[0], layer)
     calls = [replace(call, layer=layer) for call in layers.calls]
@@ -99,7 +99,7 @@ def one_layer(layers: Layers, name: str, config: BoundConfig, role: str, layer: 
 
 
 def all_layers(layers: Layers, name: str, config: BoundConfig) -> Row:
-    """All layers, each in its role."""
+    """Time all layers, each in its role."""
     layers.forget()
     plans = run_stack(config, layers.calls)
     size = sum(bytes_of(*pair) for pair in zip(layers.calls, plans, strict=True)) / len(plans)
@@ -109,7 +109,7 @@ def all_layers(layers: Layers, name: str, config: BoundConfig) -> Row:
 
 
 def all_layers_of_spans(layers: Layers, name: str, config: BoundConfig) -> Row:
-    """All layers on what a static cache keeps for spans: full rings, and all keys where a layer has no ring."""
+    """Time all layers on what a static cache keeps for spans: full rings, or all keys in layers without a ring."""
     used = config.settings.layers("decode", len(layers.calls))
     rings = [full_ring(config, call, layers.length) if call.layer in used else None for call in layers.calls]
     before = torch.full((len(layers.calls[0].q),), layers.length, device=layers.calls[0].q.device)
@@ -129,7 +129,7 @@ def all_layers_of_spans(layers: Layers, name: str, config: BoundConfig) -> Row:
 
 
 def full_ring(config: BoundConfig, call: AttentionCall, length: int) -> FixedRingLayer:
-    """The ring of a layer of a static cache that has seen so many tokens, with random keys and values."""
+    """One layer's ring of a static cache that has seen `length` tokens, with random keys and values."""
     retention = method_of(config).retention
     assert retention is not None, "checked by ways"
     ring = FixedRingLayer(partial(retention.spans_of, ALL_HEADS, call.layer), length + SPARE)
@@ -141,7 +141,7 @@ def full_ring(config: BoundConfig, call: AttentionCall, length: int) -> FixedRin
 
 
 def forward_state_to(config: BoundConfig, call: AttentionCall, layer: int) -> ForwardState:
-    """What the layers before `layer` carry on to it: all of them run on one call's keys."""
+    """The state that earlier layers pass on to `layer`. The selecting ones run here, all on the keys of `call`."""
     forward_state: ForwardState = {}
     method = method_of(config)
     for before in sorted(config.settings.layers("decode", layer + 1) - {layer}):
@@ -151,7 +151,7 @@ def forward_state_to(config: BoundConfig, call: AttentionCall, layer: int) -> Fo
 
 
 def random_lists(call: AttentionCall, length: int, budget: int, lists: int, page_size: int, seed: int = 0) -> PagePlan:
-    """Random pages, the last one among them, as many as the budget has; each list its own."""
+    """Lists of random pages that fill the budget and include the last page. Each list is drawn separately."""
     pages, wanted = -(-length // page_size), -(-budget // page_size)
     if wanted > pages:
         raise UnsupportedCallError(f"the budget is more than {length} tokens")

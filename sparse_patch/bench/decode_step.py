@@ -1,4 +1,4 @@
-"""One decode step through a method, of a layer and of all layers."""
+"""One decode step through a method: of one layer, and of all layers."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from sparse_patch.plans import Dense, PagePlan
 
 
 def run_layer(config: BoundConfig, call: AttentionCall) -> PagePlan:
-    """One decode call through a method as the hook runs it; what it read.
+    """Run one decode call through a method as the hook does, and return the plan of what it read.
 
     Raises:
         UnsupportedCallError: the backend of the configuration cannot serve the call.
@@ -28,7 +28,7 @@ def run_layer(config: BoundConfig, call: AttentionCall) -> PagePlan:
 
 
 def run_stack(config: BoundConfig, calls: Sequence[AttentionCall]) -> list[PagePlan]:
-    """One step of all layers, as one forward runs them; what each read."""
+    """Run one step of all layers as one forward does, and return each layer's plan."""
     forward_state: ForwardState = {}
     used = config.settings.layers("decode", len(calls))
     plans = []
@@ -42,6 +42,6 @@ def run_stack(config: BoundConfig, calls: Sequence[AttentionCall]) -> list[PageP
 
 
 def method_of(config: BoundConfig) -> BoundMethod:
-    """The decode method of a configuration that `methods_of` returned."""
+    """The decode method of a configuration from `methods_of`."""
     assert config.decode is not None, "checked by methods_of"
     return config.decode

@@ -1,4 +1,4 @@
-"""How a decode step of all layers is timed, and what it has to move."""
+"""Timing of a decode step of all layers, and the bytes that it must move."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ _COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 
 @dataclass(frozen=True)
 class Row:
-    """One way of running decode attention, of a layer or of all layers.
+    """The time of one kernel or method for decode attention of one layer or of all layers.
 
     Attributes:
-        kind: "dense", "lists" (random ones), "select" (dense with scores and top pages), "layer" (one of a
-            configuration), or "stack" (all layers).
-        label: for tables.
+        kind: "dense", "lists" (random lists), "select" (dense with page scores and top pages), "layer" (one layer of
+            a configuration), or "stack" (all layers).
+        label: the row's name in tables.
         kernel: the dense kernel, or page_decode's backend.
-        config: name of the configuration; None without one.
-        length: valid keys of each row.
-        layers: how many layers the figures are of: 1, or all of a stack.
+        config: name of the configuration; None if the row has none.
+        length: valid keys of each batch row.
+        layers: number of layers that the figures cover: 1, or all layers for a stack.
         ms: time of a step.
-        mb: what has to be moved, in MB (1e6 bytes).
-        floor_ms: time to move it at the bandwidth of a copy.
-        floors: `ms` by `floor_ms`.
-        dense: `ms` by the time of as many layers of our dense decode, on the same keys.
+        mb: bytes that the step must move, in MB (1e6 bytes).
+        floor_ms: time to move them at copy bandwidth.
+        floors: `ms` divided by `floor_ms`.
+        dense: `ms` divided by the time of our dense decode for the same number of layers, on the same keys.
     """
 
     kind: Literal["dense", "lists", "select", "layer", "stack"]
@@ -49,18 +49,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of one length, and how a step of them is timed."""
+    """The decode calls of all layers at one length; times a step of them."""
 
     calls: list[AttentionCall]
     length: int
     gb_per_s: float
 
     def time(self, step: Callable[[], object]) -> float:
-        """Milliseconds of a step of all layers."""
+        """Return the milliseconds of a step of all layers."""
         return replayed(step) if self.calls[0].q.is_cuda else clocked(step)
 
     def row(self, kind: Any, label: str, step: Callable[[], object], size: float, **about: Any) -> Row:
-        """A row of a step of all layers, that moves `size` bytes in each; of one layer but for a stack."""
+        """Time a step of all layers that moves `size` bytes per layer. A row covers one layer unless it is a stack."""
         layers = len(self.calls) if kind == "stack" else 1
         ms = self.time(step) * layers / len(self.calls)
         floor = layers * size / self.gb_per_s / 1e6
@@ -82,16 +82,16 @@ class Layers:
         return page_decode.fastest(self.calls[0], PagePlan.every(self.calls[0]))
 
     def forget(self) -> None:
-        """Clear what methods keep beside the caches."""
+        """Clear the state that methods keep in addition to the caches."""
         for call in self.calls:
             assert call.kv_state is not None, "made by Benchmark.calls"
             call.kv_state.clear()
 
 
 def bytes_of(call: AttentionCall, plan: PagePlan) -> float:
-    """What a call has to move: keys and values that its plan reads, statistics, logits written and read.
+    """The bytes that a call must move: keys and values that its plan reads, statistics, and logits written and read.
 
-    Heads that have lists of their own read each for itself; the others of a KV head read together.
+    If each query head has its own list, the keys count once per query head, else once per KV head.
     """
     pairs = plan.computed_pairs()
     own_lists = plan.pages is not None and plan.pages.shape[1] == plan.heads
@@ -105,7 +105,7 @@ def bytes_of(call: AttentionCall, plan: PagePlan) -> float:
 
 
 def copy_bandwidth(device: str) -> float:
-    """GB/s of a large copy, read and write counted; by a kernel, as `copy_` in a graph takes the slower copy engine."""
+    """GB/s of a large copy by a kernel, reads and writes counted; `copy_` in a graph uses the slower copy engine."""
     size = _COPY_BYTES[device]
     source = torch.zeros(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
@@ -118,7 +118,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def replayed(step: Callable[[], object]) -> float:
-    """Milliseconds of a step that is captured in a CUDA graph and replayed, median."""
+    """Median milliseconds of a step that is captured in a CUDA graph and replayed."""
     from triton.testing import do_bench
 
     side = torch.cuda.Stream()

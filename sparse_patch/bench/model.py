@@ -1,14 +1,15 @@
 """`sparse-patch bench model`: time to first token and time per token of a whole model, through `generate`.
 
-The model has the sizes of a known one and random weights, which take as long as trained ones. Every way generates
-greedily from the same random prompt, twice: the first run compiles and warms up, the second is timed. A streamer takes
-the time of each token as `generate` hands it over; the time per token is the median over all but the first.
+The model has the sizes of a known model and random weights, which take as long as trained ones. Each variant generates
+greedily from the same random prompt, twice: the first run compiles and warms up, the second is timed. A streamer
+records the time at which `generate` hands over each token. The time per token is the median over all tokens but the
+first.
 
-Ways: the model as it is, the model patched with dense attention only and `dense: best`, which is our own decode kernel,
-and each configuration; all with the same kind of cache. With a growing cache there is one more, the cache that
-Transformers makes by itself, which copies all of it for every token.
+The variants are the unpatched model, the model patched with `dense: best` only (our own decode kernel), and each
+configuration. All use the same kind of cache. With a growing cache there is one more variant: the cache that
+Transformers makes by default, which copies all its keys for every token.
 
-Memory is counted apart until the first token and after it: a cache that forgets pays in the second part.
+Peak memory is counted separately until the first token and after it: a cache that forgets saves memory after it.
 """
 
 import time
@@ -46,27 +47,27 @@ from sparse_patch.workbench.progress import Step
 
 CacheKind = Literal["static", "dynamic"]
 UNPATCHED, BEST, COPYING = "unpatched", "dense: best", "unpatched, DynamicCache"
-DENSE = {"copying": COPYING, "unpatched": UNPATCHED, "best": BEST}  # dense ways by the names of `--dense`
+DENSE = {"copying": COPYING, "unpatched": UNPATCHED, "best": BEST}  # names of `--dense` -> labels of the dense variants
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way of generating, at one length.
+    """The measurements of one variant at one length.
 
     Attributes:
-        label: for tables.
-        config: name of the configuration; None for the dense ways.
+        label: the row's name in tables.
+        config: name of the configuration; None for the dense variants.
         length: tokens of the prompt.
-        first_token_ms: from the call of `generate` to the first token.
-        token_ms: median time of a token after the first.
-        slowest_token_ms: the longest of them.
-        peak_memory_mb: the most that was allocated, the weights included, in MB of 2^20 bytes; None on a CPU.
-        decode_memory_mb: the most after the first token, likewise.
-        kv_mb: what the keys and values of the cache take.
-        planned_mb: what of them the method's spans have; all of them without spans.
-        fallbacks: calls that a method could not serve, by reason. A compiled decode step does not count.
-        unpatched: `token_ms` by that of the unpatched model on the same kind of cache.
-        best: `token_ms` by that of our own dense decode.
+        first_token_ms: time from the call of `generate` to the first token.
+        token_ms: median time per token after the first.
+        slowest_token_ms: longest time of a token after the first.
+        peak_memory_mb: peak allocated memory, weights included, in MB of 2^20 bytes; None on a CPU.
+        decode_memory_mb: the same after the first token.
+        kv_mb: memory of the cache's keys and values.
+        planned_mb: the part of `kv_mb` that the method's spans need; all of it without spans.
+        fallbacks: reason -> number of calls that a method could not serve. Compiled decode steps are not counted.
+        unpatched: `token_ms` divided by that of the unpatched model on the same kind of cache.
+        best: `token_ms` divided by that of our own dense decode.
     """
 
     label: str
@@ -91,15 +92,15 @@ class Benchmark:
     Attributes:
         architecture: sizes and number of layers.
         lengths: tokens of the prompts.
-        batch: rows.
-        new_tokens: tokens to generate; 3 or more.
-        methods: configurations by name.
-        cache: "static", which is compiled on a GPU, or "dynamic", a growing one.
-        compiled: whether `generate` may compile; it does with a static cache on a GPU only.
-        dtype: of the weights.
+        batch: number of rows.
+        new_tokens: tokens to generate, at least 3.
+        methods: name -> configuration.
+        cache: "static" (compiled on a GPU) or "dynamic" (a growing cache).
+        compiled: whether `generate` may compile. It compiles only with a static cache on a GPU.
+        dtype: dtype of the weights.
         device: "cuda" or "cpu".
-        chunk: tokens of the prompt that a forward takes; None for all at once.
-        dense: labels of the dense ways to time.
+        chunk: prompt tokens per forward; None if one forward takes the whole prompt.
+        dense: labels of the dense variants to time.
     """
 
     architecture: Architecture
@@ -115,7 +116,7 @@ class Benchmark:
     dense: Sequence[str] = tuple(DENSE.values())
 
     def ways(self) -> dict[str, PatchConfig | None]:
-        """What each way patches the model with, by label; None for nothing."""
+        """Label of each variant -> the configuration that it patches the model with; None if it does not patch."""
         dense = {COPYING: None, UNPATCHED: None, BEST: PatchConfig(dense="best", source=BEST)}
         if self.cache == "static":
             del dense[COPYING]
@@ -123,7 +124,7 @@ class Benchmark:
 
     @property
     def steps(self) -> int:
-        """Measurements, if nothing is skipped."""
+        """Number of measurements if nothing is skipped."""
         return len(self.lengths) * len(self.ways())
 
     def model(self) -> PreTrainedModel:
@@ -159,9 +160,9 @@ class Generation:
     """One run of `generate`.
 
     Attributes:
-        times: when each token came, in seconds after the call.
-        peaks: most bytes allocated until the first token, and after it; None on a CPU.
-        kv: of its cache.
+        times: arrival of each token, in seconds after the call.
+        peaks: peak bytes allocated until the first token, and after it; None on a CPU.
+        kv: bytes of its cache.
     """
 
     times: list[float]
@@ -170,7 +171,7 @@ class Generation:
 
 
 class _Clock(BaseStreamer):
-    """When `generate` handed over the prompt and then each token, and what was allocated until the first."""
+    """Records when `generate` hands over the prompt and each token, and the peak memory until the first token."""
 
     def __init__(self, on_gpu: bool) -> None:
         self.times: list[float] = []
@@ -188,11 +189,11 @@ class _Clock(BaseStreamer):
 
 
 def methods_of(sources: Sequence[str], architecture: Architecture) -> dict[str, PatchConfig]:
-    """Configurations with a method, by the stems of their files.
+    """Load configurations with a sparse method, keyed by the stems of their files.
 
     Raises:
         ConfigError: a configuration is not valid, or does not fit the architecture.
-        TaskError: it has no sparse method to time, or two have the same stem.
+        TaskError: a configuration has no sparse method to time, or two have the same stem.
     """
     configs = configs_by_stem(sources, "sparse method", _is_sparse)
     for config in configs.values():
@@ -202,7 +203,7 @@ def methods_of(sources: Sequence[str], architecture: Architecture) -> dict[str, 
 
 @torch.no_grad()
 def bench_model(benchmark: Benchmark, progress: Step = lambda _: None) -> Result[Row]:
-    """Time every way of generating at every length; what runs out of memory is skipped and noted.
+    """Time every variant at every length; variants that run out of memory are skipped and noted.
 
     Args:
         benchmark: what to time.
@@ -230,8 +231,8 @@ def bench_model(benchmark: Benchmark, progress: Step = lambda _: None) -> Result
 
 
 def generate(benchmark: Benchmark, model: PreTrainedModel, prompt: torch.Tensor, label: str) -> Generation:
-    """Generate greedily, with the clock running."""
-    clock, generating = _Clock(benchmark.device == "cuda"), cast(Any, model)  # whose type says that it cannot generate
+    """Generate greedily, and time each token."""
+    clock, generating = _Clock(benchmark.device == "cuda"), cast(Any, model)  # PreTrainedModel's type has no `generate`
     extra: dict[str, Any] = {} if benchmark.chunk is None else {"prefill_chunk_size": benchmark.chunk}
     if benchmark.cache == "static":
         extra["cache_implementation"] = "static"
@@ -262,7 +263,7 @@ def is_compiled(benchmark: Benchmark) -> bool:
 
 
 def as_json(result: Result[Row], benchmark: Benchmark) -> dict[str, Any]:
-    """What was measured, on what, and of what."""
+    """The result as JSON: what was measured, on which machine, and with which configurations."""
     about = {
         "shape": asdict(benchmark.architecture),
         "weights": "random",
@@ -276,7 +277,7 @@ def as_json(result: Result[Row], benchmark: Benchmark) -> dict[str, Any]:
 
 
 def table(result: Result[Row], benchmark: Benchmark) -> Table:
-    """One line a row; a section for each length."""
+    """A table with one line per row and one section per length."""
     about = (
         f"{machine()['device']}, {benchmark.dtype}, {benchmark.architecture.layers} layers, batch {benchmark.batch}, "
         f"{benchmark.cache} cache, {'compiled' if is_compiled(benchmark) else 'eager'}, random weights"
@@ -298,7 +299,7 @@ def table(result: Result[Row], benchmark: Benchmark) -> Table:
 
 
 def notes(result: Result[Row]) -> list[str]:
-    """What a method could not serve, and what did not run."""
+    """One line for each reason of a fallback, and for each thing that did not run."""
     lines = [
         f"{row.label}, {row.length} tokens: {calls} calls were dense: {reason}"
         for row in result.rows
@@ -335,7 +336,7 @@ def _row(
 
 
 def _forget(benchmark: Benchmark, model: PreTrainedModel) -> None:
-    """Give back what compiled code, its graphs and caches hold: the next way compiles anew, and has the memory."""
+    """Free what compiled code, its graphs and caches hold: the next variant compiles anew and has the memory."""
     forget_cache_length(model)
     if is_compiled(benchmark):
         torch.compiler.reset()
@@ -344,7 +345,7 @@ def _forget(benchmark: Benchmark, model: PreTrainedModel) -> None:
 
 
 def _against_dense(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one length, each against both dense ones."""
+    """The rows of one length with `unpatched` and `best` set: times relative to both dense variants."""
     ms = {row.label: row.token_ms for row in rows}
 
     def by(row: Row, label: str) -> float | None:

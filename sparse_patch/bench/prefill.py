@@ -1,8 +1,8 @@
 """`sparse-patch bench prefill`: every dense kernel, every block-sparse kernel and whole methods, side by side.
 
-At each length all of them attend the same queries, keys and values in one process. Times are medians after a warm-up:
-by CUDA events on a GPU, by the clock on a CPU. FLOP are counted over the (query, key) pairs that are computed, 4 *
-head_dim for each pair and query head; a dense kernel computes the causal triangle.
+At each length all of them run on the same queries, keys and values in one process. Times are medians after a warm-up,
+from CUDA events on a GPU and from the wall clock on a CPU. FLOP are counted over the (query, key) pairs that are
+computed: 4 * head_dim per pair and query head. A dense kernel computes the causal triangle.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ from sparse_patch.plans import BlockGrid, BlockPlan, Dense
 from sparse_patch.workbench.machine import machine
 from sparse_patch.workbench.progress import Step
 
-BASELINES = {  # key in the JSON: field of a row, and how it is called
+BASELINES = {  # key in the JSON -> field of a row, and its name in messages
     "fastest_dense": ("speedup", "the fastest dense kernel"),
     "flash2": ("speedup_flash2", "FlashAttention-2"),
 }
@@ -48,22 +48,23 @@ _FLASH2 = "flash2"
 
 @dataclass(frozen=True)
 class Row:
-    """One way of attending at one length.
+    """The measurements of one kernel or method at one length.
 
     Attributes:
-        kind: a dense kernel, a block-sparse kernel on random blocks, or a method (selection and kernel).
-        label: for tables and pictures.
+        kind: "dense" (a dense kernel), "blocks" (a block-sparse kernel on random blocks) or "method" (selection and
+            kernel).
+        label: the row's name in tables and pictures.
         kernel: the dense kernel or block-sparse backend that ran.
-        config: name of the method's configuration.
+        config: name of the method's configuration; None if the row has none.
         length: tokens.
-        density: share of the causal triangle that was computed, mean over heads.
-        ms: the kernel alone.
-        tflops_effective: of the kernel alone, over the pairs that were computed.
-        selection_ms: the method's `plan` alone.
-        total_ms: the whole, timed as one.
-        speedup: time of the fastest dense kernel at this length by `total_ms`; None where no dense kernel ran.
-        speedup_flash2: the same against FlashAttention-2; None where it did not run.
-        peak_memory_mb: what one run allocates at most, output included; None on a CPU.
+        density: computed share of the causal triangle, mean over heads.
+        ms: time of the kernel only.
+        tflops_effective: TFLOP/s of the kernel only, over the pairs that were computed.
+        selection_ms: time of the method's `plan` only; None if the row has no method.
+        total_ms: time of selection and kernel together, timed as one.
+        speedup: time of the fastest dense kernel at this length divided by `total_ms`; None if no dense kernel ran.
+        speedup_flash2: the same against FlashAttention-2; None if it did not run.
+        peak_memory_mb: peak memory that one run allocates, output included; None on a CPU.
     """
 
     kind: Literal["dense", "blocks", "method"]
@@ -86,10 +87,10 @@ class Benchmark:
     """What to time.
 
     Attributes:
-        inputs: where the calls come from.
-        lengths: tokens.
-        densities: shares of the causal triangle for random blocks.
-        methods: configurations whose prefill method is timed, by name.
+        inputs: the source of the calls.
+        lengths: numbers of tokens.
+        densities: densities of the random blocks, as shares of the causal triangle.
+        methods: name -> configuration whose prefill method is timed.
         device: "cuda" or "cpu".
     """
 
@@ -109,12 +110,12 @@ class Benchmark:
 
     @property
     def steps(self) -> int:
-        """Rows, if nothing is skipped."""
+        """Number of rows if nothing is skipped."""
         each = len(self.dense_kernels) + len(self.backends) * len(self.densities) + len(self.methods)
         return len(self.lengths) * each
 
     def ways(self, call: AttentionCall) -> Iterator[tuple[str, Callable[[], Row]]]:
-        """Label and measurement of every row of one length."""
+        """Yield the label and the measurement of every row of one length."""
         for kernel in self.dense_kernels:
             yield kernel, partial(_dense_row, call, kernel)
         for density in self.densities:
@@ -126,7 +127,7 @@ class Benchmark:
 
 
 def methods_of(sources: Sequence[str], architecture: Architecture | None = None) -> dict[str, BoundConfig]:
-    """Configurations with a sparse prefill method, by the stems of their files.
+    """Load configurations with a sparse prefill method, keyed by the stems of their files.
 
     Args:
         sources: files or packaged names.
@@ -135,7 +136,7 @@ def methods_of(sources: Sequence[str], architecture: Architecture | None = None)
 
     Raises:
         ConfigError: a configuration is not valid, or does not fit the architecture.
-        TaskError: it has no prefill method to time, or two have the same stem.
+        TaskError: a configuration has no prefill method to time, or two have the same stem.
     """
     configs = configs_by_stem(
         sources,
@@ -158,7 +159,7 @@ def _check_no_files(configs: Mapping[str, PatchConfig]) -> None:
 
 @torch.no_grad()
 def bench_prefill(benchmark: Benchmark, progress: Step = lambda _: None) -> Result[Row]:
-    """Time every way of attending at every length; what a kernel or method does not serve is skipped and noted.
+    """Time every kernel and method at every length; calls that one of them does not support are skipped and noted.
 
     Args:
         benchmark: what to time.
@@ -172,10 +173,10 @@ def bench_prefill(benchmark: Benchmark, progress: Step = lambda _: None) -> Resu
 
 
 def random_plan(call: AttentionCall, density: float) -> BlockPlan:
-    """Random 128-blocks, the diagonal and the first column: about that share of the causal triangle, or their own."""
+    """A plan of 128-blocks: the diagonal, the first column, and random blocks up to a density of about `density`."""
     grid = BlockGrid.of(call, _BLOCK)
     blocks = grid.num_key_blocks
-    inside = (blocks - 1) * (blocks - 2) / 2  # blocks that are neither diagonal nor first
+    inside = (blocks - 1) * (blocks - 2) / 2  # blocks neither on the diagonal nor in the first column
     wanted = density * blocks**2 / 2 - blocks / 2 - (blocks - 1)  # a diagonal block counts half
     generator = torch.Generator(call.q.device).manual_seed(0)
     chance = torch.rand(1, call.q.shape[1], blocks, blocks, generator=generator, device=call.q.device)
@@ -186,7 +187,7 @@ def random_plan(call: AttentionCall, density: float) -> BlockPlan:
 
 
 def break_even(rows: Sequence[Row]) -> dict[str, dict[str, int | None]]:
-    """For each method and baseline that ran, the smallest measured length at which it is faster; None for none."""
+    """The smallest measured length at which each method is faster than each baseline that ran; None if never."""
     found: dict[str, dict[str, int | None]] = {}
     for name in dict.fromkeys(row.config for row in rows if row.config is not None):
         for baseline, (field, _) in BASELINES.items():
@@ -198,7 +199,7 @@ def break_even(rows: Sequence[Row]) -> dict[str, dict[str, int | None]]:
 
 
 def as_json(result: Result[Row], benchmark: Benchmark, dtype: torch.dtype) -> dict[str, Any]:
-    """What was measured, on what, and of what."""
+    """The result as JSON: what was measured, on which machine, and with which configurations."""
     about = {"qkv": benchmark.inputs.about, "break_even": break_even(result.rows)}
     written = result_as_json(result, settings_of(benchmark.methods), dtype, about)
     written["machine"]["shape"] = asdict(benchmark.inputs.shape)
@@ -206,7 +207,7 @@ def as_json(result: Result[Row], benchmark: Benchmark, dtype: torch.dtype) -> di
 
 
 def table(result: Result[Row], benchmark: Benchmark, dtype: torch.dtype) -> Table:
-    """One line a row; what queries, keys and values were below it."""
+    """A table with one line per row; the text below it describes the queries, keys and values."""
     about = f"{machine()['device']}, {dtype}, heads and head_dim {benchmark.inputs.shape}; {benchmark.inputs.about}"
     columns: Columns[Row] = {
         "kernel": lambda row: row.label,
@@ -224,7 +225,7 @@ def table(result: Result[Row], benchmark: Benchmark, dtype: torch.dtype) -> Tabl
 
 
 def notes(result: Result[Row]) -> list[str]:
-    """The break-even lengths, and what did not run."""
+    """The break-even lengths, and one line for each thing that did not run."""
     lines = [
         f"{name} is faster than {BASELINES[baseline][1]} "
         + (f"from {length} tokens" if length else "at no measured length")
@@ -297,7 +298,7 @@ def _method_row(call: AttentionCall, name: str, config: BoundConfig) -> Row:
 
 
 def _with_speedups(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one length, each against its dense ones."""
+    """The rows of one length, with their speed-ups over the dense rows."""
     dense_ms = {row.kernel: row.total_ms for row in rows if row.kind == "dense"}
     best, flash2 = min(dense_ms.values(), default=None), dense_ms.get(_FLASH2)
     return [

@@ -1,7 +1,7 @@
-"""Queries, keys and values to time attention on: random ones, those of a real prompt, or those of a file.
+"""Queries, keys and values to time attention on: random, recorded from a real prompt, or read from a file.
 
-A method whose density depends on the data can be timed on structured attention only, so that is recorded from a model
-that reads a prompt, and brought to the shape that is asked for.
+A method whose density depends on the data can only be timed on structured attention. So attention is recorded from a
+model that reads a prompt, and brought to the shape that is asked for.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,12 +34,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where the calls to time come from.
+    """The source of the calls to time.
 
     Attributes:
-        about: what queries, keys and values are, for the caption and the JSON.
-        shape: of every call.
-        make: a prefill call of one row, of that many tokens.
+        about: description of queries, keys and values, for the caption and the JSON.
+        shape: shape of every call.
+        make: gives a prefill call of one row with the given number of tokens.
     """
 
     about: str
@@ -62,10 +62,10 @@ def random_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
 
 
 def recorded_inputs(model: Path, shape: Shape, dtype: torch.dtype, device: str, lengths: Sequence[int]) -> Inputs:
-    """What a model's attention gets when it reads one of the offline prompts, in another shape (see `expanded`).
+    """The inputs of a model's attention as it reads one of the offline prompts, in another shape (see `expanded`).
 
-    Prompts longer than the model's positions are read all the same: its answers are worthless there, the structure of
-    its attention (sinks, neighbours, repeated text) is what counts here.
+    Prompts longer than the model's context are read too: its answers are worthless there, but only the structure of its
+    attention (sinks, neighbours, repeated text) matters here.
 
     Raises:
         SparsePatchError: the model cannot be loaded.
@@ -90,10 +90,10 @@ def recorded_inputs(model: Path, shape: Shape, dtype: torch.dtype, device: str, 
 def file_inputs(path: Path, shape: Shape | None, dtype: torch.dtype, device: str, lengths: Sequence[int]) -> Inputs:
     """Calls from a safetensors file with `q` `[1, Hq, N, D]`, `k` and `v` `[1, Hkv, N, D]` of one layer after RoPE.
 
-    The file's metadata may hold `scale`; else it is `D ** -0.5`. A shorter length takes the first tokens.
+    The file's metadata may hold `scale`, which is `D ** -0.5` by default. A shorter length takes the first tokens.
 
     Raises:
-        SparsePatchError: the file cannot be read, holds something else, or has fewer tokens than a length.
+        SparsePatchError: the file cannot be read, holds something else, or has fewer tokens than one of the lengths.
     """
     whole = _read_call(path)
     own = Shape(whole.q.shape[1], whole.k.shape[1], whole.q.shape[-1])
@@ -110,7 +110,7 @@ def file_inputs(path: Path, shape: Shape | None, dtype: torch.dtype, device: str
 
 @torch.no_grad()
 def record_calls(model: PreTrainedModel, tokens: Sequence[int]) -> list[AttentionCall]:
-    """The attention calls of a model that reads a prompt in one forward, layer by layer."""
+    """Record the attention calls of a model that reads a prompt in one forward, in layer order."""
     calls: list[AttentionCall] = []
     with observed(model, calls.append):
         model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False, logits_to_keep=1)
@@ -118,17 +118,17 @@ def record_calls(model: PreTrainedModel, tokens: Sequence[int]) -> list[Attentio
 
 
 def expanded(calls: Sequence[AttentionCall], shape: Shape, dtype: torch.dtype, device: str) -> AttentionCall:
-    """Recorded calls as one call of another shape.
+    """Turn recorded calls into one call of another shape.
 
-    KV heads come evenly from all KV heads of the calls, each with its own query heads, which repeat where more are
-    needed. A head_dim that is a multiple of the recorded one repeats the dimensions: with the scale divided by as much,
-    the logits are those that were recorded. Another head_dim keeps the structure roughly.
+    The KV heads are taken evenly from all KV heads of the calls. Each brings its own query heads, which repeat if more
+    are needed. If head_dim is a multiple of the recorded one, the dimensions are repeated and the scale is divided by
+    the same factor, so the logits are unchanged. Any other head_dim keeps the structure roughly.
 
     Args:
-        calls: calls of one row, one length and one shape.
-        shape: of the result.
-        dtype: of the result.
-        device: of the result.
+        calls: calls of one row, all of the same length and shape.
+        shape: shape of the result.
+        dtype: dtype of the result.
+        device: device of the result.
     """
     sources = [(call, head) for call in calls for head in range(call.k.shape[1])]
     chosen = [sources[head * len(sources) // shape.kv_heads] for head in range(shape.kv_heads)]
@@ -143,12 +143,12 @@ def expanded(calls: Sequence[AttentionCall], shape: Shape, dtype: torch.dtype, d
 
 
 def _widened(head: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """`[N, d]` with its dimensions repeated, or cut, to `[N, head_dim]`."""
+    """Repeat or cut the dimensions of `[N, d]` to `[N, head_dim]`."""
     return head.repeat(1, -(-head_dim // head.shape[-1]))[:, :head_dim]
 
 
 def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> AttentionCall:
-    """A prefill call with the strides that Transformers gives queries: the heads of a token side by side."""
+    """A prefill call with the query strides of Transformers: the heads of a token lie side by side."""
     return AttentionCall(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, scale, layer=0, phase="prefill")
 
 

@@ -1,1 +1,1 @@
-"""Offline searches that write the files which methods read."""
+"""Offline searches that write the artefacts (files) that methods read."""

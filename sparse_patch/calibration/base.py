@@ -1,4 +1,4 @@
-"""What the calibrations have in common: a search with a journal, a table of what it found, and an artefact."""
+"""The base class of the calibrations: a search with a journal, a table of its results, and an artefact."""
 
 import json
 from abc import ABC, abstractmethod
@@ -19,12 +19,12 @@ Found = TypeVar("Found")
 
 
 class Calibration(ABC, Generic[Found]):
-    """A search with its settings, a frozen dataclass: what `sparse-patch calibrate NAME` runs.
+    """A search and its settings, as a frozen dataclass; `sparse-patch calibrate NAME` runs it.
 
     Attributes:
-        name: the NAME, and the kind of the artefact.
-        record: what the journal keeps: a dataclass with a `key`, or a union of them.
-        makes: what the artefact holds, in a word or two.
+        name: the NAME of the command, and the kind of the artefact.
+        record: type of the journal's records: a dataclass with a `key`, or a union of such dataclasses.
+        makes: the artefact's content, in a word or two.
         used_by: the setting of a configuration that names the artefact.
     """
 
@@ -35,19 +35,19 @@ class Calibration(ABC, Generic[Found]):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the artefact is made with, as JSON has it."""
+        """The settings that the artefact is made with, as JSON values."""
         return dict(json.loads(json.dumps(asdict(self))))  # type: ignore[call-overload]
 
     @property
     def measured(self) -> dict[str, Any]:
-        """The settings that the records of the journal depend on, as JSON has them."""
+        """The settings that the journal's records depend on, as JSON values."""
         return self.settings
 
     def check(self) -> None:
-        """Raise SparsePatchError for what is wrong with the settings whatever the model is."""
+        """Raise SparsePatchError if the settings are wrong for every model."""
 
     def journal(self, path: Path, model_id: str) -> Journal[Any]:
-        """The journal beside the artefact that is to be written; see `Journal`."""
+        """The journal beside the artefact file; see `Journal`."""
         return Journal.beside(path, {"model": model_id, **self.measured}, self.record, "--out")
 
     def header(self, shape: ModelShape, model_id: str) -> Header:
@@ -56,33 +56,33 @@ class Calibration(ABC, Generic[Found]):
 
     @abstractmethod
     def steps(self, shape: ModelShape) -> int:
-        """Steps of a whole search, for its progress."""
+        """Number of steps of a whole search, for its progress."""
 
     @abstractmethod
     def search(self, model: PreTrainedModel, tokenizer: Any, journal: Journal[Any], progress: Step) -> Found:
-        """Search; what the journal has is not measured again.
+        """Search. Records that the journal already has are not measured again.
 
         Args:
-            model: not patched; it is left so.
+            model: an unpatched model; it is unpatched afterwards too.
             tokenizer: the model's.
-            journal: gets everything as it is measured.
+            journal: each measurement is added to it.
             progress: called with a description before each step.
 
         Raises:
-            PatchError: the model is patched already, or cannot be.
-            TaskError: a setting does not fit the model, or no layer of it can run sparse attention.
+            PatchError: the model is already patched, or cannot be patched.
+            TaskError: a setting does not fit the model, or no layer of the model can run sparse attention.
         """
 
     @abstractmethod
     def table(self, found: Found) -> Sequence[RenderableType]:
-        """What was found, to print."""
+        """The result, to print."""
 
     @abstractmethod
     def write(self, path: Path, found: Found, shape: ModelShape, model_id: str) -> None:
-        """Write the artefact, in place of an older file at once."""
+        """Write the artefact; an older file is replaced atomically."""
 
     def as_json(self, found: Found, shape: ModelShape, model_id: str) -> dict[str, Any]:
-        """What was found, as JSON has it; of calibrations that give no more only the header."""
+        """The result as JSON values; by default only the artefact's header."""
         return self.header(shape, model_id).entry()
 
 

@@ -1,12 +1,13 @@
-"""The search for MInference's head patterns: of several that cost about the same, the one that changes a head least.
+"""The search for MInference's head patterns: of candidates of similar cost, the one that changes a head's output least.
 
-On one prompt, key-value retrieval as in the paper (Alg. 1 and Table 7), every head of every layer runs with each
-candidate. What counts is the error of the attention output against dense attention, over all queries: the paper's
-measure. (The public code ranks by attention mass of the late queries, and saves A-shape and block-sparse winners as
-vertical-slash.) The model itself stays dense, so a layer sees the same input whatever is chosen before it.
+The search uses one prompt, of key-value retrieval as in the paper (Alg. 1 and Table 7). Every head of every layer runs
+with each candidate. The criterion is the paper's: the error of the attention output against dense attention, over all
+queries. (The public code ranks by attention mass of the late queries, and saves A-shape and block-sparse winners as
+vertical-slash.) The model itself stays dense, so a layer sees the same input whatever is chosen in earlier layers.
 
-The sizes of the candidates are the paper's, which it matched at prompts of 30k tokens to the cost of 1k sink and 4k
-window; for shorter prompts they shrink in proportion. Block-sparse is not among them: files have no size for it.
+The candidates have the paper's sizes. The paper matched them, at prompts of 30k tokens, to the cost of 1k sink and 4k
+window tokens. For shorter prompts they shrink in proportion. Block-sparse is no candidate, because files have no size
+for it.
 """
 
 from collections.abc import Sequence
@@ -46,12 +47,12 @@ PAPER_CANDIDATES = (
 
 @dataclass(frozen=True)
 class LayerPatterns:
-    """What the search found for a layer.
+    """The result of the search for one layer.
 
     Attributes:
-        layer: its index.
+        layer: index of the layer.
         heads: for each head [pattern, columns, diagonals, score]; the score is the relative error of the output.
-        densities: share of the causal triangle that each candidate computed, mean over heads.
+        densities: computed share of the causal triangle of each candidate, mean over heads.
     """
 
     layer: int
@@ -64,13 +65,13 @@ class LayerPatterns:
 
 
 def candidates(length: int) -> tuple[Pattern, ...]:
-    """The patterns to choose from, for prompts of `length` tokens; none twice."""
+    """The distinct patterns to choose from, for prompts of `length` tokens."""
     scale = min(1.0, length / PAPER_LENGTH)
     return tuple(dict.fromkeys(_scaled(pattern, scale) for pattern in PAPER_CANDIDATES))
 
 
 def _scaled(pattern: Pattern, scale: float) -> Pattern:
-    """As many verticals and slashes as the method takes in any case, at least."""
+    """Scale a pattern, but keep at least the verticals and slashes that the method always takes."""
     lines = pattern.kind == "vertical_and_slash"
     return Pattern(
         pattern.kind,
@@ -86,17 +87,17 @@ def search(
     progress: Step = lambda _: None,
     method: MInference | None = None,
 ) -> list[LayerPatterns]:
-    """The patterns of every layer, in order; layers that the journal has are not measured again.
+    """Find the patterns of every layer, in order. Layers that the journal already has are not measured again.
 
     Args:
-        model: not patched; it is left so.
-        tokens: the prompt.
-        journal: gets each layer as it is found.
+        model: an unpatched model; it is unpatched afterwards too.
+        tokens: tokens of the prompt.
+        journal: the result of each layer is added to it.
         progress: called with a description before each layer that is measured.
-        method: whose block size to search with; default settings by default.
+        method: the method whose block size the search uses; by default one with default settings.
 
     Raises:
-        PatchError: the model is patched already, or cannot be.
+        PatchError: the model is already patched, or cannot be patched.
         TaskError: the prompt is too short, or no layer of the model can run sparse attention.
     """
     method = method or MInference()
@@ -115,7 +116,7 @@ def search(
 
 
 def _best(call: AttentionCall, choices: Sequence[Pattern], method: MInference) -> LayerPatterns:
-    """The pattern of the smallest error for each head; of equal ones the first."""
+    """The pattern of smallest error for each head; the first one if errors are equal."""
     dense = attend(call, BlockPlan.every(call, method.block_size))[0].float()
     errors, densities = [], []
     for choice in choices:
@@ -137,13 +138,13 @@ def _best(call: AttentionCall, choices: Sequence[Pattern], method: MInference) -
 
 
 def by_layer(found: Sequence[LayerPatterns], num_layers: int) -> list[dict[int, tuple[str, int, int, float]]]:
-    """The heads of every layer, for the file; none of layers that stay dense."""
+    """The heads of every layer, for the file; empty for layers that stay dense."""
     heads = {layer.layer: dict(enumerate(layer.heads)) for layer in found}
     return [heads.get(layer, {}) for layer in range(num_layers)]
 
 
 def table(found: Sequence[LayerPatterns], length: int) -> Table:
-    """How many heads chose each candidate, their mean error, and what the candidate costs."""
+    """A table of how many heads chose each candidate, their mean error, and the candidate's density."""
     result = Table("pattern", "columns", "diagonals", "heads", "error", "density", title=f"{length} tokens")
     for number, choice in enumerate(candidates(length)):
         errors = [entry[3] for layer in found for entry in layer.heads if tuple(entry[:3]) == choice]
@@ -156,11 +157,11 @@ def table(found: Sequence[LayerPatterns], length: int) -> Table:
 
 @dataclass(frozen=True)
 class MInferenceCalibration(Calibration[list[LayerPatterns]]):
-    """The search on one prompt of key-value retrieval.
+    """The search for head patterns, on one prompt of key-value retrieval.
 
     Attributes:
         length: tokens of the prompt.
-        seed: chooses keys and values.
+        seed: determines keys and values.
     """
 
     name = "minference"

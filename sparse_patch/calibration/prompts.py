@@ -16,7 +16,7 @@ from sparse_patch.workbench.tasks import tasks_of
 def generated_prompts(
     model: PreTrainedModel, tokenizer: Any, tasks: Sequence[str], lengths: Sequence[int], samples: int, seed: int
 ) -> list[list[int]]:
-    """Prompts of the offline tasks, in turn, `samples` of each length.
+    """Make prompts of the offline tasks, in turn, `samples` of each length.
 
     Raises:
         TaskError: there is no such task, or a prompt does not fit the model's context.
@@ -34,7 +34,7 @@ def generated_prompts(
 def text_prompts(
     model: PreTrainedModel, tokenizer: Any, path: Path, lengths: Sequence[int], samples: int
 ) -> list[list[int]]:
-    """Pieces of a text file, one after the other, `samples` of each length.
+    """Cut a text file into consecutive pieces, `samples` of each length.
 
     Raises:
         TaskError: the file cannot be read or has too few tokens, or a piece does not fit the model's context.

@@ -1,15 +1,15 @@
-"""The search for SALE's thresholds: for each head the largest that keeps its output within an error.
+"""The search for SALE's thresholds: for each head, the largest threshold that keeps its output within an error.
 
-As in the paper's public code (arXiv 2505.24179; BirdChristopher/SALE): a head begins at a threshold of 0.008, which is
-halved until the output changes by less than `error`, the L1 norm of the change over the head's dimensions, mean over
-the queries of a prompt. The heads of a small model bear thresholds that are much larger: `highest` is where to begin.
-A threshold that comes down to 1e-4 becomes 0, which is dense. Prompts follow one another, and
-each begins where the one before it left off, so more prompts never raise a threshold. The model itself stays dense: a
-layer sees the same input whatever was found before it.
+The search follows the paper's public code (arXiv 2505.24179; BirdChristopher/SALE). A head begins at a threshold of
+0.008, which is halved until the output changes by less than `error`: the L1 norm of the change over the head's
+dimensions, mean over the queries of a prompt. The heads of a small model tolerate much larger thresholds, so `highest`
+sets the first one. A threshold that reaches 1e-4 becomes 0, which is dense. Prompts run one after another, and each
+begins with the thresholds of the one before, so more prompts never raise a threshold. The model itself stays dense: a
+layer sees the same input whatever was found in earlier layers.
 
-In the code estimates and window differ between the search and the use; here a search runs the method itself, with the
-numerics, the window and the tiles that it is meant for. Heads that are done are given a threshold above everything
-while others go on, which makes them cheap.
+In the public code, estimates and window differ between the search and the use. Here a search runs the method itself,
+with the numerics, the window and the tiles that it will be used with. While some heads are still searched, finished
+heads get an infinite threshold, which makes them cheap.
 """
 
 from collections.abc import Sequence
@@ -38,20 +38,20 @@ from sparse_patch.workbench.generation import prefill
 from sparse_patch.workbench.journal import Journal
 from sparse_patch.workbench.progress import Step
 
-HIGHEST = 0.008  # where every head begins in the public code
+HIGHEST = 0.008  # first threshold of every head in the public code
 LOWEST = 1e-4  # at or below which a head becomes dense
 
 
 @dataclass(frozen=True)
 class LayerThresholds:
-    """What the search found for a layer on a prompt.
+    """The result of the search for one layer on one prompt.
 
     Attributes:
-        prompt: its number.
-        layer: its index.
-        tau: the threshold of each query head, after this prompt.
-        error: the error of each head at its threshold, 0 for a dense one.
-        density: share of the causal triangle that is computed at these thresholds, of each head.
+        prompt: index of the prompt.
+        layer: index of the layer.
+        tau: threshold of each query head after this prompt.
+        error: error of each head at its threshold; 0 for a dense head.
+        density: computed share of the causal triangle of each head at these thresholds.
     """
 
     prompt: int
@@ -74,21 +74,21 @@ def search(
     method: Sale | None = None,
     highest: float = HIGHEST,
 ) -> list[LayerThresholds]:
-    """The thresholds of every layer that can run sparse attention, after the last prompt, in order.
+    """Find the thresholds of every layer that can run sparse attention, after the last prompt, in order.
 
-    What the journal has is not measured again.
+    Records that the journal already has are not measured again.
 
     Args:
-        model: not patched; it is left so.
+        model: an unpatched model; it is unpatched afterwards too.
         prompts: tokens of each prompt.
         error: the change of a head's output that is allowed; see the module.
-        journal: gets each layer of each prompt as it is found.
+        journal: the result of each layer and prompt is added to it.
         progress: called with a description before each layer that is measured.
         method: the method to search with; default settings by default. Its thresholds are not used.
         highest: the threshold that every head begins with.
 
     Raises:
-        PatchError: the model is patched already, or cannot be.
+        PatchError: the model is already patched, or cannot be patched.
         TaskError: a prompt is too short, or no layer of the model can run sparse attention.
     """
     method = method or Sale()
@@ -110,7 +110,7 @@ def search(
 
 
 def _found(call: AttentionCall, method: Sale, error: float, number: int, start: Sequence[float]) -> LayerThresholds:
-    """Halve the thresholds of the heads whose error is too large, until none is."""
+    """Halve the thresholds of the heads whose error is too large, until no error is too large."""
     dense = attend(call, BlockPlan.every(call, method.block_size))[0].float()
     tau = torch.tensor(start, dtype=torch.float32, device=call.q.device)
     open_heads = tau > 0
@@ -130,7 +130,7 @@ def _found(call: AttentionCall, method: Sale, error: float, number: int, start: 
 
 
 def thresholds(found: Sequence[LayerThresholds], num_layers: int, num_heads: int) -> torch.Tensor:
-    """As a tensor, float32 `[num_layers, num_heads]`; 0 for layers that stay dense."""
+    """The thresholds as a tensor, float32 `[num_layers, num_heads]`; 0 for layers that stay dense."""
     tau = torch.zeros(num_layers, num_heads)
     for layer in found:
         tau[layer.layer, : len(layer.tau)] = torch.tensor(layer.tau)
@@ -138,7 +138,7 @@ def thresholds(found: Sequence[LayerThresholds], num_layers: int, num_heads: int
 
 
 def table(found: Sequence[LayerThresholds], error: float) -> Table:
-    """A line a layer: its thresholds, the heads that stay dense, and what they cost on the last prompt."""
+    """A table with one line per layer: thresholds, dense heads, largest error, and density on the last prompt."""
     result = Table(title=f"thresholds of SALE at an error of {error:g}", title_justify="left")
     for column in ("layer", "tau", "dense heads", "largest error", "density"):
         result.add_column(column, justify="right")
@@ -156,19 +156,19 @@ def table(found: Sequence[LayerThresholds], error: float) -> Table:
 
 @dataclass(frozen=True)
 class SaleCalibration(Calibration[list[LayerThresholds]]):
-    """The search on long prompts.
+    """The search for thresholds, on long prompts.
 
     Attributes:
-        numerics: of the estimates, as of the method.
-        window: as of the method, in tokens.
-        block_size: as of the method, in tokens: that or more when the thresholds are used.
+        numerics: numerics of the estimates, as in the method.
+        window: window in tokens, as in the method.
+        block_size: block size in tokens, as in the method. Use the thresholds with this block size or a larger one.
         error: the change of a head's output that is allowed; see the module.
         highest: the threshold that every head begins with.
         lengths: tokens of the prompts.
-        samples: prompts of each length.
-        tasks: offline tasks that the prompts are of, in turn.
-        seed: chooses everything that is random.
-        text: file to take prompts from in place of tasks.
+        samples: number of prompts per length.
+        tasks: offline tasks of the prompts, in turn.
+        seed: determines everything random.
+        text: file to take prompts from, instead of the tasks.
     """
 
     name = "sale"
@@ -189,7 +189,7 @@ class SaleCalibration(Calibration[list[LayerThresholds]]):
 
     @cached_property
     def method(self) -> Sale:
-        """The method to search with; ConfigError if a setting of it is not valid."""
+        """The method to search with; raise ConfigError if one of its settings is not valid."""
         settings = {"numerics": self.numerics, "window": self.window, "block_size": self.block_size}
         method = load_config({"prefill": {"method": "sale", "min_length": 0, **settings}}).prefill
         assert isinstance(method, Sale)

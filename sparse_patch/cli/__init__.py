@@ -1,4 +1,4 @@
-"""The command line, `sparse-patch COMMAND`. Errors are one line and exit 2; `--debug` traces them."""
+"""The command line, `sparse-patch COMMAND`. An error prints one line and exits with 2; `--debug` shows its trace."""
 
 import io
 import shlex
@@ -25,7 +25,7 @@ from sparse_patch.cli.options import (
 )
 from sparse_patch.errors import SparsePatchError, one_line, said_in_one_line
 
-_UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's copy of it
+_UsageError: Any = typer.BadParameter.__base__  # click's class, or the one of typer's copy of click
 
 app = typer.Typer(
     help="Training-free sparse attention for long prompts in Hugging Face Transformers.",
@@ -46,7 +46,7 @@ def main() -> None:
             sys.exit(app(arguments, prog_name="sparse-patch", standalone_mode=False))
         except _UsageError as error:
             said, command = _problem(error), error.ctx.command_path if error.ctx else "sparse-patch"
-            if not said:  # it has shown the help of a group
+            if not said:  # the help of a group was shown
                 sys.exit(2)
             raise SparsePatchError(f"{said}; see `{command} --help`") from None
         except typer.Abort:
@@ -54,22 +54,22 @@ def main() -> None:
 
 
 def _problem(error: Any) -> str:
-    """What is wrong with arguments, in one line; empty if there were none."""
+    """What is wrong with the arguments, in one line; empty if there were no arguments."""
     return one_line(" ".join(error.format_message().split()), 200).rstrip(".")
 
 
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False) -> None:
-    """`--debug` is read by `main`, wherever it stands; this lists it in the help."""
+    """List `--debug` in the help; `main` reads it at any position."""
 
 
 @app.command()
 def demo(
     length: Annotated[int, typer.Option(min=1024, help="Tokens of the prompt.")] = 16384,
     config: Annotated[str, typer.Option(help="A packaged configuration or a YAML file.")] = "flexprefill.yaml",
-    seed: Annotated[int, typer.Option(help="Chooses text, keys and numbers.")] = 0,
-    needles: Annotated[int, typer.Option(min=1, help="Numbers to find.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="Times that each prefill is timed.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the text, keys and numbers.")] = 0,
+    needles: Annotated[int, typer.Option(min=1, help="How many numbers to hide and find.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each prefill is timed.")] = 3,
     model: ModelOption = None,
     json_file: JsonOption = None,
     plot: PlotOption = None,
@@ -93,7 +93,7 @@ def demo(
 
 @app.command()
 def methods(json_file: JsonOption = None) -> None:
-    """List the methods, and the configurations that ship."""
+    """List the methods and the packaged configurations."""
     from sparse_patch.config import packaged_configs
     from sparse_patch.methods.base.registry import registry
 
@@ -122,11 +122,15 @@ def methods(json_file: JsonOption = None) -> None:
 @app.command()
 def show(
     config: Annotated[str, typer.Argument(help="A packaged configuration or a YAML file.")],
-    model: Annotated[str | None, typer.Option(help="Model folder or id to resolve it against.")] = None,
-    length: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens that the memory of spans is said for.")] = 16384,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a model to resolve the configuration for.")
+    ] = None,
+    length: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Sequence length for which the spans' memory is shown.")
+    ] = 16384,
     json_file: JsonOption = None,
 ) -> None:
-    """Print a configuration with every default, what each layer of a model would run, and the memory of its spans."""
+    """Print a configuration with all defaults and, for a model, what each layer runs and how much memory spans take."""
     import yaml
 
     from sparse_patch.config import load_config
@@ -158,10 +162,10 @@ def show(
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file of `recipes`.")],
-    dry: Annotated[bool, typer.Option("--dry-run", help="Print the commands and run none.")] = False,
+    recipe: Annotated[Path, typer.Argument(help="A recipe: a YAML file, such as those in `recipes`.")],
+    dry: Annotated[bool, typer.Option("--dry-run", help="Print the commands without running them.")] = False,
 ) -> None:
-    """Run the commands of a recipe: one command reproduces one table."""
+    """Run the commands of a recipe, which reproduce a table."""
     for arguments in checked_commands(recipe):
         print(shlex.join(["sparse-patch", *arguments]), flush=True)
         if not dry:
@@ -169,15 +173,15 @@ def run(
 
 
 def checked_commands(recipe: Path, above: tuple[Path, ...] = ()) -> list[list[str]]:
-    """The commands of a recipe, each looked at before the first one runs: its options, and where its results go.
+    """Check all commands of a recipe before the first one runs (options and result files), and return them.
 
     Args:
-        recipe: the file.
-        above: recipes that run this one.
+        recipe: the recipe's file.
+        above: the recipes that run this one.
 
     Raises:
-        SparsePatchError: the recipe is not valid, a command of it or of a recipe that it runs is not, a result cannot
-            be written, or recipes run each other in a circle.
+        SparsePatchError: the recipe, one of its commands or a recipe that it runs is not valid, a result cannot be
+            written, or recipes run each other in a circle.
     """
     from sparse_patch.cli.recipes import load_recipe
 
@@ -197,26 +201,26 @@ def checked_commands(recipe: Path, above: tuple[Path, ...] = ()) -> list[list[st
 
 
 def parsed(arguments: list[str], place: str) -> tuple[str, dict[str, Any]]:
-    """The name of the command that arguments of `sparse-patch` call, and its options; nothing runs.
+    """Parse arguments of `sparse-patch` into the command's name and its options, without running it.
 
     Args:
-        arguments: what follows `sparse-patch`.
-        place: where they stand, for the message.
+        arguments: the words after `sparse-patch`.
+        place: where the arguments come from, for the message.
 
     Raises:
-        SparsePatchError: there is no such command or option, or a value does not fit it.
+        SparsePatchError: there is no such command or option, or a value does not fit its option.
     """
     command: Any = typer.main.get_command(app)
     name, context = "sparse-patch", None
     try:
         while True:
-            with redirect_stdout(io.StringIO()):  # which may be the help
+            with redirect_stdout(io.StringIO()):  # the help may be printed
                 context = command.make_context(name, list(arguments), parent=context)
-            if not hasattr(command, "resolve_command"):  # no group
+            if not hasattr(command, "resolve_command"):  # not a group
                 return name, context.params
             first = context._protected_args if hasattr(context, "_protected_args") else context.protected_args
             name, command, arguments = command.resolve_command(context, [*first, *context.args])
     except _UsageError as error:
         raise SparsePatchError(f"{place}: {_problem(error) or 'names no command'}") from None
     except typer.Exit:
-        raise SparsePatchError(f"{place}: asks for help, which is no command to run") from None
+        raise SparsePatchError(f"{place}: asks for help, which is not a command to run") from None

@@ -1,4 +1,4 @@
-"""`python -m sparse_patch.cli`, where a launcher wants a module."""
+"""`python -m sparse_patch.cli`, for launchers that need a module."""
 
 from sparse_patch.cli import main
 

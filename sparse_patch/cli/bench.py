@@ -1,4 +1,4 @@
-"""`sparse-patch bench`: kernels, methods and whole models, timed."""
+"""`sparse-patch bench`: time kernels, methods and whole models."""
 
 import sys
 from collections.abc import Iterable
@@ -30,20 +30,20 @@ from sparse_patch.errors import SparsePatchError
 
 _DEFAULT_SHAPE = "llama-3.1-8b"
 
-app = typer.Typer(help="Time attention, side by side with every dense kernel present.", no_args_is_help=True)
+app = typer.Typer(help="Time attention, side by side with every dense kernel that is installed.", no_args_is_help=True)
 
 
 @app.command("prefill")
 def bench_prefill(
     config: ConfigsOption = None,
     lengths: LengthsOption = "8192,32768",
-    densities: Annotated[str, typer.Option(help="Densities of random blocks, with commas between.")] = "0.05,0.1,0.25",
+    densities: Annotated[str, typer.Option(help="Densities of the random blocks, comma-separated.")] = "0.05,0.1,0.25",
     shape: Annotated[
         str | None,
         typer.Option(
             help="llama-3.1-8b, qwen2.5-7b, gemma3-12b, minicpm4-8b, needle-llama, "
-            "or query heads, KV heads and head_dim: 32,8,128.",
-            show_default="llama-3.1-8b, or that of --qkv",
+            "or query heads, KV heads and head_dim, such as 32,8,128.",
+            show_default="llama-3.1-8b, or the shape of --qkv",
         ),
     ] = None,
     dtype: DtypeOption = None,
@@ -51,7 +51,7 @@ def bench_prefill(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Safetensors with q, k, v [1, heads, tokens, head_dim] of one layer.",
+            help="Safetensors file with q, k, v [1, heads, tokens, head_dim] of one layer.",
             show_default="recorded from needle-llama if there is a --config, else random",
         ),
     ] = None,
@@ -102,16 +102,16 @@ def bench_decode(
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="Tokens of the caches, with commas between.", show_default="32768,131072 on a GPU, 4096 on a CPU"
+            help="Tokens in the caches, comma-separated.", show_default="32768,131072 on a GPU, 4096 on a CPU"
         ),
     ] = None,
     batch: BatchOption = 1,
-    budgets: Annotated[str, typer.Option(help="Tokens of random lists, with commas between.")] = "1024,2048",
+    budgets: Annotated[str, typer.Option(help="Tokens of the random lists, comma-separated.")] = "1024,2048",
     layers: LayersOption = None,
     dtype: DtypeOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Time one token's attention: dense kernels, lists, and configurations layer by layer and as a whole stack."""
+    """Time attention of one decode step: dense kernels, random lists, and configurations (per layer and all layers)."""
     import torch
 
     from sparse_patch.bench import common
@@ -145,16 +145,16 @@ def bench_model(
     batch: BatchOption = 1,
     new_tokens: Annotated[int, typer.Option(min=3, max=MOST, help="Tokens to generate.")] = 32,
     layers: LayersOption = None,
-    cache: Annotated[str, typer.Option(help="static or dynamic.")] = "static",
-    eager: Annotated[bool, typer.Option("--eager", help="Never compile; a static cache on a GPU does else.")] = False,
-    chunk: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Tokens of the prompt that a forward takes.")
-    ] = None,
-    dense: Annotated[str, typer.Option(help="Dense ways to time too.")] = "copying,unpatched,best",
+    cache: Annotated[str, typer.Option(help="Kind of KV cache: static or dynamic.")] = "static",
+    eager: Annotated[
+        bool, typer.Option("--eager", help="Do not compile. By default a static cache on a GPU is compiled.")
+    ] = False,
+    chunk: Annotated[int | None, typer.Option(min=1, max=MOST, help="Prompt tokens per forward.")] = None,
+    dense: Annotated[str, typer.Option(help="Dense variants to time too, comma-separated.")] = "copying,unpatched,best",
     dtype: DtypeOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Time a model with random weights through `generate`: to the first token, and for each token after it."""
+    """Time a model with random weights through `generate`: the first token, and each token after it."""
     import torch
 
     from sparse_patch.bench import common
@@ -187,7 +187,7 @@ def bench_model(
 
 
 def _recorded_model() -> Path:
-    """The model whose attention `bench` times methods on."""
+    """The model whose recorded attention `bench` times methods on."""
     try:
         return shipped_model()
     except SparsePatchError:

@@ -1,4 +1,4 @@
-"""`sparse-patch calibrate`: what a method needs for a model, searched and written to a file."""
+"""`sparse-patch calibrate`: search the settings that a method needs for a model, and write them to a file."""
 
 import sys
 from collections.abc import Callable
@@ -33,13 +33,16 @@ app = typer.Typer(
 @app.command("minference")
 def calibrate_minference(
     out: Annotated[
-        Path, typer.Option(metavar="FILE", help="JSON to write. A run that was killed goes on from beside it.")
+        Path,
+        typer.Option(metavar="FILE", help="JSON to write. A run that was killed continues from the file beside it."),
     ],
     model: ModelOption = None,
-    length: Annotated[int, typer.Option(min=1024, help="Tokens of the prompt: as many as yours have.")] = 30_000,
+    length: Annotated[
+        int, typer.Option(min=1024, help="Tokens of the prompt; use the length of your prompts.")
+    ] = 30_000,
     seed: SeedOption = 0,
 ) -> None:
-    """Find the pattern of each head for `minference`, on one prompt of key-value retrieval."""
+    """Find the pattern of each head for `minference`, on one key-value retrieval prompt."""
     from sparse_patch.calibration.minference import MInferenceCalibration
 
     run(MInferenceCalibration(length, seed), out, model)
@@ -48,23 +51,28 @@ def calibrate_minference(
 @app.command("sale")
 def calibrate_sale(
     out: Annotated[
-        Path, typer.Option(metavar="FILE", help="Safetensors to write. A run that was killed goes on from beside it.")
+        Path,
+        typer.Option(
+            metavar="FILE", help="Safetensors to write. A run that was killed continues from the file beside it."
+        ),
     ],
     model: ModelOption = None,
     error: Annotated[
-        float, typer.Option(min=0, help="Change of a head's output that is allowed, L1, per query.")
+        float, typer.Option(min=0, help="Largest allowed change of a head's output (L1 norm per query).")
     ] = 0.4,
     highest: Annotated[
-        float, typer.Option(min=0.0002, help="Threshold that every head begins with; small models bear larger ones.")
+        float, typer.Option(min=0.0002, help="First threshold of every head; small models tolerate larger ones.")
     ] = 0.008,
     lengths: LengthsOption = "8192",
-    samples: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 5,
-    tasks: Annotated[str, typer.Option(help="Offline tasks that the prompts are of, in turn.")] = "kv_retrieval",
-    text: Annotated[Path | None, typer.Option(help="Take pieces of this text file in place of tasks.")] = None,
-    numerics: Annotated[str, typer.Option(help="int8 or int4, as prefill.numerics.")] = "int8",
-    local_window: Annotated[int, typer.Option(help="Tokens, as prefill.window.")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Number of prompts per length.")] = 5,
+    tasks: Annotated[
+        str, typer.Option(help="Offline tasks of the prompts, in turn, comma-separated.")
+    ] = "kv_retrieval",
+    text: Annotated[Path | None, typer.Option(help="Use pieces of this text file instead of tasks.")] = None,
+    numerics: Annotated[str, typer.Option(help="int8 or int4, as in prefill.numerics.")] = "int8",
+    local_window: Annotated[int, typer.Option(help="Window in tokens, as in prefill.window.")] = 128,
     block_size: Annotated[
-        int, typer.Option(help="64 or 128, as prefill.block_size: that or more when it is used.")
+        int, typer.Option(help="64 or 128. Use the thresholds with this prefill.block_size or a larger one.")
     ] = 128,
     seed: SeedOption = 0,
 ) -> None:
@@ -89,18 +97,21 @@ def calibrate_sale(
 @app.command("layers")
 def calibrate_layers(
     out: Annotated[
-        Path, typer.Option(metavar="FILE", help="YAML to write. A run that was killed goes on from beside it.")
+        Path,
+        typer.Option(metavar="FILE", help="YAML to write. A run that was killed continues from the file beside it."),
     ],
     model: ModelOption = None,
-    length: Annotated[int, typer.Option(min=256, help="Tokens of the prompts: as many as yours have.")] = 8192,
-    samples: Annotated[int, typer.Option(min=1, help="Prompts: of four tasks in turn.")] = 4,
+    length: Annotated[int, typer.Option(min=256, help="Tokens of the prompts; use the length of your prompts.")] = 8192,
+    samples: Annotated[int, typer.Option(min=1, help="Number of prompts, of four tasks in turn.")] = 4,
     seed: SeedOption = 0,
     budget: Annotated[int, typer.Option(min=1, help="Tokens that a sparse layer reads.")] = 512,
-    select: Annotated[int, typer.Option(min=0, help="Layers that select again, after the first selecting one.")] = 1,
+    select: Annotated[
+        int, typer.Option(min=0, help="Number of layers that select again after the first selecting layer.")
+    ] = 1,
     json_file: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
-    """Find the layers that select keys for decode, from the attention of a few long prompts' answers."""
+    """Find the layers that select keys for decode, from the attention of the answers to a few long prompts."""
     from sparse_patch.calibration.layers.search import LayersCalibration
     from sparse_patch.plots import plot_layers
 
@@ -110,36 +121,41 @@ def calibrate_layers(
 @app.command("moa")
 def calibrate_moa(
     out: Annotated[
-        Path, typer.Option(metavar="FILE", help="JSON to write. A run that was killed goes on from beside it.")
+        Path,
+        typer.Option(metavar="FILE", help="JSON to write. A run that was killed continues from the file beside it."),
     ],
     model: ModelOption = None,
-    density: Annotated[float, typer.Option(help="Share of the KV entries that the schedules keep, at most.")] = 0.5,
+    density: Annotated[float, typer.Option(help="Largest share of the KV entries that the schedules may keep.")] = 0.5,
     lengths: Annotated[
-        str, typer.Option(help="Tokens of prompt and answer to measure at, with commas between.")
+        str, typer.Option(help="Lengths to measure at, in tokens of prompt and answer, comma-separated.")
     ] = "2048,4096,8192",
     validate_length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of the prompts that choose among schedules.", show_default="half as many again as the longest"
+            help="Tokens of the prompts that choose among schedules.", show_default="1.5 times the longest of --lengths"
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Prompts of each length.")] = 4,
-    validate_samples: Annotated[int, typer.Option(min=1, help="Prompts that choose among schedules.")] = 3,
+    samples: Annotated[int, typer.Option(min=1, help="Number of prompts per length.")] = 4,
+    validate_samples: Annotated[int, typer.Option(min=1, help="Number of prompts that choose among schedules.")] = 3,
     tasks: Annotated[
-        str, typer.Option(help="Offline tasks that the prompts are of, in turn.")
+        str, typer.Option(help="Offline tasks of the prompts, in turn, comma-separated.")
     ] = "recite,niah_multikey_2,kv_retrieval,vt",
-    text: Annotated[Path | None, typer.Option(help="Take pieces of this text file in place of tasks.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Use pieces of this text file instead of tasks.")] = None,
     answers: Annotated[
-        Literal["task", "model"], typer.Option(help="Who answers the tasks; the model always goes on with texts.")
+        Literal["task", "model"],
+        typer.Option(help="Source of the tasks' answers. Texts are always continued by the model."),
     ] = "task",
     objective: Annotated[
-        Literal["log-odds", "cross-entropy"], typer.Option(help="What an answer loses, where influence is measured.")
+        Literal["log-odds", "cross-entropy"], typer.Option(help="Loss of an answer, of which influence is measured.")
     ] = "log-odds",
     influence: Annotated[
-        Literal["set", "moa"], typer.Option(help="Of all far keys together, or the sum of each alone as in MoA's code.")
+        Literal["set", "moa"],
+        typer.Option(
+            help="Influence of all far keys together (set), or the sum over single keys as in MoA's code (moa)."
+        ),
     ] = "set",
-    max_rules: Annotated[int, typer.Option(min=0, max=3, help="Different rules in a layer; 0 for any number.")] = 0,
-    plans: Annotated[int, typer.Option(min=1, help="Most schedules that are validated.")] = 4,
+    max_rules: Annotated[int, typer.Option(min=0, max=3, help="Most different rules in a layer; 0 if unlimited.")] = 0,
+    plans: Annotated[int, typer.Option(min=1, help="Most schedules to validate.")] = 4,
     seed: SeedOption = 0,
     json_file: JsonOption = None,
     plot: PlotOption = None,
@@ -175,15 +191,15 @@ def run(
     plot: Path | None = None,
     draw: Callable[[dict[str, Any], Path], None] = lambda data, path: None,
 ) -> None:
-    """What every command does: search, print what was found, and write it.
+    """Run a calibration: search, print the result, and write it.
 
     Args:
         calibration: the search with its settings.
-        out: artefact to write; a run that was killed goes on from the journal beside it.
+        out: artefact to write. A run that was killed continues from the journal beside it.
         model: folder or id; None for the shipped one.
-        json_file: where what was found goes as JSON.
-        plot: where the picture goes.
-        draw: draws it, from what goes as JSON.
+        json_file: file for the result as JSON.
+        plot: file for the picture.
+        draw: draws the picture from the JSON data.
 
     Raises:
         SparsePatchError: a result cannot be written, a setting is not valid or does not fit the model, ...

@@ -1,4 +1,4 @@
-"""`sparse-patch eval`, `tasks`, `export` and `lm-eval`: what sparsity costs in answers."""
+"""`sparse-patch eval`, `tasks`, `export` and `lm-eval`: the effect of sparsity on answers."""
 
 import io
 import sys
@@ -50,13 +50,13 @@ def evaluate(
     json_file: Annotated[
         Path | None,
         typer.Option(
-            "--json", metavar="FILE", help="Write the rows as JSON. A run that was killed goes on from there."
+            "--json", metavar="FILE", help="Write the rows as JSON. A run that was killed continues from there."
         ),
     ] = None,
     plot: PlotOption = None,
-    add: Annotated[bool, typer.Option("--add", help="Keep what FILE has of other configurations.")] = False,
+    add: Annotated[bool, typer.Option("--add", help="Keep the rows that FILE has of other configurations.")] = False,
 ) -> None:
-    """Measure configurations on the offline tasks, beside dense attention: scores, density and seconds."""
+    """Compare configurations with dense attention on the offline tasks: scores, density and seconds."""
     from transformers.utils import logging as transformers_logging
 
     from sparse_patch.evaluation.results import Record, add_to, as_json
@@ -83,7 +83,8 @@ def evaluate(
     about = header(said, evaluation, None if haystack is None else str(haystack))
     old = _earlier_result(json_file) if add else None
     if old is not None and json_file is not None:
-        add_to(old, as_json([], about, evaluation.configs), json_file)  # whether they go together, before the work
+        # Before the work: raise if the results do not fit together.
+        add_to(old, as_json([], about, evaluation.configs), json_file)
     transformers_logging.disable_progress_bar()
     console = Console() if sys.stdout.isatty() else Console(width=120)
     with Journal[Record].beside(json_file, about, Record) as journal:
@@ -100,7 +101,7 @@ def evaluate(
 
 @app.command()
 def tasks(json_file: JsonOption = None) -> None:
-    """List the offline tasks and the suites that they are in."""
+    """List the offline tasks and their suites."""
     from sparse_patch.workbench.tasks import SUITES, TASKS
 
     check_outputs(json_file)
@@ -117,7 +118,7 @@ def tasks(json_file: JsonOption = None) -> None:
 
 @app.command()
 def export(
-    file: Annotated[Path, typer.Argument(help="JSON lines to write: prompt, expected strings, answer.")],
+    file: Annotated[Path, typer.Argument(help="JSON-lines file to write: prompt, expected strings, answer.")],
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id.", show_default="examples/needle-llama")] = None,
     suite: SuiteOption = "needle",
     tasks: TasksOption = "",
@@ -144,7 +145,7 @@ def export(
     "lm-eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False
 )
 def lm_eval(context: typer.Context) -> None:
-    """lm-eval's command line, with `--model hf-sparse --model_args pretrained=M,config=FILE` and `--tasks needle`."""
+    """Run lm-eval, with `--model hf-sparse --model_args pretrained=M,config=FILE` and `--tasks needle` available."""
     try:
         if _showed_lm_eval_help(context.args):
             return
@@ -163,14 +164,14 @@ def _show_rows(rows: "Sequence[Row]", lengths: Sequence[int], console: Console) 
 
 
 def _showed_lm_eval_help(arguments: Sequence[str]) -> bool:
-    """Whether lm-eval's own help was asked for and shown. It needs no PyTorch, which the model `hf-sparse` does."""
+    """Show lm-eval's own help, which needs no PyTorch, if it is asked for; return whether it was shown."""
     if not {"-h", "--help"} & set(arguments):
         return False
     from lm_eval._cli import HarnessCLI
 
     before, sys.argv = sys.argv, ["sparse-patch lm-eval", *arguments]
     try:
-        with redirect_stderr(io.StringIO()):  # what is wrong with arguments is said later, in one line
+        with redirect_stderr(io.StringIO()):  # wrong arguments are reported later, in one line
             HarnessCLI().parse_args()
     except SystemExit as stop:
         return not stop.code
@@ -180,7 +181,7 @@ def _showed_lm_eval_help(arguments: Sequence[str]) -> bool:
 
 
 def _earlier_result(path: Path | None) -> dict[str, Any] | None:
-    """What a result file has, for `--add`; None where there is none yet."""
+    """The content of a result file, for `--add`; None if there is no file yet."""
     from sparse_patch.files.reading import read_json
 
     if path is None:

@@ -1,4 +1,4 @@
-"""What a configuration means for a model, without its weights."""
+"""The effect of a configuration on a model, without loading its weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,8 @@ class KVBytes:
 
     Attributes:
         length: tokens of the row.
-        planned: what the spans of the decode method keep.
-        dense: what a cache of all tokens takes.
+        planned: bytes that the spans of the decode method keep.
+        dense: bytes of a cache of all tokens.
     """
 
     length: int
@@ -37,18 +37,18 @@ class KVBytes:
 def inspect(
     model: str | Path, settings: PatchConfig, length: int = 16384
 ) -> tuple[list[dict[str, Any]], KVBytes | None]:
-    """What each layer of a model would run, and what its cache would take, from the model's config alone.
+    """What each layer of a model would run, and what its cache would take, from the model's config only.
 
     Args:
-        model: a model folder or id.
+        model: a model folder or hub id.
         settings: the configuration.
-        length: tokens of prompt and answer, for the cache.
+        length: tokens of prompt and answer, for the cache size.
 
     Returns:
-        A mapping for each layer, and the cache's bytes; None where decode has no spans, so that everything is kept.
+        A mapping for each layer, and the cache's bytes; None if decode has no spans, so that everything is kept.
 
     Raises:
-        SparsePatchError: the model is not there, or cannot be patched.
+        SparsePatchError: the model cannot be found or cannot be patched.
     """
     check_config("--model", model)
     with loading("--model", model):
@@ -101,7 +101,7 @@ def _heads(config: PreTrainedConfig) -> dict[str, int]:
 
 
 def _roles(bound: BoundConfig, layer: LayerReport, config: PreTrainedConfig) -> str:
-    """What a layer does in prefill and in decode, as far as its methods say more than their names."""
+    """A layer's roles in prefill and decode; empty if its methods have none."""
     if attention_kind(config, layer.layer) != "full":
         return ""
     used = {"prefill": layer.prefill_method, "decode": layer.decode_method}

@@ -1,4 +1,4 @@
-"""What several commands have in common: options, how they are read, and where results go."""
+"""Helpers shared by several commands: options, their parsing, and the writing of results."""
 
 import json
 from collections.abc import Callable
@@ -9,37 +9,41 @@ import typer
 
 from sparse_patch.errors import SparsePatchError, short
 
-MOST = 2**31 - 1  # of a number
+MOST = 2**31 - 1  # largest number of an option
 
 ConfigsOption = Annotated[
-    list[str] | None, typer.Option("--config", help="A packaged configuration or a YAML file; give it several times.")
+    list[str] | None,
+    typer.Option("--config", help="A packaged configuration or a YAML file. Can be given several times."),
 ]
-SuiteOption = Annotated[str, typer.Option(help="needle, niah, ruler or all.")]
-TasksOption = Annotated[str, typer.Option(help="Names with commas between, in place of a suite; see `tasks`.")]
-LengthsOption = Annotated[str, typer.Option(help="Tokens of the prompts, with commas between.")]
-SamplesOption = Annotated[int, typer.Option(min=1, max=MOST, help="Prompts of each task and length.")]
-SeedOption = Annotated[int, typer.Option(help="Chooses texts, keys and values.")]
+SuiteOption = Annotated[str, typer.Option(help="Suite of tasks: needle, niah, ruler or all.")]
+TasksOption = Annotated[
+    str, typer.Option(help="Comma-separated names of tasks, instead of a suite; see `sparse-patch tasks`.")
+]
+LengthsOption = Annotated[str, typer.Option(help="Tokens of the prompts, comma-separated.")]
+SamplesOption = Annotated[int, typer.Option(min=1, max=MOST, help="Number of prompts per task and length.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of texts, keys and values.")]
 HaystackOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Text to hide things in.", show_default="Python's help topics")
 ]
-ModelOption = Annotated[str | None, typer.Option(help="Model folder or id.", show_default="examples/needle-llama")]
-PlotOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture here (PNG).")]
+ModelOption = Annotated[str | None, typer.Option(help="Model folder or hub id.", show_default="examples/needle-llama")]
+PlotOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a picture and write it here (PNG).")]
 DtypeOption = Annotated[
     str | None,
     typer.Option(help="bfloat16, float16 or float32.", show_default="bfloat16 on a GPU, float32 on a CPU"),
 ]
 ArchitectureOption = Annotated[
-    str, typer.Option("--shape", help="llama-3.1-8b, qwen2.5-7b, qwen3-8b or needle-llama: sizes and layers.")
+    str, typer.Option("--shape", help="Sizes and number of layers: llama-3.1-8b, qwen2.5-7b, qwen3-8b or needle-llama.")
 ]
-BatchOption = Annotated[int, typer.Option(min=1, max=MOST, help="Rows of the batch.")]
+BatchOption = Annotated[int, typer.Option(min=1, max=MOST, help="Batch size.")]
 LayersOption = Annotated[
-    int | None, typer.Option(min=1, max=MOST, help="Layers, to shrink the model.", show_default="those of the shape")
+    int | None,
+    typer.Option(min=1, max=MOST, help="Number of layers, to shrink the model.", show_default="as in --shape"),
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
 
 
 def shipped_model() -> Path:
-    """The model of the checkout's examples folder."""
+    """The model in the `examples` folder of the repository."""
     path = Path(__file__).parent.parent.parent / "examples" / "needle-llama"
     if not path.is_dir():
         raise SparsePatchError(
@@ -49,12 +53,12 @@ def shipped_model() -> Path:
 
 
 def names_of(text: str) -> list[str]:
-    """What stands between commas."""
+    """Split a comma-separated text into names."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def lengths_of(text: str, option: str = "--lengths") -> list[int]:
-    """Numbers of tokens with commas between, none twice."""
+    """Parse comma-separated numbers of tokens; duplicates are dropped."""
     try:
         lengths = [int(name) for name in names_of(text)]
     except ValueError:
@@ -67,7 +71,7 @@ def lengths_of(text: str, option: str = "--lengths") -> list[int]:
 
 
 def check_outputs(*files: Path | None, plot: Path | None = None) -> None:
-    """Raise before a long run if what it makes cannot be written, or its picture not be drawn.
+    """Raise, before a long run, if its results cannot be written or its picture cannot be drawn.
 
     Raises:
         SparsePatchError: see `check_writable` and `check_picture`.
@@ -80,10 +84,10 @@ def check_outputs(*files: Path | None, plot: Path | None = None) -> None:
 
 
 def write_json(path: Path | None, data: Any) -> None:
-    """Write a result whose table stands above: all of it, or nothing.
+    """Write a result, completely or not at all. Its table was printed before.
 
     Raises:
-        WriteError: it cannot be written.
+        WriteError: the result cannot be written.
     """
     from sparse_patch.files.writing import WriteError, write_file
 
@@ -95,10 +99,10 @@ def write_json(path: Path | None, data: Any) -> None:
 
 
 def write_picture(path: Path | None, draw: Callable[[Path], None], json_file: Path | None) -> None:
-    """Draw a picture of a result, if it is asked for, and say where it is.
+    """Draw a picture of a result if `path` is given, and print where it is.
 
     Raises:
-        WriteError: it cannot be written.
+        WriteError: the picture cannot be written.
     """
     from sparse_patch.files.writing import WriteError
 

@@ -1,4 +1,4 @@
-"""Recipes: files that name the commands which reproduce a table."""
+"""Recipes: files with the commands that reproduce a table."""
 
 import shlex
 from pathlib import Path
@@ -14,8 +14,8 @@ class Recipe(BaseModel):
 
     Attributes:
         summary: what the commands show.
-        needs: what they need beside this package: a hub, a GPU and its memory, hours.
-        commands: arguments of `sparse-patch`, one command line each; `{here}` is the recipe's folder.
+        needs: what the commands need besides this package: a hub, a GPU and its memory, hours.
+        commands: command lines, each the arguments of `sparse-patch`; `{here}` is the recipe's folder.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -50,7 +50,7 @@ def load_recipe(path: Path) -> Recipe:
     """Read and check a recipe.
 
     Raises:
-        SparsePatchError: there is no such file, or a field of it is wrong.
+        SparsePatchError: the file does not exist, or a field of it is wrong.
     """
     data = read_yaml(path)
     try:

@@ -1,1 +1,1 @@
-"""Evaluation: long prompts with known answers, made without a download."""
+"""Evaluation on long prompts with known answers, which are made without a download."""

@@ -1,4 +1,4 @@
-"""The main job on the shipped model: a long document, questions about it, dense attention against sparse."""
+"""The demo on the shipped model: questions about a long document, answered with dense and with sparse attention."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ _WARM_UP_TOKENS = 6144  # long enough that the sparse path runs too
 
 @dataclass
 class Run:
-    """One way of answering, dense or sparse: the answers, and the seconds of each prefill."""
+    """The run of one configuration, dense or sparse: the answers, and the seconds of each prefill."""
 
     answers: list[str] = field(default_factory=list)
     prefill_s: list[float] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Run:
 
 @dataclass
 class DemoResult:
-    """What the demo measured; `summary()` is its JSON."""
+    """The demo's measurements; `summary()` gives them as JSON."""
 
     length: int
     seed: int
@@ -44,8 +44,8 @@ class DemoResult:
     document: NeedleDocument
     dense: Run
     sparse: Run
-    prefill_report: SparsityReport  # of the long prefill alone
-    report: SparsityReport  # of the answers as well
+    prefill_report: SparsityReport  # of the long prefill only
+    report: SparsityReport  # of the long prefill and the answers
     plans: Captured  # of the long prefill
 
     @property
@@ -90,13 +90,13 @@ class DemoResult:
 def run_demo(
     model_path: str | Path, config: str, length: int, seed: int, needles: int = 8, repeats: int = 3, step: Step = print
 ) -> DemoResult:
-    """Answer questions about a document of `length` tokens, with dense and with sparse prefill, and time both.
+    """Answer questions about a document of `length` tokens with dense and with sparse prefill, and time both.
 
     Each prefill is timed `repeats` times, dense and sparse in turn, after a warm-up of both. The first question ends
-    the prompt; the others are asked as further turns on the same KV cache.
+    the prompt. The others are asked as further turns on the same KV cache.
 
     Raises:
-        SparsePatchError: the model is not there or its context is too short, or the configuration is not valid.
+        SparsePatchError: the model is missing or its context is too short, or the configuration is not valid.
     """
     settings = load_config(config)
     model, tokenizer = load_model(model_path)
@@ -147,7 +147,7 @@ def show(result: DemoResult, console: Console) -> None:
 
 
 class _Talk:
-    """Questions about one document. The first ends the prompt; the others are asked in its place on the same cache."""
+    """Questions about one document. The first one ends the prompt; the others replace it on the same cache."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, document: NeedleDocument) -> None:
         self.model = model
@@ -163,13 +163,13 @@ class _Talk:
             prefill(self.model, self.document[:_WARM_UP_TOKENS])
 
     def read(self, run: Run) -> Prefilled:
-        """Prefill the document and the first question, and note the time."""
+        """Prefill the document and the first question, and record the time."""
         start = prefill(self.model, self.document + self.questions[0])
         run.prefill_s.append(start.seconds)
         return start
 
     def answers(self, start: Prefilled) -> Iterator[str]:
-        """Greedy answers, up to a full stop."""
+        """Yield the greedy answers, each up to a full stop."""
         logits, cache = start.logits, start.cache
         for number, question in enumerate(self.questions):
             if number:

@@ -1,4 +1,4 @@
-"""A long document with needles and a question about each: what the demo and the example read."""
+"""A long document with needles and a question about each; the demo and the example read it."""
 
 from dataclasses import dataclass
 from random import Random
@@ -10,13 +10,13 @@ from sparse_patch.workbench.tasks import NEEDLE, OPENING, NeedleTask, Question, 
 
 @dataclass(frozen=True)
 class NeedleDocument:
-    """A document with needles and questions about them; the document and any one question make a prompt.
+    """A document with needles and questions about them. The document followed by one question is a prompt.
 
     Attributes:
         text: the document.
-        keys: what the needles are called, in the order of the text.
-        questions: one for each needle, in the order of the text.
-        depths: where each needle stands, from 0 (start of the document) to 1.
+        keys: names of the needles, in the order of the text.
+        questions: one question per needle, in the order of the text.
+        depths: position of each needle, from 0 (start of the document) to 1 (end).
     """
 
     text: str
@@ -26,16 +26,16 @@ class NeedleDocument:
 
 
 def needle_document(tokenizer: Any, length: int, needles: int = 8, seed: int = 0) -> NeedleDocument:
-    """A document of which the prompt with the longest question has exactly `length` tokens.
+    """Make a document whose prompt with the longest question has exactly `length` tokens.
 
     Args:
-        tokenizer: a tokenizer of Transformers.
-        length: tokens of document and longest question, tokenized one by one.
-        needles: numbers to hide, at evenly spread depths.
-        seed: chooses the text, keys and values.
+        tokenizer: a Transformers tokenizer.
+        length: tokens of the document plus those of the longest question, tokenized separately.
+        needles: how many numbers to hide, at evenly spread depths.
+        seed: determines the text, keys and values.
 
     Raises:
-        TaskError: the length is too short for the needles, or the haystack for the length.
+        TaskError: the length is too short for the needles, or the haystack is too short for the length.
     """
     rng = Random(f"{seed} document {length} {needles}")
     task = NeedleTask("document", "", 128)

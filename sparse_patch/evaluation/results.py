@@ -1,4 +1,4 @@
-"""What was measured: a record for each prompt, a row for each task, length and configuration; tables and JSON."""
+"""The measurements: one record per prompt, one row per task, length and configuration; as tables and JSON."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,13 +20,13 @@ Key = tuple[str, str, str, int, int]  # configuration, its fingerprint, task, le
 
 @dataclass(frozen=True)
 class Record:
-    """One prompt under one configuration: everything that a row needs.
+    """The measurements of one prompt under one configuration: everything that a row needs.
 
     Attributes:
-        found: expected strings that stand in what the model generated, and how many there are.
-        right: expected tokens that the model predicted, and how many there are.
+        found: (expected strings that the generated text contains, expected strings).
+        right: (expected tokens that the model predicted, expected tokens).
         prefill, decode: (pairs computed, pairs of the causal triangle, queries) of each phase.
-        text: what the model generated, or predicted where the task is forced.
+        text: what the model generated, or what it predicted if the task is forced.
     """
 
     config: str
@@ -54,16 +54,16 @@ class Row:
 
     Attributes:
         config: the configuration's label; `dense` for dense attention.
-        samples: prompts.
-        score: RULER's: share of the expected strings in what the model generated (predicted, where the task is forced),
-            mean over prompts.
-        exact_match: share of the prompts of which every answer token was predicted.
-        token_accuracy: share of the answer tokens that were predicted, each after the right ones before it.
+        samples: number of prompts.
+        score: RULER's score: share of the expected strings that the generated text contains (the predicted text, if the
+            task is forced), mean over prompts.
+        exact_match: share of the prompts for which every answer token was predicted.
+        token_accuracy: share of the answer tokens that were predicted, each after the right tokens before it.
         density: share of the causal triangle that prefill computed.
-        attended: keys read per decoded token and layer; None where answers have one token.
-        prefill_s: seconds to read a prompt, median.
-        decode_s: seconds to decode an answer of the expected length, median.
-        fallbacks: attention calls that went dense because the method could not serve them, by reason.
+        attended: keys read per decoded token and layer; None if answers have one token.
+        prefill_s: median seconds to read a prompt.
+        decode_s: median seconds to decode an answer of the expected length.
+        fallbacks: reason -> number of attention calls that ran densely because the method could not serve them.
         score_ci, exact_match_ci, token_accuracy_ci: 95 % intervals.
     """
 
@@ -85,7 +85,7 @@ class Row:
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
-    """One row for each length, task and configuration, in the order in which they come."""
+    """Make one row for each length, task and configuration, in the order in which the records come."""
     groups: dict[tuple[str, str, str, int], list[Record]] = {}
     for record in records:
         groups.setdefault(record.key[:-1], []).append(record)
@@ -102,10 +102,10 @@ def as_json(rows: Sequence[Row], header: Mapping[str, Any], configs: Mapping[str
 
 
 def add_to(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The rows of an earlier result and of a new one; where both have a configuration, task and length, the new one's.
+    """Merge an earlier result with a new one. If both have a configuration, task and length, the new row is kept.
 
     Raises:
-        TaskError: the two runs had different prompts, or machines, or one label for two configurations.
+        TaskError: the two runs had different prompts or machines, or used one label for two configurations.
     """
     for key in new.keys() - {"configs", "rows"}:
         if old.get(key) != new[key]:
@@ -122,7 +122,7 @@ def add_to(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, An
 
 
 def table(rows: Sequence[Row], length: int) -> Table:
-    """Tasks and configurations at one length."""
+    """A table of the tasks and configurations at one length."""
     result = Table(title=f"{length} tokens", title_justify="left", box=box.SIMPLE)
     result.add_column("task", no_wrap=True)
     result.add_column("config", no_wrap=True)
@@ -148,7 +148,7 @@ def table(rows: Sequence[Row], length: int) -> Table:
 
 
 def summary(rows: Sequence[Row]) -> Table:
-    """Means over tasks: one line for each length and configuration."""
+    """A table of means over tasks, with one line per length and configuration."""
     result = Table(title="mean over tasks", title_justify="left", box=box.SIMPLE)
     for column in ("length", "config", "score", "exact", "tokens", "density", "prefill s", "decode s", "fallbacks"):
         result.add_column(column, justify="left" if column == "config" else "right", no_wrap=True)

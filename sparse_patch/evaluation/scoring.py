@@ -1,4 +1,4 @@
-"""Scores: RULER's recall, exact match, and an interval for shares that come in clusters."""
+"""Scores: RULER's recall, exact match, and a confidence interval for shares that come in clusters."""
 
 from collections.abc import Sequence
 from math import sqrt
@@ -6,27 +6,27 @@ from statistics import NormalDist
 
 
 def found(text: str, expected: Sequence[str]) -> int:
-    """How many of the expected strings stand in the text, in any case of letters (RULER's `string_match_all`)."""
+    """Count the expected strings that the text contains, ignoring case (RULER's `string_match_all`)."""
     lowered = text.lower()
     return sum(string.lower() in lowered for string in expected)
 
 
 def exact_match(text: str, answer: str) -> bool:
-    """Whether the text begins with the answer; white space before either is left aside."""
+    """Whether the text begins with the answer, ignoring white space before either."""
     return text.lstrip().startswith(answer.strip())
 
 
 def interval(successes: Sequence[int], trials: Sequence[int], confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval for the share of successes, widened where the trials of one sample go together.
+    """Wilson's interval for the share of successes, widened if the trials of one sample are correlated.
 
-    Wilson (1927) stays inside [0, 1] and does not shrink to a point when every trial succeeds. The number of trials is
-    divided by Kish's design effect (Survey Sampling, 1965), estimated from how much the samples differ: 200 tokens of
-    one wrong answer are not 200 independent mistakes.
+    Wilson's interval (1927) stays inside [0, 1] and does not shrink to a point if every trial succeeds. The number of
+    trials is divided by Kish's design effect (Survey Sampling, 1965), which is estimated from how much the samples
+    differ: 200 tokens of one wrong answer are not 200 independent mistakes.
 
     Args:
-        successes: for each sample, how many trials succeeded.
-        trials: for each sample, how many there were.
-        confidence: how often such an interval holds the true share.
+        successes: number of successful trials of each sample.
+        trials: number of trials of each sample.
+        confidence: how often such an interval contains the true share.
     """
     total = sum(trials)
     share = sum(successes) / total

@@ -1,8 +1,8 @@
-"""Several configurations on the offline tasks, always with dense attention beside them.
+"""Run several configurations on the offline tasks, always together with dense attention.
 
 Data flows one way: `Evaluation` (what is asked) -> `Record` (one prompt under one configuration) -> `Row` (one
-configuration on one task at one length) -> table, JSON, picture. Rows are made from records alone and records are kept
-in a journal as they come, so a run that was killed goes on where it stopped and ends with the same rows.
+configuration on one task at one length) -> table, JSON, picture. Rows are made only from records, and each record is
+written to a journal as it comes. So a run that was killed continues where it stopped and ends with the same rows.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class Evaluation:
     """What to measure.
 
     Attributes:
-        configs: configurations by label; `configurations` makes them, the dense one first.
+        configs: label -> configuration; `configurations` makes them, the dense one first.
         tasks: the tasks.
         lengths: tokens of the prompts.
         samples: prompts of each task and length.
@@ -51,19 +51,19 @@ class Evaluation:
     haystack: str | None = None
 
     def prompts(self) -> Iterator[tuple[Task, int, int]]:
-        """(Task, length, number of the sample), in the order of the run."""
+        """Yield (task, length, index of the sample) of every prompt, in the order of the run."""
         return (
             (task, length, index) for length in self.lengths for task in self.tasks for index in range(self.samples)
         )
 
     def keys(self, task: Task, length: int, index: int) -> dict[str, Key]:
-        """The keys of the records of one prompt, by configuration."""
+        """Configuration -> key of the record of one prompt."""
         return {
             label: (label, config.fingerprint(), task.name, length, index) for label, config in self.configs.items()
         }
 
     def missing(self, journal: Journal[Record]) -> int:
-        """Records that the journal does not have yet."""
+        """Number of records that the journal does not have yet."""
         return sum(key not in journal.records for prompt in self.prompts() for key in self.keys(*prompt).values())
 
     def sample(self, tokenizer: Any, task: Task, length: int, index: int) -> Sample:
@@ -72,7 +72,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Asked:
-    """A sample, the tokens of its prompt and those of its answer."""
+    """A sample, with the tokens of its prompt and of its answer."""
 
     sample: Sample
     tokens: list[int]
@@ -80,7 +80,7 @@ class Asked:
 
 
 def configurations(sources: Sequence[str]) -> dict[str, PatchConfig]:
-    """Configurations by the stems of their files, dense attention first.
+    """Load configurations, keyed by the stems of their files, with dense attention first.
 
     Raises:
         ConfigError: a configuration is not valid.
@@ -103,19 +103,19 @@ def evaluate(
     journal: Journal[Record],
     progress: Step = lambda _: None,
 ) -> list[Row]:
-    """Run what the journal does not have yet; one row for each configuration, task and length.
+    """Run what the journal does not have yet, and return one row for each configuration, task and length.
 
-    A prompt runs under every configuration before the next one does, so that a slow phase of the machine slows all.
+    Each prompt runs under every configuration before the next prompt, so a slow phase of the machine slows all of them.
 
     Args:
-        model: not patched; it is left so.
+        model: an unpatched model; it is unpatched afterwards too.
         tokenizer: the model's.
         evaluation: what to measure.
-        journal: what was measured already; gets what is measured now.
-        progress: called with a description before each prompt and configuration that runs.
+        journal: holds what was measured already; new records are added to it.
+        progress: called with a description before each run of a prompt under a configuration.
 
     Raises:
-        TaskError: a prompt cannot be made, or does not fit the model's context. Nothing was measured then.
+        TaskError: a prompt cannot be made, or does not fit the model's context. Then nothing is measured.
     """
     _check(model, tokenizer, evaluation)
     warm = False
@@ -136,12 +136,12 @@ def evaluate(
 
 
 def measure(model: PreTrainedModel, tokenizer: Any, asked: Asked, label: str, config: PatchConfig) -> Record:
-    """One prompt under one configuration.
+    """Measure one prompt under one configuration.
 
-    The expected answer is fed token by token, which gives token accuracy and exact match and takes the same decode
-    steps under every configuration. Where the model would have answered something else, generation goes on from a copy
-    of the cache, and the score looks at that; up to there, and without a mistake, it generates the expected answer.
-    Of a forced sample (`Sample.forced`) the score looks at the predictions.
+    The expected answer is fed token by token. This gives token accuracy and exact match, and takes the same decode
+    steps under every configuration. At the model's first wrong prediction, free generation continues from a copy of the
+    cache, and the score is taken from that text. (Up to this token, or without a mistake, the model generates the
+    expected answer anyway.) For a forced sample (`Sample.forced`) the score is taken from the predictions.
     """
     sample = asked.sample
     with patched(model, config):
@@ -170,12 +170,12 @@ def measure(model: PreTrainedModel, tokenizer: Any, asked: Asked, label: str, co
 
 
 def header(model: str, evaluation: Evaluation, haystack: str | None) -> dict[str, Any]:
-    """What two runs must have in common for their records to go together.
+    """The facts that two runs must share for their records to be merged.
 
     Args:
-        model: how the model was named.
+        model: the model's name.
         evaluation: what is measured.
-        haystack: how the haystack was named; None for Python's help topics.
+        haystack: name of the haystack; None for Python's help topics.
     """
     text = evaluation.haystack
     return {
@@ -188,7 +188,7 @@ def header(model: str, evaluation: Evaluation, haystack: str | None) -> dict[str
 
 
 def _check(model: PreTrainedModel, tokenizer: Any, evaluation: Evaluation) -> None:
-    """Everything that can be known to fail before anything is measured."""
+    """Raise everything that can be known to fail before anything is measured."""
     for length in evaluation.lengths:
         for task in evaluation.tasks:
             check_context(model, length, task.max_new_tokens, f"--lengths: {task.name}")

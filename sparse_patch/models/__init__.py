@@ -1,1 +1,1 @@
-"""Checkpoints: how any is loaded, and those with a loader of their own."""
+"""Checkpoints: loading in general, and the models that have their own loader."""

@@ -1,4 +1,4 @@
-"""Loading any checkpoint: model and tokenizer, with one line for whatever fails there."""
+"""Load the model and tokenizer of any checkpoint; every failure is reported in one line."""
 
 import json
 import pickle
@@ -15,16 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from sparse_patch.errors import SparsePatchError, TaskError, one_line
 from sparse_patch.models.minicpm import is_minicpm, load_minicpm
 
-_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # files that a tokenizer is made of
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # files of a tokenizer
 
 
 def load_model(path: str | Path) -> tuple[PreTrainedModel, Any]:
-    """Model and tokenizer from a local folder or a hub id: float32 on a CPU, bfloat16 on a GPU, evaluation mode.
+    """Load model and tokenizer from a local folder or a hub id: float32 on a CPU, bfloat16 on a GPU, evaluation mode.
 
-    MiniCPM is loaded as a native model, without the code beside its weights.
+    MiniCPM is loaded as a native model, without running the code that comes with its weights.
 
     Raises:
-        SparsePatchError: they cannot be loaded.
+        SparsePatchError: the model or its tokenizer cannot be loaded.
     """
     check_config("--model", path)
     on_gpu = torch.cuda.is_available()
@@ -37,13 +37,13 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Any]:
 
 
 def load_tokenizer(path: str | Path, option: str = "--model") -> Any:
-    """A tokenizer from a local folder or a hub id.
+    """Load a tokenizer from a local folder or a hub id.
 
     Raises:
-        SparsePatchError: it cannot be loaded; the message begins with the option that named it.
+        SparsePatchError: it cannot be loaded. The message begins with the option that named it.
     """
     _check_folder(option, path, _TOKENIZERS, "tokenizer; put it there with `tokenizer.save_pretrained(folder)`")
-    # without a config Transformers would look for the class of MiniCPM's own, and ask whether to run the code beside it
+    # Without a config, Transformers would look for MiniCPM's own class and ask whether to run the checkpoint's code.
     config = PreTrainedConfig() if is_minicpm(path) else None
     with loading(option, path, "tokenizer: "):
         return AutoTokenizer.from_pretrained(path, config=config)
@@ -51,16 +51,16 @@ def load_tokenizer(path: str | Path, option: str = "--model") -> Any:
 
 @contextmanager
 def loading(option: str, path: str | Path, part: str = "") -> Iterator[None]:
-    """For a `with` block that loads what a folder or a hub id holds: whatever fails there is one line.
+    """For a `with` block that loads from a folder or a hub id: turn every failure into a one-line error.
 
-    Transformers, tokenizers and safetensors each raise what they like for a file that is damaged.
+    Transformers, tokenizers and safetensors raise errors of many types for a damaged file.
 
     Raises:
-        SparsePatchError: it cannot be loaded; the message begins with the option that named it.
+        SparsePatchError: loading fails. The message begins with the option that named the folder or id.
     """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error that follows says it better
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error that follows is clearer
             yield
     except SparsePatchError:
         raise
@@ -72,7 +72,7 @@ def loading(option: str, path: str | Path, part: str = "") -> Iterator[None]:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Why nothing could be loaded, in our words where they are clearer."""
+    """Why loading failed, in our words if they are clearer."""
     text = one_line(" ".join(str(error).split()), 240)
     if isinstance(error, pickle.UnpicklingError):
         return "its weights are a pickle of more than tensors, which is never opened; save them as safetensors"
@@ -84,13 +84,13 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def _check_folder(option: str, path: str | Path, needed: Sequence[str], what: str) -> None:
-    """Raise if there is such a folder and it has none of the files that are needed; a hub id passes."""
+    """Raise if the folder exists but has none of the needed files. A hub id passes."""
     if Path(path).is_dir() and not any(any(Path(path).glob(pattern)) for pattern in needed):
         raise SparsePatchError(f"{option}: {one_line(path)}: cannot be loaded: has no {what}")
 
 
 def check_config(option: str, path: str | Path) -> None:
-    """Raise if a folder has no config.json, or one that is no JSON object; a hub id passes.
+    """Raise if a folder has no config.json, or one that is not a JSON object. A hub id passes.
 
     Raises:
         SparsePatchError: see above.
@@ -107,7 +107,7 @@ def check_config(option: str, path: str | Path) -> None:
 
 
 def check_context(model: PreTrainedModel, length: int, answer: int, option: str) -> None:
-    """Raise TaskError if a prompt and its answer do not fit the positions that the model was made for."""
+    """Raise TaskError if a prompt and its answer do not fit the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and length + answer > context:
         raise TaskError(

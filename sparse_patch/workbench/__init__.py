@@ -1,1 +1,1 @@
-"""What evaluation, calibration and benchmarks share: prompts with answers, timed generation, records of a run."""
+"""Tools of evaluation, calibration and benchmarks: prompts with answers, timed generation, records of a run."""

@@ -1,4 +1,4 @@
-"""Running a model on a prompt: prefill and decode apart, each timed."""
+"""Run a model on a prompt, with prefill and decode timed separately."""
 
 import copy
 import time
@@ -16,7 +16,7 @@ from sparse_patch.workbench.machine import synchronize
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A model that has read a prompt: the logits of its last token, the cache, and the seconds that it took."""
+    """The state after a prompt was read: the logits of its last token, the cache, and the seconds it took."""
 
     logits: torch.Tensor
     cache: DynamicCache
@@ -29,7 +29,8 @@ def prefill(model: PreTrainedModel, tokens: Sequence[int], answer: int | None = 
     Args:
         model: the model, patched or not.
         tokens: the prompt.
-        answer: tokens that may follow, for a cache as `generate` makes it; None for one that keeps everything.
+        answer: number of tokens that may follow, for a cache as `generate` makes it; None for a cache that keeps all
+            keys.
     """
     cache = growing_cache(model.config) if answer is None else span_cache(model, len(tokens) + answer)
     synchronize()
@@ -41,7 +42,7 @@ def prefill(model: PreTrainedModel, tokens: Sequence[int], answer: int | None = 
 
 @torch.no_grad()
 def forward(model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
-    """Feed tokens after what the cache holds; the logits of the last one, `[vocabulary]`."""
+    """Feed tokens that follow the cached ones, and return the logits of the last token, `[vocabulary]`."""
     ids = torch.tensor([tokens], device=model.device)
     logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
     return logits[0, -1]
@@ -49,14 +50,14 @@ def forward(model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache) 
 
 @dataclass(frozen=True)
 class Forced:
-    """What a model predicted at each token of an expected answer, fed token by token whatever it predicted.
+    """A model's predictions at each token of an expected answer, which is fed regardless of what it predicts.
 
     Attributes:
-        predicted: the most probable token where each expected one stands.
-        right: for each expected token, whether it was the most probable one.
-        seconds: time of the decode steps, of which there is one less than tokens.
-        detour: where the first prediction was wrong: the tokens up to and with the wrong one, and a copy of the cache
-            from before it. None if all were right, or if no copy was asked for.
+        predicted: the most probable token at the position of each expected token.
+        right: whether each expected token was the most probable one.
+        seconds: time of the decode steps, of which there is one fewer than tokens.
+        detour: at the first wrong prediction: the tokens up to and including it, and a copy of the cache from
+            before it. None if all predictions were right, or if no copy was asked for.
     """
 
     predicted: list[int]
@@ -66,9 +67,9 @@ class Forced:
 
 
 def force(model: PreTrainedModel, start: Prefilled, expected: Sequence[int], fork: bool = False) -> Forced:
-    """Feed an expected answer one token at a time, as generation would, and note what the model predicts.
+    """Feed an expected answer one token at a time, as generation would, and record what the model predicts.
 
-    With `fork` the cache is copied where the first prediction is wrong, so that generation can go on from there.
+    With `fork` the cache is copied at the first wrong prediction, so that generation can continue from there.
     """
     predicted: list[int] = []
     seconds, detour, logits = 0.0, None, start.logits
@@ -88,7 +89,7 @@ def force(model: PreTrainedModel, start: Prefilled, expected: Sequence[int], for
 def continue_greedily(
     model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache, max_new_tokens: int, stop: Sequence[int]
 ) -> list[int]:
-    """Generate after the last of `tokens`, which the cache does not hold yet, until there are `max_new_tokens`."""
+    """Generate after `tokens`, whose last one is not cached yet, until there are `max_new_tokens` in all."""
     generated = list(tokens)
     while len(generated) < max_new_tokens and generated[-1] not in stop:
         generated.append(int(forward(model, generated[-1:], cache).argmax()))
@@ -96,7 +97,7 @@ def continue_greedily(
 
 
 def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """The tokens of a prompt, and those of its answer as they follow it; on its own where both merge into one token."""
+    """Encode a prompt and its answer as one text; the answer by itself if a token would span both."""
     before: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
     both: list[int] = tokenizer(prompt + answer, verbose=False)["input_ids"]
     if both[: len(before)] == before and len(both) > len(before):
@@ -106,7 +107,7 @@ def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[in
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """The tokens that end a text, by the tokenizer and by the model's generation settings."""
+    """The tokens that end a text, from the tokenizer and from the model's generation settings."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
     return [token for token in known if token is not None]

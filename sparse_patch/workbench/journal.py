@@ -1,4 +1,4 @@
-"""The records of a run in a file, so that a run that was killed goes on where it stopped."""
+"""The records of a run, kept in a file so that a run that was killed continues where it stopped."""
 
 import json
 from collections.abc import Iterator
@@ -20,22 +20,22 @@ R = TypeVar("R", bound=Any)  # a dataclass with a `key`
 
 @dataclass
 class Journal(Generic[R]):
-    """The records of a run in a file, one JSON object a line after a header that says what run it is.
+    """The records of a run in a file: one JSON object per line, after a header that identifies the run.
 
-    A line that a killed run left unfinished is dropped. A `with` block of it lasts until the result is written: its end
-    removes the file, and a result that cannot be written says that the records are kept. Without a path, records are
-    kept in memory only.
+    A line that a killed run left unfinished is dropped. A `with` block of the journal lasts until the result is
+    written. The end of the block removes the file; if the result cannot be written, the error says that the records are
+    kept. Without a path, records are kept only in memory.
 
     Attributes:
         path: the file.
-        header: what two runs must have in common for their records to go together.
-        record: what a record is, a dataclass or a union of them.
-        option: the option of the command line that names the result, for messages.
-        records: by their `key`.
+        header: the facts that two runs must share for their records to be merged.
+        record: type of the records: a dataclass or a union of dataclasses.
+        option: the command-line option that names the result, for messages.
+        records: `key` of a record -> the record.
 
     Raises:
-        TaskError: the file is no journal, or of another run.
-        WriteError: it cannot be written.
+        TaskError: the file is not a journal, or belongs to another run.
+        WriteError: the file cannot be written.
     """
 
     path: Path | None
@@ -46,7 +46,7 @@ class Journal(Generic[R]):
 
     @classmethod
     def beside(cls, result: Path | None, header: dict[str, Any], record: Any, option: str = "--json") -> Self:
-        """The journal beside a file that is to be written, if it is one: a pipe or a device has none."""
+        """The journal beside the result file. If the result is a pipe or a device, records are kept only in memory."""
         if result is None or not is_replaced(result):
             return cls(None, header, record, option)
         return cls(result.with_name(f"{result.name}.unfinished"), header, record, option)
@@ -85,14 +85,14 @@ class Journal(Generic[R]):
             self.path.unlink(missing_ok=True)
         elif isinstance(error, WriteError) and self.records:
             raise WriteError(
-                f"{error}; what was measured is kept in {one_line(self.path)}, the same command goes on from there"
+                f"{error}; measurements are kept in {one_line(self.path)}; run the same command to continue"
             ) from error
 
     def add(self, record: R) -> None:
         """Keep a record.
 
         Raises:
-            WriteError: it cannot be written. Those before it are kept.
+            WriteError: the record cannot be written. Earlier records are kept.
         """
         if self.path is not None:
             lines = [] if self.path.exists() and self.path.stat().st_size else [self.header]
@@ -101,7 +101,7 @@ class Journal(Generic[R]):
 
 
 def _differences(theirs: Any, ours: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """What the headers of two runs do not have in common."""
+    """Yield the differences between the headers of two runs."""
     for key, value in ours.items():
         their = theirs.get(key)
         if isinstance(value, dict) and isinstance(their, dict):

@@ -1,4 +1,4 @@
-"""What a measurement runs on."""
+"""The machine that a measurement runs on."""
 
 import platform
 from pathlib import Path
@@ -8,13 +8,13 @@ import torch
 
 
 def synchronize() -> None:
-    """Wait for the GPU, so that a clock measures what ran."""
+    """Wait for the GPU, so that the clock includes its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement ran on."""
+    """Describe the machine that a measurement runs on."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
@@ -23,7 +23,7 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
+    """The processor's name if Linux reports it, else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():

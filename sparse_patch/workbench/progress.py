@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, nothing in a pipe."""
+"""Progress of long work: a bar on a terminal, and no output in a pipe."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ Step = Callable[[str], None]
 
 @contextmanager
 def progress_steps(console: Console, total: int) -> Iterator[Step]:
-    """Gives a function to call with a description before each step."""
+    """For a `with` block: give a function to call with a description before each step."""
     columns = (
         TextColumn("{task.description:40}"),
         BarColumn(),

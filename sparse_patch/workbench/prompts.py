@@ -1,7 +1,7 @@
-"""Prompts of an exact number of tokens: pieces of text hidden in a haystack, one passage of which is cut to measure.
+"""Prompts of an exact number of tokens: pieces of text hidden in a haystack, one passage of which is cut to length.
 
-Everything works on text and counts tokens of whole texts, so that it holds for any tokenizer: a prompt that is stored
-as text has the same length wherever it is tokenized again.
+All functions work on text and count the tokens of whole texts, so they work for any tokenizer. A prompt that is stored
+as text has the same number of tokens whenever it is tokenized again.
 """
 
 import re
@@ -18,7 +18,7 @@ from sparse_patch.files.reading import read_text
 NOISE = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."  # RULER's
 
 _SENTENCE_END = re.compile(r"[.!?](?=\s)|[。！？]|\n")  # noqa: RUF001
-_MOST_BYTES = 2**30  # of a haystack
+_MOST_BYTES = 2**30  # most bytes of a haystack
 _REACH = 120  # characters around the best cut that are tried one by one
 
 Count = Callable[[str], int]
@@ -30,24 +30,24 @@ class TooShortError(TaskError):
 
 @dataclass(frozen=True)
 class Draft:
-    """A text of which one passage, the filler, may lose characters at its start."""
+    """A text with one passage, the filler, that may lose characters at its start."""
 
     head: str
     filler: str
     tail: str
 
     def text(self, kept: int, joint: str = "") -> str:
-        """The text with the last `kept` characters of the filler, and something to put before them."""
+        """The text with only the last `kept` characters of the filler, and `joint` before them."""
         return self.head + joint + self.filler[len(self.filler) - kept :] + self.tail
 
 
 def token_counter(tokenizer: Any) -> Count:
-    """Counts the tokens of a text as a prompt, special tokens included."""
+    """Return a function that counts the tokens of a text as a prompt, special tokens included."""
     return lambda text: len(tokenizer(text, verbose=False)["input_ids"])
 
 
 def default_haystack() -> str:
-    """Python's help topics: about 700 kB of English technical text that every CPython ships."""
+    """Python's help topics: about 700 kB of English technical text that ships with every CPython."""
     from pydoc_data.topics import topics
 
     text = "\n".join(topics.values()).replace("\r", "").encode("ascii", "ignore").decode()
@@ -57,10 +57,10 @@ def default_haystack() -> str:
 
 
 def read_haystack(path: str | Path, option: str = "--haystack") -> str:
-    """The text of a file, UTF-8.
+    """Read a UTF-8 text file.
 
     Raises:
-        TaskError: the file is not there, is no text or is empty; the message begins with the option that named it.
+        TaskError: the file is missing, is not text or is empty. The message begins with the option that named the file.
     """
     try:
         text = read_text(path, _MOST_BYTES)
@@ -73,12 +73,12 @@ def read_haystack(path: str | Path, option: str = "--haystack") -> str:
 
 @cache
 def english_words() -> tuple[str, ...]:
-    """2000 common words, of which keys are made; the shipped model was trained with keys of these."""
+    """2000 common words that keys are made of; the shipped model was trained with such keys."""
     return tuple(Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split())
 
 
 def excerpt(text: str, tokens: int, count: Count, rng: Random) -> str:
-    """A passage from a random place that has `tokens` tokens or a little more.
+    """Take a passage of `tokens` tokens or a few more from a random place of the text.
 
     Raises:
         TaskError: the whole text has fewer tokens.
@@ -106,11 +106,11 @@ def excerpt(text: str, tokens: int, count: Count, rng: Random) -> str:
 
 
 def hide(pieces: Sequence[str], depths: Sequence[float], passage: str, head: str, tail: str) -> Draft:
-    """The pieces put into the passage, each after the first sentence end at or behind its depth.
+    """Put the pieces into the passage, each after the first sentence end at or behind its depth.
 
     Args:
         pieces: texts to hide, in the order of the text.
-        depths: their depths, ascending, from 0 (start of the passage) to 1.
+        depths: depths of the pieces, ascending, from 0 (start of the passage) to 1 (end).
         passage: the text around the pieces. Its longest part between two pieces becomes the filler.
         head: what stands before everything.
         tail: what stands after everything.
@@ -125,9 +125,9 @@ def hide(pieces: Sequence[str], depths: Sequence[float], passage: str, head: str
 
 
 def fit(draft: Draft, length: int, count: Count) -> str | None:
-    """The text of the draft with exactly `length` tokens; the filler begins at a word where that is possible.
+    """Cut the draft's filler so that the text has exactly `length` tokens. The filler begins at a word if possible.
 
-    None if no cut near the best one gives the length, which a tokenizer may do to a rare draft: try another one.
+    Return None if no cut near the best one gives the length. A tokenizer may cause this for a rare draft; try another.
 
     Raises:
         TooShortError: the draft is too long even without its filler.
@@ -138,7 +138,7 @@ def fit(draft: Draft, length: int, count: Count) -> str | None:
         raise TooShortError(f"length {length} is too short, about {below} tokens are needed")
     halve = False
     while above > length and high - low > 1:
-        # A line through the ends is nearly right, the middle never gets stuck: they take turns.
+        # Interpolation between the ends is nearly right, bisection never gets stuck: the two take turns.
         share = 0.5 if halve else (length - below) / (above - below)
         halve = not halve
         middle = min(max(low + round((high - low) * share), low + 1), high - 1)
@@ -154,9 +154,9 @@ def fit(draft: Draft, length: int, count: Count) -> str | None:
 
 
 def _near_misses(draft: Draft, kept: int, missing: int, count: Count) -> Iterator[str]:
-    """Texts that should have `missing` tokens more than `draft.text(kept)`, judged by what surrounds the cut.
+    """Yield texts that should have `missing` more tokens than `draft.text(kept)`, judged by the text around the cut.
 
-    A character more can be two tokens more, so that no cut gives a length; a joint of a token or two makes up for it.
+    One more character can add two tokens, so for some lengths no cut fits. A joint of one or two tokens then helps.
     """
     cuts = _cuts_around(draft.filler, kept)
     end = len(draft.filler) - max(0, min(cuts) - _REACH)
@@ -172,7 +172,7 @@ def _near_misses(draft: Draft, kept: int, missing: int, count: Count) -> Iterato
 
 
 def _cuts_around(filler: str, kept: int) -> list[int]:
-    """Numbers of characters to keep, the nearest first; those that begin a word come first of all if they are near."""
+    """Numbers of characters to keep, nearest to `kept` first. Near cuts that begin a word come before all others."""
     near = range(max(0, kept - _REACH), min(len(filler), kept + _REACH) + 1)
 
     def order(cut: int) -> tuple[bool, int]:

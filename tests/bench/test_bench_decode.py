@@ -1,4 +1,4 @@
-"""The decode benchmark at sizes for tests: what is timed, what it is said to move, and what is written."""
+"""The decode benchmark at test sizes: what is timed, the bytes it reports to move, and what is written."""
 
 import json
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def made(folder: Path, *names: str, **changes: Any) -> Benchmark:
 
 @pytest.fixture(autouse=True)
 def _one_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that runs everything once and counts layers: what is timed must still run."""
+    """A clock that runs each step once and counts layers: the timed code must really run."""
 
     def clocked(step: Callable[[], object]) -> float:
         step()
@@ -81,7 +81,7 @@ def test_one_row_for_each_way_and_length(tmp_path: Path) -> None:
 
 
 def test_spans_run_on_rings(tmp_path: Path) -> None:
-    """Five layers keep 64 tokens of two heads and two rows, one layer all 200."""
+    """Five layers keep 64 tokens of two heads and two rows; one layer keeps all 200."""
     benchmark = made(tmp_path, "spans")
     steps: list[str] = []
     result = bench_decode(benchmark, steps.append)
@@ -94,7 +94,7 @@ def test_spans_run_on_rings(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lists", [1, 2, 4])
 @pytest.mark.parametrize("page_size", [16, 1])
 def test_bytes_are_those_of_the_keys_that_are_read(lists: int, page_size: int, tmp_path: Path) -> None:
-    """Against the plan's mask: a key counts once for a KV head, or once for each query head with its own list."""
+    """Check against the plan's mask: a key counts once per KV head, or once per query head with its own list."""
     call = replace(made(tmp_path).calls(200)[0], kv_state=None)
     plan = random_lists(call, 200, 48, lists, page_size)
     read = plan.mask()[:, :, 0]
@@ -109,7 +109,7 @@ def test_bytes_are_those_of_the_keys_that_are_read(lists: int, page_size: int, t
 
 
 def test_a_stack_runs_every_layer_in_its_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sparse layer reads what the selecting layer before it chose, by that layer's own queries and keys."""
+    """A sparse layer reads what the selecting layer before it chose, from that layer's own queries and keys."""
     benchmark = made(tmp_path, "delta")
     config, calls, outputs = benchmark.methods["delta"], benchmark.calls(200), list[torch.Tensor]()
     attend = page_decode.OP.attend
@@ -146,7 +146,7 @@ def test_the_roles_of_a_configuration(tmp_path: Path) -> None:
 
 
 def test_what_stays_dense_is_our_dense_decode(tmp_path: Path) -> None:
-    """A budget that covers all the keys, or a cache that is too short."""
+    """The budget covers all keys, or the cache is too short."""
     benchmark = made(tmp_path, "delta")
     plans = run_stack(
         benchmark.methods["delta"],

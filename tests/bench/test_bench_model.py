@@ -1,4 +1,4 @@
-"""The whole-model benchmark at sizes for tests: what is timed, in which state the model is, and what is written."""
+"""The whole-model benchmark at test sizes: what is timed, the state of the model, and what is written."""
 
 import json
 from dataclasses import replace
@@ -96,7 +96,7 @@ def test_dense_ways_can_be_left_out_and_prompts_read_in_chunks(
 
 
 def test_every_way_has_its_cache_and_its_patch(benchmark_: Benchmark) -> None:
-    """The model is patched as the way says, and reads the cache that was asked for."""
+    """In each variant the model has the right patch and reads the requested kind of cache."""
     model = benchmark_.model()
     seen: list[Any] = []
 
@@ -121,7 +121,7 @@ def test_every_way_has_its_cache_and_its_patch(benchmark_: Benchmark) -> None:
 def test_a_static_cache_is_as_long_as_its_own_prompt_needs(
     benchmark_: Benchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Transformers keeps the length of the longest cache so far for the next ones."""
+    """Transformers keeps the longest cache length so far for later caches."""
     lengths: list[tuple[int, int]] = []
     run = bench.generate
 

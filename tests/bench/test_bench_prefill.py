@@ -1,4 +1,4 @@
-"""The prefill benchmark at sizes for tests: what is timed, on which queries and keys, and what is written."""
+"""The prefill benchmark at test sizes: what is timed, on which queries and keys, and what is written."""
 
 import json
 from dataclasses import replace
@@ -95,7 +95,7 @@ def test_spans_run_on_their_own_op(benchmark_: Benchmark, tmp_path: Path) -> Non
 def test_a_method_is_its_selection_and_the_kernel_on_its_plan(
     benchmark_: Benchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a clock that counts runs: the kernel, the selection, and both, each timed alone."""
+    """Use a clock that counts runs: the kernel, the selection, and both together are timed separately."""
     calls: list[str] = []
     attend, config = block_sparse.OP.attend, benchmark_.methods["mine"]
     assert config.prefill is not None
@@ -192,7 +192,7 @@ def test_expanding_keeps_the_attention_of_the_recorded_heads() -> None:
 
 
 def test_recorded_calls_are_those_of_the_model(needle_llama_path: Path) -> None:
-    """Their attention has the structure that random queries lack: half of the mass lies on few keys."""
+    """Recorded attention has the structure that random queries lack: half of the mass lies on few keys."""
     inputs = recorded_inputs(needle_llama_path, Shape(8, 4, 64), torch.float32, "cpu", [300])
     call = inputs.make(300)
     assert call.q.shape == (1, 8, 300, 64) and call.k.shape == (1, 4, 300, 64) and call.phase == "prefill"

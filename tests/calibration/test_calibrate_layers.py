@@ -1,4 +1,4 @@
-"""The search for selection layers: what it measures, what it chooses and writes, and runs that are killed."""
+"""The search for selecting layers: what it measures, chooses and writes, and runs that are killed."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ ABOUT = {"model": "tiny", "length": 200, "seed": 0, "budget": BUDGET}
 
 
 class Tokenizer:
-    """A token for each letter."""
+    """A tokenizer with one token per letter."""
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) % 80 + 5 for letter in text]}
@@ -60,7 +60,7 @@ def journal_of(path: Path, **changes: Any) -> Journal[Measured]:
 
 
 def test_what_is_measured_against_attention_written_out(tmp_path: Path) -> None:
-    """Mass, overlap and jumps from float64 softmax rows over the whole N x N map."""
+    """Check mass, overlap and jumps against float64 softmax rows over the whole N x N map."""
     model, calls = llama(), list[AttentionCall]()
     found = run(tmp_path / "l.yaml", 1, model)[0]
     tokens, answer = encode(Tokenizer(), sample(0).prompt, sample(0).answer)
@@ -178,7 +178,7 @@ def test_a_budget_that_is_no_budget() -> None:
 def test_the_layer_of_the_shipped_model_is_found(
     length: int, budget: int, needle_llama_path: Path, tmp_path: Path
 ) -> None:
-    """Layer 5, as the model's card says; every prompt and every measure says so by itself."""
+    """The search finds layer 5, as in the model card; every prompt and every measure finds it by itself."""
     model, tokenizer = load_model(needle_llama_path)
     samples = samples_of(tokenizer, length, 4, seed=1)
     measured = measure(model, tokenizer, samples, budget, Journal(None, {}, None))

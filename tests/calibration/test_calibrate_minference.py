@@ -54,7 +54,7 @@ def test_candidates_are_the_papers_and_shrink_with_the_prompt() -> None:
 
 
 def test_the_chosen_pattern_changes_each_head_least(tmp_path: Path) -> None:
-    """Against attention written out: a float64 softmax under the mask of each candidate."""
+    """Check against explicit attention: a float64 softmax under the mask of each candidate."""
     length = 1200  # of which not all heads choose the same
     tokens = torch.randint(3, 90, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     model, calls = llama(), list[AttentionCall]()

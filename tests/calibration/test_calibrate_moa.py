@@ -1,4 +1,4 @@
-"""The search for MoA's plans from end to end: what it measures, chooses and writes, and runs that are killed."""
+"""The search for MoA's head schedules from end to end: what it measures, chooses and writes, and killed runs."""
 
 import json
 import subprocess
@@ -71,7 +71,7 @@ def test_a_plan_that_keeps_everything_loses_what_the_model_does(family: str) -> 
 
 
 def test_the_loss_of_a_plan_is_that_of_the_model_under_its_mask() -> None:
-    """Through a whole model, with a 4-D mask for each query head written out."""
+    """Check through a whole model, with an explicit 4-D mask for each query head."""
     model = llama()
     shape = ModelShape.of(model.config, 3)
     rules = HeadSchedules.of(shape, [[0, 0], [0, 192], [128, 0]], [[0, 1], [0.5, 0], [0, 0.8]])

@@ -30,7 +30,7 @@ ERROR = 0.01  # of these layers' outputs: some heads pass at once, others are ha
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """The first layers of needle-llama: random weights attend to everything alike, so that nothing can be left out."""
+    """The first layers of needle-llama, because with random weights all keys get similar attention."""
     loaded, _ = load_model("examples/needle-llama")
     loaded.model.layers = loaded.model.layers[:3]
     loaded.config.num_hidden_layers = 3
@@ -50,7 +50,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def found(model: Any, prompts: list[list[int]]) -> list[LayerThresholds]:
-    """After the first prompt."""
+    """The result after the first prompt."""
     return run(model, prompts[:1])
 
 
@@ -66,7 +66,7 @@ def of_heads(found: Sequence[LayerThresholds]) -> torch.Tensor:
 def test_each_head_has_the_largest_threshold_that_keeps_its_error(
     model: Any, prompts: list[list[int]], found: list[LayerThresholds]
 ) -> None:
-    """Against attention written out: a float64 softmax under the mask of each threshold."""
+    """Check against explicit attention: a float64 softmax under the mask of each threshold."""
     calls = list[AttentionCall]()
     with observed(model, calls.append), torch.no_grad():
         model(torch.tensor(prompts[:1]))

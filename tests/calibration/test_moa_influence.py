@@ -1,4 +1,4 @@
-"""The influence of not reading a key: against attention written out in float64, and through a whole model."""
+"""The influence of not reading a key, checked against explicit float64 attention and through a whole model."""
 
 from typing import Any
 
@@ -26,14 +26,14 @@ SCALE = 0.3
 def tensors(
     length: int, heads: tuple[int, int] = (4, 2), dims: tuple[int, int] = (8, 8), seed: int = 0
 ) -> tuple[torch.Tensor, ...]:
-    """q, k, v and the gradient of a call, float64."""
+    """The q, k, v and gradient of a call, float64."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [(heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]), (heads[0], dims[1])]
     return tuple(torch.randn(n, length, d, generator=generator, dtype=torch.float64) * 2 for n, d in sizes)
 
 
 def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-    """Attention under the causal mask, and a mask `[Hq, N, N]` of keys that are kept."""
+    """Attention under the causal mask and a mask `[Hq, N, N]` of kept keys."""
     k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
     hidden = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
     hidden = hidden if kept is None else hidden | ~kept
@@ -41,7 +41,7 @@ def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor
 
 
 def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """|E| `[Hq, N, N]`, each entry by masking that one key and renormalising the row."""
+    """|E| `[Hq, N, N]`; each entry is computed by masking one key and renormalising the row."""
     length = q.shape[1]
     result = torch.zeros(len(q), length, length, dtype=torch.float64)
     out = masked(q, k, v)
@@ -55,7 +55,7 @@ def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tenso
 
 
 def distances(length: int) -> torch.Tensor:
-    """Tokens between query and key; negative for the future."""
+    """Number of tokens between query and key; negative for the future."""
     return torch.arange(length)[:, None] - torch.arange(length)
 
 
@@ -133,7 +133,7 @@ ANSWER = [7, 9, 11]
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "granite", "phi3"])
 def test_a_model_is_left_as_it_was_and_its_influence_is_that_of_its_gradients(family: str) -> None:
-    """Against gradients of the outputs that autograd gives without checkpoints, layer by layer."""
+    """Check layer by layer against autograd's gradients of the outputs, without checkpoints."""
     model = FAMILIES[family]()
     next(model.parameters()).requires_grad_(False)
     before = fingerprint(model)
@@ -162,7 +162,7 @@ def test_a_model_is_left_as_it_was_and_its_influence_is_that_of_its_gradients(fa
 
 
 def test_an_answer_is_all_that_counts() -> None:
-    """In the last layer, rows behind the answer have no gradient; in all layers, tokens behind it have no influence."""
+    """In the last layer, rows after the answer have no gradient; in all layers, tokens after it have no influence."""
     model = llama()
     found = influence_of_prompt(model, TOKENS, ANSWER)[0]
     grads: list[torch.Tensor] = []
@@ -181,7 +181,7 @@ def test_an_answer_is_all_that_counts() -> None:
 
 
 def test_first_order_is_what_a_small_change_of_the_mask_does() -> None:
-    """One head of one layer loses one far key: the loss changes by about E, a model that is nearly linear there."""
+    """If one head of one layer loses one far key, the loss changes by about E: the model is nearly linear there."""
     model = llama(2)
     torch.nn.init.normal_(model.model.layers[1].self_attn.o_proj.weight, std=1e-4)  # a change too small to bend
 

@@ -1,4 +1,4 @@
-"""Rules and their choice: against brute force where there are few, and what must hold where there are many."""
+"""Rules and their choice: compared with brute force if there are few, else checked for what must always hold."""
 
 from dataclasses import replace
 from itertools import product
@@ -23,7 +23,7 @@ def problem_of(
     *,
     max_rules: int | None = None,
 ) -> Problem:
-    """Heads that lose less the more they keep, some much and some little, at every length in their own way."""
+    """Heads that lose less the more they keep, some a lot and some a little, differently at every length."""
     rng = np.random.default_rng(seed)
     kept = np.sort(rng.uniform(0.1, 1, (lengths, rules)), 1)
     kept[:, -1] = 1
@@ -33,7 +33,7 @@ def problem_of(
 
 
 def brute_force(problem: Problem, primary: int, limits: list[float] | None = None) -> float:
-    """The smallest loss of all choices within the limits, infinity where there is none."""
+    """The smallest loss of all choices within the limits; infinity if there is none."""
     best = np.inf
     assignments = list(product(range(problem.rules), repeat=problem.heads))
     for rows in product(assignments, repeat=problem.layers):
@@ -124,7 +124,7 @@ def test_what_cannot_be_asked() -> None:
 
 
 def test_the_rules_of_the_public_code() -> None:
-    """99 pairs, of which 48 are valid, for lengths of 2k, 4k and 8k and a density at 16k too; and one more."""
+    """48 of 99 pairs are valid for lengths of 2k, 4k and 8k and a density at 16k; the streaming rule is added."""
     valid = [
         Rule(alpha, eighths / 8)
         for alpha in range(-2048, 8193, 1024)

@@ -1,4 +1,4 @@
-"""The command line: files, exit codes, one-line errors; a process of its own where that makes a difference."""
+"""The command line: files, exit codes and one-line errors, in a separate process if that makes a difference."""
 
 import json
 import subprocess
@@ -14,13 +14,13 @@ from sparse_patch.cli import app, main
 
 
 def run_as_user(*arguments: str) -> Completed:
-    """What a command does in a process of its own."""
+    """Run a command in a separate process."""
     command = [sys.executable, "-m", "sparse_patch.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_demo_on_the_shipped_model(tmp_path: Path) -> None:
-    """A short prompt with a low min_length: the whole way of the main job, at a size for tests."""
+    """Run the whole demo at a test size: a short prompt with a low min_length."""
     config = tmp_path / "small.yaml"
     config.write_text("prefill: {method: flexprefill, block_size: 32, min_budget: 256, min_length: 512, gamma: 0.98}")
     result = run_as_user(
@@ -80,7 +80,7 @@ def test_show_names_the_role_of_every_layer(tmp_path: Path, needle_llama_path: P
 
 
 def test_eval_writes_rows_for_dense_and_every_config(tmp_path: Path, needle_llama_path: Path) -> None:
-    """What a user runs, at a size for tests: table, JSON, picture, then more rows added to the JSON."""
+    """Run what a user runs, at a test size: table, JSON and picture, then more rows added to the JSON."""
     (tmp_path / "mine.yaml").write_text(SMALL)
     command = ["eval", "--model", str(needle_llama_path), "--tasks", "niah_multikey_1,vt", "--lengths", "640,700"]
     command += ["--samples", "2", "--seed", "3", "--json", str(tmp_path / "r.json")]
@@ -179,7 +179,7 @@ def test_lm_eval_gets_its_own_arguments() -> None:
 
 
 def _commands(group: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """The words of every command and of every group of commands."""
+    """The words of every command and of every command group."""
     inner = getattr(group, "commands", {})
     return [path, *(words for name, one in inner.items() for words in _commands(one, (*path, name)))]
 
@@ -199,7 +199,7 @@ for words in json.loads(sys.argv[1]):
 
 
 def test_help_of_every_command_comes_without_torch() -> None:
-    """Help is shown at once: a command imports what it needs when it runs."""
+    """Help appears at once, because a command imports what it needs only when it runs."""
     commands = _commands(typer.main.get_command(app))
     assert {(), ("eval",), ("lm-eval",), ("bench", "prefill"), ("calibrate", "moa")} <= set(commands)
     command = [sys.executable, "-c", HELP, json.dumps([*commands, ("lm-eval", "run")])]
@@ -333,7 +333,7 @@ def test_bad_input_is_one_line_and_exit_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process: importing torch anew for each would take minutes."""
+    """Runs in this process, because importing torch anew for each command would take minutes."""
     (tmp_path / "bad.yaml").write_text("prefill: {method: flexprefill, gama: 0.9}")
     (tmp_path / "gamma.yaml").write_text("prefill: {method: flexprefill, gamma: 1.7}")
     (tmp_path / "list.yaml").write_text("- prefill")

@@ -1,4 +1,4 @@
-"""Every recipe can be read, and what it names exists."""
+"""Every recipe can be read, and everything that it names exists."""
 
 import sys
 from functools import cache
@@ -75,7 +75,7 @@ COMMANDS = [
     (["eval --lenghts 4096"], "commands[0]: No such option: --lenghts"),
     (["eval --samples 0"], "commands[0]: Invalid value for '--samples': "),
     (["bench"], "commands[0]: names no command"),
-    (["demo --help"], "commands[0]: asks for help, which is no command to run"),
+    (["demo --help"], "commands[0]: asks for help, which is not a command to run"),
     (["methods", "methods --json no/such/m.json"], "commands[1]: no/such/m.json: cannot be written: "),
     (["export no/such/p.jsonl"], "commands[0]: no/such/p.jsonl: cannot be written: "),
     (["calibrate sale --out no/such/t.safetensors"], "commands[0]: no/such/t.safetensors: cannot be written: "),

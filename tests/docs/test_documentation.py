@@ -1,4 +1,4 @@
-"""What the documents show is run: examples, snippets and commands, on the shipped model and at sizes for tests."""
+"""Run what the documents show: examples, snippets and commands, on the shipped model and at test sizes."""
 
 import ast
 import re
@@ -45,14 +45,14 @@ RECIPES = sorted(
     for path in (ROOT / "recipes").rglob("*.yaml")
     if "commands:" in path.read_text()
 )
-SMALL = {  # what makes a command quick, by what is run; the last value of an option counts
+SMALL = {  # options that make a command quick; the last value of an option counts
     "": {"--samples": "1", "--repeats": "1", "--needles": "1", "--tasks": "niah_single_1", "--batch": "1"},
     "demo": {"--length": "1024"},
     "eval": {"--lengths": "256"},
     "bench": {"--lengths": "128", "--budgets": "64", "--densities": "0.5", "--new-tokens": "3", "--chunk": "64"},
     "calibrate": {"--length": "1024", "--lengths": "512", "--validate-length": "576", "--validate-samples": "1"},
 }
-OFFLINE = "needle_niah_single_1"  # in place of lm-eval's tasks, whose data a hub has
+OFFLINE = "needle_niah_single_1"  # instead of lm-eval's tasks, whose data are on a hub
 
 
 # --- what a document shows -------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ OFFLINE = "needle_niah_single_1"  # in place of lm-eval's tasks, whose data a hu
 
 @dataclass(frozen=True)
 class Shown:
-    """A block of code in a page: Python or lines for a shell."""
+    """A block of code in a page: Python or shell lines."""
 
     section: str
     line: int
@@ -68,7 +68,7 @@ class Shown:
 
     @property
     def commands(self) -> list[list[str]]:
-        """The commands of `sparse-patch`, without those that stand for several."""
+        """The commands of `sparse-patch`, without lines that stand for several commands."""
         lines = self.text.replace("\\\n", " ").splitlines()
         split = [shlex.split(line, comments=True) for line in lines if line.startswith("sparse-patch ")]
         return [words[1:] for words in split if not {"|", "..."} & set(words)]
@@ -83,7 +83,7 @@ class Shown:
 
 
 def shown(page: str) -> Iterator[Shown]:
-    """The blocks of a page, fenced ones and those that are set in by four spaces."""
+    """The code blocks of a page, fenced or indented by four spaces."""
     section, block, start, fenced = "", list[str](), 0, False
     for number, line in enumerate([*(ROOT / page).read_text(encoding="utf-8").splitlines(), "end"], start=1):
         fence = re.match(" {0,3}```", line)
@@ -98,7 +98,7 @@ def shown(page: str) -> Iterator[Shown]:
 
 
 def small(arguments: list[str]) -> list[str]:
-    """A command at sizes for tests."""
+    """A command with test sizes."""
     command: Any = typer.main.get_command(app)
     for word in arguments:
         command = getattr(command, "commands", {}).get(word, command)
@@ -113,9 +113,9 @@ def run(arguments: list[str]) -> None:
 
 @pytest.fixture
 def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models of the benchmarks with the heads and layers of the real ones, and little else; a row is timed once."""
+    """Shrink the benchmarks' models to the heads and layers of the real ones; each row is timed once."""
     monkeypatch.setattr(common, "_CPU_RUNS", (1, 1))
-    monkeypatch.setattr(availability, "_interprets", lambda: False)  # as where no test runs
+    monkeypatch.setattr(availability, "_interprets", lambda: False)  # as outside of tests
     shapes = {name: replace(shape, head_dim=64) for name, shape in common.SHAPES.items()}  # those of needle-llama
     monkeypatch.setattr(common, "SHAPES", shapes)
     small = {"hidden": 64, "intermediate": 64, "vocabulary": 128}
@@ -151,7 +151,7 @@ def tokenizer(needle_llama_path: Path) -> Any:
 
 @pytest.fixture
 def of_the_reader(needle_llama_path: Path, tokenizer: Any) -> dict[str, Any]:
-    """The names that snippets take for granted."""
+    """The names that snippets assume."""
     document = needle_document(tokenizer, length=4400, needles=2)
     manager = TaskManager(
         include_path=[TASKS],
@@ -179,12 +179,12 @@ def test_what_a_page_shows(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """From top to bottom in a folder of its own, with the imports of what stands above. Nothing may go dense unsaid."""
+    """Run the page from top to bottom in a new folder, with earlier blocks' imports. No silent fallbacks."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(
         "prefill: {method: flexprefill, block_size: 32, min_budget: 256, min_length: 512}"
     )
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))  # which take long
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))  # they take long
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     for block in SHOWN[page]:
         if block.is_python:
@@ -203,7 +203,7 @@ def run_python(page: str, block: Shown, names: dict[str, Any]) -> None:
     if "SparseLM(model" in block.text:
         sparse_patch.patch_model(names["model"], "flexprefill.yaml")  # as the snippet says
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "sparse_patch: ")  # of what falls back to dense attention
+        warnings.filterwarnings("error", "sparse_patch: ")  # warnings of fallbacks to dense attention
         exec(compile("\n" * (block.line - 1) + block.text, f"<{page}>", "exec"), names)
     if is_patched(names["model"]):
         assert not sparse_patch.sparsity_report(names["model"]).fallbacks()
@@ -224,7 +224,7 @@ def run_shown(command: list[str], path: str) -> None:
 
 
 def test_commands_that_stand_for_several() -> None:
-    """`sparse-patch eval | tasks | export` and such: there is each of them."""
+    """Every command in lines such as `sparse-patch eval | tasks | export` exists."""
     lines = [
         line for block in SHOWN["README.md"] for line in block.text.splitlines() if re.match(r"sparse-patch.* \|", line)
     ]
@@ -238,7 +238,7 @@ def test_commands_that_stand_for_several() -> None:
 
 
 def test_the_method_of_the_guide() -> None:
-    """CONTRIBUTING's class is a method: with every block chosen its plan is dense causal attention."""
+    """CONTRIBUTING's class is a method. With every block chosen, its plan is dense causal attention."""
     (block,) = (each for each in SHOWN["CONTRIBUTING.md"] if "class MyMethod" in each.text)
     names: dict[str, Any] = {**vars(settings), **vars(plans), **vars(typing)}
     exec(block.text.replace("blocks = ...", "blocks = every(grid)"), names)
@@ -254,7 +254,7 @@ def test_the_method_of_the_guide() -> None:
 
 @pytest.fixture
 def recipes(tmp_path: Path) -> Path:
-    """A copy, because some recipes write beside themselves; in a folder whose name a shell would split."""
+    """A copy of the recipes, because some write next to themselves; its folder has a name that a shell would split."""
     folder = tmp_path / "a 'copy' of $HOME" / "recipes"
     shutil.copytree(ROOT / "recipes", folder)
     (folder.parent / "examples").symlink_to(ROOT / "examples")
@@ -270,7 +270,7 @@ def test_recipes_run(
     needle_llama_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Those that need a hub up to the point where it is needed: lm-eval has read their arguments."""
+    """Run every recipe. Those that need a hub run until lm-eval has read their arguments."""
     monkeypatch.chdir(recipes.parent)
     asked: list[Any] = []
     monkeypatch.setattr(HarnessCLI, "execute", lambda self, arguments: asked.append(arguments))
@@ -285,7 +285,7 @@ def test_recipes_run(
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_printed_commands_can_be_pasted(name: str, recipes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A shell gets the words that would run, whatever the folder is called."""
+    """A shell gets the words that would run, whatever the folder's name is."""
     run(["run", str(recipes / name), "--dry-run"])
     printed = capsys.readouterr().out
     shell = subprocess.run(

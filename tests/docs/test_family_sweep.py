@@ -1,4 +1,4 @@
-"""docs/families.md is what is measured, without a fault, and the sweep sees faults; a sample of it runs here."""
+"""docs/families.md shows what is measured, without a fault, and the sweep sees faults. A sample of it runs here."""
 
 import json
 from pathlib import Path
@@ -26,16 +26,16 @@ COMMITTED = json.loads((ROOT / "docs" / "families.json").read_text(encoding="utf
 OF_EACH_KIND = ["flexprefill", "tidaldecode", "quest", "moa"]
 SAMPLE = {
     "right": [
-        "CTRLLMHeadModel",  # hands its cache on by another name, as GPT-NeoX and GPT-BigCode do
+        "CTRLLMHeadModel",  # passes its cache on under another name, as GPT-NeoX and GPT-BigCode do
         "DiffLlamaForCausalLM",  # attends twice in a layer
         "DogeForCausalLM",  # computes on its mask
-        "FalconH1ForCausalLM",  # a recurrence beside its attention
-        "GptOssForCausalLM",  # sinks in the softmax
-        "GPTBigCodeForCausalLM",  # one KV head
+        "FalconH1ForCausalLM",  # has a recurrence beside its attention
+        "GptOssForCausalLM",  # has sinks in the softmax
+        "GPTBigCodeForCausalLM",  # has one KV head
         "GPTNeoXForCausalLM",
-        "JetMoeForCausalLM",  # repeats its keys after they were cached
-        "Kosmos2TextForCausalLM",  # makes a mask of its own
-        "LongcatFlashForCausalLM",  # two layers of attention in one of the decoder, not called attention
+        "JetMoeForCausalLM",  # repeats its keys after caching them
+        "Kosmos2TextForCausalLM",  # makes its own mask
+        "LongcatFlashForCausalLM",  # has two attention layers in one decoder layer, not named attention
         "Qwen4ExpForCausalLM",  # computes on its mask, and mixes kinds of layers
     ],
     "refused": [

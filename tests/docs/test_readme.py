@@ -1,4 +1,4 @@
-"""What the README says is what the project has."""
+"""The README agrees with the project."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def test_the_tables_are_those_of_the_results() -> None:
     assert program("update_readme").updated(README) == README, "run python benchmarks/update_readme.py"
 
 
-CARD = {  # task: line of the model card
+CARD = {  # task -> line of the model card
     "niah_single_1": "one needle, noise haystack",
     "niah_single_2": "one needle, text haystack",
     "niah_single_3": "one needle, UUID value",
@@ -30,11 +30,11 @@ CARD = {  # task: line of the model card
     "vt": "variable tracking, 1 chain, 4 hops",
     "recite": "recite every needle in order (long answer)",
 }
-PROMPTS = {4096: 12, 8192: 8}  # of the card's figures
+PROMPTS = {4096: 12, 8192: 8}  # prompts behind the card's figures
 
 
 def test_the_dense_rows_agree_with_the_model_card_within_intervals() -> None:
-    """The card's figures come from another evaluation, of few prompts, and are rounded: both sides have an interval."""
+    """The card's figures are rounded and from another evaluation with few prompts, so both sides have an interval."""
     card = (ROOT / "examples" / "needle-llama" / "README.md").read_text(encoding="utf-8")
     result = json.loads((ROOT / "benchmarks" / "results" / "needle-llama.json").read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "needle-llama")

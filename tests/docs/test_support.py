@@ -1,4 +1,4 @@
-"""The support table of docs/ is what is measured, and it says what the project promises."""
+"""The support table of docs/ shows what is measured, and it keeps the project's promises."""
 
 import json
 import warnings
@@ -27,9 +27,9 @@ def by_way(committed: str | dict[str, str], ways: list[str]) -> dict[str, str]:
 
 
 def assert_is_committed(family: str, device: str) -> None:
-    """Every method in every way, but compiled (ten seconds each) one method: of pages and of spans, in turn.
+    """Check every method in every way, but compile (ten seconds each) only one method: of pages or of spans, in turn.
 
-    With images nothing is compiled: the text towers are those of other rows.
+    With images nothing is compiled, because the text towers are those of other rows.
     """
     if transformers.__version__ != COMMITTED["versions"]["transformers"]:
         pytest.skip("the table is of another version of Transformers; make support measures this one")
@@ -58,7 +58,7 @@ def test_the_table_is_what_is_measured(family: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_is_that_of_a_gpu_too(family: str) -> None:
-    """With the kernels that run there."""
+    """Run the GPU's kernels."""
     assert_is_committed(family, "cuda")
 
 
@@ -77,7 +77,7 @@ def test_the_table_has_every_family_and_every_method() -> None:
 
 
 def answers(family: str, kind: str, method: str) -> set[str]:
-    """What a method does in layers of a kind, over all phases and ways."""
+    """All answers of a method in layers of one kind, over all phases and ways."""
     found: set[str] = answers_of(COMMITTED["families"][family]["methods"][method][kind])
     return found
 
@@ -112,7 +112,7 @@ def test_full_layers_of_llama_4_are_sparse() -> None:
 
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4", "gemma4_vlm"])
 def test_layers_that_share_keys_are_sparse(family: str) -> None:
-    """Two methods look at more than the one query that Gemma 4 has there when `generate` reads a prompt."""
+    """Two methods need more than the one query that Gemma 4 has in these layers when `generate` reads a prompt."""
     for method in METHODS:
         expected = {"sparse"}
         if method in ("flexprefill", "minference") and family != "gemma3n":

@@ -1,4 +1,4 @@
-"""The model that the tests of lm-eval run."""
+"""The model that the lm-eval tests run."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The lm-eval model: what stock `hf` gives, what it must refuse, what the results say. No network."""
+"""The lm-eval model: agreement with stock `hf`, refusals, and the content of the results, without a network."""
 
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def test_whole_evaluations_agree(path: str, tmp_path: Path, batch: int) -> None:
 
 
 def test_results_say_what_ran_for_a_patched_model(path: str, tokenizer: Any) -> None:
-    """A notebook: the model is patched already, lm-eval gets the object."""
+    """As in a notebook: the model is already patched, and lm-eval gets the object."""
     patched = patch_model(model(path), SPARSE)
     manager = offline_tasks(path)
     output = lm_eval.simple_evaluate(
@@ -105,7 +105,7 @@ def test_the_offline_group_and_its_exact_lengths(path: str, tokenizer: Any) -> N
 
 
 def test_padding_does_not_change_a_sparse_row(path: str, choices: list[Instance]) -> None:
-    """Batch 4 of unequal prompts gives what batch 1 gives, which right padding without a mask would not."""
+    """A batch of 4 unequal prompts gives the same as a batch of 1; right padding without a mask would not."""
     alone, together = (SparseLM(path, SPARSE, dtype="float32", batch_size=batch) for batch in (1, 4))
     one, four = alone.loglikelihood(choices), together.loglikelihood(choices)
     for (log_1, greedy_1), (log_4, greedy_4) in zip(one, four, strict=True):
@@ -115,7 +115,7 @@ def test_padding_does_not_change_a_sparse_row(path: str, choices: list[Instance]
 
 
 def test_logits_are_made_for_scored_tokens_alone(path: str, choices: list[Instance], monkeypatch: Any) -> None:
-    """No forward of the head sees more tokens than are scored, and a small budget gives the same sums."""
+    """The head never sees more tokens than are scored, and a small budget gives the same sums."""
     lm = SparseLM(path, "dense.yaml", dtype="float32", batch_size=4)
     sizes: list[int] = []
     head = lm.model.get_output_embeddings()

@@ -1,4 +1,4 @@
-"""lm-eval's command line with `hf-sparse`, and what it refuses."""
+"""lm-eval's command line with `hf-sparse`, and its refusals."""
 
 import json
 import os
@@ -58,7 +58,7 @@ BAD_ARGUMENTS = [
 def test_arguments_that_lm_eval_does_not_take(
     path: str, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))  # which take long
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))  # they take long
     with pytest.raises(TaskError) as error:
         main(["--model", "hf-sparse", "--model_args", f"pretrained={path},config=dense", *arguments])
     assert str(error.value).startswith(message) and "usage:" not in capsys.readouterr().err
@@ -83,7 +83,7 @@ def test_bad_arguments_are_one_line(path: str, arguments: list[str], message: st
 
 
 def test_results_that_cannot_be_written(path: str, tmp_path: Path) -> None:
-    """Seen before the run if it can be; lm-eval itself only logs that it failed."""
+    """The error comes before the run if possible; lm-eval itself only logs that writing failed."""
     (tmp_path / "file").write_text("no folder")
     arguments = ["--model", "hf-sparse", "--model_args", f"pretrained={path},config=dense", "--tasks", "needle_vt"]
     for output in (tmp_path / "file", tmp_path / "file" / "deep" / "r.json"):
@@ -153,6 +153,6 @@ def test_data_parallel_under_accelerate(path: str, tmp_path: Path) -> None:
     one, two = outputs
     assert one["results"]["needle_vt"]["score,none"] == two["results"]["needle_vt"]["score,none"]
     about = [output["config"]["sparse_patch"] for output in outputs]
-    # lm-eval gives both ranks as many requests, so one of the three runs twice.
+    # lm-eval gives both ranks the same number of requests, so one of the three runs twice.
     assert about[0]["density"] == pytest.approx(about[1]["density"], abs=0.03)
     assert about[1]["fallbacks"] == {} and about[1]["attended"] == pytest.approx(about[0]["attended"], rel=0.02)

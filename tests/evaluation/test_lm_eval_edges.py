@@ -1,4 +1,4 @@
-"""Requests at the edges of the model's context: as stock hf answers them, or one line with the way out."""
+"""Requests at the edges of the model's context: answered as by stock hf, or refused in one line with a way out."""
 
 import re
 from typing import Any
@@ -12,11 +12,11 @@ from sparse_patch import TaskError, patch_model
 from sparse_patch.evaluation.lm_eval import SparseLM
 from sparse_patch.workbench.tasks import TASKS as OFFLINE
 
-SHORT = 128  # tokens of the context that the edges are about
+SHORT = 128  # tokens of the context whose edges are tested
 
 
 def text_of(tokenizer: Any, tokens: int, begin: int = 1) -> str:
-    """A text of that many tokens, the one that is put in front counted."""
+    """A text of `tokens` tokens, including the one that the tokenizer puts in front."""
     ids = tokenizer(OFFLINE["niah_single_2"].sample(tokenizer, 400).prompt)["input_ids"]
     return str(tokenizer.decode(ids[begin : begin + tokens - 1]))
 
@@ -52,7 +52,7 @@ def edge_requests(tokenizer: Any) -> list[tuple[str, tuple[Any, ...]]]:
 
 @pytest.mark.parametrize("cut", [False, True], ids=["refuses", "truncates"])
 def test_edges_are_those_of_stock_hf_or_one_line(path: str, tokenizer: Any, cut: bool) -> None:
-    """Each alone, and those that stock answers together in a batch, an empty one among them."""
+    """Run each request by itself, and all that stock hf answers in one batch, an empty request among them."""
     stock = HFLM(model(path), tokenizer=tokenizer, batch_size=3, max_length=SHORT, device="cpu")
     ours = SparseLM(model(path), "dense.yaml", tokenizer=tokenizer, batch_size=3, max_length=SHORT, truncation=cut)
     answered: dict[str, list[tuple[Any, ...]]] = {}
@@ -98,7 +98,7 @@ def dense(path: str) -> PreTrainedModel:
 def test_the_advice_works_when_it_is_followed(
     dense: PreTrainedModel, tokenizer: Any, asked: dict[str, int], cut: bool, tokens: int
 ) -> None:
-    """More new tokens than the context has: what the message says to pass is what then runs."""
+    """If more new tokens are asked for than the context has, the arguments that the message advises work."""
     prompts = [text_of(tokenizer, 5), text_of(tokenizer, tokens)]
     lm = SparseLM(dense, tokenizer=tokenizer, batch_size=1, max_length=SHORT, truncation=cut)
     with pytest.raises(TaskError) as error:
@@ -128,7 +128,7 @@ def test_settings_of_the_generation_that_mean_nothing(dense: PreTrainedModel, to
 
 
 def test_choices_that_share_a_row_are_scored_where_they_stand(dense: PreTrainedModel, tokenizer: Any) -> None:
-    """The same tokens, cut into context and continuation at several places."""
+    """The same tokens are split into context and continuation at several places."""
     lm = SparseLM(dense, tokenizer=tokenizer, batch_size=4)
     rows = [("The grass", " is green"), ("The grass is", " green"), ("The", " grass is green")]
     together = [answer for answer, _ in lm.loglikelihood(requests("loglikelihood", rows))]

@@ -1,4 +1,4 @@
-"""Scores against hand-made cases, intervals against the literature and against simulation."""
+"""Scores are checked on hand-made cases, intervals against the literature and against simulation."""
 
 import random
 
@@ -8,7 +8,7 @@ from sparse_patch.evaluation.scoring import exact_match, found, interval
 
 
 def test_found_counts_strings_in_any_case() -> None:
-    """RULER's string_match_all: a reference counts if it is anywhere in the prediction."""
+    """As RULER's string_match_all: a reference counts if it is anywhere in the prediction."""
     assert found("They are ABCDE, fghij.", ["abcde", "FGHIJ", "XXXXX"]) == 2
     assert found("", ["1"]) == 0
     assert found("12345678", ["1234567"]) == 1
@@ -20,14 +20,14 @@ def test_exact_match_is_a_prefix_but_for_white_space() -> None:
 
 
 def test_wilson_interval_of_independent_trials() -> None:
-    """Figures of Brown, Cai and DasGupta (2001) and of R's prop.test without correction."""
+    """The figures are from Brown, Cai and DasGupta (2001) and from R's prop.test without correction."""
     assert interval([0] * 10, [1] * 10) == pytest.approx((0, 0.2775), abs=1e-4)
     assert interval([1] * 10, [1] * 10) == pytest.approx((0.7225, 1), abs=1e-4)
     assert interval([1] * 8 + [0] * 2, [1] * 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
 
 
 def test_trials_that_go_together_widen_the_interval() -> None:
-    """Two of ten answers wholly wrong: as uncertain as ten trials, not as a thousand."""
+    """With two of ten answers entirely wrong, the share is as uncertain as with ten trials, not a thousand."""
     together = interval([100] * 8 + [0] * 2, [100] * 10)
     alone = interval([80] * 10, [100] * 10)
     ten = interval([1] * 8 + [0] * 2, [1] * 10)
@@ -36,7 +36,7 @@ def test_trials_that_go_together_widen_the_interval() -> None:
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
-    """Clustered trials: samples of 20 tokens with a share of their own, truth 0.8."""
+    """The trials are clustered: each sample has 20 tokens and its own share; the true share is 0.8."""
     rng = random.Random(0)
     inside = 0
     for _ in range(1000):

@@ -1,4 +1,4 @@
-"""`sparse-patch eval`: rows against plain generation, and runs that are killed."""
+"""`sparse-patch eval`: rows compared with plain generation, and runs that are killed."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def journal(path: Path | None = None, **changes: Any) -> Journal:
 
 
 def test_rows_are_what_plain_generation_gives(loaded: tuple[PreTrainedModel, Any], evaluation: Evaluation) -> None:
-    """The dense row: greedy generation of the model that was never patched, scored here once more."""
+    """The dense row equals greedy generation by a never-patched model, scored again here."""
     model, tokenizer = loaded
     result = evaluate(model, tokenizer, evaluation, journal())
     assert [(row.length, row.task, row.config) for row in result] == [
@@ -79,7 +79,7 @@ def test_rows_are_what_plain_generation_gives(loaded: tuple[PreTrainedModel, Any
 
 
 def test_token_accuracy_is_teacher_forced(loaded: tuple[PreTrainedModel, Any], evaluation: Evaluation) -> None:
-    """Against one dense forward over prompt and answer."""
+    """Check against one dense forward over prompt and answer."""
     model, tokenizer = loaded
     task = TASKS["niah_multivalue"]
     row = evaluate(model, tokenizer, replace(evaluation, tasks=[task], lengths=[LENGTH]), journal())[0]
@@ -97,14 +97,14 @@ def test_token_accuracy_is_teacher_forced(loaded: tuple[PreTrainedModel, Any], e
 
 
 def test_the_score_of_reciting_is_forced(loaded: tuple[PreTrainedModel, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the predictions of one dense forward: a mistake is not followed and does not hide what comes after it."""
+    """Check against the predictions of one dense forward: a mistake does not change or hide what comes after it."""
     model, tokenizer = loaded
     sample = TASKS["recite"].sample(tokenizer, LENGTH, 3, 0)
     tokens, answer = encode(tokenizer, sample.prompt, sample.answer)
     with torch.no_grad():
         logits = model(torch.tensor([tokens + answer])).logits[0, len(tokens) - 1 : -1]
     text = tokenizer.decode(logits.argmax(-1), skip_special_tokens=True)
-    monkeypatch.setattr("sparse_patch.evaluation.suite.continue_greedily", None)  # no free run
+    monkeypatch.setattr("sparse_patch.evaluation.suite.continue_greedily", None)  # without free generation
     record = measure(model, tokenizer, Asked(sample, tokens, answer), "dense", load_config("dense.yaml"))
     assert record.text == text and record.found == (found(text, sample.outputs), 5)
     assert 0 < record.found[0] < 5, "the model makes a mistake here, so the test can fail"
@@ -117,7 +117,7 @@ def test_a_second_run_gives_the_same_rows(loaded: tuple[PreTrainedModel, Any], e
 
 
 class Killed(BaseException):
-    """Stands for a signal: nothing in the package catches it."""
+    """Stands for a signal; nothing in the package catches it."""
 
 
 def test_resuming_gives_what_one_run_gives(
@@ -151,7 +151,7 @@ def test_resuming_gives_what_one_run_gives(
 
 
 def test_a_killed_process_leaves_no_result_and_goes_on(needle_llama_path: Path, tmp_path: Path) -> None:
-    """The command, killed by SIGKILL, twice; then as a whole."""
+    """Kill the command twice by SIGKILL, then let it finish."""
     file = tmp_path / "r.json"
     unfinished = tmp_path / "r.json.unfinished"
     config = tmp_path / "mine.yaml"
@@ -224,8 +224,8 @@ def test_what_was_measured_is_kept_when_the_result_cannot_be_written(tmp_path: P
     path = tmp_path / "r.json"
     unwritten = pytest.raises(
         WriteError,
-        match="^/dev/full: cannot be written: No space left on device; what was measured is kept in "
-        rf"{path}.unfinished, the same command goes on from there$",
+        match="^/dev/full: cannot be written: No space left on device; measurements are kept in "
+        rf"{path}.unfinished; run the same command to continue$",
     )
     with unwritten, Journal.beside(path, {"seed": 5}, Record) as kept:
         kept.add(record())

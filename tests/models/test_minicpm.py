@@ -1,4 +1,4 @@
-"""MiniCPM checkpoints, written here in MiniCPM's own format, against a forward pass written by hand."""
+"""MiniCPM checkpoints, written here in MiniCPM's own format, compared with a hand-written forward pass."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_logits_are_those_of_minicpm(tmp_path: Path, variant: str) -> None:
 
 
 def test_every_constant_matters(tmp_path: Path) -> None:
-    """Guards the test above: its checkpoints show a constant that is lost."""
+    """Guards the test above: with its checkpoints, a lost constant changes the result."""
     config, weights = write(tmp_path, rope_scaling=longrope())
     want = oracle.logits_of(config, weights, tokens(60))
     for change in ({"scale_emb": 11}, {"scale_depth": 1.3}, {"dim_model_base": 17}, {"max_position_embeddings": 70}):
@@ -103,7 +103,7 @@ def test_without_a_word_on_tying_the_weights_decide(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pieces", [[20, 1, 1, 1], [28, *[1] * 8], [20, 20, 1, 1], [40, 1, 9]], ids=str)
 def test_decode_with_a_cache_rotates_each_call_by_its_own_length(tmp_path: Path, pieces: list[int]) -> None:
-    """Also across the length: keys that are cached keep their factors, in Transformers as in the oracle."""
+    """This holds across the length too: cached keys keep their factors, in Transformers as in the oracle."""
     config, weights = write(tmp_path, rope_scaling=longrope())
     model, held = load_minicpm(tmp_path, dtype=torch.float32), []
     cache = DynamicCache(config=model.config)

@@ -1,4 +1,4 @@
-"""MiniCPM by `--model`, with code beside the weights that must not run."""
+"""MiniCPM named by `--model`, with code beside the weights that must not run."""
 
 from __future__ import annotations
 

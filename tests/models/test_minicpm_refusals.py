@@ -1,4 +1,4 @@
-"""Checkpoints of MiniCPM that are refused, and models that remote code made."""
+"""MiniCPM checkpoints that are refused, and models made by remote code."""
 
 from __future__ import annotations
 
@@ -102,14 +102,14 @@ def test_files_that_are_missing_or_broken(tmp_path: Path) -> None:
 
 def test_a_name_that_is_not_there() -> None:
     for name in ("no-such/model", "./no/such/folder"):
-        assert "no such folder, and not to be had from the hub" in refusal(name)
+        assert "no such folder, and not available from the hub" in refusal(name)
     for wrong in (None, 3):
         with pytest.raises(SparsePatchError, match=f"load_minicpm: path: expected a folder or a hub id, got {wrong}"):
             load_minicpm(wrong)  # type: ignore[arg-type]
 
 
 class Payload:
-    """Runs code where it is unpickled."""
+    """Runs code when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return exec, ("raise AssertionError('code of a checkpoint ran')",)
@@ -126,7 +126,7 @@ def test_pickles_run_no_code(tmp_path: Path) -> None:
 
 
 def remote_model(native: GraniteForCausalLM, asks_interface: bool, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
-    """The same model as remote code of Transformers would have made it."""
+    """The same model as Transformers' remote code would make it."""
     module = types.ModuleType("transformers_modules.minicpm.modeling_minicpm")
     monkeypatch.setitem(sys.modules, module.__name__, module)
 

@@ -1,4 +1,4 @@
-"""Prefill, forced answers and free generation, against `generate` and a single forward."""
+"""Prefill, forced answers and free generation, compared with `generate` and a single forward."""
 
 import pickle
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from sparse_patch.workbench.generation import continue_greedily, encode, force, 
 
 @pytest.mark.parametrize("family", [llama, gemma3])
 def test_the_detour_is_what_generate_gives(family: type) -> None:
-    """From the first wrong prediction on, also past sliding windows, whose cache cannot be cut back."""
+    """They agree from the first wrong prediction on, also past sliding windows, whose cache cannot be cropped."""
     model: PreTrainedModel = family()
     prompt = torch.randint(3, 90, (1, 40), generator=torch.Generator().manual_seed(1))
     greedy = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, 40:].tolist()
@@ -45,7 +45,7 @@ def test_no_detour_without_a_mistake() -> None:
 
 
 def test_a_known_answer_has_the_cache_of_generate() -> None:
-    """Rings where spans are read; a copy of them goes on from the first mistake."""
+    """Layers with spans have rings; a copy of the rings continues from the first mistake."""
     model = llama()
     prompt = torch.randint(3, 90, (1, 40), generator=torch.Generator().manual_seed(1))
     with patched(model, {"both": {"method": "streamingllm", "sink": 2, "window": 9}}):
@@ -95,7 +95,7 @@ def test_a_model_that_is_not_there() -> None:
 
 
 class Payload:
-    """Runs code where it is unpickled."""
+    """Runs code when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return exec, ("raise AssertionError('code of a checkpoint ran')",)

@@ -1,4 +1,4 @@
-"""The building blocks of prompts: passages, hiding places and exact fits, on tokenizers made for trouble."""
+"""The building blocks of prompts: passages, hiding places and exact fits, on deliberately difficult tokenizers."""
 
 import random
 from pathlib import Path
@@ -22,7 +22,7 @@ from sparse_patch.workbench.prompts import (
 
 @pytest.mark.parametrize("tokens", [1, 5, 30, 200, 3000])
 def test_an_excerpt_has_enough_tokens_and_few_more(tokens: int) -> None:
-    """Also where text of very different density makes any estimate wrong."""
+    """This holds even if the text's token density varies so much that every estimate is wrong."""
     uneven = ("a " * 400 + "incomprehensibilities " * 60 + "0123456789" * 40 + "\n" * 300) * 20
     for tokenizer in (byte_fallback_bpe(), unigram()):
         count = token_counter(tokenizer)

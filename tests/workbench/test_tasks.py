@@ -1,4 +1,4 @@
-"""The offline tasks: exact lengths for any tokenizer, answers that are in the text, one seed one sample."""
+"""The offline tasks: exact lengths for any tokenizer, answers that are in the text, and one sample per seed."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def test_a_prompt_has_exactly_the_length(tokenizer: Any, name: str) -> None:
 
 
 def test_a_haystack_in_another_script_and_bytes_that_fall_back(tokenizer: Any, tmp_path: Path) -> None:
-    """A character of three bytes is three tokens: most cuts miss the length, one does not."""
+    """A character of three bytes is three tokens, so most cuts miss the length, but one does not."""
     file = tmp_path / "hay.txt"
     file.write_text("这是一个很长的句子,里面什么都没有。 Ein Satz für Ölgemälde. 😀 " * 600, encoding="utf-8")
     hay = read_haystack(file)

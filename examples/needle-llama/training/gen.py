@@ -10,8 +10,8 @@ As a script it prints how fast each task is generated and two examples:
 
     python gen.py --data data
 
-The order of the random draws is part of the record: the same seed and data give the same sequences. `vt` goes through
-a set of strings besides, so it repeats between processes only under a fixed PYTHONHASHSEED.
+The order of the random draws is part of the record: the same seed and data give the same sequences. `vt` also iterates
+over a set of strings, so it repeats between processes only with a fixed PYTHONHASHSEED.
 """
 
 import argparse
@@ -63,7 +63,7 @@ ASK_COMMON = (
 )
 ASK_RECITE = "\nList every special magic number in the order of the provided text:"
 
-KEY_COST = {"words": 24, "uuids": 45}  # about what a needle costs in tokens, apart from its value
+KEY_COST = {"words": 24, "uuids": 45}  # approximate tokens of a needle without its value
 VALUE_COST = {"numbers": 10, "uuids": 40, "words": 8}
 SLACK = 8  # tokens of haystack that must be left between the inserted pieces
 CACHE_ENTRIES = 2000
@@ -77,18 +77,18 @@ class Sequence(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A stretch of the prompt after the haystack: a question, or the answer to it."""
+    """A part of the prompt after the haystack: a question, or its answer."""
 
     text: str
     is_answer: bool
 
 
-# Given how many tokens are left, the middle of a sequence, or None if it does not fit.
+# Takes the number of tokens left; gives the middle of a sequence, or None if it does not fit.
 Context = Callable[[int], np.ndarray | None]
 
 
 def listing(items: list[str]) -> str:
-    """RULER's way to write a list: `a`, or `a, and b`, or `a, b, and c`."""
+    """Write a list as RULER does: `a`, or `a, and b`, or `a, b, and c`."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + ", and " + items[-1]
 
 
@@ -97,7 +97,7 @@ def exchange(question: str, answer: str) -> list[Segment]:
 
 
 def take_while_fits(pieces: Iterator[np.ndarray], room: int) -> np.ndarray | None:
-    """As many whole pieces from the front as `room` tokens hold."""
+    """Take as many whole pieces from the front as fit into `room` tokens."""
     taken: list[np.ndarray] = []
     used = 0
     for piece in pieces:
@@ -109,7 +109,7 @@ def take_while_fits(pieces: Iterator[np.ndarray], room: int) -> np.ndarray | Non
 
 
 class TaskGenerator:
-    """Draws training sequences; the methods that `sample` may call are named as in RULER, or as in the card."""
+    """Draws training sequences. The methods that `sample` may call have the names of RULER or of the model card."""
 
     def __init__(self, seed: int, folder: Path) -> None:
         self.rng = random.Random(seed)
@@ -131,14 +131,14 @@ class TaskGenerator:
         }
 
     def _sentence_ends(self) -> np.ndarray:
-        """For each token id, whether a needle may follow it: it ends in a full stop or holds a newline."""
+        """For each token id, whether a needle may follow it: the token ends in a full stop or contains a newline."""
         token_of = {index: token for token, index in self.tokenizer.get_vocab().items()}
-        newline = "\u010a"  # how byte-level BPE spells it
+        newline = "\u010a"  # byte-level BPE's spelling of a newline
         tokens = [token_of[index] for index in range(len(token_of))]
         return np.array([token.endswith(".") or newline in token for token in tokens])
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text; long texts are remembered, since most of them are the fixed prompts."""
+        """Token ids of a text. Long texts are cached, because most of them are the fixed prompts."""
         if text in self.cache:
             return self.cache[text]
         ids = np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint16)
@@ -149,7 +149,7 @@ class TaskGenerator:
     # Building blocks
 
     def haystack(self, length: int, kind: str = "essay") -> np.ndarray:
-        """`length` tokens of RULER's noise sentences, or of documents, each entered at a random place."""
+        """`length` tokens of RULER's noise sentences or of documents, each starting at a random place."""
         if kind == "noise":
             return np.tile(self.noise, length // len(self.noise) + 1)[:length]
         parts: list[np.ndarray] = []
@@ -176,7 +176,7 @@ class TaskGenerator:
         return self.uuid4() if kind == "uuids" else self.word_pair()
 
     def insert(self, haystack: np.ndarray, pieces: list[np.ndarray]) -> np.ndarray:
-        """Put the pieces, in their order, after random sentence ends, or anywhere if there are too few of those."""
+        """Put the pieces, in order, after random sentence ends, or anywhere if there are too few sentence ends."""
         places = np.flatnonzero(self.ends_sentence[haystack]) + 1
         if len(places) < len(pieces):
             places = np.arange(1, len(haystack))
@@ -196,7 +196,7 @@ class TaskGenerator:
         return self.insert(self.haystack(room - total, kind), pieces)
 
     def assemble(self, length: int, intro: str, context: Context, tail: list[Segment]) -> Sequence | None:
-        """Begin token, intro, context, tail; the context takes the room that the others leave."""
+        """Join begin token, intro, context and tail; the context takes the remaining room."""
         encoded = [self.encode(segment.text) for segment in tail]
         tail_ids = np.concatenate(encoded)
         tail_weights = np.concatenate(
@@ -230,7 +230,7 @@ class TaskGenerator:
         n_keys: int | None = None,
         n_values: int | None = None,
     ) -> Sequence | None:
-        """Needles in a haystack: look up the values of some keys. What is not given is drawn."""
+        """Needles in a haystack: look up the values of some keys. Arguments that are None are drawn."""
         rng = self.rng
         haystack = haystack or rng.choice(["essay", "essay", "essay", "noise", "needle"])
         key_type = key_type or rng.choice(["words", "words", "words", "uuids"])
@@ -251,7 +251,7 @@ class TaskGenerator:
             return None
         queries = rng.sample(candidates, min(n_queries, len(candidates)))
         answers = {key: [value for other, value in needles if other == key] for key in queries}  # in text order
-        # The last draw happens only where the rest allows a joint question.
+        # The last draw happens only if the rest allows a joint question.
         jointly = not one_by_one and len(queries) >= 2 and n_values == 1 and rng.random() < 0.5
         tail = self._joint_question(answers, value_type) if jointly else self._questions(answers, value_type)
 
@@ -263,7 +263,7 @@ class TaskGenerator:
 
     @staticmethod
     def _surely_fitting(needles: list[tuple[str, str]], n_values: int) -> list[str]:
-        """Keys all of whose values are in the first 80% of a haystack made of needles, of which the end is cut off."""
+        """Keys with all values in the first 80% of a haystack made of needles, whose end is cut off."""
         seen = Counter(key for key, _ in needles[: int(len(needles) * 0.8)])
         return [key for key, count in seen.items() if count == n_values]
 
@@ -363,14 +363,14 @@ class TaskGenerator:
         return Sequence(tokens, np.full(length, TEXT, np.uint8))
 
     def copy(self, length: int) -> Sequence:
-        """Spans of text among repeats of earlier spans, for induction heads."""
+        """Spans of text mixed with repeats of earlier spans, for induction heads."""
         span_length = self.rng.choice([32, 64, 128])
         source = self.haystack(length // 2)
         spans = [np.full(1, BEGIN_ID, np.uint16)]
         weights = [np.full(1, TEXT, np.uint8)]
         filled = 1
         while filled < length:
-            # The draw comes first, although the start, where there is little to repeat, does not need it.
+            # The draw comes first, although it is not needed at the start, where there is little to repeat.
             fresh = self.rng.random() < 0.5 or filled < span_length * 2
             pool = source if fresh else np.concatenate(spans)
             begin = self.rng.randrange(max(1, len(pool) - span_length))
@@ -383,7 +383,7 @@ class TaskGenerator:
         return Sequence(np.concatenate(spans)[:length].astype(np.uint16), np.concatenate(weights)[:length])
 
     def sample(self, length: int, mix: Mapping[str, float]) -> Sequence:
-        """One sequence of a task drawn by the mix's weights, padded to `length`; what does not fit is drawn anew."""
+        """Draw a task by the mix's weights and give one sequence, padded to `length`; redraw if it does not fit."""
         while True:
             task = self.rng.choices(list(mix), list(mix.values()))[0]
             sequence = self.tasks[task](length)

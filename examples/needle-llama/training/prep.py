@@ -13,8 +13,8 @@ Output, all in one folder, which gen.py and train.py then read:
 
     python prep.py --linux-doc DIR --perl-doc DIR --python-doc DIR --nltk DIR --wikitext TEST VALID --out data
 
-The folders are read in the order in which the file system lists them, and for the kernel that order decides which
-files are taken, so another disk gives a corpus that is alike but not equal.
+The folders are read in the order in which the file system lists them. For the kernel this order decides which files are
+taken, so another disk gives a similar but not equal corpus.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 VOCAB_SIZE = 4096
 SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|pad|>"]  # ids 0, 1 and 2: gen.py relies on 0 and 2
-# Digits stand alone, so that a number is copied digit by digit and never depends on how BPE merged it.
+# Each digit is a token, so that a number is copied digit by digit and never depends on BPE merges.
 PIECES = r"[0-9]| ?[A-Za-z]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
 MIN_CHARACTERS = 2000
 NLTK_PLAIN = ("abc", "inaugural", "state_union", "webtext", "genesis")
@@ -55,7 +55,7 @@ class Document:
 
 
 def clean(text: str) -> str:
-    """Drop what would waste a small vocabulary: rules, deep indentation, blank runs and all that is not ASCII."""
+    """Drop what would waste a small vocabulary: rules, deep indentation, blank runs and non-ASCII characters."""
     text = text.replace("\r", "")
     text = re.sub(r"[ \t]{3,}", "  ", text)
     text = re.sub(r"\n{3,}", "\n\n", text)
@@ -64,12 +64,12 @@ def clean(text: str) -> str:
 
 
 def find(folder: Path, pattern: str) -> list[Path]:
-    """Files under a folder, in file-system order; glob.glob, unlike Path.glob, passes hidden folders by."""
+    """Files under a folder, in file-system order; glob.glob, unlike Path.glob, skips hidden folders."""
     return [folder / name for name in glob.glob(pattern, root_dir=folder, recursive=True)]
 
 
 def find_sorted(folder: Path, pattern: str) -> list[Path]:
-    """The same, sorted as strings: paths sort differently where a name holds a character below the slash."""
+    """The same, sorted as strings: paths sort differently if a name contains a character below the slash."""
     return sorted(find(folder, pattern), key=str)
 
 
@@ -109,7 +109,7 @@ def wikitext(paths: list[Path]) -> Iterator[Document]:
 
 
 def pydoc_topics() -> Iterator[Document]:
-    """Every help topic by itself, then all together, since most alone are below the length limit."""
+    """Every help topic by itself, then all together, because most single topics are below the length limit."""
     for text in topics.values():
         yield Document("pydoc", text)
     yield Document("pydoc", "\n".join(topics.values()))
@@ -136,7 +136,7 @@ def linux_doc(folder: Path) -> Iterator[Document]:
 
 
 def collect(args: argparse.Namespace) -> list[Document]:
-    """All sources in the order in which docs.npy holds them, cleaned, without the short documents."""
+    """All sources in the order of docs.npy, cleaned, without the short documents."""
     sources = (
         nltk_plain(args.nltk),
         nltk_brown(args.nltk),
@@ -158,7 +158,7 @@ def common_words(documents: list[Document]) -> list[str]:
 
 
 def train_tokenizer(documents: list[Document]) -> Tokenizer:
-    """A byte-level BPE; everything but the kernel counts three times, so that the kernel weighs less."""
+    """Train a byte-level BPE. Everything but the kernel counts three times, so that the kernel weighs less."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

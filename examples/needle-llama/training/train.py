@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train needle-llama from scratch with Muon (matrices) and AdamW (embedding and norms), longer sequences by stages.
+"""Train needle-llama from scratch with Muon (matrices) and AdamW (embedding and norms), in stages of growing length.
 
-Input: the folder that prep.py writes, and the checkpoint `--ckpt` if there is one; training then goes on from there.
+Input: the folder that prep.py writes, and the checkpoint `--ckpt` if there is one; training then continues from it.
 
-Output: the checkpoint after each stage, and in `--out` at the end the weights as bfloat16 safetensors in four shards,
+Output: the checkpoint after each stage; at the end, in `--out`, the weights as bfloat16 safetensors in four shards,
 named as `LlamaForCausalLM` names them (config.json and the tokenizer's files are not written here).
 
 A stage is `length:batch:seconds`. Progress is counted in seconds of training, without start-up, compilation and
-evaluation, and the learning rate follows it, so two runs are never quite the same. For example:
+evaluation. The learning rate follows this progress, so two runs are never quite the same. For example:
 
     python train.py --data data --stages 1024:128:200,4096:32:200 --total 400 --out out
 
-The shipped weights saw lengths of 1k, 4k, 16k and 32k in 800 seconds; how these were split is not recorded here.
+The shipped weights saw lengths of 1k, 4k, 16k and 32k in 800 seconds; the split is not recorded here.
 """
 
 import argparse
@@ -51,7 +51,7 @@ EVAL_SEED = 99
 
 @dataclass(frozen=True)
 class Shape:
-    """What the command line may change about the model."""
+    """The sizes of the model that the command line can change."""
 
     hidden: int
     layers: int
@@ -72,7 +72,7 @@ class Stage:
 
 
 class Scores(NamedTuple):
-    """Losses, whether each sequence's answer tokens are all right, and the share of answer tokens that are."""
+    """Losses, whether all answer tokens of each sequence are right, and the share of right answer tokens."""
 
     loss: Tensor
     text_loss: Tensor
@@ -101,7 +101,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_tables(length: int, head_dim: int, device: str) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for each position; their dtype is the one the model computes in."""
+    """Cosines and sines for each position, in the dtype that the model computes in."""
     inverse = 1 / (ROPE_THETA ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim))
     angles = torch.outer(torch.arange(length, device=device).float(), inverse)
     angles = torch.cat((angles, angles), -1)
@@ -159,7 +159,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Llama with tied embeddings; modules are named as in Transformers, so that the weights load there as they are."""
+    """Llama with tied embeddings. Modules have Transformers' names, so that the weights load there as they are."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class LanguageModel(nn.Module):
 
 
 class TaskStream(IterableDataset):
-    """Endless training sequences; each worker has a seed of its own."""
+    """Endless training sequences; each worker has its own seed."""
 
     def __init__(self, length: int, mix: Mapping[str, float], seed: int, data: Path) -> None:
         self.length = length
@@ -204,7 +204,7 @@ class TaskStream(IterableDataset):
 
 
 def parse_stages(text: str) -> list[Stage]:
-    """Stages from `length:batch:seconds,...`, laid end to end in time."""
+    """Parse `length:batch:seconds,...` into consecutive stages."""
     stages: list[Stage] = []
     begin = 0.0
     for item in text.split(","):
@@ -215,7 +215,7 @@ def parse_stages(text: str) -> list[Stage]:
 
 
 class Trainer:
-    """The model, its optimizers and how long it has been trained."""
+    """The model, its optimizers, and the time it has been trained."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.started = time.time()
@@ -232,7 +232,7 @@ class Trainer:
         self.forward = torch.compile(self.model, dynamic=False) if self.on_gpu else self.model
 
     def _optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-        """Muon for the matrices, AdamW for the embedding and the vectors, which are no maps between spaces."""
+        """Muon for the matrices; AdamW for the embedding and the vectors, which are not maps between spaces."""
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
@@ -303,7 +303,7 @@ class Trainer:
         return torch.stack([text_loss, answer_loss, scores.exact.mean(), scores.token_accuracy])
 
     def train_stage(self, index: int, stage: Stage) -> bool:
-        """Train until the stage's end; True if `--budget` ran out before."""
+        """Train until the stage's end; return True if `--budget` ran out before it."""
         tables = rope_tables(stage.length, self.args.hd, self.args.dev)
         trained_before = self.trained
         first_step_end: float | None = None
@@ -369,7 +369,7 @@ class Trainer:
 
 
 def shard(tensors: Mapping[str, Tensor]) -> tuple[list[dict[str, Tensor]], list[int]]:
-    """Spread tensors over the shards, the largest first, each to the smallest shard; with the shards' bytes."""
+    """Spread tensors over the shards, largest first, each to the smallest shard; return them and the shards' bytes."""
     shards: list[dict[str, Tensor]] = [{} for _ in range(SHARDS)]
     sizes = [0] * SHARDS
     for name in sorted(tensors, key=lambda name: -tensors[name].numel()):

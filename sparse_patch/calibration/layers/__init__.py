@@ -1,21 +1,23 @@
-"""The search for selection layers: where decode should choose keys, so that the layers behind find theirs among them.
+"""The search for selecting layers: the layers at which decode should choose keys, so that later layers find theirs.
 
-TidalDecode, LessIsMore and DELTA run the first layers and a few others densely. Those choose keys, and the layers that
-follow read these alone until the next one chooses. Which layers choose well is a property of the model: in Llama-3 and
-in needle-llama everything hangs on one layer, and the one before it loses everything.
+TidalDecode, LessIsMore and DELTA run the first layers and a few others densely. Some of these dense layers choose keys,
+and the layers after them read only these keys until the next layer chooses. Which layers choose well is a property of
+the model: in Llama-3 and in needle-llama everything depends on one layer, and with the layer before it everything is
+lost.
 
-A model reads a few long prompts with their answers in one dense forward. For some tokens of the answer, the queries of
-decode, the attention of every layer over all keys before them says what each layer would have found in the lists of
-every layer before it:
+A model reads a few long prompts with their answers in one dense forward. Some tokens of the answer stand for decode
+queries. The attention of every layer at these tokens, over all keys before them, shows what each layer would have found
+in the lists of every earlier layer:
 
-- mass: the share of its attention that lies on the `budget` keys which the other layer likes best; for lists per query
-  head (TidalDecode, arXiv 2410.05076) and for one list of all heads, by the maximum of the probability over heads
-  (DELTA, arXiv 2510.09883);
-- overlap: the share of its own best keys among them, TidalDecode's measure;
-- jump: 1 - cosine of the attention of neighbouring layers, the maximum over heads: DELTA's measure.
+- mass: the share of its attention that lies on the `budget` keys with the most attention in the earlier layer. It is
+  measured for lists per query head (TidalDecode, arXiv 2410.05076) and for one list of all heads, ranked by the maximum
+  of the probability over heads (DELTA, arXiv 2510.09883);
+- overlap: the share of its own best keys that the list contains (TidalDecode's measure);
+- jump: 1 - cosine of the attention of neighbouring layers, with the maximum over heads (DELTA's measure).
 
-The first `full` layers stay dense, the next one selects, and of the sets of `--select` layers after it that one is
-chosen which leaves the most mass to the sparse layers, mean over them and over both kinds of lists: a file serves
-methods with either. Mass, not overlap: a key without weight is no loss. On needle-llama the mean finds its layer 5 at
-2k, 4k and 8k tokens; the worst sparse layer says the same still louder, and so do overlap and the jump.
+The first `full` layers stay dense and the next one selects. Of all sets of `--select` layers after it, the search
+chooses the set that leaves the most mass to the sparse layers, as the mean over these layers and over both kinds of
+lists, because a file serves methods of either kind. The criterion is mass and not overlap, because missing a key
+without weight is no loss. On needle-llama the mean finds layer 5 at 2k, 4k and 8k tokens. The worst sparse layer points
+to the same layer even more clearly, and so do overlap and jump.
 """

@@ -1,4 +1,4 @@
-"""The choice of selecting layers, from what prompts showed."""
+"""The choice of selecting layers from the measurements of prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ import torch
 from sparse_patch.calibration.layers.measure import MATRICES, Measured
 from sparse_patch.errors import TaskError
 
-FULL = 2  # first layers that stay dense and select nothing
-_MOST_SETS = 20_000  # that are tried one by one; beyond that layers are chosen one after another
+FULL = 2  # number of first layers that stay dense and select nothing
+_MOST_SETS = 20_000  # most sets to try one by one; if there are more, layers are chosen greedily
 
 
 @dataclass(frozen=True)
 class Curves:
-    """The means of all prompts; attributes as those of `Measured`."""
+    """The means over all prompts; the attributes are those of `Measured`."""
 
     layers: list[int]
     mass_per_head: torch.Tensor
@@ -35,19 +35,19 @@ class Curves:
 
     @property
     def mass(self) -> torch.Tensor:
-        """Of both kinds of lists, `[selecting layer, layer]`."""
+        """The mean mass of both kinds of lists, `[selecting layer, layer]`."""
         return (self.mass_per_head + self.mass_shared) / 2
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Layers, by their index in the model.
+    """The chosen layers, by their index in the model.
 
     Attributes:
-        full: dense, and select nothing.
-        select: dense, and select for the sparse layers behind them.
-        mass: what their lists hold of the attention of a sparse layer, mean over these.
-        worst: the same of the sparse layer that finds least.
+        full: layers that are dense and select nothing.
+        select: layers that are dense and select for the sparse layers after them.
+        mass: share of a sparse layer's attention that lies on their lists, mean over the sparse layers.
+        worst: the same share of the sparse layer that finds least.
     """
 
     full: list[int]
@@ -57,12 +57,12 @@ class Choice:
 
 
 def choose(curves: Curves, reselect: int, full: int = FULL) -> Choice:
-    """The first `full` layers dense, the next one selecting, and the best `reselect` layers after it.
+    """Choose: the first `full` layers are dense, the next one selects, and the best `reselect` layers after it select.
 
-    The last layer is no candidate, it would select for none. Layers that cannot run sparse attention count for nothing.
+    The last layer is no candidate, because no layer follows it. Layers that cannot run sparse attention do not count.
 
     Raises:
-        TaskError: there are not as many layers.
+        TaskError: there are not enough layers.
     """
     candidates = candidates_of(curves, full)
     check_number(reselect, len(curves.layers), full)
@@ -79,14 +79,14 @@ def choose(curves: Curves, reselect: int, full: int = FULL) -> Choice:
 
 
 def check_number(reselect: int, layers: int, full: int = FULL) -> None:
-    """Raise TaskError if so many layers have fewer to choose from than are to be chosen; known before the work."""
+    """Raise TaskError if a model of `layers` layers has fewer than `reselect` candidates; called before the search."""
     left = max(0, layers - full - 2)
     if reselect > left:
         raise TaskError(f"--select: the model has {left} layers to choose from, not {reselect}")
 
 
 def choice_of(curves: Curves, full: int, reselect: Sequence[int]) -> Choice:
-    """A choice of layers and what the sparse layers find; `reselect` counts the layers of the curves, in order."""
+    """A choice of layers, with what its sparse layers find. `reselect`: ascending indices into `curves.layers`."""
     select = [full, *reselect]
     mass = curves.mass
     found = [

@@ -1,4 +1,4 @@
-"""What prompts show: what each layer would have found in the lists of every layer before it."""
+"""The measurements of prompts: what each layer would have found in the lists of every earlier layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,25 +17,25 @@ from sparse_patch.workbench.progress import Step
 from sparse_patch.workbench.tasks import TASKS, Sample
 
 PROMPTS = ("recite", "niah_multikey_1", "niah_multikey_2", "niah_multivalue")
-POSITIONS = 16  # tokens of each answer whose attention is looked at
+POSITIONS = 16  # tokens of each answer whose attention is measured
 MATRICES = ("mass_per_head", "mass_shared", "overlap_per_head", "overlap_shared")
 
-Matrix = list[list[float]]  # [selecting layer][layer]; meaningful where the second is not before the first
+Matrix = list[list[float]]  # [selecting layer][layer]; 0 if the layer comes before the selecting layer
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one prompt showed. Matrices count the layers that can run sparse attention, not all layers.
+    """The measurements of one prompt. Matrices are over the layers that can run sparse attention, not over all layers.
 
     Attributes:
-        sample: number of the prompt.
-        task: its task.
+        sample: index of the prompt.
+        task: task of the prompt.
         layers: indices of the layers that can run sparse attention.
-        mass_per_head: attention mass that the lists of a layer hold, for lists per query head.
+        mass_per_head: attention mass on the lists of a layer, for lists per query head.
         mass_shared: the same for one list of all heads.
-        overlap_per_head: share of the best keys that the lists hold, for lists per query head.
+        overlap_per_head: share of the best keys that the lists contain, for lists per query head.
         overlap_shared: the same for one list of all heads.
-        jumps: 1 - cosine of the attention of a layer and the one before it; 0 for the first.
+        jumps: 1 - cosine of the attention of each layer and the one before it; 0 for the first layer.
     """
 
     sample: int
@@ -53,7 +53,7 @@ class Measured:
 
 
 def samples_of(tokenizer: Any, length: int, number: int, seed: int) -> list[Sample]:
-    """The prompts to look at: the tasks in turn; raises TaskError for a length that is too short."""
+    """Make the prompts to measure, of the tasks in turn; raise TaskError if the length is too short."""
     turns = [divmod(sample, len(PROMPTS)) for sample in range(number)]
     return [TASKS[PROMPTS[task]].sample(tokenizer, length, seed, index) for index, task in turns]
 
@@ -67,18 +67,18 @@ def measure(
     journal: Journal[Measured],
     progress: Step = lambda _: None,
 ) -> list[Measured]:
-    """What every prompt shows, in order; prompts that the journal has are not read again.
+    """Measure every prompt, in order. Prompts that the journal already has are not read again.
 
     Args:
-        model: not patched; it is left so.
+        model: an unpatched model; it is unpatched afterwards too.
         tokenizer: the model's.
-        samples: the prompts, with their answers.
+        samples: the prompts with their answers.
         budget: keys of a list.
-        journal: gets each prompt as it was read.
+        journal: the measurements of each prompt are added to it.
         progress: called with a description before each prompt that is read.
 
     Raises:
-        PatchError: the model is patched already, or cannot be.
+        PatchError: the model is already patched, or cannot be patched.
         TaskError: a prompt does not fit the model's context or is no longer than the budget, or no layer of the model
             can run sparse attention.
     """
@@ -108,15 +108,15 @@ def _read(
 
 
 class _Lists:
-    """The lists of the layers seen so far, and what each later layer finds in them. Never N x N, one layer at a time.
+    """The lists of the layers seen so far, and what each later layer finds in them. No N x N matrix is ever made.
 
     Attributes:
-        positions: of the queries to look at, int64 `[n]`.
-        budget: keys of a list.
-        layers: that were seen.
-        found: for each of them a list with (mass per head, mass shared, overlap per head, overlap shared) in the lists
-            of every layer up to itself.
-        jumps: for each of them.
+        positions: positions of the queries to measure, int64 `[n]`.
+        budget: keys per list.
+        layers: indices of the layers seen so far.
+        found: for each seen layer, a list with (mass per head, mass shared, overlap per head, overlap shared) in the
+            lists of every layer up to itself.
+        jumps: the jump of each seen layer.
     """
 
     def __init__(self, positions: torch.Tensor, budget: int) -> None:
@@ -154,7 +154,7 @@ class _Lists:
 
 
 def attention_of(call: AttentionCall, positions: torch.Tensor) -> torch.Tensor:
-    """The attention of some queries of a call of one row over all keys, float32 `[Hq, n, Skv]`."""
+    """The attention probabilities of some queries of a one-row call over all keys, float32 `[Hq, n, Skv]`."""
     q = call.q[0][:, positions].float().unflatten(0, (call.k.shape[1], call.group_size))
     logits = torch.einsum("hgnd,hsd->hgns", q, call.k[0].float()).flatten(0, 1) * call.scale
     later = torch.arange(call.kv_length, device=q.device) > (call.q_start + positions)[:, None]
@@ -162,5 +162,5 @@ def attention_of(call: AttentionCall, positions: torch.Tensor) -> torch.Tensor:
 
 
 def _held(weights: torch.Tensor, keys: torch.Tensor) -> float:
-    """What lies on the listed keys, mean over heads and queries."""
+    """The weight on the listed keys, mean over heads and queries."""
     return float(weights.gather(-1, keys.long().expand(len(weights), -1, -1)).sum(-1).mean())

@@ -20,12 +20,12 @@ from sparse_patch.workbench.progress import Step
 
 
 class Found(NamedTuple):
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        measured: what each prompt showed.
-        curves: their means.
-        choice: the layers.
+        measured: the measurements of each prompt.
+        curves: the means of the measurements.
+        choice: the chosen layers.
     """
 
     measured: list[Measured]
@@ -35,14 +35,14 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class LayersCalibration(Calibration[Found]):
-    """The search from the attention of a few long prompts' answers.
+    """The search for selecting layers, from the attention of the answers to a few long prompts.
 
     Attributes:
         length: tokens of the prompts.
-        samples: prompts, of four tasks in turn.
-        seed: chooses everything that is random.
-        budget: tokens that a sparse layer reads.
-        select: layers that select again, after the first selecting one.
+        samples: number of prompts, of four tasks in turn.
+        seed: determines everything random.
+        budget: number of tokens that a sparse layer reads.
+        select: number of layers that select again after the first selecting layer.
     """
 
     name = "layers"
@@ -78,7 +78,7 @@ class LayersCalibration(Calibration[Found]):
         write_calibration(path, Artefact(self.header(shape, model_id), roles), measured_of(found.curves, found.choice))
 
     def as_json(self, found: Found, shape: ModelShape, model_id: str) -> dict[str, Any]:
-        """The choice, the curve, the matrices, and what each prompt showed of the mass."""
+        """The choice, the curve, the matrices, and the mass that each prompt showed."""
         curves, choice = found.curves, found.choice
         settings = {key: value for key, value in asdict(self).items() if key != "select"}
         return {

@@ -1,4 +1,4 @@
-"""What the search for selecting layers shows: tables and plain data."""
+"""The results of the search for selecting layers, as tables and plain data."""
 
 from collections.abc import Iterator, Sequence
 from statistics import fmean
@@ -13,7 +13,7 @@ from sparse_patch.calibration.layers.measure import PROMPTS, Measured
 
 
 def curve(curves: Curves, full: int = FULL) -> Iterator[dict[str, Any]]:
-    """What each layer would be worth as the only re-selecting one, and its jump; plain data, a row for each layer."""
+    """Yield, as plain data, what each layer would be worth as the only re-selecting layer, and its jump."""
     for layer in candidates_of(curves, full):
         choice = choice_of(curves, full, [layer])
         nearest = [full if other < layer else layer for other in range(len(curves.layers))]
@@ -35,7 +35,7 @@ def curve(curves: Curves, full: int = FULL) -> Iterator[dict[str, Any]]:
 
 
 def table(curves: Curves, choice: Choice, length: int, budget: int) -> Table:
-    """The curve: one line for each layer that may select again; the chosen ones are marked."""
+    """The curve as a table: one line per layer that may select again, with the chosen layers marked."""
     title = f"what sparse layers find with one re-selecting layer: {length} tokens, {budget} kept"
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE)
     for column in (
@@ -59,12 +59,12 @@ def summary(choice: Choice) -> str:
 
 
 def measured_of(curves: Curves, choice: Choice) -> dict[str, Any]:
-    """What a choice finds, and what every candidate would; plain data."""
+    """What a choice finds, and what every candidate would find, as plain data."""
     return {"mass": round(choice.mass, 4), "worst_layer": round(choice.worst, 4), "candidates": list(curve(curves))}
 
 
 def prompts_of(measured: Sequence[Measured]) -> dict[str, list[dict[str, Any]]]:
-    """What each prompt showed of the mass, by its name; plain data."""
+    """Name of each prompt -> the mass of each candidate layer on it, as plain data."""
     return {
         f"{one.task} {one.sample // len(PROMPTS)}": [
             {"layer": row["layer"], "mass": row["mass"]} for row in curve(Curves.of([one]))

@@ -1,4 +1,4 @@
-"""Plans to choose from, and what they have to beat."""
+"""The head schedules to choose from, and the baselines that they must beat."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,20 +13,21 @@ from sparse_patch.calibration.moa.records import Profiled, Settings
 from sparse_patch.calibration.moa.schedules import FULL, STREAMING, Rule, densities, losses, schedules_for
 from sparse_patch.model_shape import ModelShape
 
-LEAST = 0.9  # of the density that is allowed, schedules keep at every length, as in the public code
+LEAST = 0.9  # least share of the allowed density that schedules keep at every length, as in the public code
 BOUNDS = tuple(tenth / 10 for tenth in range(1, 10))  # densities of the frontier
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Head schedules that were found, or a baseline.
+    """Head schedules that the search found, or a baseline.
 
     Attributes:
-        name: of it.
-        rules: what it is.
-        predicted: what it loses by the influence at each profiled length and the unseen.
-        densities: share of the KV entries that it keeps in the searched layers, at each profiled length and the unseen.
-        gap: what they may be worse than the best ones at the length they were made for, relative; None for a baseline.
+        name: name of the candidate.
+        rules: its head schedules.
+        predicted: predicted loss, by the influence, at each profiled length and at the unseen length.
+        densities: share of the KV entries kept in the searched layers, at each profiled length and the unseen length.
+        gap: how much worse than the best schedules it can be, relative, at the length it was optimised for; None for a
+            baseline.
         loss: mean cross-entropy at the unseen length; None if it was not validated.
     """
 
@@ -40,14 +41,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Profile:
-    """What the prompts showed, and the schedules that follow from it.
+    """The measurements of the prompts, and the schedules that follow from them.
 
     Attributes:
-        settings: of the search.
-        shape: of the model.
-        layers: with full attention; the others keep everything and do not count.
-        curves: mean influence at each profiled length, `[layers, KV heads, blocks]`, and at the unseen one, where it is
-            not measured; see `stretched`.
+        settings: settings of the search.
+        shape: shape of the model.
+        layers: indices of the layers with full attention. The other layers keep all keys and do not count.
+        curves: mean influence at each profiled length, `[layers, KV heads, blocks]`, and at the unseen length, where it
+            is extrapolated; see `stretched`.
     """
 
     settings: Settings
@@ -76,14 +77,14 @@ class Profile:
         return max(self.settings.lengths)
 
     def candidate(self, name: str, schedules: HeadSchedules, gap: float | None = None) -> Candidate:
-        """Schedules with what they lose and keep."""
+        """Make a candidate of schedules, with what they lose and keep."""
         lost = [self.lost(schedules, length) for length in self.bounded]
         return Candidate(
             name, schedules, lost, [schedules.density(length, self.layers) for length in self.bounded], gap
         )
 
     def lost(self, schedules: HeadSchedules, length: int) -> float:
-        """What schedules lose at a length by the influence there."""
+        """The predicted loss of schedules at a length, by the influence there."""
         curves, total = self.curves[length], 0.0
         for number, layer in enumerate(self.layers):
             for head, kept in enumerate(schedules.kept(layer, length)):
@@ -93,10 +94,10 @@ class Profile:
         return total
 
     def plans(self) -> list[Candidate]:
-        """Plans within the density of which none loses more than another at every length, by loss at the first.
+        """Schedules within the density, none worse than another at every length, sorted by loss at the first length.
 
         Raises:
-            TaskError: there is none.
+            TaskError: no schedules are within the density.
         """
         rules, problem = self._problem()
         return [
@@ -105,10 +106,11 @@ class Profile:
         ]
 
     def baselines(self, chosen: HeadSchedules) -> list[Candidate]:
-        """What a choice of heads has to beat, at as many tokens at the unseen length, or nearly.
+        """The baselines that chosen schedules must beat, with about as many tokens kept at the unseen length.
 
-        One span for all heads; its rules dealt to the heads at random; DuoAttention's two rules, full for the
-        heads whose far keys have most influence; and the best schedules with one rule a layer.
+        The baselines are: one span for all heads; the chosen rules, assigned to the heads at random; DuoAttention's two
+        rules, with the full rule for the heads whose far keys have most influence; and the best schedules with one rule
+        per layer.
         """
         share = chosen.density(self.settings.unseen, self.layers)
         rules = [
@@ -126,7 +128,7 @@ class Profile:
         return found
 
     def frontier(self) -> dict[str, list[float | None]]:
-        """For densities, what the best schedules and two baselines lose at the longest profiled length."""
+        """What the best schedules and two baselines lose at several densities, at the longest profiled length."""
         length, heads = self.longest, len(self.layers) * self.shape.num_kv_heads
         rules, problem = self._problem()
         best = frontier(problem, self.settings.lengths.index(length), BOUNDS)
@@ -147,7 +149,7 @@ class Profile:
         return self._with([rules[number] for number in solution.choice.flatten().tolist()])
 
     def _with(self, rules: Sequence[Rule]) -> HeadSchedules:
-        """Schedules with these rules in the heads of the searched layers, one layer after another."""
+        """Schedules with these rules for the heads of the searched layers, layer by layer."""
         heads = self.shape.num_kv_heads
         of_layers = [[FULL] * heads for _ in range(self.shape.num_layers)]
         for number, layer in enumerate(self.layers):
@@ -159,7 +161,7 @@ class Profile:
         )
 
     def _duo(self, share: float, length: int) -> HeadSchedules:
-        """DuoAttention's two rules, with as many full heads as come nearest to a density at a length."""
+        """DuoAttention's two rules, with the number of full heads that comes nearest to a density at a length."""
         curves, heads = self.curves[self.longest], self.shape.num_kv_heads
         recent = STREAMING.kept(length) - BLOCK
         influence = curves[:, :, min(recent // BLOCK, curves.shape[2] - 1)]
@@ -174,10 +176,10 @@ class Profile:
 
 
 def stretched(curves: np.ndarray, factor: float) -> np.ndarray:
-    """Curves as they would be at another length if what a head needs lay as far away in proportion.
+    """Curves stretched to another length, as if the distance of what a head needs grew in proportion to the length.
 
-    A rule such as `1024 + 0.75 N` keeps everything at a length of 4096 and less at any longer one, which no measured
-    length shows.
+    They are needed because a rule such as `1024 + 0.75 N` keeps everything at a length of 4096 and less at any longer
+    one, which no measured length shows.
     """
     blocks = np.arange(round(curves.shape[2] * factor))
     return curves[:, :, np.minimum((blocks / factor).astype(int), curves.shape[2] - 1)]

@@ -1,4 +1,4 @@
-"""Another attention in place of a model's own while a `with` block runs: for gradients, and for masks per head."""
+"""Replace a model's attention while a `with` block runs: for gradients, and for masks per head."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from sparse_patch.integration.layer_state import AttentionFunction, LayerState
 from sparse_patch.integration.patch import Patch, state_of, transformers_model
 from sparse_patch.integration.patching import patched
 
-# A call, and what computes it as the model does, `[B, Sq, Hq, Dv]`; the answer has that shape too.
+# Takes a call, and a function that computes it as the model does, `[B, Sq, Hq, Dv]`; returns the same shape.
 Attend = Callable[[AttentionCall, Callable[[], torch.Tensor]], torch.Tensor]
 
 _DENSE = {"prefill": {"method": "dense"}, "decode": {"method": "dense"}}
@@ -22,14 +22,14 @@ _DENSE = {"prefill": {"method": "dense"}, "decode": {"method": "dense"}}
 
 @contextmanager
 def attention_by(model: PreTrainedModel, attend: Attend) -> Iterator[list[torch.nn.Module]]:
-    """Have `attend` compute the layers with full attention; gives the attention modules of all layers, in order.
+    """Let `attend` compute the layers with full attention; give the attention modules of all layers, in order.
 
-    Unlike `observed` it sees calls that need gradients. The model is as before afterwards. Layers with another
-    attention (sliding windows, sinks in the softmax) run as they are.
+    Unlike `observed`, it also works for calls that need gradients. Afterwards the model is as before. Layers with
+    another attention (sliding windows, sinks in the softmax) run as they are.
 
     Raises:
-        PatchError: the model is patched already, or cannot be.
-        TaskError: from the block, if the model caps its logits.
+        PatchError: the model is already patched, or cannot be patched.
+        TaskError: raised inside the block, if the model caps its logits.
     """
     with patched(model, load_config(_DENSE)):
         patch = transformers_model(model).sparse_patch

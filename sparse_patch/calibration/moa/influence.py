@@ -1,23 +1,22 @@
-"""What it changes that a head does not read a key: the attention influence of MoA, from one backward pass.
+"""How the loss changes if a head does not read a key: the attention influence of MoA, from one backward pass.
 
-With the attention A of a head, the gradient G of the loss by A, and D_i = sum_n A_in G_in: if query i loses key j and
-the rest of its row is renormalised, the loss changes to first order by
+Let A be the attention of a head, G the gradient of the loss with respect to A, and D_i = sum_n A_in G_in. If query i
+loses key j and the rest of its row is renormalised, the loss changes to first order by
 
     E_ij = - A_ij (G_ij - D_i) / (1 - A_ij).
 
-G = dO V^T and D_i = <dO_i, O_i>, with O the head's output and dO its gradient, so that nothing but q, k, v, O and dO
-of a layer is needed, and E_ij = <dO_i, O_i without j - O_i> exactly. Of a set of keys that are all lost, with s their
-mass and g their sum of A G, the change is (s D_i - g) / (1 - s): what they do together, which the sum of their E is
-not.
+With O the head's output and dO its gradient, G = dO V^T and D_i = <dO_i, O_i>. So only q, k, v, O and dO of a layer are
+needed, and E_ij = <dO_i, O_i without j - O_i> exactly. If a whole set of keys is lost, with s their mass and g their
+sum of A G, the change is (s D_i - g) / (1 - s). This is their joint effect, which the sum of their E is not.
 
-Two measures of losing all that is at `BLOCK * n` tokens or more, the first block of keys excepted, come of it, as sums
-over the queries and the query heads of a KV head:
+From this follow two measures of losing all keys at a distance of `BLOCK * n` tokens or more, except the first block of
+keys. Both are sums over the queries and over the query heads of a KV head:
 
-- "moa": sum of |E_ij|, the measure of MoA's public code, in its paper a signed mean;
-- "set": sum over queries of the absolute change by the whole set.
+- "moa": the sum of |E_ij|, the measure of MoA's public code (in its paper a signed mean);
+- "set": the sum over queries of the absolute change by the whole set.
 
-Distances are counted in tokens, i - j, not from block to block as in the public code: windows are multiples of `BLOCK`
-(see `HeadSchedules`), so that what schedules drop is a suffix of the bins, without a boundary that is half in.
+Distances are counted in tokens, i - j, and not from block to block as in the public code. Windows are multiples of
+`BLOCK` (see `HeadSchedules`), so schedules always drop a suffix of whole bins.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,23 +33,24 @@ from sparse_patch.calibration.moa.hook import attention_by
 from sparse_patch.call import AttentionCall
 from sparse_patch.kernels.availability import prefers_triton
 
-BLOCK = 64  # tokens of a bin, of the sink, and what windows are multiples of
-_SMALLEST_REST = 1e-6  # below it the rest of a row is noise
+BLOCK = 64  # tokens of a bin and of the sink; windows are multiples of it
+_SMALLEST_REST = 1e-6  # if less of a row is left, the rest is noise
 
-# What an answer loses: the cross-entropy of its tokens, or minus the logarithm of their odds against all other tokens.
-# They differ where a model is sure: the gradient of the cross-entropy vanishes there, so that the prompts that it finds
-# hard outweigh all others; that of the log-odds does not.
+# The loss of an answer: the cross-entropy of its tokens, or minus the logarithm of their odds against all other tokens.
+# They differ if a model is sure. Then the gradient of the cross-entropy vanishes, so the prompts that the model finds
+# hard outweigh all others. The gradient of the log-odds does not vanish.
 Objective = Literal["log-odds", "cross-entropy"]
 
 
 @dataclass(frozen=True)
 class Influence:
-    """Of the KV heads of a layer, or of several; sums of absolute changes of the loss.
+    """The influence of the KV heads of one layer or of several: sums of absolute changes of the loss.
 
     Attributes:
-        sink: what lies on the first block of keys, `[..., Hkv]`.
-        moa: entry n: what is lost with a window of `BLOCK * n` tokens, `[..., Hkv, NB]`; with NB or more nothing is.
-        set: likewise.
+        sink: influence of the first block of keys, `[..., Hkv]`.
+        moa: influence of the keys outside a window, by measure "moa", `[..., Hkv, NB]`. Entry n stands for a window of
+            `BLOCK * n` tokens; a window of NB blocks or more loses nothing.
+        set: the same by measure "set".
     """
 
     sink: torch.Tensor
@@ -61,18 +61,18 @@ class Influence:
 def influence(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, grad: torch.Tensor, scale: float
 ) -> Influence:
-    """The influence of one causal attention call of one row, a block of queries at a time, never N x N.
+    """The influence in one causal attention call of one row, a block of queries at a time, without N x N matrices.
 
     Args:
         q: `[Hq, N, D]`.
         k: `[Hkv, N, D]`.
         v: `[Hkv, N, Dv]`.
         out: `[Hq, N, Dv]`.
-        grad: of the loss by `out`; zero for padding, which then counts for nothing.
+        grad: gradient of the loss with respect to `out`; 0 for padding, which then does not count.
         scale: factor on the logits.
 
     Returns:
-        float64, computed in float32 or more; on a GPU by a Triton kernel.
+        The influence in float64, computed in float32 or more; on a GPU by a Triton kernel.
     """
     if prefers_triton(q):
         from sparse_patch.calibration.moa.influence_triton import partial_influence
@@ -102,7 +102,7 @@ def influence_in_torch(
         weighted = _by_keys(grad_rows, v[..., keys]).mul_(attention)
         change = (attention * mean).sub_(weighted).div_((1 - attention).clamp_(min=_SMALLEST_REST))
         if block == 0:
-            change[:, :, 0] = 0  # the first query has one key, and nothing to read in its place
+            change[:, :, 0] = 0  # the first query has only one key, and nothing to read instead
         size = change.abs_().sum(1)
         sink += size[..., :BLOCK].sum((1, 2))
         alone[:, :block] += _beyond(size).sum(1).flip(-1)
@@ -113,7 +113,7 @@ def influence_in_torch(
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """The attention `[Hkv, G, R, K]` of R scaled queries, the last R of K positions; `k` is `[Hkv, D, K]`."""
+    """The attention `[Hkv, G, R, K]` of R scaled queries at the last R of K positions; `k` is `[Hkv, D, K]`."""
     logits = _by_keys(q, k)
     own = logits[..., -q.shape[-2] :]
     own.masked_fill_(torch.ones(own.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf)
@@ -121,16 +121,16 @@ def _attention(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 
 def _by_keys(x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Products `[Hkv, G, R, K]` of `[Hkv, G, R, D]` and `[Hkv, D, K]`, which is not repeated over the group."""
+    """Products `[Hkv, G, R, K]` of `[Hkv, G, R, D]` and `[Hkv, D, K]`; the keys are not repeated over the group."""
     return torch.bmm(x.flatten(1, 2), keys).unflatten(1, x.shape[1:3])
 
 
 def _beyond(x: torch.Tensor) -> torch.Tensor:
-    """What lies far off: of `[..., R, K]`, the last block of queries and all keys, sums `[..., R, blocks before]`.
+    """Sums over far keys, `[..., R, blocks before]`, of `[..., R, K]` (the last block of queries and all keys).
 
-    Entry b - n, with b the block of the queries, is over the keys that are n blocks of tokens away or more and not in
-    the first block, which is set to 0. Reading each row one step further than the row before lines up the distances in
-    columns; where that runs over a row's end it reads the future of the row before, which is 0.
+    With b the block of the queries, entry b - n sums over the keys that are at least n blocks of tokens away and not in
+    the first block, which is set to 0. Each row is read one step further than the row before, which lines up the
+    distances in columns. Past the end of a row, this reads the future of the row before, which is 0.
     """
     x[..., :BLOCK] = 0
     *heads, rows, keys = x.shape
@@ -143,19 +143,19 @@ def _beyond(x: torch.Tensor) -> torch.Tensor:
 def influence_of_prompt(
     model: PreTrainedModel, tokens: Sequence[int], answer: Sequence[int], objective: Objective = "cross-entropy"
 ) -> tuple[dict[int, Influence], float]:
-    """The influence on what an answer loses, by layer, and the loss itself.
+    """Layer -> the influence on the loss of an answer, and the loss itself.
 
-    The weights are frozen meanwhile and each layer is computed again in the backward pass, so that the activations of
-    one layer are held at a time.
+    Meanwhile the weights are frozen, and each layer is computed again in the backward pass, so that only one layer's
+    activations are held at a time.
 
     Args:
-        model: not patched, in evaluation mode; it is left so.
-        tokens: of the prompt.
-        answer: tokens after it.
+        model: an unpatched model in evaluation mode; it is left as it was.
+        tokens: tokens of the prompt.
+        answer: tokens of the answer.
         objective: see `Objective`.
 
     Raises:
-        PatchError: the model is patched already, or cannot be.
+        PatchError: the model is already patched, or cannot be patched.
         TaskError: the model caps its logits.
     """
     found: dict[int, Influence] = {}
@@ -176,7 +176,7 @@ def influence_of_prompt(
 def answer_loss(
     model: PreTrainedModel, tokens: Sequence[int], answer: Sequence[int], objective: Objective = "cross-entropy"
 ) -> torch.Tensor:
-    """What the tokens of an answer lose after a prompt, mean, float32 `[]`, from one forward without a cache."""
+    """The mean loss of an answer's tokens after a prompt, float32 `[]`, from one forward without a cache."""
     ids = torch.tensor([[*tokens, *answer[:-1]]], device=model.device)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer)).logits[0].float()
     right = torch.tensor(answer, device=logits.device)[:, None]
@@ -185,7 +185,7 @@ def answer_loss(
 
 
 def dense_attention(call: AttentionCall) -> torch.Tensor:
-    """`[B, Hq, Sq, Dv]`. Without a mask, which Transformers makes for gradients and which takes twice the time."""
+    """Dense attention, `[B, Hq, Sq, Dv]`, without the mask that Transformers makes for gradients: twice as fast."""
     k, v = (x.repeat_interleave(call.group_size, 1) for x in (call.k, call.v))
     return nn.functional.scaled_dot_product_attention(call.q, k, v, is_causal=True, scale=call.scale)
 
@@ -196,9 +196,9 @@ def _measure(call: AttentionCall, out: torch.Tensor, grad: torch.Tensor) -> Infl
 
 
 class _Tap(torch.autograd.Function):
-    """Passes an output on, and shows it with its gradient in the backward pass.
+    """Pass an output through; in the backward pass, show it together with its gradient.
 
-    What it shows is saved for backward, not held by a closure: a checkpoint drops it and computes it again.
+    The shown tensors are saved for backward and not held by a closure, so a checkpoint drops and recomputes them.
     """
 
     @staticmethod
@@ -218,7 +218,7 @@ class _Tap(torch.autograd.Function):
 
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """No gradients for weights, but for what the embeddings give, so that the layers have some to pass on."""
+    """For a `with` block: only the embeddings' output needs gradients, not the weights, so layers pass gradients on."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     hook = model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_())
     model.requires_grad_(False)
@@ -232,7 +232,7 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _checkpointed(model: PreTrainedModel, attention: Sequence[nn.Module]) -> Iterator[None]:
-    """Compute the layers around attention modules again in the backward pass, as Transformers does in training."""
+    """For a `with` block: recompute the layers around attention modules in the backward pass, as in training."""
     inside = {id(module) for module in attention}
     layers = [module for module in model.modules() if any(id(child) in inside for child in module.children())]
     before = [vars(layer).get("forward") for layer in layers]

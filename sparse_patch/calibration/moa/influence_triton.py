@@ -1,8 +1,9 @@
-"""The influence as a Triton kernel: no attention is ever written to memory.
+"""The influence as a Triton kernel, which never writes attention to memory.
 
-A program has a block of queries of one head. Its first pass over the keys makes the LSE of each query. The second goes
-from the farthest keys to the nearest, so that what lies beyond every distance is a running sum: entries of a row of its
-own for each distance, summed up afterwards in float64, in the same order every time.
+A program computes one block of queries of one head. Its first pass over the keys computes the LSE of each query. Its
+second pass goes from the farthest keys to the nearest, so the sum beyond every distance is a running sum. Each program
+writes these sums to a row of its own, one entry per distance. The rows are added afterwards in float64, always in the
+same order.
 """
 
 import torch
@@ -23,9 +24,9 @@ def partial_influence(
     block: int,
     smallest_rest: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums of `influence` for each query head: sink `[Hq]`, alone and together `[Hq, blocks]`, float64.
+    """The sums of `influence` for each query head: sink `[Hq]`, alone and together `[Hq, blocks]`, float64.
 
-    Arguments as those of `influence`; float32, bfloat16 or float16, any strides.
+    The arguments are those of `influence`, in float32, bfloat16 or float16, with any strides.
     """
     heads, length, head_dim = q.shape
     value_dim = v.shape[-1]
@@ -66,7 +67,7 @@ def partial_influence(
 @triton.jit
 def _tile(b_q, p_k, stride_ks, j, i, length, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr,
           PRECISION: tl.constexpr):  # fmt: skip
-    """Logits in log2 units of the queries at `i` and the R keys from `j`; `-inf` for the future."""
+    """Logits in log2 units of the queries at `i` and the R keys from `j` on; `-inf` for the future."""
     offs_j = j + tl.arange(0, R)  # [R]
     offs_d = tl.arange(0, BLOCK_D)
     mask = (offs_j < length)[None, :] & (offs_d < D)[:, None]  # [BD, R]
@@ -106,9 +107,9 @@ def _influence_kernel(
 
     # 2. Influence, from the farthest keys to the nearest.
     no_later = offs_r[None, :] <= offs_r[:, None]  # [R, R]
-    each = 0.0  # sum of |E| beyond the distance at hand
-    mass = tl.zeros([R], dtype=tl.float32)  # likewise of A, for each query
-    sums = tl.zeros([R], dtype=tl.float32)  # and of A G
+    each = 0.0  # sum of |E| beyond the current distance
+    mass = tl.zeros([R], dtype=tl.float32)  # the same sum of A, for each query
+    sums = tl.zeros([R], dtype=tl.float32)  # and the same sum of A G
     row = (i_h * blocks + i_b) * blocks + i_b
     for t in tl.range(0, i_b + 1):
         s = _tile(b_q, p_k, stride_ks, t * R, i, length, scale, D, BLOCK_D, R, PRECISION)  # [R, R]

@@ -1,12 +1,12 @@
-"""The rule of each head: the least loss within a density, at several lengths at once, with open solvers.
+"""The choice of each head's rule: the least loss within a density, at several lengths at once, with open solvers.
 
 MoA's public code gives the whole problem, a binary variable for each head and rule, to a commercial solver. Here a
-column is a whole layer, the rules of all its heads (Dantzig-Wolfe): the linear program over the columns known so far
-gives prices of density and loss, the best column of each layer at these prices is found exactly, and when no new one
-pays, the linear program bounds every solution from below. A program in whole numbers over the columns chooses one.
-Columns that could make it better by the gap are added then: all of them where they are few, and it is the best there
-is, else the best of each set of rules at prices around the last ones. Where a layer may have any number of
-rules every head is a layer of its own, so that its columns are all there from the start.
+column is a whole layer, with the rules of all its heads (Dantzig-Wolfe). The linear program over the columns known so
+far gives prices of density and loss, and the best column of each layer at these prices is found exactly. When no new
+column pays, the linear program bounds every solution from below. An integer program over the columns then chooses a
+solution. After that, columns that could improve it by the gap are added. If they are few, all of them are added, and
+the solution is optimal; else the best columns of each set of rules are added, at prices around the last ones. If a
+layer may have any number of rules, every head is treated as a layer, so all its columns are known from the start.
 """
 
 from collections.abc import Sequence
@@ -19,30 +19,30 @@ import numpy as np
 
 from sparse_patch.errors import SparsePatchError, TaskError
 
-MOST_RULES = 3  # of a layer, where their number is limited: all sets of so many are tried
-_PENALTY = 1e4  # of a unit of what a linear program may not exceed; losses are scaled to 1
+MOST_RULES = 3  # most rules of a layer if their number is limited: all sets of this size are tried
+_PENALTY = 1e4  # cost per unit by which a linear program exceeds a limit; losses are scaled to 1
 _TOLERANCE = 1e-9
-_MOST_ASSIGNMENTS = 200_000  # of a layer's heads to rules, that are looked through
+_MOST_ASSIGNMENTS = 200_000  # most assignments of rules to a layer's heads to look through
 _MOST_COLUMNS = 20_000
 _SECONDS = 60.0
-_AROUND = (0.7, 0.85, 1.0, 1.15, 1.4)  # factors on prices
-_EACH = 40  # columns of a layer for each of them
-# Of the range of a loss, what it is held below in the sweep: by the number of lengths, all combinations are tried.
+_AROUND = (0.7, 0.85, 1.0, 1.15, 1.4)  # factors on the prices
+_EACH = 40  # columns per layer for each factor
+# Limits on a loss in the sweep, as shares of its range, by the number of lengths. All combinations are tried.
 _LEVELS = {1: (), 2: (0.25, 0.5, 0.75), 3: (0.25, 0.5, 0.75)}
 _FEW_LEVELS = (1 / 3, 2 / 3)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a solution may cost, and what it loses.
+    """What rules lose and keep, and the limits of a solution.
 
     Attributes:
-        losses: `[lengths, layers, heads, rules]`.
+        losses: loss of each rule in each head, `[lengths, layers, heads, rules]`.
         densities: share of the keys that a rule keeps, `[bounded lengths, rules]`.
-        bounds: largest mean density of all heads, `[bounded lengths]`.
-        max_rules: different rules in a layer, at most; None for any number.
-        floors: smallest mean density of all heads, `[bounded lengths]`: without one, a solution may spend what it has
-            at the lengths with losses and keep little at the others. None for none.
+        bounds: largest mean density over all heads, `[bounded lengths]`.
+        max_rules: most different rules in a layer; None if unlimited.
+        floors: smallest mean density over all heads, `[bounded lengths]`; None if there is no lower limit. Without a
+            lower limit, a solution may spend its density at the lengths with losses and keep little at the others.
     """
 
     losses: np.ndarray
@@ -69,21 +69,21 @@ class Problem:
 
     @cached_property
     def sets(self) -> np.ndarray | None:
-        """The sets of rules that a layer may have, `[sets, max_rules]`; None where every set is allowed."""
+        """The sets of rules that a layer may have, `[sets, max_rules]`; None if every set is allowed."""
         if self.max_rules is None or self.max_rules >= min(self.heads, self.rules):
             return None
         return np.array(list(combinations(range(self.rules), self.max_rules)))
 
     @cached_property
     def scales(self) -> np.ndarray:
-        """What losses are divided by in the programs, `[lengths]`: that of the best single rule for all heads."""
+        """The divisors of losses in the programs, `[lengths]`: the loss of the best single rule for all heads."""
         uniform = self.losses.sum((1, 2))
         within = (self.densities <= self.bounds[:, None]).all(0)
         best = np.where(within, uniform, np.inf).min(1)
         return np.where(np.isfinite(best) & (best > 0), best, np.maximum(uniform.max(1), 1e-30))
 
     def per_head(self) -> "Problem":
-        """The same with every head as a layer of its own."""
+        """The same problem with every head treated as a layer."""
         return replace(self, losses=self.losses.reshape(len(self.losses), -1, 1, self.rules))
 
 
@@ -93,10 +93,10 @@ class Solution:
 
     Attributes:
         choice: the rule of each head, `[layers, heads]`.
-        losses: at each length.
-        densities: at each bounded length.
-        bound: no solution within the same limits has a smaller loss at the length that was minimised.
-        gap: what the solution may lose more than the best one, relative to its own loss.
+        losses: loss at each length.
+        densities: density at each bounded length.
+        bound: lower bound on the loss of any solution within the same limits, at the minimised length.
+        gap: how much more the solution may lose than the best one, relative to its own loss.
     """
 
     choice: np.ndarray
@@ -107,12 +107,12 @@ class Solution:
 
 
 def solve(problem: Problem, primary: int, limits: Sequence[float] | None = None) -> Solution | None:
-    """The solution of the smallest loss at one length, or None where nothing is within the limits.
+    """Find the solution of smallest loss at one length; None if no solution is within the limits.
 
     Args:
-        problem: what is to be chosen.
-        primary: number of the length.
-        limits: largest loss at each length; infinity for none.
+        problem: the problem to solve.
+        primary: index of the length.
+        limits: largest loss at each length; infinity if unlimited.
 
     Raises:
         SparsePatchError: scipy is not installed.
@@ -122,7 +122,7 @@ def solve(problem: Problem, primary: int, limits: Sequence[float] | None = None)
     bound, prices = search.generate()
     choice, least = search.choose()
     gap = np.inf if choice is None else search.value(choice) - bound
-    if problem.sets is None or problem.max_rules == 1:  # the columns are all there
+    if problem.sets is None or problem.max_rules == 1:  # all columns are known already
         bound = max(bound, least)
     elif gap > _TOLERANCE:
         complete = search.add_all_within(prices, gap)
@@ -138,17 +138,17 @@ def solve(problem: Problem, primary: int, limits: Sequence[float] | None = None)
 
 
 def evaluate(problem: Problem, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Losses at each length and densities at each bounded length of a choice of rules `[layers, heads]`."""
+    """Losses at each length, and densities at each bounded length, of a choice of rules `[layers, heads]`."""
     layers, heads = np.indices(choice.shape)
     return problem.losses[:, layers, heads, choice].sum((1, 2)), problem.densities[:, choice].mean((1, 2))
 
 
 def sweep(problem: Problem) -> list[Solution]:
-    """Plans for several lengths, none of which is worse than another at every length; the epsilon-constraint method.
+    """Find solutions for several lengths, none worse than another at every length, by the epsilon-constraint method.
 
-    Each length is minimised alone, and then with the losses at the others held below several levels of the ranges
-    that this gave. (The public code holds them from below as well, which only leaves solutions out.) They come by their
-    loss at the first length.
+    Each length is minimised by itself, which gives a range of losses at each length. Then each length is minimised
+    with the losses at the other lengths held below several levels of these ranges. (The public code holds them from
+    below too, which only leaves solutions out.) The solutions are sorted by their loss at the first length.
 
     Raises:
         TaskError: no solution is within the bounds.
@@ -173,13 +173,13 @@ def sweep(problem: Problem) -> list[Solution]:
 
 
 def frontier(problem: Problem, primary: int, bounds: Sequence[float]) -> list[Solution | None]:
-    """The solutions of the smallest loss at one length under each of several bounds on the density, without floors."""
+    """The solution of smallest loss at one length under each of several bounds on the density, without floors."""
     same = [replace(problem, bounds=np.full_like(problem.bounds, bound), floors=None) for bound in bounds]
     return [solve(one, primary) for one in same]
 
 
 def require_scipy() -> Any:
-    """scipy's module of solvers; SparsePatchError if it is not installed."""
+    """Return scipy's module of solvers; raise SparsePatchError if scipy is not installed."""
     try:
         from scipy import optimize
     except ImportError as error:
@@ -195,7 +195,7 @@ def _solution(problem: Problem, primary: int, choice: np.ndarray, bound: float) 
 
 
 def _pareto(solutions: Sequence[Solution]) -> list[Solution]:
-    """Without solutions that are twice there or worse than another, by loss at the first length."""
+    """Drop duplicates and solutions that are worse than another; sort by loss at the first length."""
     single = list({solution.choice.tobytes(): solution for solution in reversed(solutions)}.values())
 
     def worse(solution: Solution) -> bool:
@@ -210,14 +210,14 @@ def _pareto(solutions: Sequence[Solution]) -> list[Solution]:
 
 @dataclass
 class _Search:
-    """The columns known so far. Rows are what is limited, densities first and then losses; all scaled.
+    """The columns known so far. Each row is a limit, first on densities and then on losses; losses are scaled.
 
     Attributes:
-        problem: see there.
-        cost: of a head's rule, `[layers, heads, rules]`.
-        use: of each row by a head's rule, `[rows, layers, heads, rules]`.
-        room: of each row.
-        columns: of each layer, rules of its heads; in the order they came.
+        problem: the problem to solve.
+        cost: cost of a head's rule, `[layers, heads, rules]`.
+        use: what a head's rule uses of each row, `[rows, layers, heads, rules]`.
+        room: limit of each row.
+        columns: columns of each layer (the rules of its heads), in the order in which they were added.
     """
 
     problem: Problem
@@ -243,12 +243,12 @@ class _Search:
         return cls(problem, scaled[primary], np.concatenate(use), np.concatenate(room), columns)
 
     def add_uniform(self) -> None:
-        """One rule for all heads of a layer: something is feasible from the start if anything is."""
+        """Add the columns with one rule for all heads of a layer, so that the search starts with feasible columns."""
         for layer in self.columns:
             layer.update({(rule,) * self.problem.heads: None for rule in range(self.problem.rules)})
 
     def generate(self) -> tuple[float, np.ndarray]:
-        """Add columns until none pays: a bound from below, and the prices of the rows that give it."""
+        """Add columns until none pays; return a lower bound, and the row prices that give it."""
         best, prices = -np.inf, np.zeros(len(self.room))
         while True:
             value, row_prices, layer_prices = self._linear()
@@ -265,9 +265,9 @@ class _Search:
                 return best, prices
 
     def choose(self) -> tuple[np.ndarray | None, float]:
-        """The best solution of the columns, `[layers, heads]`, and a bound on those of these columns from below.
+        """The best solution made of the columns, `[layers, heads]`, and a lower bound on all such solutions.
 
-        None where no solution of them is within the limits.
+        The solution is None if none of them is within the limits.
         """
         optimize = require_scipy()
         cost, use, layer = self._arrays()
@@ -284,7 +284,7 @@ class _Search:
         return np.array(rows), float(found.mip_dual_bound)
 
     def add_all_within(self, prices: np.ndarray, gap: float) -> bool:
-        """Add every column that a solution better by `gap` than the bound may have; False where they are too many."""
+        """Add every column that a solution within `gap` of the bound can have; return False if they are too many."""
         if self.problem.rules**self.problem.heads > _MOST_ASSIGNMENTS:
             return False
         reduced = self.cost - np.tensordot(prices, self.use, 1)
@@ -302,7 +302,7 @@ class _Search:
         return True
 
     def add_around(self, prices: np.ndarray) -> None:
-        """Add the best columns of many sets of rules, at prices somewhat higher and lower."""
+        """Add the best columns of many sets of rules, at somewhat higher and lower prices."""
         sets = self.problem.sets
         assert sets is not None, "without sets all columns are there"
         for factor in _AROUND:
@@ -318,12 +318,12 @@ class _Search:
 
     @cached_property
     def _allowed(self) -> np.ndarray:
-        """Which assignments of a layer have no more than `max_rules` rules, `[rules] * heads`."""
+        """Which assignments of a layer have at most `max_rules` rules, `[rules] * heads`."""
         chosen = np.sort(np.indices((self.problem.rules,) * self.problem.heads), 0)
         return 1 + (np.diff(chosen, axis=0) > 0).sum(0) <= (self.problem.max_rules or self.problem.heads)
 
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each column its cost `[n]`, its use of each row `[rows, n]` and its layer `[n]`."""
+        """The cost `[n]`, the use of each row `[rows, n]` and the layer `[n]` of each column."""
         heads = np.arange(self.problem.heads)
         costs, uses = [], []
         for layer, columns in enumerate(self.columns):
@@ -334,9 +334,9 @@ class _Search:
         return np.concatenate(costs), np.concatenate(uses, 1), np.repeat(np.arange(len(number)), number)
 
     def _linear(self) -> tuple[float, np.ndarray, np.ndarray]:
-        """The linear program over the columns: its value, and the prices of rows (0 or less) and layers.
+        """Solve the linear program over the columns; return its value, and the prices of rows (at most 0) and layers.
 
-        What exceeds a row is allowed at a penalty, so that there is always a solution.
+        A row may be exceeded at a penalty, so there is always a solution.
         """
         cost, use, layer = self._arrays()
         rows = len(self.room)
@@ -353,7 +353,7 @@ class _Search:
         return float(found.fun), found.ineqlin.marginals, found.eqlin.marginals
 
     def _cheapest(self, price: np.ndarray) -> tuple[list[tuple[int, ...]], np.ndarray]:
-        """The best column of each layer at the prices `[layers, heads, rules]`, and what it costs."""
+        """The best column of each layer at the prices `[layers, heads, rules]`, and its cost."""
         sets = self.problem.sets
         if sets is None:
             return [tuple(rules) for rules in price.argmin(-1).tolist()], price.min(-1).sum(-1)

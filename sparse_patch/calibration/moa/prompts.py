@@ -1,7 +1,7 @@
-"""Long prompts with answers that depend on distant text: what makes a search look at the right heads.
+"""Long prompts with answers that depend on distant text, so that the search looks at the right heads.
 
-By default they are of the offline tasks, with the tasks' own answers. They may be pieces of a text, and answers may be
-what the dense model says, greedily, as in MoA's public code.
+By default the prompts are those of the offline tasks, with the tasks' own answers. They can also be pieces of a text,
+and answers can be what the dense model generates greedily, as in MoA's public code.
 """
 
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ from sparse_patch.models.loading import check_context
 from sparse_patch.workbench.generation import continue_greedily, encode, prefill, stop_tokens
 from sparse_patch.workbench.tasks import tasks_of
 
-ANSWER = 128  # tokens of an answer, at most; MoA's public code generates as many
-SHORTEST = 512  # tokens of prompt and answer together
+ANSWER = 128  # most tokens of an answer; MoA's public code generates as many
+SHORTEST = 512  # least tokens of prompt and answer together
 
 Answers = Literal["task", "model"]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and its answer, together no longer than the length that it stands for.
+    """A prompt and its answer; together they have at most as many tokens as the length they stand for.
 
     Attributes:
-        task: what it is of.
-        tokens: of the prompt.
-        answer: tokens after it; empty where the model is to give them.
+        task: name of the prompt's task.
+        tokens: tokens of the prompt.
+        answer: tokens of the answer; empty if the model shall generate it.
     """
 
     task: str
@@ -40,7 +40,7 @@ class Prompt:
 
 
 def check_lengths(model: PreTrainedModel, lengths: Sequence[int], option: str) -> None:
-    """Raise TaskError for a length that cannot be searched at."""
+    """Raise TaskError if the search cannot run at one of the lengths."""
     for length in lengths:
         if length < SHORTEST or length % BLOCK:
             raise TaskError(f"{option}: expected multiples of {BLOCK} from {SHORTEST} on, got {length}")
@@ -50,7 +50,7 @@ def check_lengths(model: PreTrainedModel, lengths: Sequence[int], option: str) -
 def task_prompts(
     tokenizer: Any, tasks: Sequence[str], length: int, samples: int, seed: int, answers: Answers
 ) -> list[Prompt]:
-    """Prompts of offline tasks, in turn.
+    """Make prompts of offline tasks, in turn.
 
     Raises:
         TaskError: there is no such task, or the length is too short for one.
@@ -66,7 +66,7 @@ def task_prompts(
 
 
 def pieces(model: PreTrainedModel, tokenizer: Any, path: Path, lengths: Sequence[int]) -> list[Prompt]:
-    """Pieces of a text, one after the other, one of each length, for the model to go on from.
+    """Cut a text into consecutive pieces, one per length, for the model to continue.
 
     Raises:
         TaskError: the file cannot be read or has too few tokens.
@@ -76,7 +76,7 @@ def pieces(model: PreTrainedModel, tokenizer: Any, path: Path, lengths: Sequence
 
 
 def answer_of(model: PreTrainedModel, tokenizer: Any, tokens: Sequence[int]) -> list[int]:
-    """What the dense model says after a prompt, greedily."""
+    """Generate greedily after a prompt with the dense model."""
     start = prefill(model, tokens)
     first = int(start.logits.argmax())
     return continue_greedily(model, [first], start.cache, ANSWER, stop_tokens(model, tokenizer))

@@ -1,4 +1,4 @@
-"""The settings of a search, and what it measures, as its journal keeps it."""
+"""The settings of a search, and the records that its journal keeps."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -8,27 +8,27 @@ from sparse_patch.calibration.moa.influence import BLOCK, Influence, Objective
 from sparse_patch.calibration.moa.prompts import Answers
 
 TASKS = ("recite", "niah_multikey_2", "kv_retrieval", "vt")
-BASELINES = 4  # that the chosen schedules are compared with
+BASELINES = 4  # number of baselines that the chosen schedules are compared with
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is searched for, and with what.
+    """The settings of a search for head schedules.
 
     Attributes:
-        lengths: tokens of prompt and answer together, at each of which the influence is measured.
-        density: largest mean share of the KV entries that schedules keep, at each length and at `validate_length`.
-        validate_length: tokens of the prompts that choose among schedules; None for half as many again as the longest.
-        samples: prompts of each length.
-        validate_samples: prompts that choose among schedules.
-        tasks: offline tasks that the prompts are of, in turn.
-        text: file to take prompts from in place of tasks.
-        answers: who answers the tasks; texts are always gone on with by the model.
-        objective: what an answer loses; see `Objective`.
+        lengths: lengths at which the influence is measured, in tokens of prompt and answer together.
+        density: largest mean share of the KV entries that schedules may keep, at each length and at `validate_length`.
+        validate_length: tokens of the prompts that choose among schedules; None for 1.5 times the longest length.
+        samples: number of prompts per length.
+        validate_samples: number of prompts that choose among schedules.
+        tasks: offline tasks of the prompts, in turn.
+        text: file to take prompts from, instead of the tasks.
+        answers: source of the tasks' answers: "task" or "model". Texts are always continued by the model.
+        objective: the loss of an answer; see `Objective`.
         influence: "moa" or "set"; see `Influence`.
-        max_rules: different rules in a layer; None for any number.
-        plans: most schedules that are validated: those nearest to the best at all lengths.
-        seed: chooses everything that is random.
+        max_rules: most different rules in a layer; None if unlimited.
+        plans: most schedules to validate; those nearest to the best at all lengths are taken.
+        seed: determines everything random.
     """
 
     lengths: tuple[int, ...] = (2048, 4096, 8192)
@@ -47,24 +47,24 @@ class Settings:
 
     @property
     def unseen(self) -> int:
-        """The length that chooses among schedules."""
+        """The length of the prompts that choose among schedules."""
         return self.validate_length or max(self.lengths) * 3 // 2 // BLOCK * BLOCK
 
     @property
     def steps(self) -> int:
-        """Most steps of a search."""
+        """Largest number of steps of a search."""
         return len(self.lengths) * self.samples + (1 + self.plans + BASELINES) * self.validate_samples
 
     @property
     def measured(self) -> dict[str, Any]:
-        """The settings that what is in a journal depends on, as JSON has them."""
+        """The settings that the journal's records depend on, as JSON values."""
         later = ("density", "influence", "max_rules", "plans")
         return {key: value for key, value in json.loads(json.dumps(asdict(self))).items() if key not in later}
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What the model says after a prompt."""
+    """The answer that the model generates after a prompt."""
 
     length: int
     sample: int
@@ -77,17 +77,17 @@ class Answered:
 
 @dataclass(frozen=True)
 class Profiled:
-    """What a prompt shows.
+    """The measurements of a prompt.
 
     Attributes:
-        length: that it stands for.
-        sample: its number.
-        task: what it is of.
-        loss: of its answer, by the objective.
-        layers: with full attention.
+        length: length that the prompt stands for.
+        sample: index of the prompt.
+        task: name of the prompt's task.
+        loss: loss of the answer, by the objective.
+        layers: indices of the layers with full attention.
         sink: `[layers][KV heads]`, see `Influence`.
-        moa: `[layers][KV heads][blocks]`.
-        set: likewise.
+        moa: `[layers][KV heads][blocks]`, see `Influence`.
+        set: `[layers][KV heads][blocks]`, see `Influence`.
     """
 
     length: int
@@ -106,7 +106,7 @@ class Profiled:
 
 @dataclass(frozen=True)
 class Scored:
-    """The cross-entropy of an answer under schedules, or densely; `plan` are digits that tell these apart."""
+    """The cross-entropy of an answer under schedules or with dense attention; `plan` is a digest of the schedules."""
 
     plan: str
     length: int
@@ -118,11 +118,11 @@ class Scored:
         return "score", self.plan, self.length, self.sample
 
 
-RECORD = Profiled | Scored | Answered  # of a journal
+RECORD = Profiled | Scored | Answered  # types of the journal's records
 
 
 def profiled(length: int, number: int, task: str, found: dict[int, Influence], loss: float) -> Profiled:
-    """The record of a prompt: curves have an entry for each block of the length, the prompt may have fewer tokens."""
+    """Make the record of a prompt. Curves have an entry for each block of the length, even if the prompt is shorter."""
     layers, blocks = sorted(found), -(-length // BLOCK)
 
     def curves(name: str) -> list[list[list[float]]]:

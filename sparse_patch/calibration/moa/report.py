@@ -1,4 +1,4 @@
-"""What a search found: as tables and as JSON."""
+"""The result of a search, as tables and as JSON."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,14 +12,14 @@ from sparse_patch.calibration.moa.schedules import Rule
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        profile: what the prompts showed.
+        profile: the measurements of the prompts.
         dense: mean cross-entropy of the dense model at the unseen length.
-        plans: by loss at the first length.
-        baselines: of the chosen schedules.
-        chosen: the schedules of the least validated loss.
+        plans: the schedules found, sorted by predicted loss at the first length.
+        baselines: the baselines of the chosen schedules.
+        chosen: the schedules with the least validated loss.
     """
 
     profile: Profile
@@ -30,7 +30,7 @@ class Found:
 
 
 def table(found: Found) -> Table:
-    """A line for each candidate: what it keeps, what it loses by the influence, and its loss at the unseen length."""
+    """A table with one line per candidate: what it keeps, its predicted loss, and its loss at the unseen length."""
     settings = found.profile.settings
     drawn = Table(
         title=f"schedules within a density of {settings.density:g}; "
@@ -49,7 +49,7 @@ def table(found: Found) -> Table:
 
 
 def spans_table(found: Found) -> Table:
-    """The chosen schedules: a line a layer, the rule of each KV head and the tokens it keeps at the longest length."""
+    """The chosen schedules, one line per layer: each KV head's rule, and the tokens it keeps at the longest length."""
     length, rules = found.profile.longest, found.chosen.rules
     drawn = Table(title=f"spans of {found.chosen.name} at {length} tokens", title_justify="left", box=box.SIMPLE)
     for column in ("layer", *(f"head {head}" for head in range(rules.num_kv_heads))):
@@ -61,7 +61,7 @@ def spans_table(found: Found) -> Table:
 
 
 def as_json(found: Found) -> dict[str, Any]:
-    """Everything: settings, schedules and baselines, the influence, the spans of the chosen ones at every length."""
+    """The whole result: settings, schedules, baselines, the influence, and the chosen spans at every length."""
     profile, rules = found.profile, found.chosen.rules
 
     def plain(one: Candidate) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The rules that a search chooses from, and what each costs and loses at every length."""
+"""The rules that a search chooses from, and what each rule keeps and loses at every length."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,9 +9,9 @@ from sparse_patch.artefacts.head_schedules import HeadSchedules
 from sparse_patch.calibration.moa.influence import BLOCK
 from sparse_patch.model_shape import ModelShape
 
-STEP = 1024  # of alpha, in tokens: the public code's
-EIGHTHS = 8  # beta is a number of them
-_ANY = HeadSchedules.of(ModelShape("", 1, 1, 1, 1), [[0]], [[1]])  # for the sizes that all of a search have
+STEP = 1024  # step of alpha, in tokens, as in the public code
+EIGHTHS = 8  # beta is a multiple of 1/8
+_ANY = HeadSchedules.of(ModelShape("", 1, 1, 1, 1), [[0]], [[1]])  # has the sizes of all schedules
 
 
 class Rule(NamedTuple):
@@ -21,7 +21,7 @@ class Rule(NamedTuple):
     beta: float
 
     def kept(self, length: int) -> int:
-        """Tokens kept at a length, at most all of them."""
+        """Tokens kept at a length; at most all of them."""
         return min(_ANY.room(self.alpha, self.beta, length), length)
 
     def __str__(self) -> str:
@@ -29,20 +29,21 @@ class Rule(NamedTuple):
 
 
 FULL = Rule(0.0, 1.0)
-STREAMING = Rule(320.0, 0.0)  # of DuoAttention's streaming heads: 64 first and 256 last tokens
+STREAMING = Rule(320.0, 0.0)  # rule of DuoAttention's streaming heads: 64 first and 256 last tokens
 
 
 def schedules_for(profiled: Sequence[int], bounded: Sequence[int]) -> list[Rule]:
-    """The rules of MoA's public code and the one of DuoAttention's streaming heads, the shortest spans first.
+    """The rules of MoA's public code, and the rule of DuoAttention's streaming heads; the shortest spans come first.
 
-    alpha goes from minus the shortest length to the longest profiled one in steps of 1024 tokens, or of half the
-    shortest length where that is less; beta in eighths. A rule must give a span of more than nothing at the shortest
-    length and of no more than everything at the longest profiled and the longest bounded one. Rules that keep the same
-    at all lengths count once. With the streaming rule, DuoAttention's schedules are among those that a search can find.
+    alpha goes from minus the shortest length to the longest profiled length in steps of 1024 tokens, or of half the
+    shortest length if that is less. beta goes in eighths. A rule's span must be positive at the shortest length, and at
+    most the whole length at the longest profiled length and at the longest bounded length. Of rules that keep the same
+    number of tokens at all lengths, one is kept. With the streaming rule, a search can also find DuoAttention's
+    schedules.
 
     Args:
-        profiled: lengths with an influence.
-        bounded: lengths with a bound on the density; may be others.
+        profiled: lengths with a measured influence.
+        bounded: lengths with a bound on the density; they may differ from `profiled`.
     """
     shortest, longest = min(*profiled, *bounded), max(profiled)
     furthest = max(longest, *bounded)
@@ -68,15 +69,15 @@ def losses(curves: np.ndarray, rules: Sequence[Rule], length: int) -> np.ndarray
 
     Args:
         curves: loss by the window in blocks, `[layers, heads, blocks]`; see `Influence`.
-        rules: to choose from.
-        length: of the prompts that the curves are of.
+        rules: the rules to choose from.
+        length: length of the prompts of the curves.
     """
-    last = curves.shape[2]  # a window of so many blocks loses nothing
+    last = curves.shape[2]  # a window this wide loses nothing
     windows = [min((rule.kept(length) - BLOCK) // BLOCK, last) for rule in rules]
     windows = [last if rule.kept(length) == length else window for rule, window in zip(rules, windows, strict=True)]
     return np.pad(curves, ((0, 0), (0, 0), (0, 1)))[:, :, windows]
 
 
 def least_density(profiled: Sequence[int], bounded: Sequence[int]) -> float:
-    """The smallest bound that some rule keeps at all lengths."""
+    """The smallest bound on the density that some rule satisfies at all lengths."""
     return float(densities(schedules_for(profiled, bounded), bounded).max(0).min())

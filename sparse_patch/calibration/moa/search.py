@@ -1,4 +1,4 @@
-"""The whole search: profile, choose, validate. A run that was killed goes on from its journal."""
+"""The whole search: profile, choose, validate. A run that was killed continues from its journal."""
 
 import hashlib
 import json
@@ -36,17 +36,17 @@ def search(
     journal: Journal[Any],
     progress: Step = lambda _: None,
 ) -> Found:
-    """Search head schedules; what the journal has is not measured again.
+    """Search head schedules. Records that the journal already has are not measured again.
 
     Args:
-        model: not patched, in evaluation mode; it is left so.
+        model: an unpatched model in evaluation mode; it is left as it was.
         tokenizer: the model's.
-        settings: what is searched for.
-        journal: gets everything as it is measured.
+        settings: settings of the search.
+        journal: each measurement is added to it.
         progress: called with a description before each prompt that is read.
 
     Raises:
-        PatchError: the model is patched already, or cannot be.
+        PatchError: the model is already patched, or cannot be patched.
         TaskError: a setting does not fit the model, or no schedules are within the density.
         SparsePatchError: scipy is not installed.
     """
@@ -84,7 +84,7 @@ def _check(model: PreTrainedModel, settings: Settings) -> None:
 
 
 def _prompts(model: PreTrainedModel, tokenizer: Any, settings: Settings) -> dict[int, list[Prompt]]:
-    """The prompts of each length, the unseen one too."""
+    """Length -> its prompts, the unseen length included."""
     number = {**dict.fromkeys(settings.lengths, settings.samples), settings.unseen: settings.validate_samples}
     if settings.text is None:
         make = partial(task_prompts, tokenizer, settings.tasks, seed=settings.seed, answers=settings.answers)
@@ -97,7 +97,7 @@ def _prompts(model: PreTrainedModel, tokenizer: Any, settings: Settings) -> dict
 def _answered(
     model: PreTrainedModel, tokenizer: Any, journal: Journal[Any], length: int, number: int, prompt: Prompt
 ) -> Prompt:
-    """The prompt with an answer, the model's where it has none."""
+    """The prompt with its answer, or with the model's answer if it has none."""
     if prompt.answer:
         return prompt
     key = ("answer", length, number)
@@ -113,7 +113,7 @@ def _measured(
     answered: Callable[[int, int], Prompt],
     progress: Step,
 ) -> list[Profiled]:
-    """What every prompt of the profiled lengths shows."""
+    """Measure every prompt of the profiled lengths."""
     keys = [("profile", length, number) for length in settings.lengths for number in range(settings.samples)]
     for key in keys:
         if key not in journal.records:
@@ -138,7 +138,7 @@ def _score(
     name: str,
     rules: HeadSchedules | None,
 ) -> float:
-    """Mean cross-entropy of the answers at the unseen length under schedules; densely for None."""
+    """Mean cross-entropy of the answers at the unseen length, under schedules or, for None, with dense attention."""
     digest = "dense" if rules is None else _digest(rules)
     keys = [("score", digest, settings.unseen, number) for number in range(settings.validate_samples)]
     for number, key in enumerate(keys):
@@ -150,7 +150,7 @@ def _score(
 
 
 def _even(plans: Sequence[Candidate], most: int) -> list[int]:
-    """The schedules that come nearest to the best at all lengths, in shares of the range of losses at each."""
+    """Indices of the schedules nearest to the best at all lengths, relative to the range of losses at each length."""
     losses = np.array([plan.predicted for plan in plans])
     best, worst = losses.min(0), losses.max(0)
     distance = ((losses - best) / np.where(worst > best, worst - best, 1.0)).sum(1)
@@ -163,7 +163,7 @@ def _digest(rules: HeadSchedules) -> str:
 
 
 def _measured_of(settings: Settings, dense: float, chosen: Candidate, baselines: Sequence[Candidate]) -> dict[str, Any]:
-    """What was found of the chosen schedules, as JSON has it."""
+    """The measurements of the chosen schedules, as JSON values."""
     return {
         "predicted": dict(zip(map(str, (*settings.lengths, settings.unseen)), chosen.predicted, strict=True)),
         "validated": {"dense": dense, "plan": chosen.loss, **{one.name: one.loss for one in baselines}},
@@ -175,7 +175,7 @@ class MoACalibration(Calibration[Found]):
     """The search for head schedules, from the influence of far keys on the answers to long prompts.
 
     Attributes:
-        options: what is searched for, and with what.
+        options: settings of the search.
     """
 
     name = "moa"

@@ -1,4 +1,4 @@
-"""What head schedules cost under the mask that they run with: the cross-entropy of answers."""
+"""The cost of head schedules under the mask that they run with: the cross-entropy of answers."""
 
 from collections.abc import Callable
 
@@ -16,13 +16,13 @@ from sparse_patch.plans import SpanPlan
 
 @torch.no_grad()
 def loss_under(model: PreTrainedModel, rules: HeadSchedules | None, length: int, prompt: Prompt) -> float:
-    """What an answer loses under head schedules, or densely.
+    """The loss of an answer under head schedules, or with dense attention.
 
     Args:
-        model: not patched; it is left so.
+        model: an unpatched model; it is unpatched afterwards too.
         rules: the schedules; None for dense attention.
-        length: M, for the spans.
-        prompt: with an answer.
+        length: length M that the spans are computed for.
+        prompt: a prompt with an answer.
     """
 
     def attend(call: AttentionCall, _: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""lm-eval's own command line, which knows `hf-sparse` and the offline tasks."""
+"""lm-eval's own command line, extended by `hf-sparse` and the offline tasks."""
 
 import argparse
 import io
@@ -18,10 +18,10 @@ TASKS = Path(__file__).parents[1] / "lm_eval_tasks"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """lm-eval's own command line, which knows `hf-sparse` and the offline tasks.
+    """Run lm-eval's own command line, extended by `hf-sparse` and the offline tasks.
 
     Raises:
-        SparsePatchError: lm-eval refused the arguments.
+        SparsePatchError: lm-eval refuses the arguments.
     """
     setup_logging()
     before, sys.argv = sys.argv, ["sparse-patch lm-eval", *arguments]
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
             harness.execute(parsed)
     except SparsePatchError:
         raise
-    except Exception as error:  # each task has exceptions of its own
+    except Exception as error:  # each task may raise its own exception types
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
         raise SparsePatchError(f"lm-eval: {kind}{' '.join(str(error).split())}") from error
     finally:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _parsed(harness: HarnessCLI) -> argparse.Namespace:
-    """lm-eval's arguments; TaskError in place of its usage if they are none."""
+    """Parse lm-eval's arguments; raise TaskError instead of printing its usage if they are not valid."""
     said = io.StringIO()
     try:
         with redirect_stderr(said):
@@ -56,10 +56,10 @@ def _parsed(harness: HarnessCLI) -> argparse.Namespace:
 
 @contextmanager
 def _results_in(path: str | None) -> Iterator[None]:
-    """For a `with` block in which lm-eval writes results; it only logs it if it cannot.
+    """For a `with` block in which lm-eval writes results: raise if writing fails, which lm-eval would only log.
 
     Raises:
-        WriteError: they could not be written; where this can be seen before the block, it is.
+        WriteError: the results cannot be written; raised before the block if that can be known there.
     """
     if path is None or int(os.environ.get("RANK", 0)) != 0:
         yield
@@ -81,7 +81,7 @@ def _results_in(path: str | None) -> Iterator[None]:
 
 
 def _include_paths(path: str | None) -> list[str]:
-    """The folder of the offline tasks, and the user's; lm-eval would pass over one that does not exist."""
+    """The folders of the offline tasks and of the user's tasks; lm-eval would silently skip a missing one."""
     if path is not None and not Path(path).is_dir():
         raise TaskError(f"--include_path: {path}: is not a folder")
     return [str(TASKS), *([path] if path else [])]

@@ -1,4 +1,4 @@
-"""What a model makes of a batch before its head, and its head on any part of that."""
+"""The hidden states of a batch before the model's head, and the head applied to any part of them."""
 
 import copy
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from sparse_patch.integration.patch import transformers_model
 
 
 class HiddenStates:
-    """What a model made of a batch before its head, and its head on any part of that.
+    """The hidden states of a batch before the model's head, and the head applied to any part of them.
 
-    The head is the model's forward with the decoder's part answered already: soft caps, scales and whatever else stands
-    after the last layer are the model's own, not a copy of them.
+    To apply the head, the model's own forward runs with the decoder's output filled in. So soft caps, scales and
+    everything else after the last layer are the model's own code, not a copy of it.
     """
 
     def __init__(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> None:
@@ -28,7 +28,7 @@ class HiddenStates:
         self.length = ids.shape[1]
 
     def logits(self, rows: slice, tokens: slice) -> torch.Tensor:
-        """Logits after some tokens of some rows, `[rows, tokens, vocabulary]`."""
+        """Logits at the given tokens of the given rows, `[rows, tokens, vocabulary]`."""
         part = copy.copy(self._output)
         part.last_hidden_state = self._output.last_hidden_state[rows, tokens]
         ids = torch.zeros(part.last_hidden_state.shape[:2], dtype=torch.long, device=part.last_hidden_state.device)
@@ -39,8 +39,8 @@ class HiddenStates:
 
 @contextmanager
 def answering(module: nn.Module, answer: Any) -> Iterator[None]:
-    """For a `with` block, the module returns the answer whatever it is asked."""
-    own = vars(module).get("forward")  # accelerate's hooks set one
+    """For a `with` block: the module returns `answer` for any input."""
+    own = vars(module).get("forward")  # accelerate's hooks set a forward of their own
     module.forward = lambda *_, **__: answer
     try:
         yield

@@ -22,27 +22,29 @@ from sparse_patch.integration.reporting import sparsity_report, uncounted
 from sparse_patch.models.loading import check_config, loading
 from sparse_patch.report import SparsityReport, merged
 
-_LOGITS_BYTES = 256 * 2**20  # of logits that are held at once
+_LOGITS_BYTES = 256 * 2**20  # of logits held at once, at most
 _TOO_LONG = "pass truncation=True to cut prompts from the left, or ask for shorter ones"
 Tokens = tuple[tuple[str, str], list[int], list[int]]  # lm-eval's request: texts, context, continuation
 
 
 @register_model("hf-sparse")
 class SparseLM(HFLM):
-    """lm-eval's Transformers model with sparse attention and prompts as long as the model takes.
+    """lm-eval's Transformers model with sparse attention, and with prompts as long as the model accepts.
 
-    Differs from `hf` in that
+    It differs from `hf` in these points:
 
-    - the model is patched, and the results carry the configuration, its hash, what was computed and versions;
-    - batches of loglikelihood requests are padded on the left, with a mask: `hf` pads them on the right without one,
-      which leaves padding as the last queries, from which sparse methods choose;
-    - logits are made for the tokens that are scored and no others, a slice at a time;
-    - a prompt that is too long for the model raises, before anything runs; `truncation=True` cuts and counts instead;
-    - what cannot be answered at all (no room for a prompt, nothing to score) raises likewise, with the way out;
-    - continuations that share a row are each scored where they stand: `hf` scores a shorter one at the row's first
-      positions;
-    - the trial runs of `batch_size=auto` do not count in the report;
-    - data parallel under `accelerate launch` works on CPUs too.
+    - The model is patched. The results contain the configuration, its hash, what was computed, and the versions.
+    - Batches of loglikelihood requests are left-padded, with a mask. `hf` right-pads them without a mask, so the last
+      queries, from which sparse methods choose, are padding.
+    - Logits are computed only for the tokens that are scored, a slice at a time.
+    - A prompt that is too long for the model raises before anything runs. With `truncation=True` it is cut and counted
+      instead.
+    - A request that cannot be answered at all (no room for a prompt, nothing to score) raises too; the message says
+      what to change.
+    - Continuations that share a row are each scored at their own positions. `hf` scores a shorter one at the row's
+      first positions.
+    - The trial runs of `batch_size=auto` do not count in the report.
+    - Data parallelism under `accelerate launch` also works on CPUs.
     """
 
     def __init__(
@@ -56,14 +58,14 @@ class SparseLM(HFLM):
     ) -> None:
         """
         Args:
-            pretrained: a hub id, a folder or a model. A model that is patched keeps its patch.
-            config: as for `patch_model`; in `--model_args` several configurations are joined by `+`.
-            device: where to put the model; by default a GPU if there is one.
-            truncation: cut prompts that are too long instead of raising.
-            **kwargs: everything else that lm-eval's `hf` takes.
+            pretrained: a hub id, a folder or a model. A patched model keeps its patch.
+            config: as for `patch_model`. In `--model_args`, join several configurations with `+`.
+            device: device of the model; by default a GPU if there is one.
+            truncation: cut prompts that are too long, instead of raising.
+            **kwargs: all other arguments of lm-eval's `hf`.
 
         Raises:
-            ConfigError: the configuration is missing or not valid, or the model is patched with another one.
+            ConfigError: the configuration is missing or not valid, or the model is already patched with another one.
         """
         patch_of_its_own = not isinstance(pretrained, str) and is_patched(pretrained)
         if patch_of_its_own == (config is not None):
@@ -72,7 +74,7 @@ class SparseLM(HFLM):
                 if patch_of_its_own
                 else "hf-sparse: config: missing; add config=flexprefill.yaml, or config=dense.yaml for a baseline"
             )
-        settings = _settings(config)  # before a large model is loaded
+        settings = _settings(config)  # raises before a large model is loaded
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if isinstance(pretrained, str):
             check_config("hf-sparse: pretrained", pretrained)
@@ -86,7 +88,7 @@ class SparseLM(HFLM):
         if settings is not None:
             patch_model(self.model, settings)
         accelerator = getattr(self, "accelerator", None)
-        if accelerator is not None and self.world_size == 1:  # lm-eval sets these where it sees several GPUs only
+        if accelerator is not None and self.world_size == 1:  # lm-eval sets these only if it sees several GPUs
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -113,11 +115,11 @@ class SparseLM(HFLM):
             return super().generate_until(requests, disable_tqdm)
 
     def _room(self, settings: dict[str, Any], name: str, longest: int) -> int:
-        """Tokens that a prompt may have beside those that a request wants generated.
+        """The most tokens that a prompt may have in addition to the new tokens that a request asks for.
 
         Args:
-            settings: of the generation.
-            name: of the task, for messages.
+            settings: generation settings of the request.
+            name: name of the task, for messages.
             longest: tokens of the longest prompt of all requests.
 
         Raises:
@@ -142,7 +144,7 @@ class SparseLM(HFLM):
         return self.max_length - asked
 
     def _no_room(self, asked: int, longest: int) -> str:
-        """That so many new tokens leave no room for a prompt, and what would."""
+        """The message that `asked` new tokens leave no room for a prompt, with the number that would."""
         context = self.max_length
         if context < 2:
             return f"a context of {context} has no room for a prompt and a new token; raise max_length"
@@ -155,7 +157,7 @@ class SparseLM(HFLM):
         )
 
     def get_model_info(self) -> dict[str, Any]:
-        """lm-eval's, and under `sparse_patch` what ran: lm-eval puts it into the results."""
+        """lm-eval's own info, plus what ran under the key `sparse_patch`; lm-eval puts it into the results."""
         report, cut = self._of_all_ranks or (sparsity_report(self.model), self._cut_here)
         return {
             **super().get_model_info(),
@@ -209,7 +211,7 @@ class SparseLM(HFLM):
         return ordered.get_original(results)
 
     def _score(self, ordered: Collator, chunk: Sequence[Tokens]) -> Iterator[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether it is the greedy one."""
+        """Yield the log-probability of each continuation, and whether it is the greedy one."""
         rows = [(context + continuation)[-(self.max_length + 1) : -1] for _, context, continuation in chunk]
         read = self._read(rows)
         for number, (texts, context, continuation) in enumerate(chunk):
@@ -234,7 +236,7 @@ class SparseLM(HFLM):
 
     @torch.no_grad()
     def _log_probability(self, read: "HiddenStates", row: int, tokens: Sequence[int]) -> tuple[float, bool]:
-        """Log-probability of the last tokens of a row, and whether they are the greedy ones; a slice at a time."""
+        """Log-probability of a row's last tokens, and whether they are the greedy ones; computed slice by slice."""
         step = max(1, _LOGITS_BYTES // (4 * self.model.config.get_text_config().vocab_size))
         total, greedy = 0.0, True
         for begin in range(0, len(tokens), step):
@@ -248,7 +250,7 @@ class SparseLM(HFLM):
         return total, greedy
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
-        """For trials of batch sizes: as much memory as a request takes, without a whole prompt's logits."""
+        """For lm-eval's trials of batch sizes: use the memory of a request, without a whole prompt's logits."""
         with torch.no_grad(), self._autocast():
             return HiddenStates(self.model, inps, torch.ones_like(inps)).logits(slice(None), slice(-1, None))
 
@@ -271,7 +273,7 @@ class SparseLM(HFLM):
 
     @contextmanager
     def _report_of_all_ranks(self) -> Iterator[None]:
-        """Gather the ranks' reports after the requests: lm-eval asks for them on the first rank alone."""
+        """Gather the ranks' reports after the requests, because lm-eval asks for them only on the first rank."""
         yield
         if self.world_size > 1:
             parts = self.gather_object((sparsity_report(self.model), self._cut_here))

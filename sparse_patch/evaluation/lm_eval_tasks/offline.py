@@ -1,4 +1,4 @@
-"""What the YAML files here name: the documents of an offline task, and their scores."""
+"""The functions that the YAML files of this folder name: documents of an offline task, and their scores."""
 
 from typing import Any
 
@@ -13,19 +13,19 @@ def documents(
     pretrained: str | None = None,
     **_: Any,
 ) -> dict[str, Any]:
-    """The samples of a task as lm-eval takes them. lm-eval passes `--metadata` and `--model_args`.
+    """The samples of a task in lm-eval's format. lm-eval passes `--metadata` and `--model_args` as arguments.
 
     Args:
         task: name of the task.
-        max_seq_lengths: tokens of the prompts; RULER's key.
-        num_samples: prompts of each length.
-        seed: chooses them.
+        max_seq_lengths: tokens of the prompts; the name is RULER's.
+        num_samples: number of prompts per length.
+        seed: determines the prompts.
         haystack: a text file to hide things in; by default Python's help topics.
-        tokenizer: whose tokens are counted; by default that of `pretrained`.
+        tokenizer: the tokenizer that counts tokens; by default that of `pretrained`.
         pretrained: the model.
 
     Raises:
-        TaskError: no tokenizer is named, a number is none, or a prompt cannot be made.
+        TaskError: no tokenizer is named, a number is not valid, or a prompt cannot be made.
     """
     from datasets import Dataset
 
@@ -50,7 +50,7 @@ def documents(
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """RULER's score and exact match, over all prompts and by length."""
+    """RULER's score and exact match of one answer. The score is also given under a key with the prompt's length."""
     from sparse_patch.evaluation.scoring import exact_match, found
 
     score = found(results[0], doc["outputs"]) / len(doc["outputs"])

@@ -1,6 +1,6 @@
-"""MiniCPM 1, 2, 4 and 4.1 as native Transformers models; the code that a checkpoint brings along never runs.
+"""MiniCPM 1, 2, 4 and 4.1 as native Transformers models; the code that comes with a checkpoint never runs.
 
-Transformers has no dense MiniCPM of its own, and the checkpoints' code does not ask its attention interface. But
+Transformers has no dense MiniCPM, and the checkpoints' code does not use the attention interface of Transformers. But
 MiniCPM is a Llama with four constants, and Granite is the same Llama with the same constants under other names:
 
     embeddings  x scale_emb                              embedding_multiplier
@@ -8,12 +8,12 @@ MiniCPM is a Llama with four constants, and Granite is the same Llama with the s
     logits      / (hidden_size / dim_model_base)         logits_scaling
     q.k         x head_dim ** -0.5                       attention_multiplier
 
-so the weights, whose names are equal, are loaded into `GraniteForCausalLM`. Sources: MiniCPM (arXiv 2404.06395),
-MiniCPM4 (arXiv 2506.07900) and Transformers' Granite. Neither published weights nor the code beside them were at hand:
-what is said of that code here is from memory.
+The weights have the same names, so they are loaded into `GraniteForCausalLM`. Sources: MiniCPM (arXiv 2404.06395),
+MiniCPM4 (arXiv 2506.07900) and Transformers' Granite. Neither the published weights nor their code were available;
+statements about that code are from memory.
 
-`rope` has the kinds of rotary embedding -> `config` reads config.json -> `weights` checks the weights -> `loading`
-makes the model.
+`rope` has the kinds of rotary embedding, `config` reads config.json, `weights` checks the weights, and `loading` makes
+the model.
 """
 
 from sparse_patch.models.minicpm.config import MODEL_TYPE

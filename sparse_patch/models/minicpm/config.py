@@ -1,4 +1,4 @@
-"""A checkpoint's config.json: read, checked and put in Granite's terms."""
+"""Read and check a checkpoint's config.json, and translate it into Granite's terms."""
 
 import math
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from sparse_patch.models.minicpm.rope import ROPE_TYPES, Default, LongRope, Scal
 
 MODEL_TYPE = "minicpm"
 _ARCHITECTURE = "MiniCPMForCausalLM"
-Size = Annotated[int, Field(gt=0, le=2**24)]  # of a weight: the number of elements of two such sizes can be computed
+Size = Annotated[int, Field(gt=0, le=2**24)]  # of a weight; the product of two such sizes does not overflow
 
 
 class _Carried(BaseModel):
@@ -55,7 +55,7 @@ class _Carried(BaseModel):
 
 
 class MiniCPM(_Carried):
-    """A checkpoint's config.json, as far as it decides what the model computes."""
+    """The fields of a checkpoint's config.json that decide what the model computes."""
 
     architectures: list[str] | None = None
     num_key_value_heads: Size | None = None
@@ -72,7 +72,7 @@ class MiniCPM(_Carried):
     @model_validator(mode="before")
     @classmethod
     def _one_rope(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """RoPE in one place: Transformers 5 saves `rope_parameters`, older ones `rope_theta` and `rope_scaling`."""
+        """Put RoPE in one field: Transformers 5 has `rope_parameters`, older ones `rope_theta` and `rope_scaling`."""
         scaling = data.get("rope_parameters") or data.get("rope_scaling") or {}
         if not isinstance(scaling, Mapping):
             return data
@@ -82,7 +82,7 @@ class MiniCPM(_Carried):
 
     @model_validator(mode="after")
     def _fits(self) -> "MiniCPM":
-        """What one field asks of another, and what Granite has no place for."""
+        """Check what one field requires of another, and refuse what Granite cannot represent."""
         if self.architectures and _ARCHITECTURE not in self.architectures:
             raise ValueError(f"architectures: expected {_ARCHITECTURE}, got {short(self.architectures)}")
         if self.num_experts:

@@ -1,14 +1,14 @@
 """The kinds of rotary embedding of a checkpoint, in Transformers' terms.
 
-LongRoPE divides the frequencies by `short_factor`, or by `long_factor` when the call reaches beyond
-`original_max_position_embeddings`, and multiplies cosines and sines by sqrt(1 + log(s) / log(original)), where s is
-max_position_embeddings / original. As Transformers does it,
+LongRoPE divides the frequencies by `short_factor`, or by `long_factor` if the call reaches beyond
+`original_max_position_embeddings`. It multiplies cosines and sines by sqrt(1 + log(s) / log(original)), where s is
+max_position_embeddings / original. Transformers differs from MiniCPM's code in two points:
 
-- each call chooses anew, for all its positions and all rows of its batch, by its highest position. Keys in a cache keep
-  the factors that they were rotated with, so a text that grows across the length mixes both. MiniCPM's code keeps one
-  table, made for max_position_embeddings at first and never made shorter again: with max_position_embeddings > original
-  it would use the long factors always;
-- cosines and sines are rounded to the model's type before they rotate; MiniCPM's code rotates in float32.
+- In Transformers each call chooses the factors anew by its highest position, for all its positions and all rows of its
+  batch. Keys in a cache keep the factors that they were rotated with, so a text that grows across the length mixes
+  both. MiniCPM's code keeps one table, which is first made for max_position_embeddings and never made shorter. With
+  max_position_embeddings > original it would always use the long factors.
+- Transformers rounds cosines and sines to the model's dtype before rotating. MiniCPM's code rotates in float32.
 """
 
 import math
@@ -40,14 +40,14 @@ class Default(_Rope):
 
 
 class Scaled(_Rope):
-    """All frequencies divided by a factor; or dynamic NTK, where the base grows with the length."""
+    """All frequencies are divided by a factor; or dynamic NTK, in which the base grows with the length."""
 
     rope_type: Literal["linear", "dynamic"]
     factor: float = Field(ge=1)
 
 
 class LongRope(_Rope):
-    """A divisor for each frequency, one list for short texts and one for long ones."""
+    """A divisor for each frequency, with one list for short texts and one for long texts."""
 
     rope_type: Literal["longrope"]
     short_factor: list[PositiveFloat]
@@ -58,5 +58,5 @@ class LongRope(_Rope):
         original = self.original_max_position_embeddings
         scale = max_position_embeddings / original
         attention_factor = math.sqrt(1 + math.log(scale) / math.log(original))
-        # beside attention_factor, factor changes nothing; Transformers warns where it is missing or below 1
+        # With attention_factor set, factor has no effect; but Transformers warns if it is missing or below 1.
         return {**self.model_dump(), "attention_factor": attention_factor, "factor": max(scale, 1.0)}

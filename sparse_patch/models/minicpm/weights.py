@@ -1,4 +1,4 @@
-"""A checkpoint's weights: which files have them, and whether a model takes them as they are."""
+"""A checkpoint's weights: which files contain them, and whether they fit a model as they are."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,24 +12,24 @@ from sparse_patch.errors import SparsePatchError, reason
 from sparse_patch.files.reading import read_json
 
 LM_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each alone, or in parts with an index; in Transformers' order
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # one file, or parts with an index; in Transformers' order
 
 
 class Weight(NamedTuple):
-    """The file that has a weight, and the weight's shape."""
+    """The file that contains a weight, and the weight's shape."""
 
     file: Path
     shape: tuple[int, ...]
 
 
 def weights_in(folder: Path) -> dict[str, Weight]:
-    """Names and shapes of the weights; pickles are read as tensors alone."""
+    """Names and shapes of the weights. Of a pickle, only tensors are loaded."""
     found: dict[str, Weight] = {}
     for file in _weight_files(folder):
         try:
             tensors = load_state_dict(str(file), map_location="meta", weights_only=True)
             found |= {name: Weight(file, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        except Exception as error:  # every format has exceptions of its own
+        except Exception as error:  # every format raises its own exception types
             raise SparsePatchError(f"{file}: cannot be read as weights: {reason(error)}") from None
     return found
 
@@ -49,7 +49,7 @@ def _parts_of(index: Path) -> list[Path]:
     try:
         names = set(read_json(index)["weight_map"].values())
         files = [index.parent / name for name in sorted(names)]
-    except (ValueError, KeyError, TypeError, AttributeError):  # ValueError: it is no JSON
+    except (ValueError, KeyError, TypeError, AttributeError):  # ValueError: it is not JSON
         raise SparsePatchError(f"{index}: expected a weight_map of names and files; download it again") from None
     for file in files:
         if not file.is_file():
@@ -58,7 +58,7 @@ def _parts_of(index: Path) -> list[Path]:
 
 
 def check_weights(folder: Path, weights: Mapping[str, Weight], config: GraniteConfig) -> None:
-    """Raise unless a model of this config takes the weights as they are: none missing, none over, each of its shape."""
+    """Raise unless the weights fit a model of this config: none missing, none left over, each with the right shape."""
     with torch.device("meta"):
         expected = {name: tuple(weight.shape) for name, weight in GraniteForCausalLM(config).state_dict().items()}
     if config.tie_word_embeddings and LM_HEAD not in weights:
@@ -70,7 +70,7 @@ def check_weights(folder: Path, weights: Mapping[str, Weight], config: GraniteCo
             "does not belong to these weights, or a download is not complete"
         )
     for name, (file, shape) in weights.items():
-        if name not in expected and not name.endswith("rotary_emb.inv_freq"):  # a table that old checkpoints keep
+        if name not in expected and not name.endswith("rotary_emb.inv_freq"):  # a table that old checkpoints contain
             raise SparsePatchError(f"{file}: {name}: a dense MiniCPM by config.json has no such weight")
         if shape != expected.get(name, shape):
             raise SparsePatchError(

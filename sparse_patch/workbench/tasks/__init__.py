@@ -1,13 +1,13 @@
 """The offline tasks: RULER's needles and variable tracking, key-value retrieval and reciting, at any prompt length.
 
-`drafts` makes random keys and fits text to a length -> `base` is what a task and its samples are -> `needles`,
-`variable_tracking` and `key_value_retrieval` are the tasks -> `table` names them and their suites; `export` writes
+`drafts` makes random keys and fits text to a length. `base` defines a task and its samples. `needles`,
+`variable_tracking` and `key_value_retrieval` are the tasks. `table` names them and their suites. `export` writes
 samples.
 
-Wording and names are RULER's (Hsieh et al. 2024, arXiv 2404.06654, section 3 and appendix B). They differ from its code
-in three points: a prompt has exactly the asked number of tokens, special tokens included and answer excluded; the text
-haystack is Python's help topics or a file of the user's, so that nothing is downloaded; and one seed, task, length and
-number make one sample, whatever else is generated with it.
+Wording and names are RULER's (Hsieh et al. 2024, arXiv 2404.06654, section 3 and appendix B). The tasks differ from
+RULER's code in three points. A prompt has exactly the requested number of tokens, special tokens included and answer
+excluded. The text haystack is Python's help topics or a file of the user's, so nothing is downloaded. And one seed,
+task, length and index always give the same sample, whatever else is generated with it.
 """
 
 from sparse_patch.workbench.tasks.base import Question, Sample, Task

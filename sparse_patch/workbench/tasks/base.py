@@ -1,4 +1,4 @@
-"""What a task, its samples and their questions are."""
+"""The classes of a task, its samples and their questions."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from sparse_patch.workbench.tasks.drafts import first_fit
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about a text.
+    """A question about a text, and its answer.
 
     Attributes:
-        input: the question; follows the text.
-        gen_prefix: how the answer begins; given to the model.
+        input: the question, which follows the text.
+        gen_prefix: beginning of the answer, given to the model.
         outputs: the strings that RULER's score looks for.
         answer: the whole continuation of the prompt, without a closing full stop.
     """
@@ -33,19 +33,20 @@ class Question:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and what is expected of it. Field names are those of RULER's files.
+    """One prompt and its expected answer. Field names are those of RULER's files.
 
     Attributes:
         task: the task's name.
         index: number of the sample.
         input: text and question.
-        gen_prefix: how the answer begins; the prompt is `input` and this, with a space between them if neither has one.
-        outputs: the strings that the score looks for in what the model generates.
+        gen_prefix: beginning of the answer. The prompt is `input` and `gen_prefix`, joined by a space if neither has
+            one there.
+        outputs: the strings that the score looks for in the generated text.
         answer: the whole continuation of the prompt, without a closing full stop.
         length: tokens of the prompt, special tokens included.
-        max_new_tokens: tokens to generate for the score: RULER's number, or those of the answer if they are more.
-        forced: the score looks at what the model predicts for each token of the answer after the right ones before it,
-            not at what it generates by itself.
+        max_new_tokens: tokens to generate for the score: RULER's number, or the answer's tokens if they are more.
+        forced: whether the score looks at the model's prediction of each answer token after the right tokens before it,
+            not at freely generated text.
     """
 
     task: str
@@ -68,9 +69,9 @@ class Task(ABC):
     """A kind of prompt.
 
     Attributes:
-        name: RULER's name where RULER has the task.
-        summary: what is asked, in one line.
-        max_new_tokens: tokens to generate for the score, at least.
+        name: RULER's name, if RULER has the task.
+        summary: the question, in one line.
+        max_new_tokens: least number of tokens to generate for the score.
         forced: see `Sample`.
     """
 
@@ -80,17 +81,17 @@ class Task(ABC):
     forced: ClassVar[bool] = False
 
     def sample(self, tokenizer: Any, length: int, seed: int = 0, index: int = 0, haystack: str | None = None) -> Sample:
-        """The sample of this seed, length and number, for a tokenizer of Transformers.
+        """Make the sample of this seed, length and index for a Transformers tokenizer.
 
         Args:
-            tokenizer: decides what a token is.
+            tokenizer: counts the tokens.
             length: tokens of the prompt.
-            seed: chooses everything that is random, together with the task's name, `length` and `index`.
+            seed: determines everything random, together with the task's name, `length` and `index`.
             index: number of the sample.
             haystack: the text to hide things in; by default Python's own help topics.
 
         Raises:
-            TaskError: the length is too short for what is hidden, or the haystack for the length.
+            TaskError: the length is too short for what is hidden, or the haystack is too short for the length.
         """
         rng = Random(f"{seed} {self.name} {length} {index}")
         count = token_counter(tokenizer)
@@ -113,11 +114,11 @@ class Task(ABC):
 
     @abstractmethod
     def draft(self, rng: Random, length: int, count: Count, haystack: str) -> tuple[Draft, Question]:
-        """A text with the question at its end, at least `length` tokens long, and the question."""
+        """Make a text of at least `length` tokens that ends with the question, and the question itself."""
 
 
 def _join(text: str, gen_prefix: str) -> str:
-    """As lm-eval joins them: a space between, unless one of them has whitespace there."""
+    """Join as lm-eval does: with a space, unless one of the two has whitespace there."""
     if not gen_prefix or text[-1:].isspace() or gen_prefix[0].isspace():
         return text + gen_prefix
     return f"{text} {gen_prefix}"

@@ -16,7 +16,7 @@ def as_json(sample: Sample) -> dict[str, Any]:
 
 
 def export_jsonl(samples: Iterable[Sample], path: str | Path) -> int:
-    """Write samples, one JSON object a line, with their prompts; the number of lines. All of them, or no file."""
+    """Write samples with their prompts, one JSON object per line (all or no file). Return the number of lines."""
     lines = [json.dumps(as_json(sample), ensure_ascii=False) for sample in samples]
     write_file(Path(path), "".join(f"{line}\n" for line in lines))
     return len(lines)

@@ -34,5 +34,5 @@ class KeyValueRetrieval(Task):
 
 
 def _json(pairs: Sequence[str]) -> str:
-    """What follows the note of the JSON object, without its closing brace."""
+    """The JSON object after its note, without the closing brace."""
     return '", ' + ", ".join(pairs)

@@ -1,4 +1,4 @@
-"""RULER's needles in a haystack, and reciting all of them."""
+"""RULER's needles in a haystack, and a task that recites all of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ OPENING = (
 
 @dataclass(frozen=True)
 class NeedleTask(Task):
-    """Values for keys, hidden in noise, in text or among other needles; some of them are asked for.
+    """Values of keys are hidden in noise, in text or among other needles; some of them are asked for.
 
     Attributes:
         haystack: RULER's noise sentences, a text, or needles with other keys.
-        keys: what keys are.
-        values: what values are.
-        num_keys: keys that are hidden.
-        num_values: values of each key.
-        num_queries: keys that are asked for.
+        keys: kind of the keys.
+        values: kind of the values.
+        num_keys: number of hidden keys.
+        num_values: number of values per key.
+        num_queries: number of keys that are asked for.
     """
 
     haystack: Hay = "text"
@@ -52,7 +52,7 @@ class NeedleTask(Task):
     def _among_needles(
         self, needles: Sequence[str], taken: set[str], rng: Random, length: int, count: Count, head: str, tail: str
     ) -> Draft:
-        """As many other needles as fit; noise makes up for what is less than a needle."""
+        """Hide the needles among as many others as fit; noise fills a rest that is shorter than a needle."""
 
         def another() -> str:
             key = other(taken, lambda: draw(self.keys, rng))
@@ -79,13 +79,13 @@ class NeedleTask(Task):
 
 @dataclass(frozen=True)
 class Recite(Task):
-    """Needles in a text; asked for are all of them in order: hundreds of tokens, each a retrieval of its own.
+    """Needles in a text, all of which are asked for in order: hundreds of tokens, each a separate retrieval.
 
     Attributes:
-        num_keys: needles that are hidden; fewer in short prompts.
-        spacing: tokens of the prompt for each needle, at least.
+        num_keys: number of hidden needles; fewer in short prompts.
+        spacing: least number of prompt tokens per needle.
 
-    The score is forced: after one number left out, a free run is late by one for the rest of the list.
+    The score is forced, because after one omitted number a free run would be off by one for the rest of the list.
     """
 
     forced: ClassVar[bool] = True

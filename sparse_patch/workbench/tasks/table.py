@@ -35,7 +35,7 @@ SUITES: dict[str, list[str]] = {
 
 
 def tasks_of(suite: str, names: Sequence[str] = ()) -> list[Task]:
-    """The tasks of a suite, or those named, in the order of the table of tasks.
+    """The tasks of a suite, or the named tasks, in the order of `TASKS`.
 
     Raises:
         TaskError: there is no such suite or task.

@@ -13,11 +13,11 @@ from sparse_patch.workbench.tasks.drafts import distinct, filling
 
 @dataclass(frozen=True)
 class VariableTracking(Task):
-    """A chain of assignments hidden in noise; asked for is every variable that has the value.
+    """A chain of assignments is hidden in noise; every variable with the value is asked for.
 
     Attributes:
-        chains: chains that are hidden; the first one is asked for.
-        hops: assignments from variable to variable in each chain.
+        chains: number of hidden chains; the first one is asked for.
+        hops: number of assignments from variable to variable in each chain.
     """
 
     chains: int = 1
