@@ -76,14 +76,16 @@ def test_blocks_by_the_token_run_on_their_own_op(benchmark_: Benchmark, tmp_path
 def test_spans_run_on_their_own_op(benchmark_: Benchmark, tmp_path: Path) -> None:
     (tmp_path / "spans.yaml").write_text("both: {method: streamingllm, sink: 4, window: 60}")
     (tmp_path / "plan.yaml").write_text("both: {method: moa}")
-    methods = methods_of([str(tmp_path / "spans.yaml"), str(tmp_path / "plan.yaml")])
+    methods = methods_of([str(tmp_path / "spans.yaml")])
     result = bench_prefill(replace(benchmark_, methods=methods, lengths=[640], densities=[]))
     assert [row.label for row in result.rows] == ["sdpa, dense", "spans (torch)"]
     assert result.rows[1].density == pytest.approx((64 * 65 / 2 + 576 * 64) / (640 * 641 / 2))
-    assert list(result.skipped) == ["plan: dense, the plan is one of a model, and there is none here"]
     tiny = Architecture("llama", 1, 64, 128, 90, benchmark_.inputs.shape, 1e4)
     with pytest.raises(ConfigError, match=r"plan\.yaml: .*calibration: moa needs head schedules for this model"):
         methods_of([str(tmp_path / "plan.yaml")], tiny)
+    (tmp_path / "file.yaml").write_text("prefill: {method: moa, calibration: plan.json}")
+    with pytest.raises(TaskError, match=r"^--config: file: names a calibration, which is for one model; .* --shape"):
+        methods_of([str(tmp_path / "file.yaml")])
     rules = HeadSchedules.of(tiny.model_shape, [[0.0] * tiny.heads.kv_heads], [[0.5] * tiny.heads.kv_heads])
     write_head_schedules(tmp_path / "plan.json", rules)
     (tmp_path / "plan.yaml").write_text("both: {method: moa, calibration: plan.json}")
