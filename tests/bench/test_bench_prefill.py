@@ -84,7 +84,7 @@ def test_spans_run_on_their_own_op(benchmark_: Benchmark, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"plan\.yaml: .*calibration: moa needs head schedules for this model"):
         methods_of([str(tmp_path / "plan.yaml")], tiny)
     (tmp_path / "file.yaml").write_text("prefill: {method: moa, calibration: plan.json}")
-    with pytest.raises(TaskError, match=r"^--config: file: names a calibration, which is for one model; .* --shape"):
+    with pytest.raises(TaskError, match=r"^--config: file: names a calibration, which is one of a model; .* --shape"):
         methods_of([str(tmp_path / "file.yaml")])
     rules = HeadSchedules.of(tiny.model_shape, [[0.0] * tiny.heads.kv_heads], [[0.5] * tiny.heads.kv_heads])
     write_head_schedules(tmp_path / "plan.json", rules)

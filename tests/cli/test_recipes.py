@@ -11,7 +11,7 @@ import yaml
 from sparse_patch.artefacts.head_schedules import read_head_schedules
 from sparse_patch.artefacts.thresholds import read_thresholds
 from sparse_patch.bench import decode, model, prefill
-from sparse_patch.bench.common import architecture_of, shape_of
+from sparse_patch.bench.common import ARCHITECTURES, architecture_of, shape_of
 from sparse_patch.cli import main
 from sparse_patch.cli.recipes import load_recipe
 from sparse_patch.config import load_config
@@ -45,7 +45,7 @@ def test_a_recipe_names_what_exists(path: Path) -> None:
         elif arguments[0] == "bench":
             sources, (shape,) = options(arguments, "--config"), options(arguments, "--shape")
             if arguments[1] == "prefill":
-                assert prefill.methods_of(sources) and shape_of(shape)
+                assert prefill.methods_of(sources, ARCHITECTURES.get(shape)) and shape_of(shape)
             else:
                 bench = {"decode": decode, "model": model}[arguments[1]]
                 assert bench.methods_of(sources, architecture_of(shape))

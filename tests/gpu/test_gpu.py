@@ -11,10 +11,12 @@ from builders.gpu import no_waits, on_gpu
 from builders.plans import random_blocks, random_pages
 from calls import decode_call, make_call
 from families import FAMILIES
+from method_table import SMALL_MODEL
 
 from sparse_patch import patched, sparsity_report
 from sparse_patch.call import AttentionCall
 from sparse_patch.methods.a_shape import AShape
+from sparse_patch.methods.base.bound import BoundMethod
 from sparse_patch.methods.base.settings import PrefillMethod
 from sparse_patch.methods.flexprefill import FlexPrefill
 from sparse_patch.methods.minference import MInference
@@ -68,10 +70,11 @@ HEADS = [
 ]
 
 
-def mixed_heads(folder: Path) -> MInference:
+def mixed_heads(folder: Path) -> BoundMethod:
     """A method of which each head of layer 0 has another pattern."""
     (folder / "p.json").write_text(json.dumps([{str(head): [*entry, 1.0] for head, entry in enumerate(HEADS)}]))
-    return MInference(calibration=str(folder / "p.json"), block_budget=128, block_size=32, min_length=0)
+    method = MInference(calibration=str(folder / "p.json"), block_budget=128, block_size=32, min_length=0)
+    return method.bind(replace(SMALL_MODEL, num_layers=1))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -112,7 +115,7 @@ def test_decisions_on_the_gpu(
 )
 def test_planning_never_waits_for_the_gpu(name: str, tmp_path: Path) -> None:
     flexprefill = {"gamma": 0.8, "tau": 0.2, "min_budget": 32, "block_size": 32, "min_length": 0}
-    methods: dict[str, PrefillMethod] = {
+    methods: dict[str, PrefillMethod | BoundMethod] = {
         "flexprefill": FlexPrefill(**flexprefill, selection="reference"),
         "coverage": FlexPrefill(**flexprefill, selection="coverage"),
         "xattention": XAttention(threshold=0.8, stride=8, block_size=32, min_length=0),

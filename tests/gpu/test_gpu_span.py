@@ -33,7 +33,7 @@ def test_spans_on_the_gpu(head_dim: int, value_dim: int, heads: tuple[int, int],
         for spans in (((4, 0), (1, 200)), ((64, 64), (256, None)), ((999, 3), (1, 2000)), GROWING):
             plan = SpanPlan.of(call, *spans)
             (output, lse, _), (expected, expected_lse, _) = (
-                span.attend(call, plan, name) for name in ("triton", "reference")
+                span.attend(call, plan, name, return_lse=True) for name in ("triton", "reference")
             )
             tolerance = TOLERANCE[dtype]
             torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
@@ -58,8 +58,8 @@ def test_spans_beyond_32_bits() -> None:
 def test_rings_on_the_gpu(
     head_dim: int, value_dim: int, heads: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ops.test_span_ring.TOLERANCE", TOLERANCE)
-    monkeypatch.setattr("ops.test_span_ring.LSE_TOLERANCE", 2e-3)
+    monkeypatch.setattr("builders.rings.TOLERANCE", TOLERANCE)
+    monkeypatch.setattr("builders.rings.LSE_TOLERANCE", 2e-3)
     shape = {"heads": heads, "head_dim": head_dim, "value_dim": value_dim, "dtype": dtype}
     call = on_gpu(make_call(1300, row_starts=[0, 77, 900], **shape))
     for spans in (((4, 0), (1, 200)), ((64, 64), (256, None)), ((64, 0), (700, 640)), GROWING):

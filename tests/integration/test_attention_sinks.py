@@ -15,7 +15,6 @@ from calls import decode_call, make_call
 from families import gpt_oss
 from method_table import in_folder, write_plans
 from oracles.sinks import Masks, attention, sinks_by_masks
-from sparse_patch.methods.base.protocol import Method
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -24,14 +23,26 @@ from sparse_patch import capture_plans, patched, span_cache, sparsity_report
 from sparse_patch.call import PHASES, AttentionCall, Phase
 from sparse_patch.config import PatchConfig
 from sparse_patch.integration.caches.rings import RingLayer
+from sparse_patch.methods.base.bound import BoundMethod
 from sparse_patch.methods.base.registry import registry
+from sparse_patch.methods.base.settings import Method
 from sparse_patch.methods.base.spans import SpanMethod
+from sparse_patch.model_shape import ModelShape
 from sparse_patch.ops.attention import dense, page_decode, table
 from sparse_patch.ops.attention.op import Attended
 from sparse_patch.ops.attention.span_ring import RingLayout
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, PagePlan, Plan, SpanPlan, TokenBlockPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+# --- the formula -----------------------------------------------------------------------------------------------------
+
+
+def test_a_sink_of_minus_infinity_changes_nothing_even_without_a_key() -> None:
+    out, lse = torch.tensor([[[[1.0], [0.0]]]]), torch.tensor([[[0.5, -torch.inf]]])
+    attended = Attended(out, lse).with_sinks(torch.tensor([-torch.inf]))
+    assert torch.equal(attended.out, out) and attended.lse is not None and torch.equal(attended.lse, lse)
+
 
 # --- the ops ---------------------------------------------------------------------------------------------------------
 
@@ -285,8 +296,18 @@ class ByPlan(Method):
     method: Literal["by_plan"] = "by_plan"
     by: str
 
+    def bind(self, shape: ModelShape) -> BoundMethod:
+        return BoundByPlan(self)
+
+
+class BoundByPlan(BoundMethod):
+    settings: ByPlan
+
+    def __init__(self, settings: ByPlan) -> None:
+        self.settings = settings
+
     def plan(self, call: AttentionCall) -> Plan:
-        return EVERY_KEY[self.by](call)
+        return EVERY_KEY[self.settings.by](call)
 
 
 READINGS = [("blocks", "every page"), ("columns", "pages"), ("token blocks", "every page"), ("spans", "spans")]

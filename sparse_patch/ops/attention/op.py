@@ -38,7 +38,7 @@ class Attended(NamedTuple):
         """
         assert self.lse is not None, "asked for"
         of_heads = sinks.float()[:, None]
-        share = torch.sigmoid(self.lse - of_heads)[..., None]
+        share = torch.sigmoid(self.lse - of_heads).nan_to_num(0.0)[..., None]  # no key and a sink of -inf
         return Attended((self.out * share).to(self.out.dtype), torch.logaddexp(self.lse, of_heads), self.logits)
 
 
