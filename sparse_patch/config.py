@@ -1,6 +1,7 @@
 """Configurations: strict, from YAML files, packaged names, dicts or lists of them.
 
     load_config("flexprefill.yaml", prefill={"gamma": 0.9})
+    load_config(prefill=FlexPrefill(gamma=0.9), decode=Delta())
 
 In place of `prefill` and `decode` a source may have `both`: one method with the same settings for the two.
 
@@ -26,11 +27,11 @@ from sparse_patch.errors import ConfigError, FieldError, described, nearest, one
 from sparse_patch.files.reading import read_yaml
 from sparse_patch.methods.base.bound import BoundMethod
 from sparse_patch.methods.base.problems import problem_of
-from sparse_patch.methods.base.registry import registry
+from sparse_patch.methods.base.registry import find_method, names_for
 from sparse_patch.methods.base.settings import Method
 from sparse_patch.model_shape import ModelShape
 
-ConfigSource = str | PathLike[str] | Mapping[str, Any]
+ConfigSource = str | PathLike[str] | Mapping[str, Any] | Method
 T = TypeVar("T")
 Backend = Literal["auto", "triton", "flash", "torch", "reference"]
 BOTH = "both"  # the key that stands for every phase
@@ -155,23 +156,24 @@ def packaged_configs() -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load_config(source: ConfigSource | Sequence[ConfigSource], /, **overrides: Any) -> PatchConfig:
+def load_config(source: ConfigSource | Sequence[ConfigSource] | None = None, /, **overrides: Any) -> PatchConfig:
     """Read, merge and check a configuration.
 
     Args:
         source: a path, the name of a packaged configuration ("flexprefill.yaml" or "flexprefill"; a file of that name
-            in the working directory comes first), a dict, or a list of these that do not both set a phase.
+            in the working directory comes first), a dict, a method such as `FlexPrefill(gamma=0.9)` for all its phases,
+            or a list of these that do not both set a phase. None if the overrides say everything.
         **overrides: fields to change, merged into the source: `prefill={"gamma": 0.9}`, or `both={...}` for each phase.
-            An override that names another `method` replaces the phase instead.
+            An override that is a method, or that names another `method`, replaces the phase instead.
 
     Raises:
         ConfigError: see the module's text.
     """
     sources = list(source) if isinstance(source, Sequence) and not isinstance(source, str) else [source]
-    if not sources:
-        raise ConfigError("config: the list is empty; give at least one file, name or dict")
-    parts = [_read(part) for part in sources]
-    name = one_line("+".join(part_name for part_name, _ in parts))
+    if not sources or (source is None and not overrides):
+        raise ConfigError("config: is empty; give at least one file, name, dict or method")
+    parts = [_read(part) for part in sources if part is not None]
+    name = one_line("+".join(part_name for part_name, _ in parts)) or "arguments"
     merged: dict[str, Any] = {}
     for part_name, data in parts:
         _merge_part(merged, part_name, data)
@@ -185,8 +187,10 @@ def load_config(source: ConfigSource | Sequence[ConfigSource], /, **overrides: A
 def _read(source: ConfigSource) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Mapping):
         return "dict", _for_each_phase("dict", source)
+    if isinstance(source, Method):
+        return source.method, dict.fromkeys(source.phases, source)
     if not isinstance(source, str | PathLike):
-        raise ConfigError(f"config: expected a path, a packaged name or a dict, got {described(source)}")
+        raise ConfigError(f"config: expected a path, a packaged name, a dict or a method, got {described(source)}")
     path = _find(source)
     data = read_yaml(path)
     if not isinstance(data, dict):
@@ -209,7 +213,7 @@ def _for_each_phase(name: str, data: Mapping[str, Any]) -> dict[str, Any]:
 def _beside(folder: Path, data: Any) -> Any:
     """The settings of a phase, files that they name looked for in the folder of their YAML."""
     name = data.get("method") if isinstance(data, dict) else None
-    method = registry().get(name) if isinstance(name, str) else None
+    method = find_method(name) if isinstance(name, str) else None
     if method is None:
         return data
     return {
@@ -244,6 +248,8 @@ def _merge_part(merged: dict[str, Any], name: str, data: dict[str, Any]) -> None
 
 
 def _override(old: Any, new: Any) -> Any:
+    if isinstance(old, Method) and isinstance(new, Mapping):
+        old = old.model_dump()
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return new
     named = new.get("method", old.get("method"))
@@ -274,17 +280,21 @@ def _validate(name: str, data: dict[str, Any]) -> PatchConfig:
 
 
 def _validate_method(name: str, phase: Phase, data: Any) -> Method:
+    names = names_for(phase)
+    known = f"expected one of {', '.join(names)}"
+    if isinstance(data, Method):
+        if phase not in data.phases:
+            raise ConfigError(f"{name}: {phase}.method: {known}, got {short(data.method)}")
+        return data
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{name}: {phase}: expected a mapping with a `method`, got {short(data)}")
+        raise ConfigError(f"{name}: {phase}: expected a method or a mapping with a `method`, got {short(data)}")
     _check_keys(f"{name}: {phase}: expected keys that are strings", data)
-    methods = {key: method for key, method in registry().items() if phase in method.phases}
-    known = f"expected one of {', '.join(methods)}"
     if "method" not in data:
         raise ConfigError(f"{name}: {phase}.method: missing; {known}")
-    method = methods.get(data["method"]) if isinstance(data["method"], str) else None
-    if method is None:
-        got = data["method"]
-        raise ConfigError(f"{name}: {phase}.method: {known}, got {short(got)}{nearest(got, methods)}")
+    got = data["method"]
+    method = find_method(got) if isinstance(got, str) else None
+    if method is None or phase not in method.phases:
+        raise ConfigError(f"{name}: {phase}.method: {known}, got {short(got)}{nearest(got, names)}")
     try:
         return method(**data)
     except FieldError as error:

@@ -36,15 +36,6 @@ def decode_call(length: int, *, layer: int = 0, queries: int = 1, **settings: ob
     return replace(call, phase="decode", layer=layer)
 
 
-def in_buffer(call: AttentionCall, room: int) -> AttentionCall:
-    """The same call from a static cache: buffers with a poisoned tail, whose length only the device knows."""
-    batch, heads, length, head_dim = call.k.shape
-    k = torch.full((batch, heads, length + room, head_dim), torch.nan, dtype=call.k.dtype)
-    v = torch.full((batch, heads, length + room, call.v.shape[-1]), torch.nan, dtype=call.v.dtype)
-    k[:, :, :length], v[:, :, :length] = call.k, call.v
-    return replace(call, k=k, v=v, q_start=-1, kv_end=torch.tensor(length))
-
-
 def forward(method: Method | BoundMethod, calls: list[AttentionCall]) -> list[Step]:
     """Run the calls of one forward, layer by layer."""
     forward_state: ForwardState = {}

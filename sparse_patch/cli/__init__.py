@@ -120,6 +120,32 @@ def methods(json_file: JsonOption = None) -> None:
 
 
 @app.command()
+def new_method(
+    name: Annotated[str, typer.Argument(help="Name of the method, as in YAML: lower-case letters, digits, _.")],
+    phase: Annotated[str, typer.Option(help="prefill or decode.")],
+    folder: Annotated[
+        Path,
+        typer.Option(help="Where to write: a folder of yours, or a checkout of sparse_patch.", show_default="here"),
+    ] = Path("."),
+) -> None:
+    """Begin a method of your own: module, YAML, oracle and a test that passes."""
+    from sparse_patch.call import PHASES
+    from sparse_patch.methods.base.registry import GROUP
+    from sparse_patch.testing.scaffold import Scaffold
+
+    if phase not in PHASES:
+        raise SparsePatchError(f"--phase: expected prefill or decode, got {phase!r}")
+    scaffold = Scaffold(name, phase, folder)
+    files = scaffold.write()
+    for path in files:
+        print(f"wrote {path}")
+    print(f"try it: python -m pytest {files[-1]}")
+    if not scaffold.in_checkout:
+        print(f'for YAML and lm-eval, in the pyproject.toml of your package: [project.entry-points."{GROUP}"]')
+        print(f'{name} = "{name}:{scaffold.class_name}"')
+
+
+@app.command()
 def show(
     config: Annotated[str, typer.Argument(help="A packaged configuration or a YAML file.")],
     model: Annotated[

@@ -28,7 +28,7 @@ def attention_modules(root: PreTrainedModel) -> dict[str, nn.Module]:
     """
     model = type(root).__name__
     if any(hasattr(module, "sparse_patch") for module in root.modules()):
-        raise PatchError(f"{model} is patched already; call unpatch_model first")
+        raise PatchError(f"{model} is patched already; pass replace=True, or call unpatch_model first")
     decoder = _decoder_config(root)
     causal = {name: module for name, module in root.named_modules() if _is_causal_self_attention(module, decoder)}
     if unreached := _unreached(root, decoder, bool(causal)):

@@ -19,6 +19,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from sparse_patch.call import PHASES
 from sparse_patch.config import ConfigSource, PatchConfig, load_config
+from sparse_patch.errors import SparsePatchError
 from sparse_patch.integration.discovery import attention_modules, dispatch_scope
 from sparse_patch.integration.forward import PatchMark
 from sparse_patch.integration.generation_cache import prepare_cache
@@ -26,7 +27,16 @@ from sparse_patch.integration.hook import join_forward
 from sparse_patch.integration.kv_correction import Correction
 from sparse_patch.integration.layer_state import LayerState
 from sparse_patch.integration.names import HOOK, ON_KERNELS, unpatched_name
-from sparse_patch.integration.patch import PATCHING, OwnConfig, Patch, config_of, patch_of, transformers_model
+from sparse_patch.integration.patch import (
+    PATCHING,
+    OwnConfig,
+    Patch,
+    config_of,
+    is_patched,
+    patch_of,
+    states_on,
+    transformers_model,
+)
 from sparse_patch.integration.transformers_internals import (
     PREPARE_CACHE,
     implementation_of,
@@ -44,27 +54,53 @@ from sparse_patch.tensor_parallel import HeadShard
 
 
 def patch_model(
-    model: nn.Module, config: ConfigSource | Sequence[ConfigSource] | PatchConfig, /, **overrides: Any
+    model: nn.Module,
+    config: ConfigSource | Sequence[ConfigSource] | PatchConfig | None = None,
+    /,
+    *,
+    replace: bool = False,
+    **overrides: Any,
 ) -> nn.Module:
     """Make a Transformers model run sparse attention. The model is changed in place and returned.
+
+        patch_model(model, "flexprefill.yaml")
+        patch_model(model, "flexprefill", prefill={"gamma": 0.9})
+        patch_model(model, prefill=FlexPrefill(gamma=0.9), decode=Quest(budget=4096))
 
     Args:
         model: a decoder of Transformers, or anything that wraps one (a LoRA model; a vision-language model, of which
             the text tower is patched).
-        config: a path, the name of a packaged configuration, a dict, or a list of these; see `load_config`.
-        **overrides: fields to change, `prefill={"gamma": 0.9}`.
+        config: a path, the name of a packaged configuration, a dict, a method, or a list of these; see `load_config`.
+            None if the overrides say everything.
+        replace: whether a model that is patched already is patched anew; its report starts again.
+        **overrides: the phases, as methods or as fields to change, and the other fields of `PatchConfig`.
 
     Raises:
-        ConfigError: the configuration is not valid, or names layers that the model does not have.
-        PatchError: the model is patched already, or its attention cannot be reached. The model is as it was.
+        ConfigError: the configuration is not valid, or names layers that the model does not have. The model is as it
+            was, as after a PatchError.
+        PatchError: the model is patched already and not to be replaced, or its attention cannot be reached.
     """
     settings = _settings(config, overrides)
     with PATCHING:
         root = transformers_model(model)
+        if replace and is_patched(root):
+            return _replace(model, root, settings)
         attention = attention_modules(root)
         states = _states(root, settings, attention)
         _attach(model, root, attention, states)
     return model
+
+
+def _replace(model: nn.Module, root: PreTrainedModel, settings: PatchConfig) -> nn.Module:
+    """Patch a patched model anew; if that cannot be done it keeps its patch and what it counted."""
+    states = states_on(root)
+    unpatch_model(model)
+    try:
+        return patch_model(model, settings)
+    except SparsePatchError:
+        states[0].patch.active = True
+        _attach(model, root, attention_modules(root), states)
+        raise
 
 
 def _attach(
@@ -122,7 +158,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def patched(
-    model: nn.Module, config: ConfigSource | Sequence[ConfigSource] | PatchConfig, /, **overrides: Any
+    model: nn.Module, config: ConfigSource | Sequence[ConfigSource] | PatchConfig | None = None, /, **overrides: Any
 ) -> Iterator[nn.Module]:
     """`patch_model` for a `with` block; unpatches at its end, also after an exception."""
     patch_model(model, config, **overrides)
@@ -132,7 +168,9 @@ def patched(
         unpatch_model(model)
 
 
-def _settings(config: ConfigSource | Sequence[ConfigSource] | PatchConfig, overrides: dict[str, Any]) -> PatchConfig:
+def _settings(
+    config: ConfigSource | Sequence[ConfigSource] | PatchConfig | None, overrides: dict[str, Any]
+) -> PatchConfig:
     if not isinstance(config, PatchConfig):
         return load_config(config, **overrides)
     return load_config(config.settings(), **overrides) if overrides else config

@@ -47,8 +47,8 @@ class Method(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     phases: ClassVar[tuple[Phase, ...]]
-    summary: ClassVar[str]
-    paper: ClassVar[str]
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
     files: ClassVar[tuple[str, ...]] = ()
     forms: ClassVar[Mapping[str, str]] = {"layers": '"all", a list of layer numbers or {exclude: [numbers]}'}
     renamed: ClassVar[Mapping[str, str]] = {}
