@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bound import bound
-from calls import make_call, row_alone
+from calls import make_call
 from method_table import PREFILL_METHODS, SPAN_METHODS, TOKEN_METHODS, MethodCase
 
 from sparse_patch.call import AttentionCall
@@ -67,36 +67,6 @@ def test_lists_are_causal_ascending_and_sparse(case: MethodCase, queries: int) -
     assert 0 < plan.density().min() <= plan.density().mean() < 1
 
 
-@ALL
-@pytest.mark.parametrize("queries", [400, 150], ids=["whole", "chunk"])
-def test_a_padded_row_equals_the_row_alone(case: MethodCase, queries: int) -> None:
-    batch = make_call(400, queries=queries, row_starts=[0, 7, 64, 130], value_dim=24)
-    plan = any_plan_of(case, batch)
-    output = attend(batch, plan)
-    assert plan.density().max() < 1
-    for row in range(4):
-        alone, real = row_alone(batch, row)
-        alone_plan = any_plan_of(case, alone)
-        expected, blocks = attend(alone, alone_plan), alone_plan.blocks()[0]
-        assert torch.equal(plan.blocks()[row, :, : blocks.shape[1], ..., : blocks.shape[-1]], blocks)
-        start = int(batch.kv_start[row])  # type: ignore[index]
-        assert torch.equal(plan.mask()[row, :, real, start:], alone_plan.mask()[0])
-        torch.testing.assert_close(output[row : row + 1, :, real], expected, atol=2e-6, rtol=1e-5)
-        assert torch.equal(plan.computed_pairs()[row], alone_plan.computed_pairs()[0])
-
-
-@ALL
-def test_a_short_row_in_a_batch_is_dense_as_it_is_alone(case: MethodCase) -> None:
-    method = build({**case.small, "min_length": 200})
-    batch = make_call(400, row_starts=[0, 250])
-    plan = bound(method).plan(batch)
-    assert isinstance(plan, BlockPlan | TokenBlockPlan)
-    assert plan.density()[0].max() < 1
-    assert plan.density()[1].min() == 1
-    alone, _ = row_alone(batch, 1)
-    assert isinstance(bound(method).plan(alone), Dense)
-
-
 @CASES
 def test_heads_are_independent(case: MethodCase) -> None:
     call = make_call(400, heads=(6, 6))
@@ -115,11 +85,6 @@ def test_grouped_heads_equal_repeated_ones(case: MethodCase, group: int) -> None
     )
     assert torch.equal(plan_of(case, call).blocks(), plan_of(case, repeated).blocks())
     assert torch.equal(plan_of(case, call).mask(), plan_of(case, repeated).mask())
-
-
-@ALL
-def test_full_settings_are_dense(case: MethodCase) -> None:
-    assert isinstance(bound(build(case.full)).plan(make_call(400)), Dense)
 
 
 @ALL

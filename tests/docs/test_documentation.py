@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import typing
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -23,21 +22,19 @@ import lm_eval
 import pytest
 import torch
 import typer
-from bound import bound
-from calls import make_call
 from lm_eval._cli import HarnessCLI
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparse_patch
-from sparse_patch import SparsePatchError, load_config, plans
+from sparse_patch import SparsePatchError, load_config
 from sparse_patch.bench import common
 from sparse_patch.cli import app, checked_commands, parsed
 from sparse_patch.evaluation.document import needle_document
 from sparse_patch.evaluation.lm_eval import TASKS
 from sparse_patch.integration.patch import is_patched
 from sparse_patch.kernels import availability
-from sparse_patch.methods.base import settings
+from sparse_patch.methods.base import registry
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
@@ -237,16 +234,31 @@ def test_commands_that_stand_for_several() -> None:
                 parsed([*group, each.strip(), "--help"], "page")
 
 
-def test_the_method_of_the_guide() -> None:
-    """CONTRIBUTING's class is a method. With every block chosen, its plan is dense causal attention."""
-    (block,) = (each for each in SHOWN["CONTRIBUTING.md"] if "class MyMethod" in each.text)
-    names: dict[str, Any] = {**vars(settings), **vars(plans), **vars(typing)}
-    exec(block.text.replace("blocks = ...", "blocks = every(grid)"), names)
-    names["every"] = lambda grid: torch.ones(1, 4, grid.num_query_blocks, grid.num_key_blocks) > 0
-    method, call = names["MyMethod"](min_length=0), make_call(300)
-    assert method.registered_name() == "mymethod" and method.block_size == 128
-    causal = torch.ones(300, 300, dtype=torch.bool).tril()
-    assert torch.equal(bound(method).plan(call).mask(), causal.expand(1, 4, -1, -1))
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_the_guide_can_be_followed(
+    phase: str, of_the_reader: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CONTRIBUTING's commands and Python blocks, from top to bottom, in a new folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_registered", {})
+    blocks = SHOWN["CONTRIBUTING.md"]
+    (command,) = (command for block in blocks for command in block.commands)
+    run([phase if word == "prefill" else word for word in command])
+    assert len(list(tmp_path.iterdir())) == 4
+    of_the_reader["__name__"] = "guide"
+    python = [block for block in blocks if block.is_python and "\n" in block.text.strip()]
+    assert sum("check_method(" in block.text for block in python) == 1 and len(python) >= 4
+    for block in python:
+        exec(compile("\n" * (block.line - 1) + block.text, "<CONTRIBUTING.md>", "exec"), of_the_reader)
+    assert is_patched(of_the_reader["model"])
+
+
+def test_the_guide_names_what_exists() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for path in re.findall(r"`([\w./-]+/[\w./-]*|[\w]+\.py)`", text):
+        places = [ROOT / path, ROOT / "sparse_patch" / path, ROOT / "sparse_patch" / "integration" / path]
+        generic = "<" in path or path in ("torch.py", "triton.py")
+        assert generic or any(place.exists() for place in places), path
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
