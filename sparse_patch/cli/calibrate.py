@@ -30,6 +30,16 @@ app = typer.Typer(
 )
 
 
+_AnswersOption = Annotated[
+    Literal["task", "model"],
+    typer.Option(help="Source of the tasks' answers. Texts are always continued by the model."),
+]
+_InfluenceOption = Annotated[
+    Literal["set", "moa"],
+    typer.Option(help="Influence of all far keys together (set), or the sum over single keys as in MoA's code (moa)."),
+]
+
+
 @app.command("minference")
 def calibrate_minference(
     out: Annotated[
@@ -141,19 +151,11 @@ def calibrate_moa(
         str, typer.Option(help="Offline tasks of the prompts, in turn, comma-separated.")
     ] = "recite,niah_multikey_2,kv_retrieval,vt",
     text: Annotated[Path | None, typer.Option(help="Use pieces of this text file instead of tasks.")] = None,
-    answers: Annotated[
-        Literal["task", "model"],
-        typer.Option(help="Source of the tasks' answers. Texts are always continued by the model."),
-    ] = "task",
+    answers: _AnswersOption = "task",
     objective: Annotated[
         Literal["log-odds", "cross-entropy"], typer.Option(help="Loss of an answer, of which influence is measured.")
     ] = "log-odds",
-    influence: Annotated[
-        Literal["set", "moa"],
-        typer.Option(
-            help="Influence of all far keys together (set), or the sum over single keys as in MoA's code (moa)."
-        ),
-    ] = "set",
+    influence: _InfluenceOption = "set",
     max_rules: Annotated[int, typer.Option(min=0, max=3, help="Most different rules in a layer; 0 if unlimited.")] = 0,
     plans: Annotated[int, typer.Option(min=1, help="Most schedules to validate.")] = 4,
     seed: SeedOption = 0,
