@@ -1,4 +1,4 @@
-"""What decode methods with a budget of keys share: how many keys a row may read, and when the budget is enough for all."""
+"""What decode methods with a budget share: how many keys a row may read, and when the budget covers all of them."""
 
 import math
 from typing import Annotated, Any, TypeVar
