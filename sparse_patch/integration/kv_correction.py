@@ -37,7 +37,7 @@ class Correction:
         self.warns = warns
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        """See `torch.nn.Module.register_forward_pre_hook` with `with_kwargs`; for None as `kwargs` see `join_forward`."""
+        """See `torch.nn.Module.register_forward_pre_hook` with `with_kwargs`; without `kwargs` see `join_forward`."""
         if kwargs is None or torch.compiler.is_compiling():
             return
         cache: Any = kwargs.get("past_key_values")

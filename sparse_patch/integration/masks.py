@@ -258,7 +258,7 @@ class LazyMask(TensorInWaiting):
 
     @property
     def fits(self) -> bool:
-        """Whether the queries lie within the keys. In decode with a static cache this is assumed, without a host sync."""
+        """Whether the queries lie within the keys. In static decode this is assumed, without a host sync."""
         if self.is_decode and self.end_on_device is not None:
             return True
         return self.q_start + self.q_length <= self.kv_length

@@ -68,11 +68,11 @@ class OwnConfig:
                 copies_are_plain(type(config))
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for a copy of a patched model. If the model was given another implementation, the hook is left out."""
+        """The state for a copy of a patched model. With another implementation set since, it has no hook."""
         return {**vars(self), "hook": self.hook if is_hook(implementation_of(self.copy)) else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a patched model that was copied or loaded whole, possibly in a process that has patched nothing yet."""
+        """Restore a patched model that was copied or loaded whole, maybe where nothing was patched yet."""
         vars(self).update(state)
         if self.hook is not None:
             self.name_hook(self.hook)
