@@ -14,23 +14,23 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
 T = TypeVar("T")
-ForwardState = dict[tuple[str, Hashable], Any]  # a plain dict, which torch.compile can make; see `Slot`
+ForwardState = dict[tuple[str, Hashable], Any]  # a plain dict, because torch.compile can create one; see `Slot`
 
 
 class Slot(Generic[T]):
-    """A place for values of one type in the state of a forward: what layers pass on to each other.
+    """A place for values of one type in the state of a forward, by which layers pass values on to each other.
 
-    The module that fills a slot defines it, once.
+    The module that fills a slot defines the slot, once.
 
     Attributes:
-        name: tells it from the other slots.
+        name: distinguishes the slot from the other slots.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def get(self, state: ForwardState, key: Hashable = None) -> T | None:
-        """The value; None if there is none. With a `key` a slot holds several values, such as one a layer."""
+        """Return the value; None if there is none. With a `key` a slot holds several values, such as one per layer."""
         value: T | None = state.get((self.name, key))
         return value
 
@@ -39,16 +39,16 @@ class Slot(Generic[T]):
         state[self.name, key] = value
 
     def pop(self, state: ForwardState, key: Hashable = None) -> T | None:
-        """The value, which is not there from then on."""
+        """Remove the value and return it; None if there is none."""
         value: T | None = state.pop((self.name, key), None)
         return value
 
 
 class TensorSlot:
-    """A place for the tensors of one owner in a `KVState`. The module that fills it defines it, once.
+    """A place for the tensors of one owner in a `KVState`. The module that fills the slot defines it, once.
 
     Attributes:
-        name: tells it from the other slots.
+        name: distinguishes the slot from the other slots.
     """
 
     def __init__(self, name: str) -> None:
@@ -61,9 +61,9 @@ class KVState(OrdinaryState):
 
     Attributes:
         tensors: by slot and name, each with the batch as its first dimension.
-        covered: tokens that the tensors know of, if the host knows (a growing cache); 0 for none.
-        corrected: tokens that cache correction need not read again, see `integration.kv_correction`.
-        at_rest: whether the running forward reads everything, because it corrects what was decoded sparsely.
+        covered: number of tokens that the tensors cover, if the host knows it (a growing cache); 0 if none.
+        corrected: number of tokens that cache correction need not read again, see `integration.kv_correction`.
+        at_rest: whether the running forward reads everything, because it corrects sparsely decoded tokens.
     """
 
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -72,11 +72,11 @@ class KVState(OrdinaryState):
     at_rest: bool = False
 
     def of(self, slot: TensorSlot) -> dict[str, torch.Tensor]:
-        """The tensors of one owner, by name; who changes the mapping changes the state."""
+        """The tensors of one owner, by name. Changing the mapping changes the state."""
         return self.tensors.setdefault(slot.name, {})
 
     def clear(self) -> None:
-        """Forget everything; the method starts again from the keys."""
+        """Drop everything; the method starts again from the keys."""
         self.tensors.clear()
         self.covered = 0
 
@@ -95,9 +95,9 @@ class KVState(OrdinaryState):
 class AttentionCall:
     """One causal attention call, after RoPE and after the KV cache was updated.
 
-    Positions are absolute: query `i` of the call stands at `q_start + i`, key `j` at `j`, and the last query is the
+    Positions are absolute: query `i` of the call stands at `q_start + i`, key `j` at `j`, and the last query is at the
     last key (`q_start + Sq == Skv`), so the causal rule is `j <= q_start + i`. Row `b` of a left-padded batch begins at
-    key `kv_start[b]`; what lies before is padding and is never read.
+    key `kv_start[b]`; the keys before it are padding and are never read.
 
     Attributes:
         q: `[B, Hq, Sq, D]`, any strides.
@@ -107,16 +107,16 @@ class AttentionCall:
         layer: index of the layer, from 0.
         phase: "prefill" or "decode".
         q_start: absolute position of the first query.
-        kv_start: int64 `[B]` on the device of `q`, or None when no row is padded.
-        softcap: logits become `softcap * tanh(logits / softcap)` after scaling; None for none.
-        kv_end: int64 `[]` on the device of `q`: how many keys of `k` and `v` are valid, in a decode call whose cache is
-            static. `k` and `v` are whole buffers then, what lies behind is never read, and `q_start` says nothing. None
-            where all keys are valid.
-        forward_state: what methods pass on from layer to layer, in slots; one object a forward.
-        kv_state: what a decode method keeps beside the keys of this layer from step to step; None where the cache has
-            no room for it.
-        max_length: tokens that the cache is made for, of prompt and answer together; None where it does not say.
-        split: which of the layer's heads `q`, `k` and `v` have, where tensor parallelism splits them; else None.
+        kv_start: int64 `[B]` on the device of `q`, or None if no row is padded.
+        softcap: logits become `softcap * tanh(logits / softcap)` after scaling; None without softcap.
+        kv_end: int64 `[]` on the device of `q`: how many keys of `k` and `v` are valid, in a decode call with a static
+            cache. Then `k` and `v` are whole buffers, keys after the valid ones are never read, and `q_start` has no
+            meaning. None if all keys are valid.
+        forward_state: what methods pass on from layer to layer, in slots; one object per forward.
+        kv_state: what a decode method keeps with the keys of this layer from step to step; None if the cache has no
+            room for it.
+        max_length: tokens of prompt and answer together that the cache is made for; None if the cache does not say.
+        split: which of the layer's heads `q`, `k` and `v` have, if tensor parallelism splits them; else None.
     """
 
     q: torch.Tensor
@@ -132,7 +132,7 @@ class AttentionCall:
     forward_state: ForwardState = field(default_factory=dict)
     kv_state: KVState | None = None
     max_length: int | None = None
-    split: HeadShard | None = None  # torch.compile (2.11) cannot make a default that is an object of ours
+    split: HeadShard | None = None  # torch.compile (2.11) cannot create a default of our own classes
 
     @property
     def shard(self) -> HeadShard:
@@ -146,7 +146,7 @@ class AttentionCall:
 
     @property
     def kv_length(self) -> int:
-        """Number of keys of the longest row, padding included; of a static cache, the size of its buffer."""
+        """Number of keys of the longest row, including padding; for a static cache, the size of its buffer."""
         return self.k.shape[2]
 
     def row_starts(self) -> torch.Tensor:
@@ -156,7 +156,7 @@ class AttentionCall:
         return torch.zeros(self.q.shape[0], dtype=torch.int64, device=self.q.device)
 
     def end(self) -> torch.Tensor:
-        """How many keys are valid, int64 `[]`, on the device."""
+        """Number of valid keys, int64 `[]`, on the device."""
         if self.kv_end is not None:
             return self.kv_end
         return torch.full((), self.kv_length, dtype=torch.int64, device=self.q.device)
@@ -169,12 +169,12 @@ class AttentionCall:
 
 
 def causal_pairs(q_start: int | torch.Tensor, kv_length: int | torch.Tensor, row_starts: torch.Tensor) -> torch.Tensor:
-    """Number of (query, key) pairs of the causal triangle that each row of a call holds, int64 `[B]`."""
+    """Number of (query, key) pairs of the causal triangle in each row of a call, int64 `[B]`."""
     first_query = (q_start - row_starts).clamp(min=0)
     length = kv_length - row_starts
     return (length * (length + 1) - first_query * (first_query + 1)) // 2
 
 
 def apply_softcap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """`softcap * tanh(logits / softcap)`, in place; the logits themselves when `softcap` is None."""
+    """`softcap * tanh(logits / softcap)`, in place; the unchanged logits if `softcap` is None."""
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

@@ -1,4 +1,4 @@
-"""The exceptions of this package, and what their messages show of a user's values and of other exceptions.
+"""The exceptions of this package, and how their messages show a user's values and other exceptions.
 
 Every message is one line that names what is wrong and the way out.
 """
@@ -21,24 +21,24 @@ _NO_MEMORY = re.compile(
 
 
 class SparsePatchError(Exception):
-    """Base of everything this package raises on purpose. It says one line of 480 characters at most."""
+    """Base of everything that this package raises on purpose. The message is one line of at most 480 characters."""
 
     def __str__(self) -> str:  # no `__init__`: torch.compile could not trace who raises
         return one_line(super().__str__(), LONGEST_MESSAGE)
 
 
 class ConfigError(SparsePatchError, ValueError):
-    """A configuration is not valid: names the file, the path of the field, what was expected and the nearest key."""
+    """A configuration is not valid. Names the file, the path of the field, what was expected and the nearest key."""
 
 
 class FieldError(ConfigError):
-    """A setting that is not valid, as data. It is rendered in one line: `place.field: problem; remedy`.
+    """A setting is not valid. The parts of the message are data; it reads `place.field: problem; remedy`.
 
     Attributes:
-        field: the setting; with dots if it lies in another.
-        problem: what is wrong with it.
+        field: the setting; with dots if it lies inside another.
+        problem: what is wrong with the setting.
         remedy: the way out; empty if the problem says it.
-        place: what has the setting: a class, a phase of a configuration; empty for nothing.
+        place: what has the setting: a class, or a phase of a configuration; may be empty.
     """
 
     def __init__(self, field: str, problem: str, remedy: str = "", place: str = "") -> None:
@@ -46,7 +46,7 @@ class FieldError(ConfigError):
         self.field, self.problem, self.remedy, self.place = field, problem, remedy, place
 
     def at(self, place: str) -> "FieldError":
-        """The same problem of another place."""
+        """The same problem at another place."""
         return FieldError(self.field, self.problem, self.remedy, place)
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class FieldError(ConfigError):
 
 
 class PatchError(SparsePatchError, RuntimeError):
-    """A model cannot be patched or unpatched; it was left as it was."""
+    """A model cannot be patched or unpatched; the model is unchanged."""
 
 
 class UnsupportedCallError(SparsePatchError, RuntimeError):
@@ -64,15 +64,17 @@ class UnsupportedCallError(SparsePatchError, RuntimeError):
 
 
 class TaskError(SparsePatchError, ValueError):
-    """An evaluation cannot be made or run: a task, length, haystack or model that does not fit."""
+    """An evaluation cannot be made or run, because a task, length, haystack or model does not fit."""
 
 
 @contextmanager
 def said_in_one_line(debug: bool = False) -> Iterator[None]:
-    """For a `with` block that is all of a command: an error of ours, the system or memory is one line, exit code 2.
+    """Run a whole command in a `with` block; print an error of ours, of the system or of memory in one line.
+
+    The exit code is then 2.
 
     Args:
-        debug: raise it instead.
+        debug: raise the error instead.
     """
     try:
         try:
@@ -93,7 +95,7 @@ def said_in_one_line(debug: bool = False) -> Iterator[None]:
 
 
 def _drop_output() -> None:
-    """Forget what cannot be written, or Python tries it again when it ends."""
+    """Drop output that cannot be written; otherwise Python tries again to write it at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -101,7 +103,10 @@ def _drop_output() -> None:
 
 
 def one_line(text: object, most: int = LONGEST_NAME) -> str:
-    """Text as one line of at most `most` characters, such as a path: controls escaped, the middle of a long one out."""
+    """Text, such as a path, as one line of at most `most` characters.
+
+    Control characters are escaped, and the middle of a long text is cut out.
+    """
     whole = str(text)
     head, tail = _escaped(whole[: most + 1]), _escaped(whole[-most:])
     if len(head) <= most:
@@ -111,7 +116,7 @@ def one_line(text: object, most: int = LONGEST_NAME) -> str:
 
 
 def short(value: Any, most: int = LONGEST_VALUE) -> str:
-    """The repr of a value in one line of at most `most` characters; no more of it is made than is shown."""
+    """The repr of a value in one line of at most `most` characters. Only what is shown of the repr is computed."""
     text = ""
     for piece in _pieces(value, most):
         text += piece
@@ -126,13 +131,13 @@ def described(value: Any) -> str:
 
 
 def quoted(value: Any) -> str:
-    """`short`, in quotes whatever the value is: as text that stands in a file."""
+    """`short`, in quotes for any type of value, as text from a file."""
     text = short(value)
     return text if isinstance(value, str) else f"'{text}'"
 
 
 def reason(error: BaseException) -> str:
-    """What an exception of other software says, in one line: the system's words, or else the first line of its text."""
+    """The message of an exception of other software in one line: the system's words, or else its first line."""
     said = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
     return one_line(said or type(error).__name__)
 
@@ -142,7 +147,7 @@ def _escaped(text: str) -> str:
 
 
 def _pieces(value: Any, most: int) -> Iterator[str]:
-    """The parts of a repr, one after the other, so that who reads them can stop."""
+    """The parts of a repr, one after the other, so that the reader can stop early."""
     if isinstance(value, str | bytes):
         yield repr(value[: most + 1])
     elif isinstance(value, int) and value.bit_length() > 4 * most:
@@ -173,7 +178,7 @@ def _pair(key: Any, item: Any, most: int) -> Iterator[str]:
 
 
 def _own_repr(value: Any) -> str:
-    """What an object says of itself: it may be long, have several lines, or raise."""
+    """The repr of an object; the object's own `__repr__` may give a long text or several lines, or raise."""
     try:
         return " ".join(repr(value)[:LONGEST_MESSAGE].split())
     except Exception:
@@ -181,7 +186,7 @@ def _own_repr(value: Any) -> str:
 
 
 def nearest(word: Any, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the known one that is meant, or nothing."""
+    """The end of a message about an unknown word: the known word that is probably meant, or nothing."""
     if not isinstance(word, str) or len(word) > _LONGEST_WORD:
         return ""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

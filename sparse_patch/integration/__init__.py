@@ -1,1 +1,1 @@
-"""Everything that touches a model of Transformers: the hook, what it reads off masks and caches, patching."""
+"""Everything that touches a Transformers model: the hook, what it reads from masks and caches, and patching."""

@@ -1,4 +1,4 @@
-"""What the hook tells the report: every call, the plan that it ran or why it was dense."""
+"""What the hook tells the report: every call, and the plan that it ran or why it was dense."""
 
 import warnings
 
@@ -17,9 +17,9 @@ from sparse_patch.report import COUNTING, Work
 def count_sparse(
     state: LayerState, call: AttentionCall, plan: SparsePlan | None, mask: LazyMask, keeps_all: bool = True
 ) -> None:
-    """Record a call that ran a sparse plan; inside a graph the plan is not looked at.
+    """Record a call that ran a sparse plan. Inside a graph the plan is not read.
 
-    `keeps_all` says whether the cache has every key, not only what the plan's queries read.
+    `keeps_all` says whether the cache has every key, or only those that the plan's queries read.
     """
     if torch.compiler.is_compiling():  # a graph would be compiled anew for every value of a Python counter
         state.counts.compiled = True
@@ -37,12 +37,12 @@ def count_sparse(
 
 
 def count_dense(request: Request, phase: Phase, dense: Dense | None, unserved: Dense | None) -> None:
-    """Record a dense call: `dense` by design or by the method's choice, else one that was `unserved`.
+    """Record a dense call: `dense` by design or by the method's choice, or else `unserved`.
 
-    Inside a graph nothing is counted and nobody warned: the graph notes the reason whenever it runs.
+    Inside a graph nothing is counted and nobody is warned; the graph notes the reason whenever it runs.
 
     Raises:
-        UnsupportedCallError: the call was `unserved`, and the configuration says `on_unsupported: error`.
+        UnsupportedCallError: the call is `unserved`, and the configuration says `on_unsupported: error`.
     """
     state, mask, reason = request.state, request.mask, dense or unserved
     assert reason is not None
@@ -62,14 +62,14 @@ def count_dense(request: Request, phase: Phase, dense: Dense | None, unserved: D
 
 
 def count_dense_kernel(state: LayerState, phase: Phase, kernel: str) -> None:
-    """Record which kernel ran a dense call in place of the model's own."""
+    """Record which kernel ran a dense call instead of the model's own."""
     if not torch.compiler.is_compiling():
         with COUNTING:
             state.counts.of(phase).dense_kernels[kernel] += 1
 
 
 def _full_work(query: torch.Tensor, key: torch.Tensor) -> Work:
-    """The work of a call about whose mask nothing is known: the causal triangle."""
+    """The work of a call with an unknown mask: the causal triangle."""
     batch, _, queries, _ = query.shape
     before = key.shape[2] - queries
     causal = batch * (queries * before + queries * (queries + 1) // 2)

@@ -1,7 +1,8 @@
 """Discovery: which modules of a model are the attention of its decoder, and why a model cannot be patched.
 
-Attention is known by what it does, not by what it is called: its forward asks Transformers' attention interface. What
-else a forward asks is read off its bytecode. Names only tell a model whose attention does not ask from one without any.
+Attention is recognised by what it does, not by its name: its forward asks Transformers' attention interface. What else
+a forward asks is read from its bytecode. Names only distinguish a model whose attention does not ask the interface from
+a model without attention.
 """
 
 import dis
@@ -21,7 +22,7 @@ _IMPLEMENTATIONS = frozenset({"eager", "sdpa", "flash_attention_2", "flex_attent
 
 
 def attention_modules(root: PreTrainedModel) -> dict[str, nn.Module]:
-    """The causal self-attention modules of the decoder by name; the hook reaches and serves every one of them.
+    """The causal self-attention modules of the decoder, by name. The hook reaches and serves every one of them.
 
     Raises:
         PatchError: there are none, some cannot be reached or served, or the model is patched already.
@@ -40,7 +41,7 @@ def attention_modules(root: PreTrainedModel) -> dict[str, nn.Module]:
         )
     if not causal:
         raise PatchError(f"{model}: {_why_none(root, decoder)}")
-    # What has no layer, beside others that have one, is not a layer's attention: it may pool an image.
+    # If some modules have a layer, a module without one is not a layer's attention: it may pool an image.
     found = {name: module for name, module in causal.items() if _layer_of(module) is not None}
     if reason := _why_unserved(found or causal):
         raise PatchError(f"{model} cannot be patched, run it as it is: {reason}")
@@ -57,7 +58,7 @@ def dispatch_scope(module: nn.Module) -> dict[str, Any] | None:
 
 
 def _forward_of(module: nn.Module) -> Any:
-    """The forward that a module computes by, past the hooks of accelerate."""
+    """The forward that a module computes with, without the hooks of accelerate."""
     return inspect.unwrap(module.forward)
 
 
@@ -86,7 +87,7 @@ def _is_cross_attention(module: nn.Module) -> bool:
 
 
 def _layer_of(module: nn.Module) -> int | None:
-    """The layer that a module says it is of; None if it says none."""
+    """The index of the layer that a module says it belongs to; None if it names none."""
     layer = getattr(module, "layer_idx", None)
     return layer if isinstance(layer, int) and layer >= 0 else None
 
@@ -95,9 +96,10 @@ def _layer_of(module: nn.Module) -> int | None:
 
 
 def _unreached(root: PreTrainedModel, decoder: PreTrainedConfig, others_ask: bool) -> dict[str, nn.Module]:
-    """What is attention by its name and does not ask the interface.
+    """Modules that are attention by their name and do not ask the interface.
 
-    If others ask, a name is not enough, which linear attention has too: it must have a layer and the decoder's config.
+    If others ask, a name is not enough, because linear attention has such a name too. The module must then have a layer
+    and the decoder's config.
     """
     named = {name: module for name, module in root.named_modules() if _is_named_attention(module)}
     unreached = {}
@@ -127,7 +129,7 @@ def _way_in(root: PreTrainedModel, module: nn.Module) -> str:
 
 
 def _why_none(root: PreTrainedModel, decoder: PreTrainedConfig) -> str:
-    """Why a model has no causal self-attention, where all attention that there is asks the interface."""
+    """Why a model has no causal self-attention, if all of its attention asks the interface."""
     asking = [module for module in root.modules() if dispatch_scope(module) is not None]
     if not asking:
         return "has no attention: no module asks Transformers' attention interface, and none is called attention"
@@ -149,7 +151,7 @@ def _name(module: nn.Module) -> str:
 
 
 def _why_unserved(attention: dict[str, nn.Module]) -> str | None:
-    """Why a patch would not compute what the model computes; None if nothing is found that it could change."""
+    """Why a patched model would not compute what the model computes; None if no reason is found."""
     layers: dict[int, str] = {}
     for name, module in attention.items():
         layer = _layer_of(module)
@@ -169,14 +171,14 @@ def _why_unserved(attention: dict[str, nn.Module]) -> str | None:
 
 
 def _asks_by_name(module: nn.Module) -> bool:
-    """Whether a module's own code has the name of an implementation in it, beside asking the interface."""
-    if getattr(module, "reorder_and_upcast_attn", None) is False:  # the one thing that GPT-2 wants to know it for
+    """Whether a module's own code contains the name of an implementation, in addition to asking the interface."""
+    if getattr(module, "reorder_and_upcast_attn", None) is False:  # GPT-2 needs the name only for this option
         return False
     return any(not _IMPLEMENTATIONS.isdisjoint(_strings(code)) for code in _codes(module))
 
 
 def _codes(module: nn.Module) -> Iterator[CodeType]:
-    """The code of a module's forward and of the methods of its class; not of how it is made."""
+    """The code of a module's forward and of the methods of its class, without `__init__`."""
     forward = getattr(_forward_of(module), "__code__", None)
     if forward is not None:
         yield forward
@@ -188,7 +190,7 @@ def _codes(module: nn.Module) -> Iterator[CodeType]:
 
 
 def _strings(code: CodeType) -> Iterator[str]:
-    """The strings of a function, in tuples and sets and in functions within it too."""
+    """The strings of a function, including those in tuples, sets and inner functions."""
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _strings(constant)
@@ -198,7 +200,7 @@ def _strings(code: CodeType) -> Iterator[str]:
 
 
 def _asks_for_a_tensor(module: nn.Module) -> bool:
-    """Whether a forward asks `isinstance(mask, torch.Tensor)`."""
+    """Whether a forward calls `isinstance(mask, torch.Tensor)`."""
     code = getattr(_forward_of(module), "__code__", None)
     loaded = [str(instruction.argval) for instruction in dis.get_instructions(code)] if code is not None else []
     asked = zip(loaded, loaded[1:], loaded[2:], loaded[3:], strict=False)

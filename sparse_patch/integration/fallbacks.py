@@ -10,12 +10,12 @@ from sparse_patch.kernels.availability import prefers_triton
 from sparse_patch.plans import Dense
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Tensors among the keyword arguments that leave the arithmetic of attention as it is. Any other one makes a call dense.
+# Tensor arguments that do not change the arithmetic of attention. Any other tensor argument makes a call dense.
 _HARMLESS_TENSORS = frozenset({"position_ids", "cache_position", "text_position_ids", "labels", "input_ids"})
 
 
 def dense_by_design(request: Request, phase: Phase) -> Dense | None:
-    """Dense because the configuration or the model wants it so."""
+    """Dense because the configuration or the model wants it."""
     state = request.state
     method = state.config.method(phase)
     if method is None:
@@ -30,7 +30,7 @@ def dense_by_design(request: Request, phase: Phase) -> Dense | None:
 
 
 def why_unsupported(request: Request, ring: RingLayer | None = None) -> Dense | None:
-    """Dense because no sparse path can serve the call; with a ring its keys are only those of the forward."""
+    """Dense because no sparse path can serve the call. With a ring, the call has only the keys of the forward."""
     module, mask, tensors, kwargs = request.module, request.mask, request.tensors, request.kwargs
     if not isinstance(mask, LazyMask):
         made = "mask tensor passed by the caller or computed by the model"
@@ -67,7 +67,7 @@ def why_unsupported(request: Request, ring: RingLayer | None = None) -> Dense | 
 
 
 def _unknown_in_a_graph(mask: LazyMask) -> Dense | None:
-    """Dense because a mask that a graph makes itself cannot be read on the host."""
+    """Dense because a mask made inside a graph cannot be read on the host."""
     if mask.is_prepared:
         return None
     if not mask.is_plain_causal:
@@ -82,8 +82,8 @@ def _unknown_in_a_graph(mask: LazyMask) -> Dense | None:
 def untraceable(request: Request, phase: Phase) -> Dense | None:
     """Dense because `torch.compile` cannot trace what plans or executes the call.
 
-    It traces decode, and spans, wherever they run. Other plans for prefill are lists of blocks, which Triton's kernels
-    read on the device and other backends on the host.
+    `torch.compile` traces decode and spans on every backend. Other plans for prefill are lists of blocks. Triton's
+    kernels read these lists on the device, other backends read them on the host.
     """
     method = request.state.methods.get("prefill")
     if phase == "decode" or not torch.compiler.is_compiling() or (method and method.retention):

@@ -1,4 +1,4 @@
-"""What the layers of one forward share. It travels with the mask of the forward, so threads never meet in it."""
+"""What the layers of one forward share. It travels with the mask of the forward, so threads never share it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +16,10 @@ _ANEW = "the model was patched or unpatched while a forward ran; run the forward
 
 @dataclass(eq=False)
 class PatchMark:
-    """Tells one patch of a model from the next.
+    """Distinguishes one patch of a model from the next.
 
     Attributes:
-        active: whether the model still has it.
+        active: whether the model still has this patch.
     """
 
     active: bool = True
@@ -30,12 +30,13 @@ class Forward:
     """One forward pass of a decoder.
 
     Attributes:
-        config: the config that its masks were made by; unpatching takes the hook's name out of it.
-        cache: the cache that it uses; None without one, and before the first attention module is reached.
-        prompt: what `generate` reads first, if it made the forward; never inside a compiled graph, which serves any.
-        patch: the patch that its layers run under.
+        config: the config that the masks were made with; unpatching removes the hook's name from it.
+        cache: the cache of the forward; None without a cache, and before the first attention module is reached.
+        prompt: the prompt that `generate` reads, if `generate` made the forward. Always None inside a compiled graph,
+            which serves any prompt.
+        patch: the patch that the layers run under.
         forward_state: what methods pass on from layer to layer.
-        gave_way: layers of the cache that were rings when they handed their keys over, and are no more.
+        gave_way: layers of the cache that were rings when they handed over their keys, and are no longer rings.
     """
 
     config: Any = None
@@ -46,10 +47,10 @@ class Forward:
     gave_way: set[int] = field(default_factory=set)
 
     def join(self, patch: PatchMark) -> None:
-        """An attention module with a patch is about to run in this forward.
+        """Note that a patched attention module is about to run in this forward.
 
         Raises:
-            PatchError: the model was unpatched, maybe patched anew, since the forward began.
+            PatchError: since the forward began, the model was unpatched, and possibly patched again.
         """
         if self.patch is patch and patch.active:
             return
@@ -60,12 +61,12 @@ class Forward:
         self.patch = patch
 
     def use(self, cache: Any) -> None:
-        """An attention module is about to run with a cache, or with none."""
+        """Note that an attention module is about to run with a cache, or without one."""
         if cache is not self.cache:
             self.cache = cache
             self.prompt = None if torch.compiler.is_compiling() else prompt_of(cache)
 
     def check_patched(self) -> None:
-        """Raise PatchError if the model was unpatched since an attention module with a patch ran in this forward."""
+        """Raise PatchError if the model was unpatched since a patched attention module ran in this forward."""
         if self.patch is not None and not self.patch.active:
             raise PatchError(_ANEW)

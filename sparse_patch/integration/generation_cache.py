@@ -20,21 +20,21 @@ from sparse_patch.tensor_parallel import HeadShard
 
 
 def span_cache(model: nn.Module, max_length: int) -> DynamicCache:
-    """The cache that `generate` makes for a model as it is patched, for forwards of your own or for a longer text.
+    """The cache that `generate` makes for a model under its current patch, for your own forwards or for a longer text.
 
-    Layers whose decode method has spans (`moa`, `duoattention`, `streamingllm`) keep what these have and forget the
-    rest; the others keep everything.
+    Layers whose decode method has spans (`moa`, `duoattention`, `streamingllm`) keep the keys of the spans and forget
+    the rest. The other layers keep everything.
 
     Args:
         model: the model, patched or not.
-        max_length: tokens of prompt and answer together, padding included, in all turns.
+        max_length: tokens of prompt and answer together, including padding, in all turns.
 
     Returns:
-        An empty cache, for this model while it is patched so.
+        An empty cache, for this model as long as it has this patch.
 
     Raises:
-        PatchError: the model is none of Transformers.
-        SparsePatchError: `max_length` is no number of tokens.
+        PatchError: the model is not a Transformers model.
+        SparsePatchError: `max_length` is not a positive integer.
     """
     root = transformers_model(model)
     if not isinstance(max_length, int) or max_length < 1:
@@ -45,7 +45,7 @@ def span_cache(model: nn.Module, max_length: int) -> DynamicCache:
 
 
 def spans_of(root: PreTrainedModel) -> dict[int, SpansOf]:
-    """The spans of the layers that decode by spans and can have a ring, by layer."""
+    """By layer, the spans of the layers that decode by spans and can have a ring."""
     config = root.config.get_text_config(decoder=True)
     with PATCHING:
         modules = patch_of(root).attention if is_patched(root) and can_forget(config) else []
@@ -60,7 +60,7 @@ def spans_of(root: PreTrainedModel) -> dict[int, SpansOf]:
 
 
 def _spans_here(retention: Retention, shard: HeadShard, layer: int, in_all: int, length: int, kv_heads: int) -> Spans:
-    """The spans of the `kv_heads` KV heads that this process has of a layer's `in_all`."""
+    """The spans of the `kv_heads` KV heads that this process has, out of a layer's `in_all`."""
     return retention.spans_of(shard.of_layer(kv_heads, in_all), layer, length, kv_heads)
 
 
@@ -72,20 +72,20 @@ def prepare_cache(
     batch_size: int,
     max_cache_length: int,
 ) -> None:
-    """What `generate` makes when the user passes no cache, with layers that do not copy and that have a `KVState`.
+    """Make the cache of `generate` if the user passes none, with layers that do not copy and that have a `KVState`.
 
-    Where candidates are taken back (assisted decoding) every layer keeps everything.
+    If candidates are taken back (assisted decoding), every layer keeps everything.
     """
     given = model_kwargs.get("past_key_values")
     prepare_cache_of_class(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     cache = model_kwargs.get("past_key_values")
     if not isinstance(cache, Cache):
         return
-    is_assistant = bool(getattr(generation_config, "is_assistant", False))  # says who generates the candidates
+    is_assistant = bool(getattr(generation_config, "is_assistant", False))  # this model makes the candidates
     verifies = generation_mode == GenerationMode.ASSISTED_GENERATION
     if given is None:
         adopt(cache, None if is_assistant or verifies else spans_of(self), max_cache_length)
-    if not (is_assistant and prompt_of(given)):  # an assistant is asked again and again about one text
+    if not (is_assistant and prompt_of(given)):  # an assistant is called again and again with the same text
         end = _prompt_length(generation_config, model_kwargs)
         note_prompt(cache, None if end is None else Prompt(end, verifies))
     for layer in cache.layers:
@@ -94,7 +94,7 @@ def prepare_cache(
 
 
 def _prompt_length(generation_config: Any, model_kwargs: dict[str, Any]) -> int | None:
-    """Tokens of the prompt, with those that the cache has and padding; None where `generate` does not say."""
+    """Tokens of the prompt, including those in the cache and padding; None if `generate` does not say."""
     mask = model_kwargs.get("attention_mask")
     if mask is not None:
         return int(mask.shape[1])

@@ -1,8 +1,8 @@
 """The hook: the attention function that Transformers calls on a patched model.
 
-It turns module, tensors and mask into an `AttentionCall`, asks the layer's method for a plan and has an op execute it.
-Whatever a sparse path cannot serve goes, counted with its reason, to the implementation that the model had before, with
-the very mask that this implementation would have got.
+The hook turns module, tensors and mask into an `AttentionCall`, asks the layer's method for a plan and has an op
+execute the plan. A call that no sparse path can serve is counted with its reason and goes to the implementation that
+the model had before, with exactly the mask that this implementation would have got.
 """
 
 from collections.abc import Callable
@@ -39,18 +39,18 @@ _SPANS: Slot[SpanPlan] = Slot("plan of rings")
 
 
 def register(unpatched: str | None) -> None:
-    """Register the hook with Transformers, for models that had an implementation; doing it again changes nothing."""
+    """Register the hook with Transformers, for models that had a given implementation. Calling again has no effect."""
     for kind, mask_function in {HOOK: lazy_mask, ON_KERNELS: lazy_mask_for_kernels}.items():
         AttentionInterface.register(hook_name(unpatched, kind), sparse_attention)
         AttentionMaskInterface.register(hook_name(unpatched, kind), mask_function)
 
 
 def join_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-    """Before the forward of an attention module: tell the mask which cache is used. The hook is told the mask only.
+    """Before the forward of an attention module: tell the mask which cache is used. The hook itself gets only the mask.
 
-    The arguments have other names in some models (`layer_past`, ...), so they are known by what they are. While another
-    thread patches or unpatches the model PyTorch may call this without `kwargs`, or when the state is gone: attention
-    is not patched then.
+    The arguments have other names in some models (`layer_past`, ...), so they are recognised by their type. While
+    another thread patches or unpatches the model, PyTorch may call this without `kwargs`, or after the state is gone.
+    Attention is then not patched.
     """
     state: LayerState | None = getattr(module, "sparse_patch", None)
     if state is None or kwargs is None:
@@ -69,7 +69,7 @@ def join_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _announce(cache: Cache, layer: int, mask: LazyMask | None) -> None:
-    """Tell a layer of a cache that a forward is coming; without a lazy mask nobody will know of it in the hook."""
+    """Tell a layer of a cache that a forward is coming. Without a lazy mask the hook cannot know the cache."""
     ring = ring_of(cache, layer)
     if ring is not None:
         if ring.is_left_behind or (ring.is_empty and mask is None):
@@ -92,21 +92,21 @@ def sparse_attention(
     """The attention function that is registered with Transformers (see its AttentionInterface).
 
     Args:
-        module: the attention module. One without a patch, of a model made from a patched one's config, is dense.
+        module: the attention module. A module without a patch is dense; its model was made from a patched one's config.
         query: `[B, Hq, Sq, D]`.
         key: `[B, Hkv, Skv, D]`, everything the cache returns.
         value: `[B, Hkv, Skv, Dv]`.
-        attention_mask: a `LazyMask`, or what the caller passed in its place.
+        attention_mask: a `LazyMask`, or what the caller passed instead.
         scaling: factor on the logits; None for `D ** -0.5`.
 
     Returns:
-        The output `[B, Sq, Hq, Dv]`, and the attention weights where the implementation that the model had gives them.
+        The output `[B, Sq, Hq, Dv]`, and the attention weights if the model's previous implementation gives them.
 
     Raises:
-        PatchError: the cache is a paged one, which goes around the mask, or the model was patched anew or unpatched
-            while the forward ran.
-        UnsupportedCallError: the method cannot serve the call, and the configuration says `on_unsupported: error`, or a
-            ring has forgotten the keys that a dense call needs.
+        PatchError: the cache is a paged one, which bypasses the mask; or the model was patched again or unpatched while
+            the forward ran.
+        UnsupportedCallError: the method cannot serve the call, and the configuration says `on_unsupported: error`; or a
+            ring has forgotten keys that a dense call needs.
     """
     if kwargs.get("cache") is not None:
         raise PatchError("continuous batching does not work on a patched model; use generate, or unpatch_model first")
@@ -116,12 +116,12 @@ def sparse_attention(
     request = Request(state, module, query, key, value, attention_mask, scaling, kwargs)
     if not query.is_cuda or torch.compiler.is_compiling():
         return _dispatch(request)
-    with torch.cuda.device(query.get_device()):  # Triton launches on the current device; a model may lie on several
+    with torch.cuda.device(query.get_device()):  # Triton launches on the current device; a model may be on several
         return _dispatch(request)
 
 
 def _dispatch(request: Request) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`sparse_attention`, on the device of its tensors."""
+    """Run `sparse_attention` with the device of its tensors as the current one."""
     state, mask = request.state, request.mask
     if not isinstance(mask, LazyMask):
         return _attend(request)
@@ -134,7 +134,7 @@ def _dispatch(request: Request) -> tuple[torch.Tensor, torch.Tensor | None]:
         attended = _attend(request)
         _fill(request, ring)
         return attended
-    if state.cache_layer in mask.forward.gave_way:  # the layer attends twice; the keys are the forward's own still
+    if state.cache_layer in mask.forward.gave_way:  # the layer attends twice; the keys are still only the forward's own
         request = replace(request, mask=mask.alone)
     queries = request.mask.queries_of_prompt
     if queries is not None and _decides_in_some_phase(request):
@@ -143,7 +143,7 @@ def _dispatch(request: Request) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _fill(request: Request, ring: RingLayer) -> None:
-    """After the first forward: begin the ring, or keep every token if a ring could not serve the forwards to come."""
+    """After the first forward: begin the ring, or keep every token if a ring could not serve later forwards."""
     serves = torch.compiler.is_compiling() or ring.hands_over(request.key, request.value)  # a graph has no identities
     if not (serves and _in_one_precision(request, partial(_begin, ring))):
         keep_all(request.mask.forward.cache, request.state.cache_layer)
@@ -159,9 +159,9 @@ def _begin(ring: RingLayer, request: Request) -> bool:
 
 
 def _attend_in_parts(request: Request, queries: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A forward that begins with the last `queries` tokens of a prompt and goes on with candidates to verify.
+    """Attend in a forward that has the last `queries` tokens of a prompt and then candidates to verify.
 
-    The prompt comes out as it does without candidates, and those are decoded.
+    The prompt gives the same output as without candidates, and the candidates are decoded.
     """
     query, key, value = request.tensors
     mask, of_candidates = request.mask.parted(queries)
@@ -172,18 +172,18 @@ def _attend_in_parts(request: Request, queries: int) -> tuple[torch.Tensor, torc
 
 
 def _decides_in_some_phase(request: Request) -> bool:
-    """Whether a method of the configuration has a say in calls of this layer."""
+    """Whether a method of the configuration decides about calls of this layer, in some phase."""
     return not request.wants_weights and any(dense_by_design(request, phase) is None for phase in PHASES)
 
 
 def _attend(request: Request) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`sparse_attention` where all keys are at hand."""
+    """`sparse_attention` if all keys are available."""
     output = _in_one_precision(request, _attend_by_plan)
     return attend_densely(request) if output is None else (output, None)
 
 
 def _in_one_precision(request: Request, attend: Callable[[Request], T]) -> T:
-    """What `attend` gives; where autocast is on, for tensors that were cast once, and with nothing cast after that."""
+    """The result of `attend`. With autocast, the tensors are cast once before, and nothing is cast after that."""
     device = request.query.device.type
     if not torch.is_autocast_enabled(device):
         return attend(request)
@@ -193,7 +193,7 @@ def _in_one_precision(request: Request, attend: Callable[[Request], T]) -> T:
 
 
 def _attend_by_plan(request: Request) -> torch.Tensor | None:
-    """What the plan of a call gives, `[B, Sq, Hq, Dv]`; None for what the model did before it was patched."""
+    """The output of a call by its plan, `[B, Sq, Hq, Dv]`; None if the unpatched implementation should attend."""
     state, mask, phase = request.state, request.mask, _phase(request)
     kv_state = kv_state_of(mask.forward.cache, state.cache_layer) if isinstance(mask, LazyMask) else None
     dense, unserved = dense_by_design(request, phase), None
@@ -221,16 +221,16 @@ def _attend_by_plan(request: Request) -> torch.Tensor | None:
 
 
 def _attend_to_ring(ring: RingLayer, request: Request) -> torch.Tensor:
-    """A forward after others on a ring, the next chunk of a prompt or a token: the output `[B, Sq, Hq, Dv]`.
+    """The output `[B, Sq, Hq, Dv]` of a later forward on a ring: the next chunk of a prompt, or a token.
 
-    The ring says what is read, whatever the method of the phase: nothing else is there.
+    The ring decides what is read, whatever the method of the phase, because there are no other keys.
     """
     state, mask, phase, backend = request.state, request.mask, _phase(request), request.state.config.backend
     unserved = why_unsupported(request, ring)
     if unserved is not None:
         raise _refusal(state, ring, phase, unserved.reason)
     dtype = request.query.dtype
-    held = ring.holding(dtype)  # another one if autocast was on when it was filled, and is off now, or the other way
+    held = ring.holding(dtype)  # differs if autocast was switched on or off since the ring was filled
     if held != dtype:
         request = request.having(tensor.to(held) for tensor in request.tensors)
     call = _attention_call(request, phase, kv_state=None)
@@ -243,7 +243,7 @@ def _attend_to_ring(ring: RingLayer, request: Request) -> torch.Tensor:
 
 
 def _refusal(state: LayerState, ring: RingLayer, phase: Phase, reason: str) -> UnsupportedCallError:
-    """What is raised in place of dense attention; the ring is as it was before the forward."""
+    """The error to raise instead of dense attention. The ring is put back to its state before the forward."""
     ring.take_back()
     return UnsupportedCallError(
         f"{state.name}: {phase}: {reason}: not served by a span cache, which has forgotten keys that dense attention "
@@ -252,7 +252,7 @@ def _refusal(state: LayerState, ring: RingLayer, phase: Phase, reason: str) -> U
 
 
 def _ring_plan(ring: RingLayer, call: AttentionCall, mask: LazyMask) -> SpanPlan:
-    """What a forward reads of all tokens ever seen. Layers of the same spans share it, and with it what is counted."""
+    """What a forward reads of all tokens ever seen. Layers with the same spans share the plan and its counts."""
     assert ring.layout is not None
     sinks, windows = ring.layout.sinks, ring.layout.windows
     _, heads, q_length, _ = call.q.shape
@@ -298,14 +298,14 @@ def _attention_call(request: Request, phase: Phase, kv_state: KVState | None) ->
 
 
 def _split(state: LayerState, heads: int) -> HeadShard | None:
-    """The part of the layer's heads that this process has; None where no heads are split."""
+    """The part of the layer's heads that this process has; None if the heads are not split."""
     if state.shard.size == 1:
         return None
     return state.shard.of_layer(heads, state.original_config.num_attention_heads)
 
 
 def _remember(state: LayerState, call: AttentionCall | None, kv_state: KVState | None) -> None:
-    """Keep what the decode method keeps in step with the keys; where it cannot see them it must start again."""
+    """Keep the decode method's state in step with the keys. If the method cannot see the keys, it must start again."""
     if not state.keeps_state or kv_state is None:
         return
     if call is None:
@@ -316,7 +316,7 @@ def _remember(state: LayerState, call: AttentionCall | None, kv_state: KVState |
 
 
 def decode_step(call: AttentionCall, plan: SparsePlan, method: BoundMethod | None, backend: str) -> Attended:
-    """Attend by a plan, and let the decode method that asked for logits select by them."""
+    """Attend by a plan. If the decode method asked for logits, let it select by them."""
     attended = table.attend(call, plan, backend)
     _select(call, attended, method)
     return attended
@@ -333,7 +333,7 @@ def _with_sinks(request: Request, attended: Attended) -> Attended:
 
 
 def _attend_sparsely(request: Request, call: AttentionCall, plan: SparsePlan) -> torch.Tensor:
-    """Attend and record: the output `[B, Sq, Hq, Dv]`."""
+    """Attend by a plan and count the call; return the output `[B, Sq, Hq, Dv]`."""
     state = request.state
     attended = table.attend(call, plan, state.config.backend, return_lse=request.sinks is not None)
     attended = _with_sinks(request, attended)
@@ -348,7 +348,7 @@ def _may_be_best(request: Request) -> bool:
 
 
 def _attend_at_best(request: Request, call: AttentionCall) -> torch.Tensor | None:
-    """`dense: best`: the output `[B, Sq, Hq, Dv]` of the fastest dense kernel; None if none is faster or serves."""
+    """`dense: best`: the output `[B, Sq, Hq, Dv]` of the fastest dense kernel; None if no faster kernel serves."""
     kernel, attended, state = None, None, request.state
     if call.phase == "decode":
         plan = PagePlan.every(call)

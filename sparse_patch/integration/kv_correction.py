@@ -1,8 +1,8 @@
-"""Periodic KV-cache correction: the tokens that were decoded sparsely are read once more, densely.
+"""Periodic KV-cache correction: the sparsely decoded tokens are read once more, densely.
 
 Keys and values of a sparsely decoded token carry the error of the layers below. TidalDecode (arXiv 2410.05076, section
-on KV cache correction; in neither of its public codes) recomputes them every so many tokens: a dense forward of the
-tokens since the last correction, at their own positions, writes their keys and values anew.
+on KV cache correction; in neither of its public codes) recomputes them periodically: after a fixed number of tokens, a
+dense forward of the tokens since the last correction, at their own positions, writes their keys and values again.
 """
 
 import warnings
@@ -17,19 +17,19 @@ from sparse_patch.call import KVState, TensorSlot
 from sparse_patch.integration.caches.lookup import kv_state_of
 
 _CORRECTION = TensorSlot("kv correction")
-_TOKENS = "since the correction"  # int64 [B, n], beside the keys of the first layer: they follow its rows
+_TOKENS = "since the correction"  # int64 [B, n], kept with the keys of the first layer, so they follow its rows
 
 
 class Correction:
-    """A forward pre-hook of the model that corrects the cache before the step after every `period` sparse ones.
+    """A forward pre-hook of the model that corrects the cache after every `period` sparse steps, before the next step.
 
-    Only for caches of which the host knows the length and every layer can be cut and has a `KVState`: those that
-    `generate` makes on a patched model, unless static or of a model with sliding windows or recurrent layers. Tokens
-    that come several at a time are dense and need no correction.
+    A cache is corrected if the host knows its length, and every layer can be cut and has a `KVState`. These are the
+    caches that `generate` makes on a patched model, unless they are static or the model has sliding windows or
+    recurrent layers. Tokens that come several at a time are dense and need no correction.
 
     Attributes:
-        period: tokens between corrections.
-        warns: whether to say that a cache of `generate` cannot be corrected.
+        period: number of tokens between corrections.
+        warns: whether to warn that a cache of `generate` cannot be corrected.
     """
 
     def __init__(self, period: int, warns: bool) -> None:
@@ -37,7 +37,7 @@ class Correction:
         self.warns = warns
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        """See `torch.nn.Module.register_forward_pre_hook` with `with_kwargs`, and `join_forward` for calls without."""
+        """See `torch.nn.Module.register_forward_pre_hook` with `with_kwargs`; without `kwargs` see `join_forward`."""
         if kwargs is None or torch.compiler.is_compiling():
             return
         cache: Any = kwargs.get("past_key_values")
@@ -54,7 +54,7 @@ class Correction:
         kv_state.of(_CORRECTION)[_TOKENS] = torch.cat([decoded, ids], dim=1)
 
     def _first_state(self, cache: Any) -> KVState | None:
-        """The state of the first layer, which has the tokens; None if the cache cannot be corrected."""
+        """The state of the first layer, which holds the tokens; None if the cache cannot be corrected."""
         states = [kv_state_of(cache, layer) for layer in range(len(getattr(cache, "layers", ())))]
         if not any(states):
             return None
@@ -65,7 +65,7 @@ class Correction:
 
     @torch.no_grad()
     def _correct(self, model: nn.Module, cache: Any, ids: torch.Tensor, step: dict[str, Any]) -> None:
-        """Read the tokens again; `step` are the arguments of the forward of the token that comes after them."""
+        """Read the tokens again. `step` holds the arguments of the forward of the token that comes after them."""
         mask, position = step.get("attention_mask"), step.get("position_ids")
         if mask is not None and mask.ndim == 2:
             mask = mask[:, :-1]
@@ -77,7 +77,7 @@ class Correction:
 
 
 def _decoded(kv_state: KVState, ids: torch.Tensor, length: int) -> torch.Tensor:
-    """The tokens of a cache of some length that were decoded since its correction, `[B, n]`; `ids` come next."""
+    """The tokens decoded since the last correction, `[B, n]`, in a cache of `length` tokens; `ids` come next."""
     decoded, number = kv_state.of(_CORRECTION).get(_TOKENS), length - kv_state.corrected
     if decoded is not None and len(decoded) == len(ids) and 0 <= number <= decoded.shape[1]:
         return decoded[:, :number]  # fewer than before if the cache was cut
@@ -87,7 +87,7 @@ def _decoded(kv_state: KVState, ids: torch.Tensor, length: int) -> torch.Tensor:
 
 @contextmanager
 def _at_rest(cache: Any) -> Iterator[None]:
-    """The forward with this cache in a `with` block is dense; other forwards of the model are not concerned."""
+    """Make forwards with this cache dense in a `with` block. Other forwards of the model are not affected."""
     states = [kv_state for layer in range(len(cache.layers)) if (kv_state := kv_state_of(cache, layer)) is not None]
     for kv_state in states:
         kv_state.at_rest = True

@@ -22,25 +22,25 @@ AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 class LayerState:
     """What a patched attention module carries, as its attribute `sparse_patch`.
 
-    It is the same for all forwards; what belongs to one travels with that forward's mask and cache. The counts are the
-    only thing that a forward changes.
+    The state is the same for all forwards. What belongs to one forward travels with that forward's mask and cache. A
+    forward changes only the counts.
 
     Attributes:
         name: dotted path of the module in its model.
         layer: index of the layer.
-        cache_layer: index of the layer whose keys it reads: its own, but where layers share keys.
-        kind: its attention in the model itself, "full", "sliding", ...
+        cache_layer: index of the layer whose keys it reads; differs from `layer` if layers share keys.
+        kind: kind of attention that the layer has in the model: "full", "sliding", ...
         config: the configuration; shared by all layers.
-        patch: tells this patch of the model from others; shared by all layers.
-        methods: the methods that plan its calls, by phase; it is dense in the other phases.
+        patch: distinguishes this patch of the model from others; shared by all layers.
+        methods: the methods that plan the layer's calls, by phase; the layer is dense in the other phases.
         original_config: the Transformers config that the module has without the patch.
         dense: the attention function of the implementation that the model had before.
         warned: reasons that were warned about; shared by all layers.
-        shard: the heads that this process has, where tensor parallelism splits them; shared by all layers.
+        shard: the heads that this process has, if tensor parallelism splits them; shared by all layers.
         counts: what was computed, for the report.
-        captured: when not None, the plans of the calls that ran, newest last.
+        captured: the plans of the calls that ran, newest last; None if they are not captured.
         decoder: the method that plans decode; None if decode is dense.
-        has_weights: whether the implementation that the model had gives attention weights.
+        has_weights: whether the implementation that the model had before gives attention weights.
     """
 
     name: str
@@ -65,5 +65,5 @@ class LayerState:
 
     @property
     def keeps_state(self) -> bool:
-        """Whether the decode method maintains tensors beside the keys."""
+        """Whether the decode method maintains per-layer state in the cache."""
         return self.decoder is not None and self.decoder.keeps_state

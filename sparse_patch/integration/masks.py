@@ -1,4 +1,4 @@
-"""The lazy mask: what the mask of a forward is, without building it (a dense one is 16 GiB at 128k tokens)."""
+"""The lazy mask: describes the mask of a forward without building it (a dense mask is 16 GiB at 128k tokens)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,15 +16,15 @@ from sparse_patch.ops.attention.span_ring import tokens_before
 from sparse_patch.plans.once import once
 from sparse_patch.report import Work
 
-DECODE_MAX_QUERIES = 16  # speculative decoding verifies a few tokens at once: still decode
+DECODE_MAX_QUERIES = 16  # speculative decoding verifies a few tokens at once, which is still decode
 _ALL = slice(None)
 
 
 class TensorInWaiting:
-    """Behaves as the tensor that `tensor` makes where it is asked for more than its class has.
+    """Behaves like the tensor that `tensor` makes, if something is asked that the class itself does not have.
 
-    Decoders that compute on their mask between making it and attending (Doge, DeepSeek-V3.2, GLM-5) get what they had
-    unpatched, and hand a tensor on.
+    Some decoders compute on their mask between making it and attending (Doge, DeepSeek-V3.2, GLM-5). They get what they
+    get without the patch, and pass a tensor on.
     """
 
     def tensor(self) -> torch.Tensor:
@@ -39,7 +39,7 @@ class TensorInWaiting:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """See `torch.overrides`: a function of PyTorch gets the tensor."""
+        """Call a function of PyTorch with the tensor; see `torch.overrides`."""
         return func(*tree_map(_made, args), **tree_map(_made, kwargs or {}))
 
 
@@ -72,13 +72,13 @@ for _name in (
 class LazyMask(TensorInWaiting):
     """The arguments that Transformers hands to a mask function; the mask itself is built on demand.
 
-    One object serves all layers of a forward. It passes through Transformers where a 4-D mask tensor would. A model
-    that computes on its mask gets the tensor that it had unpatched (`TensorInWaiting`).
+    One object serves all layers of a forward. It passes through Transformers in place of a 4-D mask tensor. A model
+    that computes on its mask gets the tensor that it gets without the patch (`TensorInWaiting`).
     """
 
     arguments: dict[str, Any]
     forward: Forward
-    parent: "tuple[LazyMask, slice] | None" = None  # the mask that this one is some query rows of
+    parent: "tuple[LazyMask, slice] | None" = None  # the mask that this one is a part of, and which query rows it has
     is_prepared: bool = False  # for a graph, see `prepare_for_a_graph`
     _built: dict[str | None, torch.Tensor | None] = field(default_factory=dict)
     _derived: dict[Any, "LazyMask"] = field(default_factory=dict)  # on other devices, of other query rows
@@ -86,7 +86,7 @@ class LazyMask(TensorInWaiting):
     ndim = 4
 
     def tensor(self) -> torch.Tensor:
-        """The mask as a tensor, for a model that computes on it: what the implementation before the patch gets.
+        """The mask as a tensor, for a model that computes on it: the mask of the implementation before the patch.
 
         Raises:
             PatchError: the model was unpatched while the forward ran.
@@ -100,7 +100,7 @@ class LazyMask(TensorInWaiting):
         mask = self.build(name)
         if mask is not None:
             return mask
-        key = f"{name}, never skipped"  # the implementation would do without one; the model asks for it all the same
+        key = f"{name}, never skipped"  # the implementation needs no mask here, but the model asks for one
         if key not in self._built:
             self._built[key] = function(**{**self.arguments, "allow_is_causal_skip": False})
         made = self._built[key]
@@ -117,7 +117,7 @@ class LazyMask(TensorInWaiting):
 
     @property
     def kv_length(self) -> int:
-        """Keys that the cache returns; of a static cache the whole buffer."""
+        """Number of keys that the cache returns; for a static cache, the buffer size."""
         return int(self.arguments["kv_length"])
 
     @property
@@ -126,13 +126,13 @@ class LazyMask(TensorInWaiting):
 
     @property
     def padding(self) -> torch.Tensor | None:
-        """The 2-D padding mask of the batch, bool, or None."""
+        """The 2-D padding mask of the batch, bool; None without one."""
         padding: torch.Tensor | None = self.arguments["attention_mask"]
         return padding
 
     @property
     def window(self) -> int | None:
-        """Width of the window in sliding-window and chunked layers, None in full ones."""
+        """Width of the window in sliding-window and chunked layers; None in full layers."""
         window: int | None = self.arguments.get("local_size")
         return window
 
@@ -143,7 +143,7 @@ class LazyMask(TensorInWaiting):
         return self
 
     def to(self, device: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The mask on another device: accelerate calls this before a layer that lives elsewhere."""
+        """The mask on another device. Accelerate calls this before a layer that is on another device."""
         if torch.is_tensor(device):
             return self.tensor().to(device, *args, **kwargs)
         if isinstance(device, torch.dtype) or device is None or torch.device(device) == self.device:
@@ -158,7 +158,7 @@ class LazyMask(TensorInWaiting):
         return self._derived[device]
 
     def __getitem__(self, index: Any) -> Any:
-        """`mask[:, :, rows, :]` is lazy, which Gemma's KV-shared layers take; of anything else a tensor's part."""
+        """A lazy mask for `mask[:, :, rows, :]`, which Gemma's KV-shared layers use; for any other index a tensor."""
         if not _is_of_query_rows(index):
             return self.tensor()[index]
         start, stop, _ = index[2].indices(self.q_length)
@@ -166,7 +166,7 @@ class LazyMask(TensorInWaiting):
         return LazyMask({**self.arguments, **rows}, self.forward, (self, slice(start, stop)))
 
     def build(self, implementation: str | None) -> torch.Tensor | None:
-        """The mask that Transformers would have built for `implementation`, kept for the other layers."""
+        """The mask that Transformers would have built for `implementation`. It is kept for the other layers."""
         if implementation not in self._built:
             self._built[implementation] = self._build(implementation)
         return self._built[implementation]
@@ -186,11 +186,14 @@ class LazyMask(TensorInWaiting):
         if self.q_length == whole.q_length or (
             last_query and offset + 1 == self.kv_length + self.arguments["kv_offset"]
         ):
-            return None  # causality alone still says what is visible
+            return None  # only causality decides what is visible
         return function(**{**self.arguments, "allow_is_causal_skip": False})
 
     def prepare_for_a_graph(self, implementations: Sequence[str]) -> None:
-        """Compute what a compiled forward asks for: a graph cannot read it, or ties it to the objects of this step."""
+        """Compute in advance what a compiled forward asks for.
+
+        A graph cannot read these values itself, or would tie them to the objects of this step.
+        """
         for implementation in implementations if self.is_decode else ():
             self.build(implementation)
         _ = self.end_on_device, self.real_row_starts, self.tokens_before
@@ -199,16 +202,16 @@ class LazyMask(TensorInWaiting):
 
     @property
     def is_plain_causal(self) -> bool:
-        """Whether nothing but causality and padding decides what is visible."""
+        """Whether only causality and padding decide what is visible."""
         return self.arguments["mask_function"] is causal_mask_function
 
     @property
     def is_decode(self) -> bool:
-        """Whether the forward generates. Some rows of a forward are of the phase that the whole forward is.
+        """Whether the forward generates. A part of the query rows has the phase of the whole forward.
 
-        Inside `generate` it does once the prompt has been read, whatever the number of queries: assisted decoding may
-        verify many at once. Elsewhere, and with a static cache, which hides on the device how many tokens came before,
-        it does if few queries follow on a cache.
+        Inside `generate`, a forward generates once the prompt has been read, whatever the number of queries: assisted
+        decoding may verify many at once. Outside `generate`, a forward generates if it has few queries that follow
+        tokens in a cache. The same holds for a static cache, where the number of earlier tokens is only on the device.
         """
         if self.parent is not None:
             return self.parent[0].is_decode
@@ -222,9 +225,9 @@ class LazyMask(TensorInWaiting):
 
     @property
     def queries_of_prompt(self) -> int | None:
-        """How many of the first queries are the end of a prompt, if the others are candidates to verify; else None.
+        """The number of queries that end the prompt, if candidates to verify follow them; else None.
 
-        The first forward of assisted decoding reads the prompt and its first candidates at once.
+        The first forward of assisted decoding reads the prompt and the first candidates at once.
         """
         offset, prompt = self.arguments["q_offset"], self.forward.prompt
         if prompt is None or not prompt.verifies or torch.is_tensor(offset) or self.parent is not None:
@@ -233,7 +236,7 @@ class LazyMask(TensorInWaiting):
         return queries if 0 < queries < self.q_length else None
 
     def parted(self, queries: int) -> "tuple[LazyMask, LazyMask]":
-        """The masks of the first queries, over the keys up to them, and of the others."""
+        """The mask of the first `queries` queries, over the keys up to them, and the mask of the others."""
         first = {"q_length": queries, "kv_length": self.q_start + queries}
         others = {"q_length": self.q_length - queries, "q_offset": self.q_start + queries}
         for part in (first, others):
@@ -244,30 +247,30 @@ class LazyMask(TensorInWaiting):
 
     @once
     def q_start(self) -> int:
-        """Absolute position of the first query. With a static cache it is read from the device, once per forward."""
+        """Absolute position of the first query. With a static cache this is read from the device, once per forward."""
         return int(self.arguments["q_offset"])
 
     @once
     def end_on_device(self) -> torch.Tensor | None:
-        """Valid keys, int64 `[]`, where the cache is static and counts them on the device; None elsewhere."""
+        """Number of valid keys, int64 `[]`, if the cache is static and counts them on the device; else None."""
         offset = self.arguments["q_offset"]
         return (offset + self.q_length).reshape(()) if torch.is_tensor(offset) else None
 
     @property
     def fits(self) -> bool:
-        """Whether the queries lie within the keys, as far as the host knows without asking the device in decode."""
+        """Whether the queries lie within the keys. In static decode this is assumed, without a host sync."""
         if self.is_decode and self.end_on_device is not None:
             return True
         return self.q_start + self.q_length <= self.kv_length
 
     @once
     def row_starts(self) -> torch.Tensor | None:
-        """First real key of each row, int64 `[B]`; None when the batch came without a padding mask."""
+        """First real key of each row, int64 `[B]`; None if the batch has no padding mask."""
         return None if self.padding is None else self.padding.to(torch.uint8).argmax(-1)
 
     @once
     def _padding_facts(self) -> tuple[bool, bool]:
-        """(each row is padding and then tokens, some row is padded); read from the device, once per forward."""
+        """`(every row is padding followed by tokens, some row is padded)`; read from the device once per forward."""
         if self.padding is None or self.row_starts is None:
             return True, False
         padding = self.padding[:, : self.q_start + self.q_length]
@@ -282,25 +285,25 @@ class LazyMask(TensorInWaiting):
 
     @property
     def real_row_starts(self) -> torch.Tensor | None:
-        """`row_starts`, or None when no row turns out to be padded."""
+        """`row_starts`; None if no row is actually padded."""
         return self.row_starts if self._padding_facts[1] else None
 
     @once
     def tokens_before(self) -> torch.Tensor:
-        """Tokens that each row had before the forward, int64 `[B]`; see `span_ring.tokens_before`."""
+        """Tokens that each row had before the forward, int64 `[B]`; see `ops.attention.span_ring.tokens_before`."""
         seen = self.q_start if self.end_on_device is None else self.end_on_device - self.q_length
         return tokens_before(seen, self.real_row_starts, self.shape[0], self.device)
 
     @once
     def alone(self) -> "LazyMask":
-        """The mask of a forward with nothing before it, over its own keys; no tail of a static cache."""
+        """The mask of a forward with nothing before it, over only its own keys, without the tail of a static cache."""
         if self.kv_length == self.q_length:
             return self
         return LazyMask({**self.arguments, "q_offset": 0, "kv_length": self.q_length}, self.forward)
 
     @once
     def work(self) -> Work:
-        """How much a dense call of this forward does; on the host where that needs no reading from the device."""
+        """The work of a dense call of this forward; computed on the host if this needs no host sync."""
         batch, offset = self.shape[0], self.arguments["q_offset"]
         if self.row_starts is None and isinstance(offset, int):
             return _work(batch, offset, self.q_length, self.window)
@@ -319,41 +322,41 @@ def _work(batch: int, q_start: int, q_length: int, window: int | None) -> Work:
     causal = (end * (end + 1) - q_start * (q_start + 1)) // 2
     attended = causal
     if window is not None and end > window:
-        inside = max(window - q_start, 0)  # queries that see fewer keys than the window is wide
+        inside = max(window - q_start, 0)  # queries that see fewer keys than a whole window
         triangle = (window * (window + 1) - q_start * (q_start + 1)) // 2 if inside else 0
         attended = triangle + (q_length - inside) * window
     return Work(batch * q_length, batch * causal, batch * attended)
 
 
 def lazy_mask(**arguments: Any) -> LazyMask:
-    """The mask function that is registered with Transformers: keeps the arguments for later."""
+    """The mask function that is registered with Transformers. It keeps the arguments for later."""
     return _lazy_mask(arguments, ("sdpa", "eager"))
 
 
 def lazy_mask_for_kernels(**arguments: Any) -> LazyMask:
-    """The same for models whose decode steps run on kernels of ours: no mask is built ahead for every step."""
+    """`lazy_mask` for models whose decode steps run on our kernels: no mask is built in advance for every step."""
     return _lazy_mask(arguments, ())
 
 
 def _is_of_query_rows(index: Any) -> bool:
-    """Whether an index is `[:, :, rows, :]` with a slice of rows that follow on each other."""
+    """Whether an index is `[:, :, rows, :]` with a slice of consecutive rows."""
     if not (isinstance(index, tuple) and len(index) == 4 and all(isinstance(part, slice) for part in index)):
         return False
     return (*index[:2], index[3]) == (_ALL, _ALL, _ALL) and index[2].step in (None, 1)
 
 
 def _lazy_mask(arguments: dict[str, Any], ahead: Sequence[str]) -> LazyMask:
-    """`ahead`: implementations whose masks a compiled step may ask for."""
+    """Make a lazy mask. `ahead` names the implementations whose masks a compiled step may ask for."""
     mask = arguments.get("attention_mask")
-    if isinstance(mask, LazyMask):  # `generate` builds the masks of a static cache ahead
+    if isinstance(mask, LazyMask):  # `generate` builds the masks of a static cache in advance
         return mask
     if arguments["q_length"] == 1 and not torch.compiler.is_compiling() and adds_to_causal(arguments["mask_function"]):
-        # Tokens of an image see each other both ways; for a last token there is nothing behind it to see.
+        # Tokens of an image see each other in both directions; after the last token there is nothing to see.
         arguments = {**arguments, "mask_function": causal_mask_function}
     forward = Forward(arguments.get("config"))
     if not isinstance(arguments["q_offset"], torch.Tensor):
         return LazyMask(arguments, forward)
-    # With a static cache this is the cache's own counter, which moves on before attention runs.
+    # With a static cache the offset is the cache's own counter, which advances before attention runs.
     is_made_outside = not torch.compiler.is_compiling()
     mask = LazyMask({**arguments, "q_offset": arguments["q_offset"].clone()}, forward, is_prepared=is_made_outside)
     if is_made_outside:

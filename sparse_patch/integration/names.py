@@ -1,8 +1,8 @@
 """The names under which the hook is registered with Transformers as an attention implementation.
 
-A name has in it which implementation the model had before: a config that carries it still says what a model built
-from it computes, with nothing else at hand. Letters change their case in it (`sparse_patch:SDPA`), because Transformers
-takes any name with "flash" in it for a kernel of that kind.
+A name contains the implementation that the model had before. So a config with such a name still says what a model built
+from it computes, without further information. The name swaps the case of letters (`sparse_patch:SDPA`), because
+Transformers takes any name with "flash" in it for a flash-attention kernel.
 """
 
 HOOK = "sparse_patch"
@@ -10,17 +10,17 @@ ON_KERNELS = "sparse_patch_on_kernels"  # the same hook, on a model whose decode
 
 
 def hook_name(unpatched: str | None, kind: str = HOOK) -> str:
-    """The name of the hook on a model that had the implementation `unpatched`; None is Transformers' "eager"."""
+    """The name of the hook on a model that had the implementation `unpatched`; None means "eager"."""
     return f"{kind}:{(unpatched or 'eager').swapcase()}"
 
 
 def is_hook(name: str | None) -> bool:
-    """Whether an implementation's name is one of the hook's."""
+    """Whether an implementation's name is a name of the hook."""
     return name is not None and name.partition(":")[0] in (HOOK, ON_KERNELS)
 
 
 def unpatched_name(name: str | None) -> str:
-    """The implementation that a model has without a patch: what a name of the hook says, or the name itself."""
+    """The implementation that a model has without a patch: the one in a name of the hook, or else the name itself."""
     if name is None:
         return "eager"
     return name.partition(":")[2].swapcase() if is_hook(name) else name

@@ -1,4 +1,4 @@
-"""Looking at the attention calls of a model through the hook that sparse methods use."""
+"""Observe the attention calls of a model, through the hook that sparse methods use."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from sparse_patch.plans import Dense, Plan
 
 
 class _Observer(Method):
-    """Shows every prefill call to a function; the model stays dense."""
+    """Pass every prefill call to a function; the model stays dense."""
 
     phases = ("prefill",)
     summary = "looks on"
@@ -42,9 +42,10 @@ class _BoundObserver(BoundMethod):
 
 @contextmanager
 def observed(model: PreTrainedModel, see: Callable[[AttentionCall], None]) -> Iterator[None]:
-    """Call `see` for each prefill call that a sparse method could serve, in a `with` block, before it runs densely.
+    """In a `with` block, call `see` for each prefill call that a sparse method could serve, before it runs densely.
 
-    Layers with a sliding window always stay dense and are not seen. A call does not say which sinks the softmax has.
+    Layers with a sliding window always stay dense and are not observed. A call does not say which sinks the softmax
+    has.
 
     Raises:
         PatchError: the model is patched already, or cannot be.

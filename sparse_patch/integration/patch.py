@@ -1,4 +1,4 @@
-"""What a patched model carries, and how it is found on a model."""
+"""What a patched model carries, and how to find it on a model."""
 
 from dataclasses import dataclass
 from threading import RLock
@@ -28,8 +28,8 @@ class Patch:
         config: the configuration in force.
         attention: the patched attention modules, in the order of their layers.
         own_configs: the model's copies of Transformers configs.
-        holders: the modules that were given one of them.
-        hooks: what tells a forward which cache it uses, and what corrects that cache.
+        holders: the modules that were given one of these copies.
+        hooks: the hooks that tell a forward which cache it uses, and those that correct that cache.
         mark: tells forwards whether they still run under this patch.
     """
 
@@ -46,10 +46,10 @@ class OwnConfig:
     """A Transformers config that was replaced by a copy.
 
     Attributes:
-        original: what the model has without the patch.
-        copy: what it has instead.
-        attributes: those of the copy as they were when the model was patched.
-        hook: the kind of hook that the copy names, where attention reads it.
+        original: the config that the model has without the patch.
+        copy: the config that the model has instead.
+        attributes: the copy's attributes at the time the model was patched.
+        hook: the kind of hook that the copy names, if attention reads the copy; else None.
     """
 
     original: PreTrainedConfig
@@ -58,7 +58,7 @@ class OwnConfig:
     hook: str | None = None
 
     def name_hook(self, kind: str) -> None:
-        """Let attention that reads the copy call the hook."""
+        """Make attention that reads the copy call the hook."""
         unpatched = unpatched_name(implementation_of(self.original))
         register(unpatched)
         self.hook = kind
@@ -68,11 +68,11 @@ class OwnConfig:
                 copies_are_plain(type(config))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy of a patched model; one that was given another implementation since stays without the hook."""
+        """The state for a copy of a patched model. With another implementation set since, it has no hook."""
         return {**vars(self), "hook": self.hook if is_hook(implementation_of(self.copy)) else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A patched model was copied, or loaded whole, maybe where nothing was patched yet."""
+        """Restore a patched model that was copied or loaded whole, maybe where nothing was patched yet."""
         vars(self).update(state)
         if self.hook is not None:
             self.name_hook(self.hook)
@@ -85,12 +85,12 @@ class OwnConfig:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `patch_model` changed this model and `unpatch_model` did not change it back yet."""
+    """Whether `patch_model` changed this model and `unpatch_model` has not changed it back yet."""
     return isinstance(getattr(transformers_model(model), "sparse_patch", None), Patch)
 
 
 def states_on(model: nn.Module) -> list[LayerState]:
-    """The states of a patched model's layers, while no other thread unpatches it."""
+    """The states of a patched model's layers, read while no other thread can unpatch the model."""
     with PATCHING:
         return [state_of(module) for module in patch_of(transformers_model(model)).attention]
 
@@ -109,10 +109,10 @@ def config_of(module: nn.Module) -> PreTrainedConfig:
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:
-    """The Transformers model in a module: itself, or what a wrapper (a LoRA model, ...) holds.
+    """The Transformers model in a module: the module itself, or the model that a wrapper (a LoRA model, ...) holds.
 
     Raises:
-        PatchError: there is none.
+        PatchError: the module is no Transformers model and holds none.
     """
     if isinstance(model, nn.Module):
         for module in model.modules():

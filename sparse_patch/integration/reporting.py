@@ -1,4 +1,4 @@
-"""What a patched model says of itself: its report, and the plans of its calls."""
+"""What a patched model reports: its counts, and the plans of its calls."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
 
 
 def _remarks(states: Sequence[LayerState]) -> list[str]:
-    """What the methods say, each thing once, and which heads are counted; of any layer."""
+    """The remarks of the methods of all layers, each once, and which heads are counted."""
     methods = dict.fromkeys(method for state in states for method in state.methods.values())
     remarks = list(dict.fromkeys(remark for method in methods if (remark := method.remark())))
     state = states[0]
@@ -70,7 +70,7 @@ def reset_report(model: nn.Module) -> None:
 
 @contextmanager
 def uncounted(model: nn.Module) -> Iterator[None]:
-    """Leave what runs in a `with` block out of `sparsity_report`: warm-ups, trials of batch sizes.
+    """Leave what runs in a `with` block out of `sparsity_report`, such as warm-ups and trials of batch sizes.
 
     Raises:
         PatchError: the model is not patched.
@@ -88,7 +88,7 @@ def uncounted(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def capture_plans(model: nn.Module) -> Iterator[dict[int, list[tuple[Phase, Plan]]]]:
-    """Keep the plans of the calls that run in a `with` block, by layer, oldest first: for pictures and for tests.
+    """Keep the plans of the calls that run in a `with` block, by layer, oldest first; for pictures and tests.
 
     Raises:
         PatchError: the model is not patched.

@@ -1,4 +1,4 @@
-"""What the model asks of the hook: one call of attention, as Transformers makes it."""
+"""What the model asks of the hook: one attention call, as Transformers makes it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -10,22 +10,22 @@ from torch import nn
 from sparse_patch.integration.layer_state import LayerState
 from sparse_patch.integration.masks import LazyMask
 
-SINKS = "s_aux"  # the argument by which Transformers hands the logits of attention sinks on (gpt-oss)
+SINKS = "s_aux"  # the argument in which Transformers passes the logits of attention sinks (gpt-oss)
 
 
 @dataclass(eq=False)
 class Request:
-    """One call of attention; see `sparse_attention` for the arguments.
+    """One attention call; see `sparse_attention` for the arguments.
 
     Attributes:
-        state: what the module carries.
+        state: the state of the patched module.
         module: the attention module.
         query: `[B, Hq, Sq, D]`.
         key: `[B, Hkv, Skv, D]`, everything the cache returns.
         value: `[B, Hkv, Skv, Dv]`.
-        mask: a `LazyMask`, or what the caller passed in its place.
+        mask: a `LazyMask`, or what the caller passed instead.
         scaling: factor on the logits; None for `D ** -0.5`.
-        kwargs: the other arguments, by the names that Transformers gives them.
+        kwargs: the other arguments, by their names in Transformers.
     """
 
     state: LayerState
@@ -43,7 +43,7 @@ class Request:
 
     @property
     def sinks(self) -> torch.Tensor | None:
-        """The logits of attention sinks in the softmax, `[Hq]`; None for a model without."""
+        """The logits of attention sinks in the softmax, `[Hq]`; None for a model without sinks."""
         sinks: torch.Tensor | None = self.kwargs.get(SINKS)
         return sinks
 
@@ -54,14 +54,14 @@ class Request:
 
     @property
     def has_window(self) -> bool:
-        """Whether the layer is one with a sliding window or with chunks."""
+        """Whether the layer has a sliding window or chunks."""
         return bool(self.kwargs.get("sliding_window")) or (
             isinstance(self.mask, LazyMask) and self.mask.window is not None
         )
 
     @property
     def wants_weights(self) -> bool:
-        """Whether the attention weights are asked for; by the config only of a model whose implementation has them."""
+        """Whether the attention weights are asked for. The config counts only if the implementation can give them."""
         return bool(self.kwargs.get("output_attentions")) or (
             self.state.has_weights and bool(getattr(self.module.config, "output_attentions", False))
         )

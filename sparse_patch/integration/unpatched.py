@@ -1,4 +1,4 @@
-"""What a model computes without a patch: its config, its attention function, and a dense call as it was before."""
+"""What a model computes without a patch: its config, its attention function, and a dense call as before the patch."""
 
 import copyreg
 from copy import copy
@@ -17,7 +17,7 @@ from sparse_patch.integration.transformers_internals import IMPLEMENTATION, impl
 
 
 class _Unpatched:
-    """The module as its own attention function knows it: with the config it had before, everything else its own."""
+    """The module as its own attention function knows it: with its config before the patch, otherwise unchanged."""
 
     def __init__(self, module: nn.Module, config: Any) -> None:
         self._module = module
@@ -30,7 +30,7 @@ class _Unpatched:
 def attend_unpatched(
     module: nn.Module, tensors: tuple[torch.Tensor, ...], mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What a module computes that was made from a patched model's config and has no patch itself."""
+    """Attend for a module that was made from a patched model's config and has no patch itself."""
     if isinstance(mask, LazyMask):
         mask.forward.check_patched()
     config = unpatched_config(module.config)
@@ -38,7 +38,7 @@ def attend_unpatched(
 
 
 def unpatched_config(config: Any) -> Any:
-    """A config as it is without the patch: itself, or a copy with the implementation that the hook's name says."""
+    """A config as it is without the patch: itself, or a copy with the implementation in the hook's name."""
     if not is_hook(implementation_of(config)):
         return config
     config, name = copy(config), unpatched_name(implementation_of(config))
@@ -47,15 +47,15 @@ def unpatched_config(config: Any) -> Any:
 
 
 def copies_are_plain(kind: type[PreTrainedConfig]) -> None:
-    """Have configs of a class copied and pickled as they are without the patch: none leaves a model with its config.
+    """Make copies and pickles of a class's configs free of the patch, so that the patch never leaves with a config.
 
-    Only the class can say how its objects are pickled. Doing it again changes nothing.
+    Only the class can say how its objects are pickled. Calling again has no effect.
     """
     copyreg.pickle(kind, _reduced)
 
 
 def _reduced(config: PreTrainedConfig) -> Any:
-    """What pickle gets of a config, with the unpatched implementation."""
+    """The pickled form of a config, with the unpatched implementation."""
     reduced: Any = config.__reduce_ex__(4)
     make, args, state, *others = reduced
     name = state.get(IMPLEMENTATION)
@@ -63,7 +63,7 @@ def _reduced(config: PreTrainedConfig) -> Any:
 
 
 def unpatched_function(module: nn.Module, config: Any) -> AttentionFunction:
-    """The attention function of the implementation that a config of no patch names."""
+    """The attention function of the implementation that an unpatched config names."""
     scope = dispatch_scope(module)
     assert scope is not None, "a module that reached the hook asks the attention interface"
     function: AttentionFunction = scope["ALL_ATTENTION_FUNCTIONS"].get_interface(
@@ -73,7 +73,7 @@ def unpatched_function(module: nn.Module, config: Any) -> AttentionFunction:
 
 
 def attend_densely(request: Request) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the model did before it was patched."""
+    """Attend as the model did before it was patched."""
     config, function = request.state.original_config, request.state.dense
     kwargs = {"scaling": request.scaling, **request.kwargs}
     return _attend_with(config, function, request.module, request.tensors, request.mask, kwargs)
@@ -87,7 +87,7 @@ def _attend_with(
     mask: Any,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What a config's attention function gives, with the mask that this implementation gets."""
+    """Attend with a config's attention function, and with the mask that this implementation gets."""
     if isinstance(mask, LazyMask):
         mask = mask.build(implementation_of(config))
     return function(_Unpatched(module, config), *tensors, mask, **kwargs)

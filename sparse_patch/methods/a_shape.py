@@ -1,12 +1,14 @@
-"""A-shape: the first tokens and a window of the last ones, as StreamingLLM keeps them, here for prefill.
+"""A-shape: the first tokens and a window of the last ones, StreamingLLM's pattern, here for prefill.
 
-A query reads the keys closer than `window` and the first `sink` keys. Xiao et al., "Efficient Streaming Language Models
-with Attention Sinks", ICLR 2024, arXiv 2309.17453; as a prefill pattern, with and without dense last queries
-("tri-shape"), in microsoft/MInference. Positions are the true ones: StreamingLLM's renumbering inside its cache is
-another thing. Nothing looks at the data, so a token's output depends on no token after it (with `last: 0`).
+A query reads the first `sink` keys and the keys less than `window` tokens back. The pattern is from Xiao et al.,
+"Efficient Streaming Language Models with Attention Sinks", ICLR 2024, arXiv 2309.17453. As a prefill pattern, with and
+without dense last queries ("tri-shape"), it is in microsoft/MInference. Positions are the true ones; StreamingLLM's
+renumbering inside its cache is not done. The selection does not look at the data, so a token's output depends on no
+token after it (with `last: 0`).
 
-Where the public code decides per token, this one computes the whole blocks that the tokens touch: never fewer keys.
-Its number of dense queries is capped at n - 1; here a call that has only such queries is simply dense.
+The public code decides per token. This implementation computes the whole blocks that these tokens touch, so it never
+reads fewer keys. The public code caps the number of dense queries at n - 1; here a call that has only such queries is
+simply dense.
 """
 
 from typing import Annotated, Literal
@@ -22,13 +24,13 @@ from sparse_patch.plans import BlockGrid, Dense
 
 
 class AShape(PrefillMethod):
-    """Sink and window, the same for every head and query.
+    """A sink and a window, the same for every head and query.
 
     Attributes:
         sink: first tokens of each row that every query reads.
-        window: keys that a query reads up to itself; 1 is itself alone.
-        last: last queries of a call that read everything, as in tri-shape; 0 for none. In a chunked prefill every chunk
-            has its own.
+        window: last keys that a query reads, including its own; 1 is only its own.
+        last: number of last queries in a call that read everything, as in tri-shape; 0 for none. In a chunked prefill
+            every chunk has its own.
         block_size: side of a block in tokens; sink and window are rounded up to whole blocks.
     """
 
@@ -55,7 +57,7 @@ class AShape(PrefillMethod):
         return max(self.min_length - 1, self.sink + self.window)
 
     def select(self, call: AttentionCall, grid: BlockGrid) -> Selection:
-        """The same blocks for every head; see `PrefillMethod.select`."""
+        """Select the same blocks for every head; see `PrefillMethod.select`."""
         sink, window = (torch.full((1,), size, device=call.q.device) for size in (self.sink, self.window))
         blocks = a_shape_blocks(grid, sink, window)
         if self.last:
@@ -65,12 +67,12 @@ class AShape(PrefillMethod):
 
 
 def a_shape_blocks(grid: BlockGrid, sink: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-    """Blocks that hold a key below `sink` or less than `window` tokens back from one of the block's queries.
+    """Blocks that hold a key below `sink`, or a key less than `window` tokens back from a query of the query block.
 
     Args:
         grid: the grid.
         sink: tokens per head, int64 `[Hq]`.
-        window: tokens per head, int64 `[Hq]`; the diagonal block is taken in any case.
+        window: tokens per head, int64 `[Hq]`; the diagonal block is always taken.
 
     Returns:
         bool `[B, Hq, NQ, N]`; may hold blocks above the diagonal.

@@ -1,16 +1,19 @@
 """DELTA: Dynamic Layer-Aware Token Attention for Efficient Long-Context Reasoning (ACL 2026 Findings).
 
-A few layers ("Delta layers", here the selecting ones) read everything and choose pages of 16 tokens; the layers after
-them read those pages, all heads the same, until the next Delta layer. A token's score is the highest softmax
-probability that any query head gives it; a page's score is the sum over its tokens. The last pages are always read. The
-choice is made anew for every token. arXiv 2510.09883; code: hoenza/DELTA. Where paper, code and this differ:
+A few layers ("Delta layers", here the selecting ones) read everything and choose pages of 16 tokens. The layers after
+them read those pages, until the next Delta layer; all heads read the same pages. A token's score is the highest softmax
+probability that any query head gives it. A page's score is the sum over its tokens. The last pages are always read. The
+choice is made anew for every token. arXiv 2510.09883; code: hoenza/DELTA. The algorithm in plain PyTorch:
+`ops/selection/page_scores/torch.py`.
 
-- `budget` is in tokens, rounded up to whole pages, the last pages and the page of the current token included. Both
+Paper, code and this implementation differ as follows:
+
+- `budget` is in tokens, rounded up to whole pages. It includes the last pages and the page of the current token. Both
   published scripts have 64 pages (1024 tokens); the default of the code's own argument is 1024 pages.
-- The code lowers a page's score by 1e-7 times its number, so that ties fall to earlier pages; at 32k tokens that
+- The code lowers a page's score by 1e-7 times its number, so that ties fall to earlier pages. At 32k tokens this
   outweighs the scores of many pages. `position_bias: 1e-7` does the same; here ties fall to earlier pages anyway.
-- The code chooses as soon as one row of the batch has more pages than the budget; so does this. Rows that have fewer
-  read all of theirs.
+- The code chooses as soon as one row of the batch has more pages than the budget; so does this implementation. Rows
+  that have fewer pages read all of theirs.
 - No sinks are forced.
 """
 
@@ -40,13 +43,13 @@ _PRESETS = (
 
 
 class Delta(LayeredMethod):
-    """Top-k pages by the highest probability of any head.
+    """The top-k pages by the highest probability of any head.
 
     Attributes:
-        budget: tokens of the list, rounded up to pages; the last pages included.
-        page_size: tokens of a page.
-        recency_pages: last pages, the current token's among them, that are always read.
-        position_bias: subtracted from a page's score, times its number.
+        budget: tokens of the list, rounded up to pages, including the last pages.
+        page_size: tokens per page.
+        recency_pages: number of last pages that are always read, including the current token's page.
+        position_bias: this number times the page's number is subtracted from the page's score.
     """
 
     summary = "pages with the highest probability in any head of a few layers, one list for all heads"
@@ -72,7 +75,7 @@ class Delta(LayeredMethod):
         return -(-tokens // self.page_size)
 
     def choose(self, call: AttentionCall, statistics: LastLogits) -> PagePlan:
-        """Top-k pages; see `DecodeMethod.choose`."""
+        """Choose the top-k pages; see `DecodeMethod.choose`."""
         lengths = call.lengths()
         scores = page_scores(statistics.logits, statistics.lse, lengths, self.page_size, self.recency_pages, call.shard)
         if self.position_bias:

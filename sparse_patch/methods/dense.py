@@ -10,7 +10,7 @@ from sparse_patch.plans import Dense, Plan
 
 
 class DenseMethod(Method):
-    """Every call goes to the implementation that the model had before: the baseline, hook included."""
+    """The baseline: every call goes through the hook to the implementation that the model had before."""
 
     phases = PHASES
     summary = "every key, through the implementation the model had before"

@@ -1,23 +1,24 @@
 """FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence Inference (ICLR 2025).
 
 The last block of queries is attended exactly. Its attention, summed over columns and over diagonals, says which key
-blocks ("verticals") and which block diagonals ("slashes") a head needs. A head whose pooled estimate of that attention
-agrees with the true one (square root of the Jensen-Shannon divergence below `tau`) is "query-aware" and selects blocks
-from pooled queries and keys for every query block instead. arXiv 2502.20766; code: bytedance/FlexPrefill.
+blocks ("verticals") and which block diagonals ("slashes") a head needs. A head is "query-aware" if its pooled estimate
+of that attention agrees with the true one (square root of the Jensen-Shannon divergence below `tau`). A query-aware
+head instead selects blocks from pooled queries and keys, for every query block. arXiv 2502.20766; code:
+bytedance/FlexPrefill. The algorithm in plain PyTorch: `ops/selection/vertical_slash/torch.py`.
 
-Where paper and public code differ, `selection` says which one is followed:
+Paper and public code differ; `selection` says which one is followed:
 
-- `coverage`, the paper's intent and the default: verticals, slashes and, per query block, query-aware blocks are taken
-  until their pooled mass reaches `gamma`; a slash bucket holds whole block distances and brings both block diagonals it
-  touches. Because the mass is really reached, the defaults ask for less of it than the paper does.
-- `reference`, the public code; published figures are its with gamma 0.95 and a min_budget of 1024. It turns the number
-  of *tokens* that reach `gamma` into a number of blocks by `// 128 + 1`, which does not guarantee the mass; slash
-  buckets are aligned to the start of the prompt and only one block diagonal is computed for each; query-aware heads
-  keep a prefix of one sort over all rows whose mass stays within `gamma`, so late rows can be starved; a zero
-  probability makes the divergence NaN, and the head vertical-slash.
+- `coverage` follows the paper's intent and is the default. Verticals, slashes and, per query block, query-aware blocks
+  are taken until their pooled mass reaches `gamma`. A slash bucket holds whole block distances and brings both block
+  diagonals that it touches. Because the mass is really reached, the defaults ask for less of it than the paper does.
+- `reference` follows the public code. The published figures are its figures, with gamma 0.95 and a min_budget of 1024.
+  It turns the number of *tokens* that reach `gamma` into a number of blocks by `// 128 + 1`, which does not guarantee
+  the mass. Slash buckets are aligned to the start of the prompt, and only one block diagonal is computed for each.
+  Query-aware heads keep a prefix of one sort over all rows whose mass stays within `gamma`, so late rows can be
+  starved. A zero probability makes the divergence NaN, and the head becomes vertical-slash.
 
-In both: the model's own `scale` and softcap are used (the code always uses `D ** -0.5`), probabilities are float32,
-each row of a batch selects for itself from its first real token, and a chunk of a chunked prefill selects with its own
+In both, the model's own `scale` and softcap are used (the code always uses `D ** -0.5`) and probabilities are float32.
+Each row of a batch selects for itself from its first real token, and a chunk of a chunked prefill selects with its own
 last queries. Selection looks at the last queries of the call, so a token's output depends on tokens after it.
 """
 
@@ -45,10 +46,10 @@ class FlexPrefill(PrefillMethod):
 
     Attributes:
         gamma: attention mass to keep, in (0, 1]; 1 is dense.
-        tau: a head is query-aware when the square root of the Jensen-Shannon divergence (in nats, at most 0.83) between
+        tau: a head is query-aware if the square root of the Jensen-Shannon divergence (in nats, at most 0.83) between
             its pooled and its true block attention is below this; 0 makes no head query-aware.
-        min_budget: tokens that every head keeps at least, as verticals and again as slashes.
-        max_budget: tokens that verticals and slashes keep at most, each; None for no limit.
+        min_budget: minimum number of tokens that every head keeps as verticals, and again as slashes.
+        max_budget: maximum number of tokens for the verticals, and again for the slashes; None if unlimited.
         block_size: side of a block in tokens.
         selection: "coverage" follows the paper, "reference" the public code; see the module's text.
     """
@@ -80,7 +81,7 @@ class FlexPrefill(PrefillMethod):
         return None if self.max_budget is None else -(-self.max_budget // self.block_size)
 
     def dense_tokens(self, call: AttentionCall) -> int:
-        """Rows of at most this many tokens are dense: the public code's own switch, and `min_length`."""
+        """Rows of at most this many tokens are dense, by the public code's own switch and by `min_length`."""
         return max(2 * self.block_size, self.min_blocks * self.block_size, self.min_length - 1)
 
     def why_dense(self, call: AttentionCall) -> Dense | None:

@@ -1,25 +1,28 @@
 """InfLLM-V2: Dense-Sparse Switchable Attention for Seamless Short-to-Long Adaptation (2025), of MiniCPM4 and 4.1.
 
 Every token reads the first blocks of 64 keys, a window of blocks, and the blocks whose compressed keys it attends to
-most; the query heads of a KV head choose together. `ops.compressed_keys` defines the choice. In decode the same choice
-is made of mean keys that the cache keeps up to date. arXiv 2509.24663; code: OpenBMB/infllmv2_cuda_impl and the
-modelling code of MiniCPM4. A checkpoint that was trained for it says how in its `sparse_config`; what a configuration
-leaves null is taken from there, else from the published settings, on any model.
+most. The query heads of a KV head choose together. Decode makes the same choice, from mean keys that the cache keeps up
+to date. arXiv 2509.24663; code: OpenBMB/infllmv2_cuda_impl and the modelling code of MiniCPM4. The algorithm in plain
+PyTorch: `ops/selection/compressed_keys/torch.py`.
 
-As in the code, a token reads `topk + window_size / 64` blocks in all, of which the first ones, its own and
-`window_size / 64` before that are always there: 62 of 96 are chosen. This differs from it in the following:
+A checkpoint that was trained for the method has its settings in `sparse_config`. A setting that the configuration
+leaves null is taken from there, else from the published settings; this works on any model.
 
-- Below `min_length` (its `dense_len`) everything is read. The code asks for the length of the whole call, so the first
-  tokens of a long prompt are sparse there and those of a short one dense; here a token reads everything where it stands
-  in the first `min_length` tokens of its row, in whole blocks. So a prompt in chunks, or token by token, gives what it
-  gives at once (the code serves no chunks), and no token reads less than in the code.
-- Groups of any size choose and attend as they are (the code repeats queries to 16 heads and averages the outputs).
-- A compressed key is seen by a token if its window ends before the token or with it. Where the length is 15 modulo 16
-  the code leaves out one more.
-- It is made of means of 16 keys, in the precision of the keys; the code averages 32, or 128, at once.
-- Left padding, softcap and any scale; the code unpads.
+As in the code, a token reads `topk + window_size / 64` blocks in all. The first blocks, its own block and
+`window_size / 64` blocks before its own are always among them, so 62 of 96 are chosen. This implementation differs from
+the code in the following:
 
-`use_nope` (a choice by keys without RoPE) is refused: attention is not handed such keys.
+- Within `min_length` (the code's `dense_len`) everything is read. The code compares with the length of the whole call,
+  so the first tokens are sparse in a long prompt and dense in a short one. Here a token reads everything if it is one
+  of the first `min_length` tokens of its row, in whole blocks. So a prompt gives the same result at once, in chunks or
+  token by token (the code does not serve chunks), and no token reads less than in the code.
+- Groups of any size choose and attend as they are. The code repeats queries to 16 heads and averages the outputs.
+- A token sees a compressed key if its window ends before or at the token. If the length is 15 modulo 16, the code
+  leaves out one more.
+- A compressed key is made of means of 16 keys, in the precision of the keys. The code averages 32 or 128 keys at once.
+- Left padding, softcap and any scale are served; the code unpads.
+
+`use_nope` (a choice by keys without RoPE) is refused, because attention does not get such keys.
 """
 
 from collections.abc import Mapping
@@ -43,22 +46,22 @@ from sparse_patch.plans import Dense, PagePlan, Plan
 
 Number = Annotated[int, Field(ge=0, le=MOST)]
 _PUBLISHED = {"topk": 64, "init_blocks": 1, "window_size": 2048, "min_length": 8192}
-_THEIR_NAMES = {"min_length": "dense_len"}  # of what a `sparse_config` calls otherwise
+_THEIR_NAMES = {"min_length": "dense_len"}  # settings with another name in a `sparse_config`
 _ONLY = {"kernel_size": 2 * STRIDE, "kernel_stride": STRIDE, "block_size": BLOCK, "use_nope": False}  # what is served
 
 
 class InfLLMv2(Method):
-    """Blocks by compressed keys, for each token and KV head; in prefill and decode.
+    """Blocks by compressed keys, for each token and KV head, in prefill and decode.
 
-    A setting that is None is the checkpoint's, of its `sparse_config`, or else the published one.
+    A setting that is None is taken from the checkpoint's `sparse_config`, or else is the published one.
 
     Attributes:
-        topk: blocks that a token reads beside the window before its own block: the first ones, its own and those that
-            it chooses. Published: 64.
-        init_blocks: first blocks of 64 tokens, which are always read. Published: 1.
+        topk: blocks that a token reads in addition to the window before its own block: the first ones, its own and
+            those that it chooses. Published: 64.
+        init_blocks: number of first blocks of 64 tokens that are always read. Published: 1.
         window_size: tokens before a token's own block that are always read; a multiple of 64. Published: 2048.
         min_length: `dense_len`: first tokens of a row that read everything before them, rounded up to blocks of 64. In
-            decode the longest row of a batch counts, of a static cache its whole size. Published: 8192.
+            decode the longest row of a batch is what counts; for a static cache, the buffer size. Published: 8192.
     """
 
     phases = PHASES
@@ -86,7 +89,7 @@ class InfLLMv2(Method):
             )
 
     def bind(self, shape: ModelShape) -> BoundMethod:
-        """The method with the checkpoint's settings for those that are None; see `Method.bind`."""
+        """Bind, with settings that are None taken from the checkpoint or from `_PUBLISHED`; see `Method.bind`."""
         theirs = shape.sparse_config or {}
         if not isinstance(theirs, Mapping):
             raise FieldError(
@@ -116,7 +119,7 @@ class BoundInfLLM(BoundMethod):
         settings: the settings, none of them None.
         min_length: first tokens of a row that read everything before them.
         params: how many blocks a token reads.
-        most_blocks: blocks that a token reads at most, if it does not read everything.
+        most_blocks: maximum number of blocks that a token reads if it does not read everything.
     """
 
     _MEANS: Slot[torch.Tensor] = Slot("mean keys of InfLLM-V2")
@@ -135,7 +138,7 @@ class BoundInfLLM(BoundMethod):
         )
 
     def remark(self) -> str:
-        """What the settings come to, wherever they are from; see `BoundMethod.remark`."""
+        """The numbers that follow from the settings, whatever their source; see `BoundMethod.remark`."""
         tokens = self.params.dense_blocks * BLOCK
         return (
             f"{self.settings.method}: a token reads {self.most_blocks} blocks of {BLOCK} keys and chooses "
@@ -144,7 +147,7 @@ class BoundInfLLM(BoundMethod):
         )
 
     def why_dense(self, call: AttentionCall) -> Dense | None:
-        """Short calls, several queries at a time in decode, and calls in which every token reads every block."""
+        """Short calls, decode of several queries at a time, and calls in which every token reads every block."""
         if call.kv_length <= self.params.dense_blocks * BLOCK:
             return Dense(f"within the first min_length {self.min_length} tokens")
         if call.phase == "decode" and call.q.shape[2] > 1:
@@ -159,11 +162,11 @@ class BoundInfLLM(BoundMethod):
             self._MEANS.put(call.forward_state, page_means(call, STRIDE), call.layer)
 
     def plan(self, call: AttentionCall) -> Plan:
-        """Choose blocks for every token of a prompt, or for the one that is decoded; see `BoundMethod.plan`."""
+        """Choose blocks for every token of a prompt, or for the decoded token; see `BoundMethod.plan`."""
         means = self._MEANS.pop(call.forward_state, call.layer)
         if dense := self.why_dense(call):
             return dense
-        if means is None:  # the state, if there is one, is another method's
+        if means is None:  # if there is a state, it belongs to another method
             means = page_means(replace(call, kv_state=None), STRIDE)
         return choose_blocks(call, means, self.params) if call.phase == "prefill" else self._pages(call, means)
 
@@ -174,10 +177,10 @@ class BoundInfLLM(BoundMethod):
 
 
 def _setting(field: str, theirs: Mapping[str, Any]) -> int:
-    """A setting of a checkpoint's `sparse_config`, or the published one where it has none.
+    """A setting of a checkpoint's `sparse_config`, or the published one if `sparse_config` does not have it.
 
     Raises:
-        FieldError: what it has is no such setting.
+        FieldError: the value in `sparse_config` is not a valid setting.
     """
     key = _THEIR_NAMES.get(field, field)
     value = theirs.get(key, _PUBLISHED[field])

@@ -1,18 +1,20 @@
 """Kinetics: Rethinking Test-Time Scaling Laws (2025), block top-k attention.
 
-Every layer but the first reads the first tokens, a window of the last ones, and the blocks between them whose mean
-logit is highest, a choice for each KV head. The mean is over the tokens of the block and over the query heads of the
-KV head, so the mean key of each block is all that has to be kept. arXiv 2506.05333; code: Infini-AI-Lab/Kinetics. As in
-its accuracy code (LiteSys):
+Every layer but the first reads the first tokens, a window of the last ones, and the blocks between them with the
+highest mean logit. Each KV head has its own choice. The mean is over the tokens of the block and over the query heads
+of the KV head, so only the mean key of each block has to be kept. arXiv 2506.05333; code: Infini-AI-Lab/Kinetics. The
+algorithm in plain PyTorch: `ops/selection/page_statistics/torch.py`.
 
-- Blocks begin after the `sink` first tokens, not at the start. The window is `window` tokens at least and grows by up
-  to a block minus one token, so that whole blocks lie between.
-- What is compared are logits, not probabilities.
+As in its accuracy code (LiteSys):
 
-Here `budget` counts sinks, window and blocks together (the blocks are what is left of it, in whole ones; the growth of
-the window comes on top), where the code has a number of blocks beside sinks and window. Its latency code has no sinks,
-64 blocks and the current one. A softcap is left out of the scores, as the mean key cannot know it. The code's other
-variants (single tokens, overlapping blocks) are not here.
+- Blocks begin after the `sink` first tokens, not at the start. The window has at least `window` tokens and grows by up
+  to a block minus one token, so that whole blocks lie between sinks and window.
+- Logits are compared, not probabilities.
+
+Here `budget` counts sinks, window and blocks together: the blocks get what is left of it, as whole blocks, and the
+growth of the window comes on top. The code has a number of blocks in addition to sinks and window. Its latency code has
+no sinks, 64 blocks and the current one. The scores have no softcap, because the mean key does not determine it. The
+code's other variants (single tokens, overlapping blocks) are not implemented.
 """
 
 from math import gcd
@@ -31,13 +33,13 @@ from sparse_patch.plans import PagePlan
 
 
 class Kinetics(BudgetedMethod):
-    """Top-k blocks by their mean logit, with sinks and a window.
+    """The top-k blocks by their mean logit, with sinks and a window.
 
     Attributes:
         budget: tokens of a list: sinks, window and blocks.
-        block_size: tokens of a block.
+        block_size: tokens per block.
         sink: first tokens that are always read; blocks begin after them.
-        window: last tokens that are always read, at least.
+        window: minimum number of last tokens that are always read.
     """
 
     summary = "blocks with the highest mean logit, the first and the last tokens, in every layer"
@@ -58,19 +60,19 @@ class Kinetics(BudgetedMethod):
 
     @property
     def list_page_size(self) -> int:
-        """Tokens of a page of the lists: sinks and blocks are whole pages."""
+        """Tokens per page of the lists; sinks and blocks are whole pages."""
         return gcd(self.sink, self.block_size)
 
     def pages(self, tokens: Count) -> Count:
-        """Blocks that a budget leaves room for; see `BudgetedMethod.pages`."""
+        """Number of blocks that a budget leaves room for; see `BudgetedMethod.pages`."""
         return (tokens - self.sink - self.window) // self.block_size
 
     def statistics(self, call: AttentionCall) -> torch.Tensor:
-        """The mean keys of the blocks, brought up to date; see `DecodeMethod.statistics`."""
+        """Return the mean keys of the blocks, brought up to date; see `DecodeMethod.statistics`."""
         return page_means(call, self.block_size, self.sink)
 
     def choose(self, call: AttentionCall, statistics: torch.Tensor) -> PagePlan:
-        """Top-k blocks of every KV head; see `DecodeMethod.choose`."""
+        """Choose the top-k blocks of every KV head; see `DecodeMethod.choose`."""
         lengths = call.lengths()
         of_heads = mean_scores(call.q[:, :, -1], statistics, lengths, self.block_size, self.sink)
         scores = of_heads.unflatten(1, (call.k.shape[1], call.group_size)).mean(2)
@@ -80,7 +82,7 @@ class Kinetics(BudgetedMethod):
     def _plan_of_blocks(
         self, call: AttentionCall, between: torch.Tensor, blocks: torch.Tensor, counts: torch.Tensor
     ) -> PagePlan:
-        """Sinks, the chosen blocks and what follows the last block before the window, as pages.
+        """The sinks, the chosen blocks and everything after the last block to choose from, as pages.
 
         Args:
             call: the call.
@@ -89,11 +91,11 @@ class Kinetics(BudgetedMethod):
             counts: int32 `[B, Hkv]`.
         """
         page = self.list_page_size
-        per_block, first = self.block_size // page, self.sink // page  # pages of a block; page of the first block
+        per_block, first = self.block_size // page, self.sink // page  # pages per block; page of the first block
         in_blocks, between = (
             counts.long() * per_block,
             between[:, None] * per_block,
-        )  # pages: of chosen and of all blocks
+        )  # pages of the chosen and of all blocks
         size = first + blocks.shape[-1] * per_block - (-(self.window + self.block_size - 1) // page)
         slot = torch.arange(size, device=blocks.device).expand(*counts.shape, -1)
         number, within = (slot - first).clamp(min=0) // per_block, (slot - first) % per_block

@@ -1,13 +1,16 @@
 """LessIsMore: Training-Free Sparse Attention with Global Locality for Efficient Reasoning (2025).
 
-TidalDecode's layers, with one list for all heads: the last tokens, the first ones, and those that rank highest in any
-head, merged rank by rank. arXiv 2508.07101; written from the paper. What it leaves open is decided as follows:
+LessIsMore has TidalDecode's layers, with one list for all heads. The list holds the last tokens, the first ones, and
+those that rank highest in any head, merged rank by rank. arXiv 2508.07101; written from the paper. The algorithm in
+plain PyTorch: `ops/selection/rank_merge.py`.
 
-- The share of the last tokens, `recency`, is cut off first; each head ranks the rest by its logits, the first tokens
-  too. The best token of every head comes first (lower heads before higher ones), then the second best of every head,
+The paper leaves some points open; they are decided as follows:
+
+- The share of the last tokens, `recency`, is cut off first. Each head ranks the rest by its logits, including the first
+  tokens. The best token of every head comes first (lower heads before higher ones), then the second best of every head,
   and so on, each token once, until the budget is full.
-- The `sink` count as part of the budget, in the place of tokens that rank last. So a token that some head ranks first
-  is always in the list if the budget without recency and sinks holds as many tokens as there are heads.
+- The `sink` tokens count as part of the budget and replace the tokens that rank last. So a token that some head ranks
+  first is always in the list if the budget without recency and sinks holds at least as many tokens as there are heads.
 - The share of the last tokens is rounded up, so the current token is among them unless `recency` is 0.
 """
 
@@ -25,10 +28,10 @@ from sparse_patch.plans import PagePlan
 
 
 class LessIsMore(LayeredMethod):
-    """Top-k tokens merged over all heads by rank.
+    """The top-k tokens, merged over all heads by rank.
 
     Attributes:
-        budget: tokens of the list, the last and the first ones included.
+        budget: tokens of the list, including the last and the first ones.
         recency: share of the budget that the last tokens get, in [0, 1).
         sink: first tokens that are always read.
     """
@@ -47,7 +50,7 @@ class LessIsMore(LayeredMethod):
         return math.ceil((self.sink + 1) / (1 - self.recency))
 
     def choose(self, call: AttentionCall, statistics: LastLogits) -> PagePlan:
-        """The merged list; see `DecodeMethod.choose`."""
+        """Choose the merged list; see `DecodeMethod.choose`."""
         lengths = call.lengths()
         most = self.most(call.kv_length)
         before = lengths - self._recent(self.tokens(lengths))
@@ -58,5 +61,5 @@ class LessIsMore(LayeredMethod):
         return PagePlan.of(call, *self.highest(call, scores[:, None], lengths), page_size=1)
 
     def _recent(self, tokens: torch.Tensor) -> torch.Tensor:
-        """How many of so many tokens are the last ones, int64 `[B]` both."""
+        """How many of `tokens` are the last ones; both int64 `[B]`."""
         return tokens.double().mul(self.recency).ceil().long()

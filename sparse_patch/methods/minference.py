@@ -1,24 +1,24 @@
 """MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention (NeurIPS 2024).
 
-Each query head has one of three patterns, found offline; which keys a pattern reads is decided per prompt.
+Each query head has one of three patterns, found offline. Which keys a pattern reads is decided per prompt.
 
 - `vertical_and_slash`: the attention of the last 64 queries, summed over columns and over diagonals, says which key
-  columns ("verticals") and which distances ("slashes") the head needs, a fixed number of each. The first 30 keys and
-  the distances below 100 are always among them.
+  columns ("verticals") and which distances ("slashes") the head needs. The head takes a fixed number of each. The first
+  30 keys and the distances below 100 are always among them.
 - `stream_llm`: the first tokens and a window of the last ones, as in `a_shape`.
-- `block_sparse`: for every query block the key blocks of the highest pooled attention.
+- `block_sparse`: for every query block the key blocks with the highest pooled attention.
 
-arXiv 2407.02490; code: microsoft/MInference. This differs from the public code in the following:
+arXiv 2407.02490; code: microsoft/MInference. This implementation differs from the public code in the following:
 
-- Slashes: the code cuts, for each block of 64 queries, ranges of 64 keys that lie on no grid. Here a slash brings the
-  aligned blocks that it touches: one block diagonal where its distance is a multiple of `block_size`, else two. All
-  that was selected is read, each key once, and some keys around the slashes more than in the code.
-- Never fewer slashes than the 100 forced ones; with fewer the code keeps an arbitrary part of them.
-- `block_sparse`: softmax of scaled, soft-capped logits of means over the tokens that a block really has, as in the
-  paper and in sparse-frontier, whose forced first and diagonal block are kept as well. The code takes raw products of
-  means with zero padding and forces nothing.
-- Any batch size, left padding (each row counts from its first real token), chunked prefill (a chunk selects with its
-  own last queries; the code goes dense) and the model's own scale and softcap.
+- Slashes: for each block of 64 queries the code cuts ranges of 64 keys that lie on no grid. Here a slash brings the
+  aligned blocks that it touches: one block diagonal if its distance is a multiple of `block_size`, else two. Everything
+  that was selected is read, each key once, and around the slashes some more keys than in the code.
+- There are never fewer slashes than the 100 forced ones. With fewer, the code keeps an arbitrary part of them.
+- `block_sparse`: the scores are the softmax of scaled, soft-capped logits of means over the real tokens of a block, as
+  in the paper and in sparse-frontier. The first and the diagonal block are forced, as in sparse-frontier. The code
+  takes raw products of means with zero padding and forces nothing.
+- Served are any batch size, left padding (each row counts from its first real token), chunked prefill (a chunk selects
+  with its own last queries; the code goes dense) and the model's own scale and softcap.
 
 Selection looks at the last queries of the call, so a token's output depends on tokens after it.
 """
@@ -54,12 +54,12 @@ class MInference(PrefillMethod):
     """Vertical-slash, A-shape or block-sparse, per head.
 
     Attributes:
-        vertical: key columns of every head; at least 30. Not used with a calibration.
-        slash: distances of every head; at least 100. Not used with a calibration.
+        vertical: number of key columns of every head; at least 30. Not used with a calibration.
+        slash: number of distances of every head; at least 100. Not used with a calibration.
         block_budget: tokens that a block_sparse head keeps for each query block.
-        calibration: JSON file with the pattern of each head: a list with an element for each layer, which maps a head's
-            index to [pattern, columns, diagonals, score]; a head that it lacks is vertical_and_slash 1000, 6096. A
-            relative path counts from the folder of the YAML file that names it. None for the same sizes everywhere.
+        calibration: JSON file with the pattern of each head: a list with one element per layer, which maps a head's
+            index to [pattern, columns, diagonals, score]. A missing head is vertical_and_slash 1000, 6096. A relative
+            path counts from the folder of the YAML file that names the calibration. None for the same sizes everywhere.
         block_size: side of a block in tokens.
     """
 
@@ -94,14 +94,14 @@ class MInference(PrefillMethod):
         return self.dense_tokens_by(self._uniform(call))
 
     def select(self, call: AttentionCall, grid: BlockGrid) -> Selection:
-        """Select by the same pattern for every head; see `PrefillMethod.select`."""
+        """Select with the same pattern for every head; see `PrefillMethod.select`."""
         return self.select_by(call, grid, self._uniform(call))
 
     def _uniform(self, call: AttentionCall) -> Patterns:
         return (Pattern("vertical_and_slash", self.vertical, self.slash),) * call.q.shape[1]
 
     def why_dense_by(self, call: AttentionCall, patterns: Patterns) -> Dense | None:
-        """`why_dense` for given patterns, one for each head, whatever `min_length` is."""
+        """`why_dense` for given patterns, one per head, without `min_length`."""
         kept = self._kept(patterns)
         if call.kv_length <= kept:
             return Dense(f"no longer than the {kept} tokens that every head keeps")
@@ -110,7 +110,7 @@ class MInference(PrefillMethod):
         return None
 
     def dense_tokens_by(self, patterns: Patterns) -> int:
-        """`dense_tokens` for given patterns, one for each head."""
+        """`dense_tokens` for given patterns, one per head."""
         return max(self._kept(patterns), self.min_length - 1)
 
     def select_by(self, call: AttentionCall, grid: BlockGrid, patterns: Patterns) -> Selection:
@@ -124,30 +124,30 @@ class MInference(PrefillMethod):
         if "stream_llm" in sizes.of_kind:
             parts.append(sizes.only("stream_llm", a_shape_blocks(grid, sizes.columns, sizes.diagonals)))
         if "block_sparse" in sizes.of_kind:
-            number = max(2, -(-self.block_budget // self.block_size))  # both forced blocks at least
+            number = max(2, -(-self.block_budget // self.block_size))  # at least both forced blocks
             parts.append(sizes.only("block_sparse", _highest_blocks(call, grid, number)))
         return Selection(reduce(torch.logical_or, parts), columns)
 
     def plan_by(self, call: AttentionCall, patterns: Patterns) -> BlockPlan | Dense:
-        """The plan for given patterns, one for each head, whatever `min_length` is; a search tries many."""
+        """The plan for given patterns, one per head, without `min_length`; for a search that tries many patterns."""
         if dense := self.why_dense_by(call, patterns):
             return dense
         grid = BlockGrid.of(call, self.block_size)
         return self.select_by(call, grid, patterns).plan(grid, self.dense_tokens_by(patterns))
 
     def _kept(self, patterns: Patterns) -> int:
-        """Tokens of the longest row of which every head reads everything, whatever it holds."""
+        """Length in tokens up to which every head reads everything, whatever the row holds."""
         return max(LAST_QUERIES, min(self._always_dense(pattern) for pattern in patterns))
 
     def _always_dense(self, pattern: Pattern) -> int:
-        """Tokens of the longest row of which a head reads everything, whatever it holds."""
+        """Length in tokens up to which a head reads everything, whatever the row holds."""
         if pattern.kind == "vertical_and_slash":
             return max(pattern.columns, pattern.diagonals, FORCED_DISTANCES)
         return pattern.columns + pattern.diagonals if pattern.kind == "stream_llm" else self.block_budget
 
 
 class BoundMInference(BoundPrefill):
-    """MInference with the patterns of a model.
+    """MInference with the calibrated patterns of a model.
 
     Attributes:
         heads: the patterns, by layer and head.
@@ -160,7 +160,7 @@ class BoundMInference(BoundPrefill):
         self.heads = heads
 
     def patterns(self, layer: int, num_heads: int) -> Patterns:
-        """The pattern of each head of a layer."""
+        """The pattern of each query head of a layer."""
         return tuple(self.heads[layer].get(head, MISSING) for head in range(num_heads))
 
     def plan(self, call: AttentionCall) -> Plan:
@@ -178,10 +178,10 @@ class _Sizes:
     """The patterns of a layer's heads on the device.
 
     Attributes:
-        most_columns: verticals of the head that has the most.
+        most_columns: the largest number of verticals of any head.
         columns: int64 `[Hq]`.
         diagonals: int64 `[Hq]`.
-        of_kind: for each pattern that occurs, which heads have it, bool `[Hq]`.
+        of_kind: for each pattern that occurs, the heads that have it, bool `[Hq]`.
     """
 
     most_columns: int
@@ -190,13 +190,13 @@ class _Sizes:
     of_kind: dict[Kind, torch.Tensor]
 
     def only(self, kind: Kind, blocks: torch.Tensor) -> torch.Tensor:
-        """The blocks `[B, Hq, NQ, N]` of the heads that have a pattern."""
+        """Keep the blocks `[B, Hq, NQ, N]` of the heads that have a pattern; clear the others."""
         return blocks & self.of_kind[kind][:, None, None]
 
 
 @lru_cache(maxsize=1024)
 def _sizes(patterns: tuple[Pattern, ...], device: torch.device) -> _Sizes:
-    """Kept, because bringing numbers to a GPU makes the host wait for it."""
+    """The patterns on a device. They are cached, because copying numbers to a GPU makes the host wait."""
     vertical = [max(pattern.columns, FORCED_COLUMNS) for pattern in patterns if pattern.kind == "vertical_and_slash"]
     return _Sizes(
         most_columns=max(vertical, default=0),
@@ -211,9 +211,10 @@ def _sizes(patterns: tuple[Pattern, ...], device: torch.device) -> _Sizes:
 
 
 def _vertical_slash(call: AttentionCall, grid: BlockGrid, sizes: _Sizes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks of the slashes, bool `[B, Hq, NQ, N]`, and verticals, int64 `[B, Hq, C]` within the row, -1 for none.
+    """Blocks of the slashes, bool `[B, Hq, NQ, N]`, and verticals, int64 `[B, Hq, C]`.
 
-    Of equal entries the earlier key and the nearer distance come first. Heads with other patterns get nothing.
+    Verticals are positions within the row; -1 is an empty entry. Of equal entries the earlier key and the nearer
+    distance come first. Heads with other patterns get nothing.
     """
     by_key, by_distance = last_query_profiles(call, LAST_QUERIES)
     here = sizes.of_kind["vertical_and_slash"]
@@ -234,10 +235,10 @@ def _vertical_slash(call: AttentionCall, grid: BlockGrid, sizes: _Sizes) -> tupl
 def _largest(
     values: torch.Tensor, number: torch.Tensor, lengths: torch.Tensor, most: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest entries of `values` `[B, Hq, n]`: `number` `[Hq]` of them, and as many as `lengths` `[B]` at most.
+    """The largest entries of `values` `[B, Hq, n]`: `number` `[Hq]` of them, but at most `lengths` `[B]`.
 
     Returns:
-        Indices, int64 `[B, Hq, min(n, most)]`, largest first, and which of them count, bool of that shape.
+        Indices, int64 `[B, Hq, min(n, most)]`, largest first, and which of them count, bool of the same shape.
     """
     order = values.argsort(dim=-1, descending=True, stable=True)[..., :most]
     rank = torch.arange(order.shape[-1], device=order.device)
@@ -252,7 +253,7 @@ def _touched(slashes: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
 
 
 def _highest_blocks(call: AttentionCall, grid: BlockGrid, number: int) -> torch.Tensor:
-    """The first block, the diagonal one and those of the highest pooled attention, bool `[B, Hq, NQ, N]`."""
+    """The first block, the diagonal one and those with the highest pooled attention, bool `[B, Hq, NQ, N]`."""
     attention = pooled_attention(call, grid, key_means(call.k, grid))
     key_block = torch.arange(grid.num_key_blocks, device=attention.device)
     forced = (key_block == 0) | (key_block == grid.query_block_ids[..., None])

@@ -1,26 +1,26 @@
 """SALE: Low-bit Estimation for Efficient Sparse Attention in Long-context LLM Prefilling (2025).
 
 For every tile of 64 queries of every head, a block of 32 keys is read if some query of the tile gives some key of the
-block an attention above `tau`, relative to its attention to the sink and to the keys near it. Attention to those is
-exact, to the others it is estimated from quantised queries and keys. `ops.scores` defines the decision. arXiv
-2505.24179; code: BirdChristopher/SALE.
+block an attention above `tau`, relative to its attention to the sink and to the keys near it. Attention to the sink and
+to the near keys is exact. Attention to the others is estimated from quantised queries and keys. arXiv 2505.24179; code:
+BirdChristopher/SALE. The algorithm in plain PyTorch: `ops/selection/low_bit_scores/torch.py`.
 
-The thresholds belong to a model: its paper finds one for each head, offline, so that the head's output stays within an
-error. Without a calibration one threshold serves all heads, which the paper does not do: the report says so.
+The thresholds belong to a model. The paper finds one for each head, offline, so that the head's output stays within an
+error. Without a calibration one threshold serves all heads. The paper does not do this, and the report says so.
 
-This differs from the public code in the following:
+This implementation differs from the public code in the following:
 
-- It estimates in 8 bits unless asked for 4: Hopper multiplies no 4-bit integers, and 8 bits are closer to the truth.
-  Thresholds found with one are not those of the other, so a calibration names its numerics.
-- Attention is computed in tiles of `block_size`, in the model's precision: blocks that hold a kept one are read whole,
-  a superset of what was decided. The code gathers blocks of 32, or multiplies in 8 bits.
-- `window` is what it says (in the code the argument is ignored; 128 is what it has where it makes a map of
-  blocks, and 256 where it calibrates).
-- KV heads are not repeated, and quantised once. Any batch size, left padding (each row counts from its first real
-  token), chunked prefill (a chunk that begins on a tile's edge decides what the whole prompt would, up to the mean of
-  the keys that were there by then) and the model's own scale and softcap.
+- It estimates in 8 bits unless asked for 4. Hopper multiplies no 4-bit integers, and 8 bits are closer to the truth.
+  Thresholds found with one do not hold for the other, so a calibration names its numerics.
+- Attention is computed in tiles of `block_size`, in the model's precision. A tile that holds a kept block is read
+  whole, so more is read than was decided. The code gathers blocks of 32, or multiplies in 8 bits.
+- `window` is respected. The code ignores the argument: it uses 128 to make a map of blocks, and 256 to calibrate.
+- KV heads are not repeated, and are quantised once.
+- Served are any batch size, left padding (each row counts from its first real token), chunked prefill and the model's
+  own scale and softcap. A chunk that begins on a tile's edge decides as the whole prompt would, except for the mean of
+  the keys, which covers the keys up to the chunk's end.
 
-A query tile looks at no score of a later key; only the mean that is taken off all keys knows of later ones.
+A query tile looks at no score of a later key. Only the mean that is subtracted from all keys depends on later ones.
 """
 
 from functools import lru_cache
@@ -52,13 +52,13 @@ class Sale(PrefillMethod):
     """Blocks by their attention relative to sink and window, estimated in few bits.
 
     Attributes:
-        numerics: "int8", or "int4" as published (for comparisons: it is slower).
-        tau: relative attention above which a key makes its block be read, of every head; below 1e-5 all is read. Not
-            used with a calibration.
-        calibration: safetensors file with a threshold for each head, that `sparse-patch calibrate sale` wrote. A
+        numerics: "int8", or "int4" as published (for comparisons; it is slower).
+        tau: a block is read if the relative attention to one of its keys is above this; the same for every head. Below
+            1e-5 everything is read. Not used with a calibration.
+        calibration: safetensors file with a threshold for each head, written by `sparse-patch calibrate sale`. A
             relative path counts from the folder of the YAML file that names it. None for `tau` everywhere.
         window: keys before the end of a query tile that are always read, in tokens; a multiple of 32.
-        block_size: side in tokens of the tiles that are computed: every one that holds a block that was kept.
+        block_size: side in tokens of the computed tiles; every tile that holds a kept block is computed.
     """
 
     summary = "blocks by relative attention, estimated in few bits"
@@ -114,7 +114,7 @@ class Sale(PrefillMethod):
         return None if call.scale > 0 else Dense(f"scale {call.scale} is not positive")
 
     def select(self, call: AttentionCall, grid: BlockGrid) -> Selection:
-        """Select with `tau` for every head; see `PrefillMethod.select`."""
+        """Select with the same `tau` for every head; see `PrefillMethod.select`."""
         return self._select_at(call, grid, _on_device((self.tau,) * call.q.shape[1], call.q.device))
 
     def _select_at(self, call: AttentionCall, grid: BlockGrid, tau: torch.Tensor) -> Selection:
@@ -122,7 +122,7 @@ class Sale(PrefillMethod):
         return Selection(tiles(words, grid), decided_pairs=decided_pairs(words, call), is_causal=True)
 
     def plan_at(self, call: AttentionCall, tau: torch.Tensor) -> BlockPlan | Dense:
-        """The plan at given thresholds, whatever `min_length` is; a search tries many.
+        """The plan at given thresholds, without `min_length`; for a search that tries many thresholds.
 
         Args:
             call: the call.
@@ -138,7 +138,7 @@ class BoundSale(BoundPrefill):
     """SALE with the thresholds of a model.
 
     Attributes:
-        thresholds: what the calibration holds; None without one.
+        thresholds: the content of the calibration; None without one.
     """
 
     settings: Sale
@@ -180,5 +180,5 @@ class BoundSale(BoundPrefill):
 
 @lru_cache(maxsize=1024)
 def _on_device(thresholds: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Float32 `[Hq]`. Kept, because bringing numbers to a GPU makes the host wait for it."""
+    """The thresholds on a device, float32 `[Hq]`. They are cached: copying numbers to a GPU makes the host wait."""
     return torch.tensor(thresholds, dtype=torch.float32, device=device)

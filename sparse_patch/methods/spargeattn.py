@@ -1,36 +1,39 @@
 """SpargeAttn: Accurate and Training-free Sparse Attention Accelerating Any Model Inference (ICML 2025).
 
-Queries and keys are cut into blocks, and a block stands for its mean where its tokens are alike: its self-similarity,
-the mean cosine of all pairs of its tokens, is above `similarity_threshold`. Keys are taken less the mean key of their
-row there, which all of them share ("smoothed"). Mean queries against the mean keys of such blocks give, after a causal
-softmax, what a query block of a head selects from; blocks that are not alike are never judged by their mean: such a key
-block is read by every query block after it, and such a query block reads every key block before it. arXiv 2502.18137;
-code: thu-ml/SpargeAttn.
+Queries and keys are cut into blocks. A block is represented by its mean if its tokens are alike, that is, if its
+self-similarity is above `similarity_threshold`. The self-similarity is the mean cosine of all pairs of its tokens, for
+keys after the mean key of their row, which all of them share, is subtracted ("smoothing"). A query block of a head
+selects from the causal softmax of its mean query against the mean keys of such blocks. A block that is not alike is
+never judged by its mean: such a key block is read by every query block after it, and such a query block reads every key
+block before it. arXiv 2502.18137; code: thu-ml/SpargeAttn. The similarities in plain PyTorch:
+`ops/selection/block_means/torch.py`.
 
-Two selections, as in the code: `topk` takes a share of the row's key blocks, which its authors recommend; `cdf`, the
-paper's, takes the largest while their sum is at most `cdf_threshold`: the block that crosses it is not among them. Both
-take at least one. That is the paper's first filter. The second, `pv_threshold`, leaves out tiles of what was selected
-whose logits turn out to lie far below the running maximum. Products have full precision, not the paper's int8 and fp8.
+There are two selections, as in the code, and both take at least one block. `topk` takes a share of the row's key
+blocks; the authors recommend it. `cdf`, the paper's selection, takes the largest while their sum is at most
+`cdf_threshold`; the block that crosses the threshold is not taken. The selection is the paper's first filter. The
+second filter, `pv_threshold`, leaves out selected tiles whose logits turn out to lie far below the running maximum.
+Products have full precision, not the paper's int8 and fp8.
 
-Where the public code is followed, and where it is not:
+The public code is followed, or not, in the following:
 
-- `topk` counts against all key blocks of the row, not those before the query block: one half computes three quarters of
-  the causal triangle. In a chunk of a chunked prefill the row is what there is up to the chunk's end.
-- The diagonal is always read, beside what is selected (the code can miss it). So is key block 0 with `attention_sink`.
-- Query and key blocks have the same size (the code: 128 queries by 64 keys, on Hopper 64 by 128), and causality is
-  exact to the token (the code's wrappers leave the tile on the diagonal unmasked).
-- The second filter works on tiles of 64 by 64 (the code: a block by a block). It is off unless asked for: the code's
-  default of 50 leaves out weights below 2 ** -50, and flash-attn-4's kernel, the fastest one, has no such filter.
+- `topk` counts against all key blocks of the row, not only those before the query block: a `topk` of one half computes
+  three quarters of the causal triangle. In a chunk of a chunked prefill the row ends at the chunk's end.
+- The diagonal is always read, in addition to what is selected (the code can miss it). With `attention_sink`, key block
+  0 is always read too.
+- Query and key blocks have the same size (the code: 128 queries by 64 keys, on Hopper 64 by 128). Causality is exact to
+  the token (the code's wrappers leave the tile on the diagonal unmasked).
+- The second filter works on tiles of 64 by 64 (the code: a block by a block). It is off by default: the code's default
+  of 50 leaves out weights below 2 ** -50, and flash-attn-4's kernel, the fastest one, has no such filter.
 - Means and similarities are over the real tokens of a block. The code divides zeros by zeros in the last block, which
-  makes it dense. A zero vector has a cosine of 0 with everything, itself included.
-- Means are of raw keys: smoothing moves all logits of a query by one number, which the softmax drops. With a softcap,
-  which the code lacks, it would not; so the softcap is applied to the logits of the raw means.
-- The model's own `scale` is used (the code: `D ** -0.5`), sums and probabilities are float32 (the code: the model's
-  dtype and float16), ties go to the earlier key block, and KV heads are not repeated.
+  makes that block dense. A zero vector has a cosine of 0 with everything, including itself.
+- Means are of raw keys. Smoothing moves all logits of a query by one number, which the softmax drops. With a softcap,
+  which the code lacks, the number would not drop out; so the softcap is applied to the logits of the raw means.
+- The model's own `scale` is used (the code: `D ** -0.5`). Sums and probabilities are float32 (the code: the model's
+  dtype and float16). Ties go to the earlier key block, and KV heads are not repeated.
 
-The mean key is that of the whole row up to the call's end. With a `similarity_threshold` of 0 or more a token's output
-therefore depends, a little, on tokens after it. Below 0 every block counts as alike, no similarity is computed, and a
-query block's selection looks at no token after the block (`topk` at their number).
+The mean key is that of the whole row up to the call's end. With a `similarity_threshold` of at least 0 a token's output
+therefore depends a little on tokens after it. Below 0 every block counts as alike and no similarity is computed. A
+query block's selection then looks at no token after the block, except that `topk` uses their number.
 """
 
 from typing import Annotated, Literal
@@ -51,23 +54,24 @@ from sparse_patch.ops.selection.block_means import (
 from sparse_patch.ops.selection.pooling import mean_of_rows, pooled_logits
 from sparse_patch.plans import BlockGrid, Dense
 
-_SELECTION_BYTES = 48  # of temporaries for each block: the sort's values and indices, twice, and what is made of them
+_SELECTION_BYTES = 48  # temporaries per block: the sort's values and indices, twice, and what is computed from them
 _PUBLISHED_SIMILARITY = {"topk": -0.1, "cdf": 0.6}
 
 
 class SpargeAttn(PrefillMethod):
-    """Blocks by the attention of means, where the tokens of a block are alike; all blocks where they are not.
+    """Blocks by the attention of means if the tokens of a block are alike; all blocks if they are not.
 
     Attributes:
         selection: "topk" takes a share of the key blocks, "cdf" takes by mass; see the module's text.
-        topk: share of the row's key blocks that a query block selects, in (0, 1]; 1 is dense. Of "topk" alone.
+        topk: share of the row's key blocks that a query block selects, in (0, 1]; 1 is dense. Only for "topk".
         cdf_threshold: pooled attention mass that the selected blocks stay within, in [0, 1]; 0 selects one block, 1 is
-            dense. Of "cdf" alone.
-        similarity_threshold: the mean of a block stands for it when its self-similarity is above this; similarities lie
-            in [0, 1], so that below 0 all means do, and with 1 none: dense. None for what is published for the
+            dense. Only for "cdf".
+        similarity_threshold: a block is represented by its mean if its self-similarity is above this. Similarities lie
+            in [0, 1], so below 0 every block is, and with 1 no block is (dense). None for the published value of the
             selection: -0.1 for "topk", 0.6 for "cdf".
-        pv_threshold: tiles of a query block's keys whose logits all lie at least this far below what was read before
-            them, in log2 units, are left out (`ops.block_sparse` says which); None for no tile. Densities include them.
+        pv_threshold: tiles of a query block's keys are left out if all their logits lie at least this far below what
+            was read before them, in log2 units (`ops.attention.block_sparse` has the rule). None to leave out no tile.
+            Densities include these tiles.
         attention_sink: whether every query block reads key block 0.
         block_size: side of a block in tokens.
     """
@@ -85,7 +89,7 @@ class SpargeAttn(PrefillMethod):
 
     @property
     def least_similarity(self) -> float:
-        """`similarity_threshold`, or what is published for the selection."""
+        """`similarity_threshold`, or the published value of the selection."""
         chosen = self.similarity_threshold
         return _PUBLISHED_SIMILARITY[self.selection] if chosen is None else chosen
 
@@ -100,7 +104,7 @@ class SpargeAttn(PrefillMethod):
         return None
 
     def _everything(self) -> Dense | None:
-        """The dense answer of settings that take every block."""
+        """The dense answer if the settings take every block; else None."""
         if self.selection == "topk" and self.topk >= 1:
             return Dense("topk: 1")
         if self.selection == "cdf" and self.cdf_threshold >= 1:
@@ -126,7 +130,7 @@ class SpargeAttn(PrefillMethod):
     def _means_and_alike(
         self, call: AttentionCall, grid: BlockGrid, mean_k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Mean queries, and which query and key blocks are alike, bool `[B, Hq, NQ]`, `[B, Hq, N]`; None for all."""
+        """Mean queries, and which query and key blocks are alike: bool `[B, Hq, NQ]`, `[B, Hq, N]`; None if all are."""
         if self.least_similarity < 0:
             return query_means(call.q, grid), None, None
         mean_q, of_queries = query_means_and_similarities(call.q, grid)
@@ -135,9 +139,9 @@ class SpargeAttn(PrefillMethod):
         return mean_q, of_queries > self.least_similarity, alike_k
 
     def _largest(self, logits: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-        """The key blocks that each query block selects, from logits `[B, Hq, I, N]` with `-inf` where there is none.
+        """The key blocks that each query block selects, from logits `[B, Hq, I, N]`; `-inf` is no candidate.
 
-        A query block with no candidate at all takes block 0: it has none but blocks that are not alike, which it reads.
+        A query block without candidates takes block 0. All its blocks are ones that are not alike, so it reads them.
         """
         ranked, order = logits.sort(dim=-1, descending=True, stable=True)
         if self.selection == "cdf":

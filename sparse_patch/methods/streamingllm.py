@@ -2,9 +2,10 @@
 
 Every head of every layer keeps the first `sink` tokens and a window of the last ones. Code: mit-han-lab/streaming-llm.
 
-Positions are the true ones. The public code numbers the tokens in its cache anew at every step, so that a text may
-become longer than the positions that a model was trained on; that is not done here. It reads prompts densely and
-forgets afterwards, as `decode` alone does; here prompts are read by the same rule, as where others measure it.
+Positions are the true ones. The public code renumbers the tokens in its cache at every step, so that a text may become
+longer than the positions that the model was trained on; this is not done here. The public code reads prompts densely
+and forgets afterwards, as a configuration with only `decode` does. Here prompts are read by the same rule, as in the
+measurements of others.
 """
 
 from typing import Literal
@@ -16,11 +17,11 @@ from sparse_patch.model_shape import ModelShape
 
 
 class StreamingLLM(SpanMethod):
-    """Sink and window, the same for every head.
+    """A sink and a window, the same for every head.
 
     Attributes:
         sink: first tokens of each row that every query reads.
-        window: keys that a query reads up to itself; 1 is itself alone.
+        window: last keys that a query reads, including its own; 1 is only its own.
     """
 
     summary = "first tokens and a window, in prompt and answer; what lies between is forgotten"

@@ -1,21 +1,25 @@
 """TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention (ICLR 2025).
 
 The tokens that a layer attends to most are much the same in the layers after it. Two layers read everything and choose
-the tokens with the highest logits, for each query head its own; the layers between and after them read those, head by
-head, until the second one chooses again. The choice is made anew for every token. arXiv 2410.05076; code:
-DerrickYLJ/TidalDecode. Paper and public code differ:
+the tokens with the highest logits, separately for each query head. The layers between and after them read those tokens,
+head by head, until the second one chooses again. The choice is made anew for every token. arXiv 2410.05076; code:
+DerrickYLJ/TidalDecode.
 
-- Number of the second selecting layer: 13 for Llama-3 in the paper and in the accuracy code, which counts from 0; 12 in
-  the latency code. Here layers count from 0, so 13.
-- The current token: the accuracy code forces nothing, so a sparse layer may leave out the token it computes; the
-  latency code reads it always, within its budget. `force_current: true` does that, `false` is the accuracy code.
-- `index_sharing: q_head` is the paper's; with it, grouped heads read up to a group's size times the budget. `kv_group`
-  and `all` are ours, one list for the heads of a KV head or for all: a token's score is then the highest of the
-  heads' softmax probabilities (DELTA's measure), because logits of different heads cannot be compared.
+Paper and public code differ:
 
-In both codes and here: no sinks and no window are forced. Several queries at a time (speculative decoding) are dense,
-where the public code decodes them sparsely. The paper's periodic KV-cache correction is off by default;
-`correction_period` turns it on.
+- The number of the second selecting layer is 13 for Llama-3 in the paper and in the accuracy code, which counts from 0;
+  it is 12 in the latency code. Here layers count from 0, so it is 13.
+- The current token: the accuracy code forces nothing, so a sparse layer may leave out the token that it computes. The
+  latency code always reads it, within its budget. `force_current: true` follows the latency code, `false` the accuracy
+  code.
+- `index_sharing: q_head` follows the paper; with it, grouped heads read up to a group's size times the budget.
+  `kv_group` and `all` are ours: one list for the query heads of a KV head, or for all heads. A token's score is then
+  the highest of the heads' softmax probabilities (DELTA's measure), because logits of different heads cannot be
+  compared.
+
+In both codes and here no sinks and no window are forced. Several queries at a time (speculative decoding) are dense;
+the public code decodes them sparsely. The paper's periodic KV-cache correction is off by default; `correction_period`
+turns it on.
 """
 
 from typing import Annotated, Literal
@@ -31,14 +35,14 @@ from sparse_patch.plans import PagePlan
 
 
 class TidalDecode(LayeredMethod):
-    """Top-k tokens by the logits of a selecting layer.
+    """The top-k tokens by the logits of a selecting layer.
 
     Attributes:
-        budget: tokens of a list, the current one included.
+        budget: tokens of a list, including the current one.
         force_current: whether the current token is always in the list.
         index_sharing: which heads share a list; see the module's text.
-        correction_period: tokens after which the cache is corrected, see `integration.kv_correction`; None for never.
-            A static cache is never corrected.
+        correction_period: number of tokens between corrections of the cache (see `integration.kv_correction`); None if
+            the cache is never corrected. A static cache is never corrected.
     """
 
     summary = "tokens with the highest logits of two layers, reused by the layers after them"
@@ -56,7 +60,7 @@ class TidalDecode(LayeredMethod):
         return self.correction_period
 
     def choose(self, call: AttentionCall, statistics: LastLogits) -> PagePlan:
-        """Top-k tokens of each list; see `DecodeMethod.choose`."""
+        """Choose the top-k tokens of each list; see `DecodeMethod.choose`."""
         lengths = call.lengths()
         scores = self._scores(call, *statistics)
         if self.force_current:

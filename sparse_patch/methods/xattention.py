@@ -1,24 +1,24 @@
 """XAttention: Block Sparse Attention with Antidiagonal Scoring (ICML 2025).
 
-Queries and keys are cut into groups of `stride` tokens; the antidiagonal of each tile of `stride` x `stride` logits
-stands for the tile. A softmax over the tiles, summed over blocks, estimates the attention mass of every block, and each
-query block of each head keeps the fewest key blocks that hold `threshold` of its mass. `ops.antidiagonal` defines the
-estimate. arXiv 2503.16428; code: mit-han-lab/x-attention.
+Queries and keys are cut into groups of `stride` tokens. The antidiagonal of each tile of `stride` x `stride` logits
+represents the tile. A softmax over the tiles, summed over blocks, estimates the attention mass of every block, and each
+query block of each head keeps the fewest key blocks that hold `threshold` of its mass. arXiv 2503.16428; code:
+mit-han-lab/x-attention. The algorithm in plain PyTorch: `ops/selection/antidiagonal/torch.py`.
 
-The paper's best figures use a threshold per head, searched for one model (Llama-3.1-8B); here one threshold serves all.
-Where the public code falls short of the paper, the paper is followed:
+The paper's best figures use a threshold per head, searched for one model (Llama-3.1-8B); here one threshold serves all
+heads. If the public code and the paper disagree, we follow the paper:
 
-- Query groups lie at their true positions, also in a chunk of a chunked prefill (the code pads queries and keys apart,
-  which shifts them) and in a left-padded row (counted from its first token). A chunk that begins on a block's edge
-  selects what the whole prompt would; one that begins inside a block selects for the rest of that block alone.
+- Query groups lie at their true positions, also in a chunk of a chunked prefill (the code pads queries and keys
+  separately, which shifts them) and in a left-padded row (they count from its first token). A chunk that begins at a
+  block's edge selects what the whole prompt would; one that begins inside a block selects only for the rest of it.
 - Key block 0 and the diagonal are kept in every row (in the code the first is a side effect), and count towards the
   threshold. The set is the smallest: the block that crosses the threshold is the last (the code's first rows keep one
   block more). Ties go to the earlier key block.
-- A group that is not full is averaged over its real queries (the code divides zeros by `stride`, which flattens it).
-- The model's own `scale` and softcap are used (the code: `D ** -0.5`, none); KV heads are not repeated.
+- A group that is not full is averaged over its real queries. The code divides zeros by `stride`, which flattens it.
+- The model's own `scale` and softcap are used (the code: `D ** -0.5`, none). KV heads are not repeated.
 
-As in the code, a tile on the diagonal counts with its future keys; it lies in the diagonal block, which is always read.
-A query block's selection looks at no token after the block.
+As in the code, a tile on the diagonal counts including its future keys. It lies in the diagonal block, which is always
+read. A query block's selection looks at no token after the block.
 """
 
 from typing import Annotated, Literal
@@ -37,7 +37,7 @@ from sparse_patch.methods.base.settings import PrefillMethod
 from sparse_patch.ops.selection.antidiagonal import block_masses
 from sparse_patch.plans import BlockGrid, Dense
 
-_SELECTION_BYTES = 48  # of temporaries for each block: the sort's values and indices, twice, and what is made of them
+_SELECTION_BYTES = 48  # temporaries per block: the sort's values and indices, twice, and what is computed from them
 
 
 class XAttention(PrefillMethod):
@@ -45,8 +45,8 @@ class XAttention(PrefillMethod):
 
     Attributes:
         threshold: estimated attention mass that every query block keeps, in (0, 1]; 1 is dense.
-        stride: side in tokens of the tiles whose antidiagonal is computed; divides `block_size`. The selection costs
-            about 1/stride of dense attention; 1 is exact.
+        stride: side in tokens of the tiles whose antidiagonal is computed; must divide `block_size`. The selection
+            costs about 1/stride of dense attention; 1 is exact.
         block_size: side of a block in tokens.
     """
 
@@ -88,10 +88,10 @@ class XAttention(PrefillMethod):
 
 
 def fewest_reaching(masses: torch.Tensor, diagonal: torch.Tensor, threshold: float) -> torch.Tensor:
-    """The fewest key blocks of each row whose masses reach a threshold, key block 0 and the diagonal among them.
+    """The fewest key blocks of each row that include key block 0 and the diagonal and whose masses reach a threshold.
 
     Args:
-        masses: float32 `[B, Hq, NQ, N]`, sums of 1.
+        masses: float32 `[B, Hq, NQ, N]`; each row sums to 1.
         diagonal: the diagonal block of each row, int64 `[B, NQ]`.
         threshold: the mass to reach.
 
@@ -102,5 +102,5 @@ def fewest_reaching(masses: torch.Tensor, diagonal: torch.Tensor, threshold: flo
     forced = (key_block == 0) | (key_block == diagonal[..., None])
     order = masses.masked_fill(forced[:, None], torch.inf).argsort(dim=-1, descending=True, stable=True)
     ranked = masses.gather(-1, order)
-    taken = F.pad(ranked.cumsum(-1)[..., :-1], (1, 0)) < threshold  # the mass of all that rank before
+    taken = F.pad(ranked.cumsum(-1)[..., :-1], (1, 0)) < threshold  # the mass of all blocks that rank before
     return torch.zeros_like(taken).scatter_(-1, order, taken) | forced[:, None]

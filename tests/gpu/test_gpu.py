@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped without one."""
+"""What only a GPU can show; skipped without a GPU."""
 
 import json
 from dataclasses import replace
@@ -71,7 +71,7 @@ HEADS = [
 
 
 def mixed_heads(folder: Path) -> BoundMethod:
-    """A method of which each head of layer 0 has another pattern."""
+    """A method with a different pattern for each head of layer 0."""
     (folder / "p.json").write_text(json.dumps([{str(head): [*entry, 1.0] for head, entry in enumerate(HEADS)}]))
     method = MInference(calibration=str(folder / "p.json"), block_budget=128, block_size=32, min_length=0)
     return method.bind(replace(SMALL_MODEL, num_layers=1))
@@ -134,7 +134,7 @@ def test_planning_never_waits_for_the_gpu(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_mixed_heads_on_the_gpu(dtype: torch.dtype, tmp_path: Path) -> None:
-    """The plan is the CPU's but for ties, and the fast kernel reads what it says."""
+    """Except for ties, the plan is the CPU's; the fast kernel reads exactly the plan."""
     method = mixed_heads(tmp_path)
     call = make_call(900, queries=500, row_starts=[0, 77, 300], dtype=dtype, head_dim=64)
     expected, plan = bound(method).plan(call), bound(method).plan(on_gpu(call))
@@ -145,7 +145,7 @@ def test_mixed_heads_on_the_gpu(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def assert_close(call: AttentionCall, plan: BlockPlan, backend: str) -> None:
-    """Relative error of the output as a whole, and no element left unwritten."""
+    """Check the relative error of the whole output, and that no element is left unwritten."""
     output, lse, _ = attend(call, plan, backend, return_lse=True)
     expected, expected_lse, _ = attend(call, plan, "reference", return_lse=True)
     assert lse is not None and expected_lse is not None and not output.isnan().any()
@@ -157,7 +157,7 @@ def assert_close(call: AttentionCall, plan: BlockPlan, backend: str) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("block_size", [32, 128])
 def test_tiles_are_left_out_on_the_gpu(head_dim: int, block_size: int) -> None:
-    """A threshold that no logit comes near, so that rounding decides nothing: keys are small or large."""
+    """No logit comes near the threshold, so rounding decides nothing: keys are small or large."""
     call = make_call(1100, queries=900, row_starts=[0, 77], head_dim=head_dim, dtype=torch.bfloat16)
     size = torch.where(torch.arange(1100) < 300, 4.0, 0.01)[:, None].bfloat16()
     call = on_gpu(AttentionCall(**{**vars(call), "k": call.k * size}))
@@ -270,7 +270,7 @@ def test_dense_kernels_against_the_reference(
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 def test_dense_best_on_the_gpu(family: str) -> None:
-    """Close to the unpatched model, and on another kernel wherever one serves these small heads."""
+    """The logits are close to the unpatched model's; another kernel runs if one serves these small heads."""
     model = FAMILIES[family]().cuda().bfloat16()
     ids = torch.randint(3, 90, (2, 200), device="cuda")
     with torch.no_grad():
@@ -282,7 +282,7 @@ def test_dense_best_on_the_gpu(family: str) -> None:
 
 
 def assert_pages_close(call: AttentionCall, plan: PagePlan) -> None:
-    """Relative error of the output as a whole; LSE and logits by element; nothing is left unwritten."""
+    """Check the relative error of the whole output, each LSE and logit, and that nothing is left unwritten."""
     output, lse, logits = page_decode.attend(call, plan, "triton", return_lse=True)
     expected, expected_lse, expected_logits = page_decode.attend(call, plan, "reference", return_lse=True)
     assert lse is not None and not output.isnan().any()
@@ -332,7 +332,7 @@ def test_page_decode_beyond_32_bits() -> None:
 
 @pytest.mark.parametrize("every", [True, False])
 def test_a_captured_decode_step_serves_every_length(every: bool) -> None:
-    """The graph of one length, replayed after keys, lists and lengths changed in place, and without a host sync."""
+    """The graph of one length is replayed after keys, lists and lengths changed in place, without a host sync."""
     call = on_gpu(decode_call(3000, row_starts=[0, 70], tail=1000, heads=(8, 2), head_dim=128, dtype=torch.bfloat16))
     assert call.kv_end is not None and call.kv_start is not None
     pages, counts = random_pages(call, 1, 16, most=64).pages, torch.full((2, 1), 50, dtype=torch.int32, device="cuda")

@@ -1,4 +1,4 @@
-"""The kernel of MoA's search on a GPU; skipped without one."""
+"""The kernel of MoA's search on a GPU; skipped without a GPU."""
 
 import pytest
 import torch

@@ -23,7 +23,7 @@ def model() -> PreTrainedModel:
 @pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
 @torch.no_grad()
 def test_prefill_is_sparse_in_a_graph(case: MethodCase, backend: str, model: PreTrainedModel, plans: Path) -> None:
-    """Two lengths: the second makes a graph of any length."""
+    """Two lengths; the second one makes a graph for any length."""
     if backend == "inductor":  # which rounds half precision elsewhere than PyTorch does
         model.float()
     with patched(model, {"prefill": in_folder(case.small, plans), "on_unsupported": "error"}):

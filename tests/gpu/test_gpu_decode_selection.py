@@ -1,4 +1,4 @@
-"""The selection ops of decode on a GPU: kernels against PyTorch, and inside CUDA graphs; skipped without one."""
+"""The selection ops of decode on a GPU: kernels against PyTorch, and inside CUDA graphs; skipped without a GPU."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -120,7 +120,7 @@ def captured(step: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.cuda.C
 
 
 def test_a_decode_step_in_a_cuda_graph() -> None:
-    """One graph serves every length of a static cache: statistics, scores and lists follow the device's counter."""
+    """One graph serves every length of a static cache; statistics, scores and lists follow the device's counter."""
     buffer = torch.full((2, 2, 400, 64), NAN, dtype=torch.bfloat16, device="cuda")
     starts, end = torch.tensor([0, 37], device="cuda"), torch.tensor(200, device="cuda")
     buffer[:, :, :200] = torch.randn(2, 2, 200, 64, device="cuda")

@@ -1,4 +1,4 @@
-"""InfLLM-V2 on a GPU: what chooses, what attends, whole prompts and steps; skipped without one."""
+"""InfLLM-V2 on a GPU: the choice, attention, whole prompts and steps; skipped without a GPU."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ def test_attention_on_the_gpu(head_dim: int, value_dim: int, dtype: torch.dtype)
 
 
 def choices(call: AttentionCall, rule: CompressedKeysParams, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the kernels and torch choose, as maps of blocks."""
+    """The choices of the kernels and of torch, as maps of blocks."""
     grid, keys = BlockGrid.of(call, 64), compressed_keys(page_means(call, 16))
     rules = rule.init_blocks, rule.local_blocks, rule.dense_blocks
     maps = [
@@ -61,7 +61,7 @@ def choices(call: AttentionCall, rule: CompressedKeysParams, tile: int) -> tuple
 @pytest.mark.parametrize("heads", GROUPS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_choice_on_the_gpu(heads: tuple[int, int], dtype: torch.dtype) -> None:
-    """Sums round in another order, which is seen where two scores are all but equal."""
+    """Sums round in another order, which shows only if two scores are almost equal."""
     for queries, head_dim, softcap in ((3000, 128, None), (700, 64, 20.0), (1, 256, None)):
         shape = {"heads": heads, "head_dim": head_dim, "dtype": dtype}
         call = on_gpu(make_call(3000, queries=queries, row_starts=[0, 77, 1900], softcap=softcap, **shape))
@@ -72,7 +72,7 @@ def test_the_choice_on_the_gpu(heads: tuple[int, int], dtype: torch.dtype) -> No
 
 
 def test_equal_scores_and_slices_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys that are all alike, where the rule alone decides; and slices of a few query blocks."""
+    """Equal keys, so that only the tie rule decides; and slices of a few query blocks."""
     call = on_gpu(make_call(4000, heads=(32, 2), head_dim=64, dtype=torch.bfloat16))
     same = replace(call, k=torch.ones_like(call.k))
     found, expected = choices(same, CompressedKeysParams(1, 2, 0, 9), 4)
@@ -84,7 +84,7 @@ def test_equal_scores_and_slices_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_long_prompts_in_chunks_on_the_gpu() -> None:
-    """Published settings at 20k tokens: chunks choose and give what the prompt does, and no query is left out."""
+    """Published settings at 20k tokens: chunks choose and compute what the whole prompt does; no query is left out."""
     call = on_gpu(make_call(20000, heads=(32, 2), head_dim=128, row_starts=[0, 3001], dtype=torch.bfloat16))
     method = InfLLMv2()
     plan = bound(method).plan(call)
@@ -134,7 +134,7 @@ def test_prompts_do_not_wait_for_the_gpu() -> None:
 
 
 def test_generate_on_the_gpu() -> None:
-    """Growing and static caches, whose steps are captured, give what the reference gives."""
+    """Growing and static caches, with captured steps, give what the reference gives."""
     torch._dynamo.reset()
     model = llama().cuda()  # type: ignore[call-arg]
     ids = torch.randint(3, 90, (2, 470), device="cuda")

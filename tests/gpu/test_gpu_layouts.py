@@ -1,4 +1,4 @@
-"""Layouts of tensors and head dims where alignment counts: what the interpreter of `test_layouts` cannot show."""
+"""Layouts of tensors and head dims for which alignment matters; the interpreter of `test_layouts` cannot show them."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Two GPUs give what one gives; skipped with fewer."""
+"""Two GPUs give what one gives; skipped with fewer GPUs."""
 
 import json
 import os
@@ -24,7 +24,7 @@ CONFIG = {"prefill": PREFILL, "decode": DECODE, "on_unsupported": "error"}
 
 
 def test_a_model_on_a_gpu_that_is_not_the_current_one() -> None:
-    """Triton launches on the current device; the hook makes it that of the tensors."""
+    """Triton launches on the current device; the hook makes the tensors' device the current one."""
     ids = torch.randint(3, 90, (1, 200), generator=torch.Generator().manual_seed(4))
     logits = []
     for device in ("cuda:0", "cuda:1"):
@@ -38,7 +38,7 @@ def test_a_model_on_a_gpu_that_is_not_the_current_one() -> None:
 
 
 def test_two_gpus_give_what_one_gives(tmp_path: Path) -> None:
-    """`device_map` bit for bit, tensor parallelism but for the order of its sums."""
+    """With `device_map` bit for bit; with tensor parallelism except for the order of sums."""
     file, environment = tmp_path / "result.json", {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     command = [sys.executable, str(ROOT / "benchmarks" / "two_gpus.py"), "--json", str(file)]
     subprocess.run(command, check=True, timeout=500, env=environment)

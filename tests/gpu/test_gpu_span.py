@@ -1,4 +1,4 @@
-"""Spans and rings on a GPU; skipped without one."""
+"""Spans and rings on a GPU; skipped without a GPU."""
 
 from dataclasses import replace
 
@@ -67,7 +67,7 @@ def test_rings_on_the_gpu(
 
 
 def test_a_captured_step_serves_every_length_without_a_wait() -> None:
-    """The graph of one length, replayed over others: the ring fills, turns over, and turns over again."""
+    """The graph of one length is replayed at others, without a host sync: the ring fills and turns over twice."""
     call = on_gpu(make_call(700, heads=(8, 2), head_dim=128, row_starts=[0, 70], dtype=torch.bfloat16))
     layout, seen = RingLayout.of((4, 64), (100, 400), room=1000), torch.zeros((), dtype=torch.int64, device="cuda")
     ring, plain = (Ring.empty(layout, call.k, call.v) for _ in range(2))
@@ -112,7 +112,7 @@ def test_forwards_do_not_wait_for_the_gpu() -> None:
 
 
 def test_generate_with_rings_on_the_gpu() -> None:
-    """Growing rings, and those of a static cache whose steps are captured, give what a cache of all keys gives."""
+    """Growing rings, and those of a static cache with captured steps, give what a cache of all keys gives."""
     torch._dynamo.reset()
     model = llama().cuda()  # type: ignore[call-arg]
     ids = torch.randint(3, 90, (2, 70), device="cuda")

@@ -1,4 +1,4 @@
-"""Attention sinks in the softmax (gpt-oss): every op with them, and a model's full layers, against the formula."""
+"""Attention sinks in the softmax (gpt-oss): every op with sinks, and a model's full layers, against the formula."""
 
 from collections.abc import Callable
 from functools import partial
@@ -53,7 +53,7 @@ Calls, Plans = Callable[[torch.dtype], AttentionCall], Callable[[AttentionCall],
 
 
 def _prompt(length: int, dtype: torch.dtype) -> AttentionCall:
-    """Two rows, of which the second begins with queries that have no key."""
+    """Two rows; the second begins with queries that have no key."""
     return make_call(length, row_starts=[0, 19], dtype=dtype)
 
 
@@ -120,7 +120,7 @@ CACHES: dict[str, Cached] = {
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    """A tiny gpt-oss with sinks of the logits' size, which runs its eager attention."""
+    """A tiny gpt-oss whose sinks are as large as its logits; it runs its eager attention."""
     model = gpt_oss()
     assert model.config.layer_types == ["sliding_attention", "full_attention"] * 2
     assert model.config._attn_implementation == "eager"
@@ -129,7 +129,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def folder(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that settings name."""
+    """The folder of the files that settings name."""
     folder = tmp_path_factory.mktemp("plans")
     write_plans(folder, shape_of(model))
     return folder
@@ -142,7 +142,7 @@ def eager(model: PreTrainedModel) -> torch.Tensor:
 
 
 def batch(pad: int = PAD) -> dict[str, torch.Tensor]:
-    """Two rows, the second padded on the left."""
+    """Two rows; the second is padded on the left."""
     return batch_of(TOTAL, pad)
 
 
@@ -151,7 +151,7 @@ def _fed(model: PreTrainedModel, pieces: list[int] = ONE_PIECE, cache: str = "dy
 
 
 def _config(model: PreTrainedModel, folder: Path, keeps_all: bool, *names: str) -> dict[str, Any]:
-    """Settings of methods that leave keys out, or that keep all of them."""
+    """Settings of methods: they leave keys out, or keep all of them."""
     config: dict[str, Any] = {"on_unsupported": "error"}
     for name in names:
         phases = registry()[name].phases
@@ -161,7 +161,7 @@ def _config(model: PreTrainedModel, folder: Path, keeps_all: bool, *names: str) 
 
 
 def _sparse_calls(model: PreTrainedModel) -> dict[Phase, int]:
-    """How often each full layer ran sparsely; the others never did, because of their windows alone."""
+    """How often each full layer ran sparsely. The other layers never did, and only because of their windows."""
     report = sparsity_report(model)
     assert report.fallbacks() == {}
     for layer, phase in product(report.layers, PHASES):
@@ -177,7 +177,7 @@ def _sparse_calls(model: PreTrainedModel) -> dict[Phase, int]:
 def _sparse_and_oracle(
     model: PreTrainedModel, config: Any, pieces: list[int] = ONE_PIECE, cache: str = "dynamic"
 ) -> tuple[torch.Tensor, torch.Tensor, dict[Phase, int]]:
-    """Patched logits, those of the oracle under the masks of the same plans, and the sparse calls of a full layer."""
+    """Patched logits, logits of the oracle under the masks of the same plans, and the sparse calls of a full layer."""
     with patched(model, config), capture_plans(model) as plans:
         found, calls = _fed(model, pieces, cache), _sparse_calls(model)
     with sinks_by_masks(model, _masks(plans)):
@@ -225,7 +225,7 @@ def test_a_full_budget_is_eager(name: str, model: PreTrainedModel, eager: torch.
 def test_chunks_and_other_caches_are_the_oracle(
     names: tuple[str, ...], pieces: list[int], cache: str, model: PreTrainedModel, folder: Path
 ) -> None:
-    """Some methods leave nothing out of a first chunk, which is dense then."""
+    """Some methods leave nothing out of a first chunk; that chunk is then dense."""
     found, expected, calls = _sparse_and_oracle(model, _config(model, folder, False, *names), pieces, cache)
     assert 1 <= calls["prefill"] <= len(pieces) - NEW and calls["decode"] == NEW
     close(found, expected, batch()["attention_mask"])
@@ -288,7 +288,7 @@ EVERY_KEY: dict[str, Callable[[AttentionCall], Plan]] = {
 
 
 class ByPlan(Method):
-    """Reads every key by one kind of plan."""
+    """Read every key, by one kind of plan."""
 
     phases = PHASES
     summary = "for tests"
@@ -333,7 +333,7 @@ def test_every_key_by_a_plan_is_eager(
 def test_every_key_without_the_sinks_is_far_from_eager(
     prefill: str, decode: str, model: PreTrainedModel, eager: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards the tests above: they would see that sinks are left out."""
+    """Guards the tests above: they would notice missing sinks."""
     monkeypatch.setattr(Attended, "with_sinks", lambda attended, sinks: attended)
     with patched(model, _reading(prefill, decode)):
         found = _fed(model)
@@ -343,7 +343,7 @@ def test_every_key_without_the_sinks_is_far_from_eager(
 
 @pytest.mark.parametrize("pieces", [ONE_PIECE, CHUNKS], ids=str)
 def test_a_ring_that_forgets_nothing_is_eager(pieces: list[int], model: PreTrainedModel, eager: torch.Tensor) -> None:
-    """The first piece is dense by choice of the method; the ring serves all that follow."""
+    """The first piece is dense by the method's choice; the ring serves all later pieces."""
     everything = {"method": "streamingllm", "sink": 5, "window": 400}
     with patched(model, {"both": everything, "on_unsupported": "error"}):
         close(_fed(model, pieces, "ring"), eager, batch()["attention_mask"])
@@ -374,7 +374,7 @@ def test_attention_weights_are_those_of_before(model: PreTrainedModel, folder: P
 def test_dense_best_leaves_prefill_to_the_model(
     model: PreTrainedModel, eager: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dense kernels give no LSE; decode runs on the kernel for pages, which does."""
+    """Dense kernels give no LSE. Decode runs on the kernel for pages, which gives one."""
     monkeypatch.setattr(dense, "fastest", lambda call: "sdpa")
     monkeypatch.setattr(page_decode, "fastest", lambda call, plan: "triton")
     with patched(model, {"both": {"method": "dense"}, "dense": "best"}):
@@ -388,7 +388,7 @@ def test_dense_best_leaves_prefill_to_the_model(
 
 @pytest.mark.parametrize("backend", ["flash", "triton", "torch", "reference"])
 def test_every_backend_is_eager(backend: str, model: PreTrainedModel) -> None:
-    """What `flash`, for GPUs alone, does not serve is dense, and counted."""
+    """`flash` is only for GPUs. What it does not serve is dense, and counted."""
     prompt = batch_of(25)
     expected = fed(model, prompt, [24, 1], DynamicCache(config=model.config))
     for plans in READINGS[1:]:
@@ -399,7 +399,7 @@ def test_every_backend_is_eager(backend: str, model: PreTrainedModel) -> None:
 
 
 def test_sinks_that_need_gradients_are_dense() -> None:
-    """They alone, in a layer that gets no gradient from below."""
+    """Only the sinks need gradients, in a layer that gets no gradient from below."""
     model = gpt_oss().requires_grad_(False)
     sinks: nn.Parameter = model.model.layers[1].self_attn.sinks
     sinks.requires_grad_(True)

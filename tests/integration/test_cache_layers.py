@@ -1,4 +1,4 @@
-"""Caches of ours live as those of Transformers do: through inference mode, copies, files, other rows and cuts.
+"""Our caches behave like Transformers' caches: in inference mode, in copies and files, and if rows or ends change.
 
 The oracle is a run in one piece on a `DynamicCache`, without gradients.
 """
@@ -25,16 +25,16 @@ from sparse_patch.integration.generation_cache import spans_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT, END = 290, 294
-LENGTH = 420  # that spans of a length are of
+LENGTH = 420  # the length that the spans are made for
 Mode = Callable[[], AbstractContextManager[Any]]
 MODES: list[Mode] = [torch.inference_mode, torch.no_grad, torch.enable_grad]
-VARIANTS = ("tidaldecode-kv_group", "tidaldecode-all", "quest-kv_group-sum-forced")  # keep what others of them keep
+VARIANTS = ("tidaldecode-kv_group", "tidaldecode-all", "quest-kv_group-sum-forced")  # keep the same as other cases
 NAMES = [name for name, config in configurations(Path()).items() if "prefill" not in config and name not in VARIANTS]
 
 
 @pytest.fixture(scope="module")
 def frozen() -> PreTrainedModel:
-    """No parameter needs gradients, so that methods are sparse whatever the mode."""
+    """No parameter needs gradients, so methods are sparse in every mode."""
     return llama(layers=5).requires_grad_(False)
 
 
@@ -44,7 +44,7 @@ def growing(model: PreTrainedModel) -> Cache:
 
 
 def static(model: PreTrainedModel) -> Cache:
-    """The same with a static cache."""
+    """`growing` with a static cache."""
     cache = StaticCache(config=model.config, max_cache_len=LENGTH)
     adopt(cache, spans_of(model), LENGTH)
     return cache
@@ -64,7 +64,7 @@ def fed(
     mode: Mode = torch.no_grad,
     rows: Sequence[int] = (0, 1),
 ) -> torch.Tensor:
-    """The last logits of each piece of a padded batch, from token to token, `[pieces - 1, B, vocabulary]`."""
+    """The last logits of each piece of a padded batch, `[pieces - 1, B, vocabulary]`; `pieces` are the borders."""
     ids = torch.randint(3, 90, (2, END), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, :13] = 0
@@ -78,7 +78,7 @@ def fed(
 
 
 def uncut(model: PreTrainedModel, name: str, pieces: Sequence[int]) -> torch.Tensor:
-    corrects = name == CORRECTED.name  # which it does on caches of ours only
+    corrects = name == CORRECTED.name  # only our caches are corrected
     return fed(model, growing_cache(model.config) if corrects else DynamicCache(config=model.config), pieces)
 
 
@@ -118,7 +118,7 @@ def pickled(cache: Cache) -> Cache:
 
 @EACH
 def test_copies_go_their_own_way(name: str, build: Callable[..., Cache], plans: Path, frozen: PreTrainedModel) -> None:
-    """Made in a mode and used in another one, by `copy`, `pickle` and `torch.save`, of an empty cache too."""
+    """Copies by `copy`, `pickle` and `torch.save` are made in one mode and used in another; also of an empty cache."""
     with patched(frozen, configurations(plans)[name]):
         expected = uncut(frozen, name, [0, PROMPT, PROMPT + 1, *range(PROMPT + 2, END + 1)])[-1]
         for number, how in enumerate((copy.deepcopy, pickled, through_a_file)):
@@ -158,7 +158,7 @@ def test_rows_change_and_the_end_is_cut(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_the_unpatched_model(name: str, plans: Path) -> None:
-    """Dense then. A ring that has forgotten nothing yet gives way."""
+    """Calls are then dense. A ring that has forgotten nothing yet gives way."""
     model, gradients = llama(layers=5), []
     ids = torch.randint(3, 90, (1, 40))
     for config in (None, configurations(plans)[name]):

@@ -1,4 +1,4 @@
-"""The growing cache against the one of Transformers, bit for bit."""
+"""The growing cache against Transformers' cache, bit for bit."""
 
 import copy
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 @torch.no_grad()
 def test_logits_are_those_of_a_dynamic_cache(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompt, chunk and tokens, through several growths; a copy goes its own way."""
+    """Prompt, chunk and tokens, through several growths. A copy is independent."""
     monkeypatch.setattr(cache_layers, "SPARE", 3)
     ids = torch.randint(3, 90, (2, 80))
     growing, dynamic = growing_cache(model.config), DynamicCache(config=model.config)
@@ -72,7 +72,7 @@ def test_cropping_and_reordering(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.no_grad()
 def test_bytes_of_layers_that_keep_everything(model: PreTrainedModel) -> None:
-    """What is planned is what is kept, sliding windows included; room to grow is allocated beside it."""
+    """`planned` is what is kept, including sliding windows; the room to grow is only in `allocated`."""
     ids, kept = torch.randint(3, 90, (2, 40)), 0
     cache = growing_cache(model.config)
     assert cache_bytes(cache) == CacheBytes(0, 0, 0)
@@ -94,7 +94,7 @@ def test_generate_takes_it(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("build", [gemma3n, gemma4])
 def test_layers_that_share_keys_share_what_is_kept_of_them(build: Callable[[], PreTrainedModel]) -> None:
-    """The answers are those of a cache without a memory, where page statistics are made anew for every token."""
+    """The answers are those of a cache without `KVState`, which makes page statistics anew for every token."""
     model = build()
     ids = torch.randint(3, 90, (1, 130), generator=torch.Generator().manual_seed(2))
     quest = {"method": "quest", "budget": 48, "page_size": 8, "min_length": 0}

@@ -1,4 +1,4 @@
-"""`torch.compile` of whole patched models, as one graph. What a GPU runs sparsely in it is in test_gpu_compile.py."""
+"""`torch.compile` of whole patched models, as one graph. test_gpu_compile.py tests what is sparse on a GPU."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def padding() -> torch.Tensor:
 
 
 def ways(model: PreTrainedModel) -> dict[str, tuple[dict[str, Any], str]]:
-    """What a prompt may come with, and why it is dense then inside a graph if it is not for want of kernels."""
+    """What a prompt may come with, and why it is dense inside a graph, if not for lack of kernels."""
     cache = StaticCache(config=model.config, max_cache_len=300)
     return {
         "plain": ({}, ""),
@@ -73,7 +73,7 @@ CASES = [
 @pytest.mark.parametrize("name, way", CASES)
 @torch.no_grad()
 def test_a_prompt_in_one_graph(name: str, way: str, plans: Path, two_layers: PreTrainedModel) -> None:
-    """Spans are read sparsely; what cannot be is dense as unpatched, its reason counted once a layer."""
+    """Spans are read sparsely. Other methods are dense as in the unpatched model; each layer counts the reason once."""
     inputs, reason = ways(two_layers)[way]
     expected = two_layers(ids(), **inputs).logits
     config = configurations(plans, layers=2)[name]
@@ -115,7 +115,7 @@ def test_prompts_of_any_length_in_one_graph(name: str, plans: Path) -> None:
 
 @torch.no_grad()
 def test_a_graph_of_before_is_not_run_after(plans: Path, two_layers: PreTrainedModel) -> None:
-    """Compiled unpatched, then patched, unpatched, and patched with something else."""
+    """The model is compiled unpatched, then patched, unpatched, and patched with another configuration."""
     graph, plain = compiled(two_layers), two_layers(ids()).logits
     torch.testing.assert_close(graph(ids()).logits, plain)
     for name in ("streamingllm",):
@@ -135,7 +135,7 @@ def test_a_graph_of_before_is_not_run_after(plans: Path, two_layers: PreTrainedM
     ],
 )
 def test_a_compiled_forward_under_generate(name: str, options: dict[str, Any], plans: Path) -> None:
-    """Of the caches that `generate` makes, prompt and tokens in graphs: the answer of the patched model."""
+    """With the caches that `generate` makes, prompt and tokens in graphs give the answer of the patched model."""
     model = llama(layers=2)
     options = {**options, "max_new_tokens": 3, "do_sample": False}
     with patched(model, configurations(plans, layers=2)[name], on_unsupported="error"):
@@ -149,7 +149,7 @@ def test_a_compiled_forward_under_generate(name: str, options: dict[str, Any], p
 
 @torch.no_grad()
 def test_on_unsupported_error_inside_a_graph(plans: Path, two_layers: PreTrainedModel) -> None:
-    """PyTorch's error, with the line of ours in it."""
+    """The error is PyTorch's, and contains our line."""
     strict = {**configurations(plans, layers=2)["a_shape"], "on_unsupported": "error"}
     with patched(two_layers, strict), pytest.raises(Exception, match="without Triton"):
         compiled(two_layers)(ids())

@@ -28,7 +28,7 @@ LIST: Slot[PagePlan] = Slot("list of the toy")
 
 
 class Toy(DecodeMethod):
-    """The first full layer selects the tokens with the highest logit of any head; those after it read them."""
+    """The first full layer selects the tokens with the highest logit of any head; the ones after it read them."""
 
     summary = "for tests"
     paper = "none"
@@ -105,7 +105,7 @@ def test_a_static_cache_gives_what_a_growing_one_gives(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_compiled_step_of_a_static_cache(family: str) -> None:
-    """One graph without a break, with the lists and the memory in it."""
+    """The step is one graph without a break; lists and `KVState` are part of it."""
     torch._dynamo.reset()
     model = FAMILIES[family]()
     options = CompileConfig(backend="eager", fullgraph=True)
@@ -155,7 +155,7 @@ def test_a_dynamic_cache_of_the_users_own_works_and_the_report_names_its_cost() 
 
 @torch.no_grad()
 def test_two_interleaved_generations_do_not_meet() -> None:
-    """Each has the lists and the memory of its own cache."""
+    """Each generation has the lists and the `KVState` of its own cache."""
     model = llama()
     ids = prompt(model, batch=2)["input_ids"]
     with patched(model, TOY):
@@ -219,7 +219,7 @@ def test_what_the_method_cannot_see_makes_it_start_again() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("static", [False, True])
 def test_changing_the_rows_and_the_end_of_a_cache(static: bool) -> None:
-    """Crop, reorder, repeat, select and reset: keys as in a cache that was filled so, the memory beside them."""
+    """Crop, reorder, repeat, select and reset give the keys and the `KVState` of a cache that was filled so."""
     model = llama()
     ids = prompt(model, pad=0)["input_ids"]
 
@@ -330,7 +330,7 @@ def test_a_padded_row_generates_what_it_generates_alone(case: MethodCase, five_l
 
 @pytest.mark.parametrize("pad", [0, 9])
 def test_a_step_without_masks_made_ahead(pad: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on kernels of ours builds no masks; a layer that falls back makes its own, compiled too."""
+    """Steps on our kernels build no masks. A layer that falls back makes its own mask, also when compiled."""
     torch._dynamo.reset()
     options = CompileConfig(backend="eager", fullgraph=True)
     options._compile_all_devices = True
@@ -371,7 +371,7 @@ def test_a_compiled_step_of_every_kind_of_method(case: MethodCase, five_layers: 
 @FAST
 @torch.no_grad()
 def test_a_continued_chat_and_a_cut_cache(case: MethodCase, five_layers: PreTrainedModel) -> None:
-    """Tokens, a second prompt and tokens again; what was cut off and fed once more gives the same."""
+    """Tokens, a second prompt and tokens again; tokens that are cut off and fed again give the same."""
     ids = long_prompt()["input_ids"]
     with patched(five_layers, {"decode": case.small}):
         cache = growing_cache(five_layers.config)

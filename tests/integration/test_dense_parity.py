@@ -1,11 +1,11 @@
 """A model patched with the dense config computes what it computed before, to the last bit.
 
-The dense config puts the hook in place and sends every call to the implementation the model had before. The kernels
-and their inputs are then the same, so the comparison is `torch.equal`; TOLERANCES lists the exception and its reason.
-Logits are compared, not only tokens: an off-by-one in a mask moves the logits long before it moves an argmax.
+The dense config puts the hook in place and sends every call to the implementation that the model had before. The
+kernels and their inputs are then the same, so the comparison is `torch.equal`; TOLERANCES lists the exception and its
+reason. Logits are compared, not only tokens, because an off-by-one in a mask moves the logits long before an argmax.
 
-Every scenario is run before patching, while patched and after unpatching, and the hook's calls are counted, so that a
-patch that does nothing fails too.
+Every scenario runs before patching, while patched and after unpatching. The hook's calls are counted, so a patch that
+does nothing fails too.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_dense_config_changes_nothing(family: str, scenario: str) -> None:
 
 
 def test_a_users_own_attention_function_finds_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An implementation may read its module's config, as FlashAttention does; without a mask function it gets none."""
+    """An implementation may read its module's config, as FlashAttention does. Without a mask function it gets none."""
 
     def reads_config(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         name, mask = module.config._attn_implementation, args[2]
@@ -165,7 +165,7 @@ def test_only_the_text_tower_of_a_vision_language_model_is_patched(scenario: str
 
 
 def test_the_image_mask_matters() -> None:
-    """Guards the test above: a causal mask instead of the image's bidirectional one moves the logits."""
+    """Guards the test above: with a causal mask instead of the image's bidirectional one, the logits differ."""
     model, inputs = vlm(), image_prompt()
     causal = {name: tensor for name, tensor in inputs.items() if name != "token_type_ids"}
     assert not torch.allclose(logits(model, **inputs), logits(model, **causal), atol=0.1)

@@ -1,4 +1,4 @@
-"""What is found in a model, and what is refused: for the true reason, in one line, and the model stays as it was."""
+"""What is found in a model and what is refused: for the true reason, in one line, and the model stays unchanged."""
 
 import types
 from collections.abc import Callable
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(name: str) -> PreTrainedModel:
-    """The first tiny model of a class that can be made; skips where Transformers has no such class."""
+    """The first tiny model of a class that can be made; skips if Transformers has no such class."""
     if not hasattr(transformers, name):
         pytest.skip(f"this Transformers has no {name}")
     for build in tiny_models(name):
@@ -33,7 +33,7 @@ def tiny(name: str) -> PreTrainedModel:
 
 
 def refusal(model: PreTrainedModel) -> str:
-    """Why a model is refused; nothing of it was changed."""
+    """Why a model is refused. Checks that the model is unchanged."""
     configs = {name: module.config for name, module in model.named_modules() if hasattr(module, "config")}
     names = {name: config._attn_implementation for name, config in configs.items()}
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -66,14 +66,14 @@ def of_class(kind: type) -> Callable[[nn.Module], None]:
 
 
 class Mixer(LlamaAttention):
-    """Attention by another name."""
+    """Attention under another name."""
 
 
 @pytest.mark.parametrize(
     "name, layers", [("LongcatFlashForCausalLM", 6), ("DogeForCausalLM", 3), ("BartForCausalLM", 3)]
 )
 def test_attention_is_what_asks_the_interface(name: str, layers: int) -> None:
-    """With two in a decoder layer, with no `is_causal`, and beside cross-attention."""
+    """Models with two attention modules per decoder layer, without `is_causal`, and with cross-attention."""
     found = attention_modules(tiny(name))
     assert [module.layer_idx for module in found.values()] == list(range(layers))
 
@@ -121,7 +121,7 @@ def attend_otherwise(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any
 
 
 def test_a_patch_of_a_forward_is_to_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the module, and on its class."""
+    """The patch is on the module, and on its class."""
     message = refusal(with_attention(lambda it: setattr(it, "forward", types.MethodType(attend_otherwise, it)), (1,)))
     assert "1 of 3" in message and "undo the other patch of its forward" in message
     monkeypatch.setattr(LlamaAttention, "forward", attend_otherwise)
@@ -198,13 +198,13 @@ class ForATensor(LlamaAttention):
 
 
 class OfOtherThings(LlamaAttention):
-    """Speaks of sdpa, and asks what its hidden states are and whether there is a mask: nothing that a patch changes."""
+    """Names sdpa, and asks what its hidden states are and whether there is a mask: nothing that a patch changes."""
 
     def __init__(self) -> None:
         self.name = "sdpa"
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
-        """As eager or sdpa."""
+        """Attend as eager or sdpa."""
         if isinstance(hidden_states, torch.Tensor) and attention_mask is not None:
             return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
         return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)(self, **kwargs)

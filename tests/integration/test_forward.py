@@ -1,4 +1,4 @@
-"""The phase of a forward: what `generate` is doing says it, not the number of queries."""
+"""The phase of a forward depends on what `generate` is doing, not on the number of queries."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ A_SHAPE = {"method": "a_shape", "block_size": 16, "sink": 16, "window": 32, "min
 
 
 def repeating(length: int = 200) -> torch.Tensor:
-    """A prompt that says the same again and again: candidates are found in it from the first forward on."""
+    """A prompt that repeats itself, so that candidates are found in it from the first forward on."""
     once = torch.randint(3, 90, (1, 50), generator=torch.Generator().manual_seed(3))
     return once.repeat(1, -(-length // 50))[:, :length]
 
@@ -48,7 +48,7 @@ def queries(layer: LayerReport) -> tuple[float, float]:
 
 
 def assisted(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    """What `generate` answers where candidates are verified, 24 at a time; all of the prompt was read as one."""
+    """The answer of `generate` if 24 candidates are verified at a time. Checks that the prompt is read as one."""
     with widths(model) as seen:
         answer: torch.Tensor = model.generate(ids, **GREEDY, **options)  # type: ignore[operator]
     assert max(seen[1:]) > 16 and seen[0] > ids.shape[1], "the first forward has candidates, another one many"
@@ -68,7 +68,7 @@ def assistant() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [*PREFILL, "streamingllm", "moa", "duoattention"])
 def test_candidates_are_decoded(name: str, plans: Path, five_layers: PreTrainedModel) -> None:
-    """The greedy text of the same patched model, however many tokens a forward verifies."""
+    """The text is the greedy text of the same patched model, however many tokens a forward verifies."""
     ids, config = repeating(), {**configurations(plans)[name], "on_unsupported": "error"}
     with patched(five_layers, config):
         expected = five_layers.generate(ids, **GREEDY)
@@ -91,7 +91,7 @@ def test_a_full_budget_verifies_what_is_greedy(name: str, plans: Path, five_laye
 @pytest.mark.parametrize("new", [1, 5, 16, 17])
 @pytest.mark.parametrize("kind", [growing_cache, DynamicCache, StaticCache])
 def test_a_new_turn_of_a_chat_is_prefill(kind: Any, new: int, five_layers: PreTrainedModel) -> None:
-    """Whatever its length; with a static cache, which hides from the host how much it has, from 17 tokens on."""
+    """At any length; with a static cache, whose length the host does not know, only from 17 tokens on."""
     static = kind is StaticCache
     cache = kind(config=five_layers.config, max_cache_len=300) if static else kind(config=five_layers.config)
     options = {"past_key_values": cache, **GREEDY, "max_new_tokens": 3, "disable_compile": True}

@@ -1,4 +1,4 @@
-"""The hook on real model classes: what runs sparsely, what goes dense and why, and that nothing does so silently."""
+"""The hook on real model classes: what runs sparsely, what goes dense and why, and that nothing goes dense silently."""
 
 import warnings
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def logits_of(model: nn.Module, **inputs: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_attention_layers_of_every_family_run_sparsely(family: str) -> None:
-    """Sparse exactly in the layers without a window, with logits that differ from dense ones and are finite."""
+    """Sparse exactly in the layers without a window; the logits are finite and differ from dense ones."""
     model = FAMILIES[family]()
     ids = ids_of(model)
     dense = logits_of(model, input_ids=ids)
@@ -171,7 +171,7 @@ def _own_mask(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _images(model: PreTrainedModel) -> dict[str, Any]:
-    """Two blocks of tokens that see each other both ways, as image tokens do."""
+    """Two blocks of tokens that see each other in both directions, as image tokens do."""
     kinds = torch.zeros(1, LENGTH, dtype=torch.long)
     kinds[0, 10:30] = 1
     return {"input_ids": ids_of(model), "token_type_ids": kinds}
@@ -186,7 +186,7 @@ def with_weights() -> PreTrainedModel:
 
 
 def with_own_sinks() -> PreTrainedModel:
-    """A model whose attention has sinks that it does not hand to the attention function."""
+    """A model whose attention has sinks that it does not pass to the attention function."""
     model = FAMILIES["llama"]()
     for layer in model.model.layers:
         layer.self_attn.sinks = nn.Parameter(torch.zeros(4))
@@ -282,7 +282,7 @@ def test_paged_caches_are_refused(llama: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_generate_compiles_the_decode_step_of_a_static_cache(family: str) -> None:
-    """What `generate` does on a GPU: the step compiles as one graph, and the dense config gives the same logits."""
+    """As `generate` does on a GPU: the step compiles as one graph, and the dense config gives the same logits."""
     torch._dynamo.reset()
     model = FAMILIES[family]()
     options = CompileConfig(backend="eager", fullgraph=True)
@@ -327,7 +327,7 @@ DENSE_WAYS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def fast_dense(monkeypatch: pytest.MonkeyPatch) -> list[AttentionCall]:
-    """As if the kernel `sdpa` were the fastest here; the calls that ran on it."""
+    """Pretend that the kernel `sdpa` is the fastest here; return the calls that ran on it."""
     served: list[AttentionCall] = []
 
     def fastest(call: AttentionCall) -> str | None:

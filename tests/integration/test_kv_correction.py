@@ -23,7 +23,7 @@ def model() -> PreTrainedModel:
 
 
 def keys_after(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: Any, steps: int) -> torch.Tensor:
-    """Keys of the last layer after a prompt and tokens one by one, padding left out."""
+    """Keys of the last layer after a prompt and single tokens, without padding."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # as `generate` counts them
     with torch.no_grad():
         for begin, end in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, PROMPT + steps))]:
@@ -61,7 +61,7 @@ def test_a_corrected_cache_is_the_dense_one(model: PreTrainedModel, period: int,
 @pytest.mark.parametrize("period", [1, 3])
 @pytest.mark.parametrize("cut", [1, 2, 7])
 def test_tokens_that_were_cut_off_are_not_read_again(model: PreTrainedModel, cut: int, period: int) -> None:
-    """Cut into the tokens since the last correction, before it, and into the prompt; other tokens come after."""
+    """The cut is in the tokens since the last correction, before it, or in the prompt; other tokens come after."""
     ids = torch.randint(3, 90, (2, PROMPT + 12), generator=torch.Generator().manual_seed(1))
     mask, begin = torch.ones_like(ids), PROMPT + 4 - cut
     other = torch.cat([ids[:, :begin], torch.randint(3, 90, (2, PROMPT + 12 - begin))], 1)
@@ -78,7 +78,7 @@ def test_tokens_that_were_cut_off_are_not_read_again(model: PreTrainedModel, cut
 
 
 def some_windows() -> PreTrainedModel:
-    """A window on the layer between two that have none."""
+    """A model whose middle layer has a window."""
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     config = Qwen2Config(**COMMON, layer_types=kinds, use_sliding_window=True, sliding_window=WINDOW)
     return Qwen2ForCausalLM(config).eval()
@@ -86,7 +86,7 @@ def some_windows() -> PreTrainedModel:
 
 @pytest.mark.parametrize("build", [some_windows, qwen3_next])
 def test_caches_that_cannot_be_cut_are_not_corrected(build: Callable[[], PreTrainedModel]) -> None:
-    """It is said; the answer is the one without correction."""
+    """A warning says so; the answer is the one without correction."""
     model = build()
     batch: dict[str, Any] = {"input_ids": torch.randint(3, 90, (1, PROMPT)), "do_sample": False, "max_new_tokens": 6}
     sparse: dict[str, Any] = {**SPARSE, "roles": {"full": [], "select": [int(build is qwen3_next)]}}
@@ -100,7 +100,7 @@ def test_caches_that_cannot_be_cut_are_not_corrected(build: Callable[[], PreTrai
 
 
 def test_generate_with_correction(model: PreTrainedModel) -> None:
-    """Correcting after every token leaves only the last one's error; beams and a second prompt go on working."""
+    """Correcting after every token leaves only the last token's error; beams and a second prompt keep working."""
     batch: dict[str, Any] = {"input_ids": torch.randint(3, 90, (1, PROMPT)), "do_sample": False, "max_new_tokens": 9}
     with patched(model, {"decode": {**SPARSE, "correction_period": 3}}):
         assert model.generate(**batch).shape == (1, PROMPT + 9)

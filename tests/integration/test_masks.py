@@ -117,7 +117,7 @@ def test_slicing_rows(rows: slice, padding: torch.Tensor | None, skip: bool) -> 
 def test_what_a_model_computes_on_it_is_computed_on_the_tensor(
     implementation: str, dtype: torch.dtype, padding: torch.Tensor | None
 ) -> None:
-    """Also where the implementation itself would have done without a mask."""
+    """Also if the implementation itself would not need a mask."""
     config = LlamaConfig(attn_implementation=implementation)
     mask = make(0, 30, padding, config=config, allow_is_causal_skip=True, dtype=torch.float32)
     tensor = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**{**mask.arguments, "allow_is_causal_skip": False})
@@ -209,7 +209,7 @@ def test_it_passes_for_a_mask_tensor() -> None:
 
 
 def test_rows_of_a_prompt_are_prefill() -> None:
-    """Also on another device, where the last layers of a model may lie."""
+    """Also on another device, where the last layers of a model may be."""
     last = make(0, 30)[:, :, slice(-1, None), :]
     assert last.q_length == 1 and last.q_start == 29
     for mask in (last, last.to("meta")):
@@ -218,7 +218,7 @@ def test_rows_of_a_prompt_are_prefill() -> None:
 
 
 def test_images_add_nothing_for_a_last_token() -> None:
-    """Transformers builds the decode step of a static cache with the mask of images all the same."""
+    """Transformers nevertheless builds the decode step of a static cache with the mask of images."""
     ids = torch.full((1, 40), -1)
     ids[:, 4:20] = 0
     union = or_masks(causal_mask_function, blockwise_overlay(ids))

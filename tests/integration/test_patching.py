@@ -1,4 +1,4 @@
-"""Attaching and detaching: what is refused, and that a refused model is as it was. See also test_dense_parity.py."""
+"""Attaching and detaching: what is refused, and that a refused model is unchanged. See also test_dense_parity.py."""
 
 import copy
 import functools
@@ -86,7 +86,7 @@ def test_an_encoder_is_refused() -> None:
 
 
 class RemoteAttention(nn.Module):
-    """Attention as remote code has it: its own arithmetic, no interface."""
+    """Attention as in remote code: its own arithmetic, no interface."""
 
     def __init__(self, native: nn.Module) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def test_device_map_with_accelerate_hooks(llama: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("patch_first", [True, False])
 def test_layers_on_disk(patch_first: bool, llama: PreTrainedModel, tmp_path: Path) -> None:
-    """What `device_map="auto"` does where memory is short: hooks of accelerate move weights and tensors."""
+    """As `device_map="auto"` does if memory is short: hooks of accelerate move weights and tensors."""
     from accelerate import dispatch_model
 
     delta = {

@@ -99,7 +99,7 @@ def of_its_values(config: Any, model: Any) -> Any:
 @pytest.mark.parametrize("build", [of_itself, by_auto, of_a_copy, of_a_pickled_one, of_its_values])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_model_of_a_patched_models_config_is_plain(family: str, build: Callable[[Any, Any], Any]) -> None:
-    """Also while the other model is patched; it can be patched itself, with another configuration."""
+    """Also while the other model is patched; the new model can itself be patched, with another configuration."""
     model = FAMILIES[family]()
     plain = generated(model)
     with patched(model, SPARSE):
@@ -159,7 +159,7 @@ def test_a_config_that_was_taken_from_a_patched_model_names_no_patch_afterwards(
 
 
 def test_a_config_alone_is_plain(five_layers: PreTrainedModel) -> None:
-    """It is loaded by a process that has no sparse_patch, or that has patched nothing."""
+    """The config is loaded by a process that does not have sparse_patch, or that has patched nothing."""
     with patched(five_layers, SPARSE):
         stored = pickle.dumps(five_layers.config)
         assert b"sparse_patch" not in stored
@@ -178,7 +178,7 @@ def test_a_copy_has_no_hook_if_the_model_was_given_another_implementation(five_l
 
 
 def work(model: nn.Module, path: Path, results: Any) -> None:
-    """What another process does with the model that it was sent, and with one in a file."""
+    """What another process does with the model that it was sent, and with one from a file."""
     torch.set_num_threads(1)
     found = []
     for one in (model, torch.load(path, weights_only=False)):

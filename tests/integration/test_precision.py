@@ -1,4 +1,4 @@
-"""Mixed precision: what runs sparsely under autocast is computed as it is on tensors of that dtype, sums in float32."""
+"""Mixed precision: under autocast, sparse calls compute as on tensors of that dtype, with sums in float32."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -49,7 +49,7 @@ def batch(length: int = 290) -> dict[str, torch.Tensor]:
 
 
 def logits(model: PreTrainedModel, **options: Any) -> torch.Tensor:
-    """Of a prompt's last token and three generated ones."""
+    """The logits of a prompt's last token and of three generated tokens."""
     settings = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     return torch.stack(model.generate(**batch(), **settings, **options).logits)  # type: ignore[operator]
 
@@ -88,7 +88,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Ran]]:
 def test_autocast_rounds_nothing(
     name: str, dtype: torch.dtype, plans: Path, five_layers: PreTrainedModel, ran: list[Ran]
 ) -> None:
-    """Plans and outputs are those of the same tensors without autocast, and those those of float32 sums."""
+    """Plans and outputs are those of the same tensors without autocast; these are close to those of float32 sums."""
     cache = DynamicCache(config=five_layers.config)  # keeps everything, so that spans are a plan in decode too
     with patched(five_layers, configurations(plans)[name], on_unsupported="error"), autocast(dtype):
         assert logits(five_layers, past_key_values=cache).isfinite().all()
@@ -116,7 +116,7 @@ def assert_same_plan(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("family", ["gemma2", "qwen3", "minicpm3"])
 def test_families_under_autocast(family: str, ran: list[Ran]) -> None:
-    """Soft caps, norms of queries and keys, values of another width."""
+    """Soft caps, norms of queries and keys, and values of another width."""
     model = FAMILIES[family]()
     ids = torch.randint(3, 90, (1, 150))
     flex = {"method": "flexprefill", "block_size": 16, "min_budget": 16, "gamma": 0.5, "min_length": 0}
@@ -156,7 +156,7 @@ def test_a_cache_is_filled_under_autocast_and_used_outside(five_layers: PreTrain
 @pytest.mark.parametrize("pattern", ["all", "none after the first", "all but the first", "in turn"])
 @torch.no_grad()
 def test_a_ring_serves_on_both_sides_of_autocast(pattern: str, static: bool, five_layers: PreTrainedModel) -> None:
-    """It is as far from the answer in float32 as a cache that keeps everything, or nearer."""
+    """The ring is about as close to the float32 answer as a cache that keeps everything, or closer."""
     pieces = batch()["input_ids"].split([280, 4, 1, 1, 4], 1)
     with_autocast = {
         "all": [True] * 5,
@@ -216,7 +216,7 @@ def test_a_model_that_accelerate_prepares(name: str, patch_first: bool, plans: P
 
 @pytest.mark.parametrize("name", ["flexprefill-coverage", "quest-kv_group-max-added", "streamingllm"])
 def test_the_mixed_precision_of_lm_eval(name: str, needle_llama_path: Path) -> None:
-    """With full budgets what stock `hf` answers."""
+    """With full budgets the answers are those of the stock `hf` model."""
     full = {
         "flexprefill-coverage": {"prefill": {"method": "flexprefill", "min_length": 0, "gamma": 1.0}},
         "quest-kv_group-max-added": {"decode": {"method": "quest", "min_length": 0, "budget": 4096}},

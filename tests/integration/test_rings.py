@@ -1,6 +1,6 @@
-"""Rings where they cannot serve, or nobody expects them: dense with the unpatched result, never an error afterwards.
+"""Rings that cannot serve, or that nobody expects: dense with the unpatched result, never an error afterwards.
 
-What rings compute where they serve is in methods/test_spans.py.
+`methods/test_spans.py` tests what rings compute if they can serve.
 """
 
 from collections.abc import Callable
@@ -77,7 +77,7 @@ CACHES = pytest.mark.parametrize("options", [{}, STATIC], ids=["growing", "stati
 @CACHES
 @pytest.mark.parametrize("change", [_right, _hole, _every_second])
 def test_masks_that_are_not_left_padding(change: Callable[[torch.Tensor], None], options: dict[str, Any]) -> None:
-    """Every call of the text is dense and counted, as unpatched; a later one with a mask that serves is sparse."""
+    """Every call of the text is dense and counted, as unpatched; a later text with a served mask is sparse."""
     model, inputs = llama(), masked(change)
     expected = generated(model, inputs, **options)
     for config in (STREAMING, QUEST):
@@ -93,7 +93,7 @@ def test_masks_that_are_not_left_padding(change: Callable[[torch.Tensor], None],
 @CACHES
 @pytest.mark.parametrize("kind", FULL)
 def test_a_blank_row(kind: str, options: dict[str, Any]) -> None:
-    """The prompt is dense; a row that begins with the first new token is padded on the left from then on."""
+    """The prompt is dense; a row that begins with the first new token is left-padded from then on."""
     model, inputs = llama(), masked(_blank)
     expected = generated(model, inputs, **options)
     with patched(model, FULL[kind], on_unsupported="silent"):
@@ -127,7 +127,7 @@ def tuned(kind: type) -> nn.Module:
 
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
 def test_virtual_tokens(kind: type) -> None:
-    """Without padding they are the first tokens of the text; before padding they are what no sparse path serves."""
+    """Without padding they are the first tokens of the text; before padding no sparse path serves them."""
     model, one_row = tuned(kind), {"input_ids": ids(1)}
     expected, padded = generated(model, one_row), generated(model, masked())
     for config in FULL.values():
@@ -144,7 +144,7 @@ def test_virtual_tokens(kind: type) -> None:
 
 
 def test_embeddings_and_a_mask_that_is_longer() -> None:
-    """What prompt tuning by hand does: the mask counts tokens that `input_ids` do not."""
+    """As in prompt tuning by hand: the mask counts tokens that `input_ids` do not have."""
     model = llama()
     embedded = model.get_input_embeddings()(ids(1)).detach()
     inputs = {"inputs_embeds": embedded, "attention_mask": torch.ones(1, PROMPT, dtype=torch.long)}
@@ -164,23 +164,23 @@ def _model(name: str, **settings: Any) -> PreTrainedModel:
 
 
 def diffllama() -> PreTrainedModel:
-    """A layer attends twice, with the same keys and each time half of the values' heads."""
+    """A layer attends twice, with the same keys and each time with half of the values' heads."""
     return _model("DiffLlama", **COMMON)
 
 
 def jetmoe() -> PreTrainedModel:
-    """As many query heads for each KV head as experts are asked."""
+    """For each KV head there are as many query heads as experts per token."""
     return _model("JetMoe", **COMMON, kv_channels=16, num_local_experts=4, num_experts_per_tok=2)
 
 
 def gpt_neox() -> PreTrainedModel:
-    """`layer_past` is what the cache is called."""
+    """The cache is called `layer_past`."""
     settings = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
     return _model("GPTNeoX", **settings, rotary_pct=0.5)
 
 
 def gpt_bigcode(multi_query: bool = True) -> PreTrainedModel:
-    """The same; one KV head, or as many as query heads."""
+    """The cache is called `layer_past`; there is one KV head, or as many as query heads."""
     shape = {"n_positions": 256, "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 96, "multi_query": multi_query}
     return _model("GPTBigCode", **shape, initializer_range=0.2, eos_token_id=None, bos_token_id=1, pad_token_id=0)
 
@@ -204,7 +204,7 @@ def test_other_models_with_full_budgets(build: Callable[[], PreTrainedModel], op
 
 @MODELS
 def test_other_models_read_what_a_whole_cache_gives(build: Callable[[], PreTrainedModel]) -> None:
-    """Rings, and pages whose statistics are kept, are those of a cache that keeps everything and nothing else."""
+    """Rings, and pages with kept statistics, give what a cache that keeps everything, and only that, gives."""
     model = build()
     dense = generated(model, masked())
     for config in (STREAMING, QUEST):
@@ -224,7 +224,7 @@ def test_other_models_read_what_a_whole_cache_gives(build: Callable[[], PreTrain
     "build, has", [(llama, True), (gpt_neox, True), (gpt_bigcode, True), (diffllama, False), (jetmoe, False)]
 )
 def test_what_has_rings(build: Callable[[], PreTrainedModel], has: bool) -> None:
-    """A layer that attends twice, or to keys that it makes of those that it caches, gives its ring up."""
+    """A layer gives up its ring if it attends twice, or attends to keys that it computes from those that it caches."""
     model = build()
     with patched(model, STREAMING):
         cache = span_cache(model, 100)

@@ -1,4 +1,4 @@
-"""The rings of a span cache: what they hold, how they are handled, what they cost and cannot do."""
+"""The rings of a span cache: what they hold, how they are handled, what they cost and what they cannot do."""
 
 import copy
 import gc
@@ -29,7 +29,7 @@ from sparse_patch.integration.caches.rings import RingLayer
 
 @pytest.mark.parametrize("pad", [0, 9])
 def test_the_ring_holds_what_the_spans_have(pad: int, tmp_path: Path) -> None:
-    """After every step: the first tokens and the last ones, each in its slot, and nothing else."""
+    """After every step the ring holds the first tokens and the last ones, each in its slot, and nothing else."""
     model, batch = llama(), batch_of(pad=pad)
     everything = DynamicCache(config=model.config)
     with spans_by_mask(model, moa_spans(model, LENGTH)):
@@ -65,7 +65,7 @@ def check_ring(layer: Any, full: Any, starts: list[int], seen: int) -> None:
 
 @pytest.mark.parametrize("length", [7, 8, 9, 2, 3, 4, 15, 16, 17])
 def test_a_ring_around_its_turns(length: int) -> None:
-    """Prompts about as long as sink, span and two spans, then tokens."""
+    """Prompts are about as long as the sink, the span and two spans; single tokens follow."""
     model, batch = llama(), batch_of(40, pad=0)
     expected = by_mask(model, batch, {layer: [(3, 5)] * 2 for layer in range(3)})
     with patched(model, {"both": {"method": "streamingllm", "sink": 3, "window": 5}}):
@@ -148,7 +148,7 @@ def test_nothing_else_holds_keys_or_values() -> None:
 
 
 def test_layers_and_caches_that_keep_everything(tmp_path: Path) -> None:
-    """Layers that are not selected grow; a cache of the user's own is right, and the report names its cost."""
+    """Layers that are not selected grow. A user's own cache gives right answers, and the report names its cost."""
     model, batch = llama(), batch_of()
     with patched(model, moa(tmp_path, model, layers=[1], max_length=LENGTH + NEW - 1)):
         expected = generated(model, batch)
@@ -209,7 +209,7 @@ def test_what_a_ring_cannot_serve_is_refused_and_changes_nothing(tmp_path: Path)
 
 @torch.no_grad()
 def test_a_prompt_that_no_ring_serves_is_kept_whole(tmp_path: Path) -> None:
-    """Padding on the right: prompt and next token are what they are unpatched, the reason is counted."""
+    """Padding on the right: prompt and next token are those of the unpatched model, and the reason is counted."""
     model, ids = llama(), batch_of(60, pad=0)["input_ids"]
     masks = [torch.ones(2, 60, dtype=torch.int64), torch.ones(2, 61, dtype=torch.int64)]
     for mask in masks:

@@ -1,4 +1,4 @@
-"""Models with methods of spans: against a model whose heads attend under their own masks, on a whole cache."""
+"""Models with methods with spans, against a model whose heads attend under their own masks, on a whole cache."""
 
 import hashlib
 from pathlib import Path
@@ -62,7 +62,7 @@ SPLITS = [[100], [70, 30], [1] * 100, [33, 1, 1, 20, 2, 1, 42], [3, 1, 96], [35,
 @pytest.mark.parametrize("policy", ["total", "current"])
 @pytest.mark.parametrize("pad", [0, 9, 40])
 def test_any_split_is_the_oracles(model: PreTrainedModel, pad: int, policy: str, tmp_path: Path) -> None:
-    """Pieces of any size, also such that a row begins after the first ones; a full head never turns."""
+    """Pieces of any size, also if a row begins after the first pieces. The ring of a full head never turns over."""
     batch = batch_of(100, pad)
     expected = by_mask(model, batch, moa_spans(model, 120) if policy == "total" else current_spans(model))
     rules = rules_of(model).model_copy(update={"length_policy": policy})
@@ -74,7 +74,7 @@ def test_any_split_is_the_oracles(model: PreTrainedModel, pad: int, policy: str,
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_windows_of_the_own_prefix_do_not_depend_on_the_answer(cache: str, tmp_path: Path) -> None:
-    """`length_policy: current`: the first tokens of a long answer are those of a short one, as the oracle has them."""
+    """`length_policy: current`: the first tokens of a long answer are those of a short one, and those of the oracle."""
     model, batch = llama(), batch_of()
     rules = rules_of(model).model_copy(update={"length_policy": "current"})
     with patched(model, moa(tmp_path, model, rules)):
@@ -88,7 +88,7 @@ def test_windows_of_the_own_prefix_do_not_depend_on_the_answer(cache: str, tmp_p
 
 
 def test_the_other_methods(model: PreTrainedModel, tmp_path: Path) -> None:
-    """StreamingLLM, and DuoAttention with every second head full, are uniform masks of their own."""
+    """StreamingLLM, and DuoAttention with every second head full, are uniform masks."""
     batch, heads = batch_of(100), model.config.num_key_value_heads
     streaming = {"method": "streamingllm", "sink": 5, "window": 21}
     (tmp_path / "gates.tsv").write_text("\n".join("\t".join(["0.9", "0.1"][:heads]) for _ in range(3)))
@@ -104,7 +104,7 @@ def test_the_other_methods(model: PreTrainedModel, tmp_path: Path) -> None:
 
 
 def test_a_dense_prompt_and_sparse_answers() -> None:
-    """`decode` alone: the prompt is dense, each token after it reads by the spans."""
+    """With only `decode`, the prompt is dense and each token after it reads by the spans."""
     model, batch = llama(), batch_of()
     spans = {layer: [(5, 21)] * 2 for layer in range(3)}
     cache = DynamicCache(config=model.config)
@@ -130,7 +130,7 @@ def test_beams_and_samples(model: PreTrainedModel, options: dict[str, Any], tmp_
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"llama", "qwen3", "gemma3"}))
 def test_other_families(family: str) -> None:
-    """With the cache that `generate` makes as with one that keeps everything; only where heads keep their own keys."""
+    """The cache of `generate` gives what a cache of all keys gives; only heads with their own keys have rings."""
     model, batch = FAMILIES[family](), batch_of()
     with patched(model, {"both": {"method": "streamingllm", "sink": 4, "window": 17}, "on_unsupported": "error"}):
         found = generated(model, batch, 8)
@@ -142,7 +142,7 @@ def test_other_families(family: str) -> None:
 
 @pytest.mark.parametrize("pad", [0, 9])
 def test_a_static_cache_and_its_compiled_step(model: PreTrainedModel, pad: int, tmp_path: Path) -> None:
-    """Rings whose length is known on the device only; one graph without a break."""
+    """Only the device knows the length of the rings; the step is one graph without a break."""
     torch._dynamo.reset()
     batch = batch_of(pad=pad)
     options = CompileConfig(backend="eager", fullgraph=True)
@@ -186,7 +186,7 @@ def test_a_chat_goes_on_within_its_length(model: PreTrainedModel, tmp_path: Path
 
 
 def test_a_chat_goes_on_on_a_static_cache(tmp_path: Path) -> None:
-    """What is seen is known on the device only; reset, the cache serves another text."""
+    """Only the device knows how many tokens were seen. After a reset the cache serves another text."""
     model, batch = llama(), batch_of()
     with patched(model, moa(tmp_path, model)):
         first = generated(model, batch, 50, cache_implementation="static")
@@ -202,7 +202,7 @@ def test_a_chat_goes_on_on_a_static_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("by_generate", [True, False])
 def test_a_chat_outgrows_its_length(by_generate: bool, tmp_path: Path) -> None:
-    """Heads that still have everything get the span of the new length, the others keep theirs."""
+    """Heads that still have everything get the span of the new length; the other heads keep theirs."""
     model, batch = llama(), batch_of()
     with patched(model, moa(tmp_path, model)):
         cache = span_cache(model, LENGTH + 7)

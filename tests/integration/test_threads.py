@@ -65,7 +65,7 @@ def test_a_report_is_read_while_threads_count(five_layers: PreTrainedModel, plan
 
 
 def outcomes(work: Callable[[], torch.Tensor], expected: list[torch.Tensor], rounds: int) -> set[str]:
-    """What came of a forward that is run again and again: one of the expected results, or an error in one line."""
+    """The outcomes of a forward that runs again and again: one of the expected results, or an error in one line."""
     found = set()
     for _ in range(rounds):
         try:
@@ -153,7 +153,7 @@ def test_two_models_are_patched_at_once() -> None:
 
 
 class Meddler:
-    """Hooks before a module of every layer that patch or unpatch the model, as a forward's plan says."""
+    """Hooks before a module of every layer that patch or unpatch the model, as `plan` says for a forward."""
 
     def __init__(self, model: PreTrainedModel, place: str) -> None:
         self.model, self.plan = model, dict[int, list[str]]()
@@ -190,7 +190,7 @@ def meddled(family: str, pad: int, place: str) -> tuple[Meddler, dict[str, torch
     "plan", [{0: ["patch"]}, {1: ["patch"]}, {1: ["patch"], 2: ["unpatch"]}, {1: ["patch", *AGAIN], 2: AGAIN}], ids=str
 )
 def test_a_model_that_is_patched_in_a_forward(family: str, pad: int, place: str, plan: dict[int, list[str]]) -> None:
-    """The forward began unpatched and finishes so."""
+    """The forward begins unpatched and finishes unpatched."""
     meddler, inputs = meddled(family, pad, place)
     plain = meddler.run({}, **inputs)
     torch.testing.assert_close(meddler.run(plan, **inputs), plain, atol=1e-5, rtol=1e-5)
@@ -207,7 +207,7 @@ def test_a_model_that_is_patched_in_a_forward(family: str, pad: int, place: str,
     ids=str,
 )  # fmt: skip
 def test_a_model_that_is_unpatched_in_a_forward(family: str, pad: int, place: str, plan: dict[int, list[str]]) -> None:
-    """Layers that ran sparsely are not followed by dense ones, nor dense ones by sparse ones."""
+    """Sparse layers are not followed by dense ones, nor dense layers by sparse ones."""
     meddler, inputs = meddled(family, pad, place)
     plain = meddler.run({}, **inputs)
     patch_model(meddler.model, SPARSE)
@@ -222,7 +222,7 @@ def test_a_model_that_is_unpatched_in_a_forward(family: str, pad: int, place: st
 
 
 def test_what_generates_while_the_model_is_unpatched(plans: Path) -> None:
-    """A ring without its patch is an error in one line; the unpatched model goes on."""
+    """A ring without its patch is an error in one line; the unpatched model keeps working."""
     model = llama(layers=5)
     prompt = prompts([90])[0]
     plain = answer(model, prompt, 4)

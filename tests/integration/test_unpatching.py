@@ -1,4 +1,4 @@
-"""Patched models, copies of them and their neighbours: each is unpatched on its own, to the last bit."""
+"""Patched models, their copies and their neighbours: each is unpatched separately, to the last bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Of a vision-language model the text tower is patched; the image tower is not touched, to the last bit."""
+"""In a vision-language model the text tower is patched; the image tower is not touched, to the last bit."""
 
 import hashlib
 from collections.abc import Callable
@@ -29,7 +29,7 @@ LENGTH, NEW = 120, 3
 
 
 def state(module: nn.Module) -> dict[str, Any]:
-    """All that a patch could change of a module and of those in it."""
+    """Everything that a patch could change in a module and its submodules."""
     return {
         name: (
             type(part),
@@ -43,7 +43,7 @@ def state(module: nn.Module) -> dict[str, Any]:
 
 
 def hashes(model: PreTrainedModel, tower: str, inputs: dict[str, torch.Tensor]) -> tuple[dict[str, str], torch.Tensor]:
-    """A hash of what each module of the tower gives when the whole model reads an image, and the model's logits."""
+    """A hash of the output of each module of the tower when the whole model reads an image, and the model's logits."""
     found: dict[str, str] = {}
 
     def keep(name: str, output: Any) -> None:

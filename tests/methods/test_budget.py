@@ -1,4 +1,4 @@
-"""What holds for every decode method with a budget, whatever it selects."""
+"""What holds for every decode method with a budget, whatever the method selects."""
 
 import math
 from typing import Any
@@ -33,7 +33,7 @@ def calls(length: int, layers: tuple[int, ...] = (1, 2), **settings: Any) -> lis
 
 
 def sparse_step(method: BoundMethod, length: int, **settings: Any) -> Step:
-    """A layer that reads a list: layer 2, after layer 1 selected where layers have roles."""
+    """A layer that reads a list: layer 2. If layers have roles, layer 1 selects before it."""
     step = forward(method, calls(length, **settings))[1]
     assert isinstance(step.plan, PagePlan) and step.plan.pages is not None
     return step
@@ -70,7 +70,7 @@ def test_full_budgets_are_dense_in_every_layer(case: MethodCase) -> None:
 @CASES
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 48])
 def test_rows_with_no_more_keys_than_the_budget_read_everything(case: MethodCase, length: int) -> None:
-    """The device alone knows: the buffer is larger than the budget."""
+    """Only the device knows the length, because the buffer is larger than the budget."""
     step = forward(build(case.small), [in_buffer(call, 400) for call in calls(length)])[1]
     assert isinstance(step.plan, PagePlan) and step.plan.pages is not None
     assert torch.equal(step.mask, PagePlan.every(step.call).mask())
@@ -113,7 +113,7 @@ def test_a_ratio_is_the_budget_of_a_row_alone(case: MethodCase, ratio: float) ->
 
 @CASES
 def test_recall_grows_with_the_budget(case: MethodCase) -> None:
-    """Of the layer whose attention the choice is made by: layer 1, or the sparse layer itself."""
+    """The recall is that of the layer whose attention decides: layer 1, or else the sparse layer itself."""
     length, before = 600, torch.zeros(1, 4)
     for budget in (96, 144, 224, 400, 560):
         selecting, sparse = calls(length)
@@ -142,7 +142,7 @@ def test_dense_answers(case: MethodCase) -> None:
 
 @CASES
 def test_a_planted_needle_is_read_whatever_the_weights(case: MethodCase) -> None:
-    """One key that is what the query asks for, in the layer that selects."""
+    """In the selecting layer, one key is exactly what the query asks for."""
     method = build(case.small)
     for needle in (5, 100, 201, 322, 399):
         selecting, sparse = calls(400, seed=needle)

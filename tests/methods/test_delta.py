@@ -53,7 +53,7 @@ def test_lists_equal_the_oracle(page_size: int, position_bias: float) -> None:
 
 
 def test_the_score_is_the_sum_of_the_maxima_over_all_heads() -> None:
-    """Two heads that want different tokens of a page: together they outweigh a page that one head wants more."""
+    """Two heads want different tokens of a page: together they outweigh a page that one head wants more."""
     calls = [decode_call(96, layer=layer, heads=(2, 1), head_dim=16) for layer in (2, 3)]
     q, k = calls[0].q, calls[0].k
     q.zero_()

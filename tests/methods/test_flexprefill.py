@@ -1,4 +1,4 @@
-"""FlexPrefill against the slow oracle, and its own promises."""
+"""FlexPrefill against the slow oracle, and FlexPrefill's own promises."""
 
 import itertools
 
@@ -17,7 +17,7 @@ MARGIN = 1e-5
 
 
 def compare_with_oracle(method: FlexPrefill, call: AttentionCall) -> tuple[int, int]:
-    """Assert equality wherever no decision is within rounding of its threshold: (rows compared, rows in doubt)."""
+    """Assert equality unless a decision is within rounding of its threshold: `(rows compared, rows in doubt)`."""
     settings = FlexPrefillSettings(
         method.gamma, method.tau, method.min_budget, method.max_budget, method.block_size, method.selection
     )
@@ -81,7 +81,7 @@ def test_the_plan_equals_the_oracle_at_4096(selection: str, heads: tuple[int, in
 
 
 def test_the_head_switch_takes_both_sides() -> None:
-    """Guards the tests above: their calls have query-aware and vertical-slash heads, and both change the plan."""
+    """Guards the tests above: their calls have query-aware and vertical-slash heads, and both kinds change the plan."""
     call = make_call(400, heads=(8, 2))
     plans = [
         bound(FlexPrefill(gamma=0.7, tau=tau, min_budget=16, block_size=16, min_length=0)).plan(call).blocks()  # type: ignore[union-attr]
@@ -120,7 +120,7 @@ def test_plans_are_nested_in_gamma(selection: str) -> None:
 
 @pytest.mark.parametrize("gamma", [0.5, 0.9])
 def test_coverage_keeps_the_mass_of_the_last_queries(gamma: float) -> None:
-    """`coverage` keeps at least gamma of the last block's attention, which `reference` does not."""
+    """`coverage` keeps at least gamma of the last block's attention; `reference` does not."""
     kept = {}
     call = make_call(1024, heads=(8, 8), sharpness=0.6)
     logits = call.q.float() @ call.k.float().transpose(-1, -2) * call.scale

@@ -1,4 +1,4 @@
-"""InfLLM-V2 against its oracle, its limits, chunks and decode, and the settings that checkpoints bring."""
+"""InfLLM-V2 against its oracle, its limits, chunks and decode, and the settings of checkpoints."""
 
 import copy
 from dataclasses import replace
@@ -69,7 +69,7 @@ def test_the_choice_is_the_oracles(settings: dict[str, int], heads: tuple[int, i
 
 
 def test_what_is_read_in_any_case() -> None:
-    """Published settings in small: the first block, the token's own and those before it, and `topk` minus these."""
+    """Scaled-down published settings: the first block, the token's own, those before it, and the rest of `topk`."""
     plan = plan_of(make_call(1000, heads=(4, 2)), topk=4, window_size=128)
     blocks = by_query(plan)
     for i in (0, 63, 64, 65, 127, 128, 500, 640, 703, 704, 999):
@@ -220,7 +220,7 @@ def test_backends_and_caches_agree(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def test_a_cache_that_crosses_the_switch_and_is_cut(model: PreTrainedModel) -> None:
-    """Chunks and tokens, from below `min_length` on; what was cut off and fed once more gives the same."""
+    """Chunks and tokens cross `min_length` from below; tokens that are cut off and fed again give the same."""
     ids = prompt()["input_ids"]
     with patched(model, {"both": {**SMALL, "min_length": 300}}):
         cache = growing_cache(model.config)

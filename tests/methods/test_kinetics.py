@@ -1,4 +1,4 @@
-"""Kinetics' block top-k against the oracle, and what it keeps from step to step."""
+"""Kinetics' block top-k against the oracle, and the state that it keeps from step to step."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def build(**settings: object) -> Kinetics:
 
 
 def tokens_of(mask: torch.Tensor, group: int) -> list[set[int]]:
-    """The keys that each KV head reads; the heads of a group read the same."""
+    """The keys that each KV head reads; the heads of a group read the same keys."""
     per_group = mask[0, :, -1].unflatten(0, (-1, group))
     assert (per_group == per_group[:, :1]).all()
     return [set(head.nonzero().flatten().tolist()) for head in per_group[:, 0]]
@@ -45,7 +45,7 @@ def test_tokens_equal_the_oracle(heads: tuple[int, int], block_size: int, sink: 
 
 
 def test_every_length_around_a_block() -> None:
-    """Blocks begin behind the sinks; the window takes what is left."""
+    """Blocks begin after the sinks; the window takes what is left."""
     method = build(budget=4 + 20 + 3 * 16, window=20)
     for length in range(73, 73 + 40):
         call = decode_call(length, heads=(4, 2), seed=length)
@@ -58,7 +58,7 @@ def test_every_length_around_a_block() -> None:
 
 
 def test_the_score_is_a_mean_of_logits_not_of_probabilities() -> None:
-    """One token that takes all the probability does not save a block whose other tokens are disliked."""
+    """One token that takes all the probability does not save a block whose other tokens have low logits."""
     call = decode_call(200, heads=(1, 1))
     q, k = call.q, call.k
     q.zero_()
@@ -78,7 +78,7 @@ def test_the_first_layer_is_dense() -> None:
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 @pytest.mark.parametrize("row_starts", [None, [0, 21]], ids=["plain", "padded"])
 def test_what_is_kept_gives_the_lists_of_a_fresh_start(static: bool, row_starts: list[int] | None) -> None:
-    """A prompt, then token by token; the keys are the same ones all along."""
+    """A prompt is followed by single tokens; the keys are the same in every step."""
     method, memory, length = build(budget=4 + 20 + 48, window=20), KVState(), 226
     whole = make_call(length, row_starts=row_starts)
     for end in (200, *range(201, length)):

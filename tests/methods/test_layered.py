@@ -1,4 +1,4 @@
-"""Which layers do what, from settings, calibrations and presets; and the way of a list from layer to layer."""
+"""Which layers do what, by settings, calibrations and presets; and how a list travels from layer to layer."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def shape(num_layers: int, local: set[int] = frozenset()) -> ModelShape:  # type
 
 
 def roles(method: BoundMethod, num_layers: int) -> str:
-    """One letter a layer: f, s (selects) or a dot (sparse)."""
+    """One letter per layer: f (full), s (selects) or a dot (sparse)."""
     letter = {"full": "f", "select": "s", "sparse": "."}
     return "".join(letter[method.role(layer)] for layer in range(num_layers))
 
@@ -97,7 +97,7 @@ def test_roles_under_their_earlier_name() -> None:
 
 
 def test_layers_that_are_left_out_read_everything() -> None:
-    """They neither choose nor read a list."""
+    """Layers that are left out neither choose nor read a list."""
     method = Delta(roles=Roles(full=[0], select=[1, 3]), layers=Excluded(exclude=[4])).bind(shape(6))
     assert roles(method, 6) == "fs.sf." and method.settings.layers_of(6) == {0, 1, 2, 3, 5}
     with pytest.raises(FieldError, match=r"^roles.select: layer 3 is not among `layers`; add it there$"):

@@ -42,7 +42,7 @@ def test_lists_equal_the_oracle(recency: float, sinks: int, heads: tuple[int, in
 
 
 def test_the_first_choice_of_every_head_is_read() -> None:
-    """As many tokens as heads beside recency and sinks."""
+    """Without recency and sinks the budget has as many tokens as there are heads."""
     heads, sinks = 8, 4
     budget = 16  # 4 recent, 4 sinks, 8 by rank
     for seed in range(20):

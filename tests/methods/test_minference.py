@@ -1,4 +1,4 @@
-"""MInference against the slow oracle, its files, and its own promises."""
+"""MInference against the slow oracle, its files, and MInference's own promises."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ MIXED = (Pattern(VS, 40, 104), Pattern(STREAM, 20, 50), Pattern(BLOCKS, 0, 0), P
 
 
 def compare_with_oracle(method: MInference, call: AttentionCall, patterns: tuple[Pattern, ...]) -> tuple[int, int]:
-    """Assert equality for every head whose selection is not within rounding: (heads compared, heads in doubt)."""
+    """Assert equality for every head whose selection is not within rounding: `(heads compared, heads in doubt)`."""
     q, k = call.q[0].double().numpy(), call.k[0].double().numpy()
     plan = method.plan_by(call, patterns)
     assert isinstance(plan, BlockPlan)
@@ -65,7 +65,7 @@ def test_the_plan_equals_the_oracle_at_block_edges(length: int, heads: tuple[int
 
 @pytest.mark.parametrize("queries", [300, 130])
 def test_all_that_was_selected_is_read_once(queries: int) -> None:
-    """Every causal pair in V or S, the forced keys and distances among them; nothing twice."""
+    """Every causal pair in V or S is read, including the forced keys and distances; nothing is read twice."""
     call = make_call(300, queries=queries, heads=(2, 1))
     plan = bound(MInference(vertical=50, slash=110, block_size=32, min_length=0)).plan(call)
     assert isinstance(plan, BlockPlan)
@@ -118,7 +118,7 @@ def test_heads_of_one_pattern_do_not_feel_the_others() -> None:
 
 
 def test_plans_are_nested_in_their_sizes() -> None:
-    """Step by step; a vertical that lies within the slashes adds nothing, so not every step adds something."""
+    """Each plan holds the one before. A vertical within the slashes adds nothing, so not every plan is larger."""
     call = make_call(600)
     methods = [
         MInference(vertical=vertical, slash=slash, block_size=16, min_length=0)
@@ -150,7 +150,7 @@ FILE = [{"0": [VS, 40, 104, 0.9], "2": [STREAM, 20, 50, 1.0]}, {}, {"3": [BLOCKS
 
 
 def patterned(method: Any) -> BoundMInference:
-    """The method on a model of the file's layers."""
+    """MInference on a model with the layers of the file."""
     found = method.bind(replace(SMALL_MODEL, num_layers=len(FILE)))
     assert isinstance(found, BoundMInference)
     return found

@@ -1,4 +1,4 @@
-"""Quest against the oracle, its bound, and what it keeps from step to step."""
+"""Quest against the oracle, its bound, and the state that it keeps from step to step."""
 
 import math
 from dataclasses import replace
@@ -67,7 +67,7 @@ def test_the_first_two_layers_are_dense() -> None:
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 @pytest.mark.parametrize("row_starts", [None, [0, 21]], ids=["plain", "padded"])
 def test_what_is_kept_gives_the_lists_of_a_fresh_start(static: bool, row_starts: list[int] | None) -> None:
-    """A prompt, then token by token; the keys are the same ones all along."""
+    """A prompt is followed by single tokens; the keys are the same in every step."""
     method, memory, length = build(budget=48), KVState(), 226
     whole = make_call(length, row_starts=row_starts)
     for end in (200, *range(201, length)):

@@ -1,4 +1,4 @@
-"""SALE as a method: its plans, its calibrations and its own promises. `test_scores.py` holds the decisions."""
+"""SALE as a method: its plans, calibrations and promises. `test_low_bit_scores.py` tests the decisions."""
 
 import itertools
 import json
@@ -57,7 +57,7 @@ def test_the_plan_is_the_oracles_decisions_in_larger_tiles(numerics: str, block_
 
 
 def test_tau_0_is_dense_attention(tmp_path: Path) -> None:
-    """Of all heads by design; of one head of a calibration through the op."""
+    """With every head at 0 the call is dense by design; with one head of a calibration at 0 it goes through the op."""
     call = make_call(400, head_dim=32)
     assert isinstance(bound(sale(tau=0.0)).plan(call), Dense) and isinstance(bound(sale(tau=9e-6)).plan(call), Dense)
     tau = torch.full((5, 4), 1.0)

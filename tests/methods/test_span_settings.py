@@ -1,4 +1,4 @@
-"""Settings of methods of spans: their files, and what reports and plans say of them."""
+"""Settings of methods with spans: their files, and what reports and plans say of them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What methods of spans decide: every method of the table, on calls."""
+"""What methods with spans decide: every method of the table, on calls."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""SpargeAttn against the slow oracle, and its own promises."""
+"""SpargeAttn against the slow oracle, and SpargeAttn's own promises."""
 
 import itertools
 from typing import Any
@@ -51,7 +51,7 @@ def oracle(method: SpargeAttn, call: AttentionCall) -> Selection:
 
 
 def compare_with_oracle(method: SpargeAttn, call: AttentionCall) -> tuple[int, int]:
-    """Assert equality wherever no decision is within rounding of its threshold: (rows compared, rows in doubt)."""
+    """Assert equality unless a decision is within rounding of its threshold: `(rows compared, rows in doubt)`."""
     expected, plan = oracle(method, call), bound(method).plan(call)
     blocks = plan.blocks()[0] if isinstance(plan, BlockPlan) else BlockGrid.of(call, method.block_size).causal
     clear = torch.from_numpy(expected.margins > MARGIN)
@@ -78,7 +78,7 @@ def test_the_plan_equals_the_oracle_at_every_length() -> None:
 @pytest.mark.parametrize("settings", [{"selection": "cdf", "cdf_threshold": 0.7}, {"topk": 0.4}], ids=str)
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_chunks_equal_the_oracle(block_size: int, settings: dict[str, Any]) -> None:
-    """Chunks that begin on the edge of a block and inside one."""
+    """Chunks begin on the edge of a block and inside a block."""
     method = spargeattn(**settings, similarity_threshold=SOME_ALIKE, block_size=block_size)
     compared = 0
     for number, (length, queries) in enumerate([(256, 64), (203, 77), (201, 9)]):
@@ -140,7 +140,7 @@ def test_the_order_of_keys_within_a_block_changes_nothing() -> None:
 
 
 def test_a_vector_added_to_every_key_changes_nothing() -> None:
-    """What smoothing is for: without it all blocks would be alike."""
+    """This is the purpose of smoothing: without it all blocks would be alike."""
     call = make_call(400)
     moved = changed(call, k=call.k + 10 * torch.randn(16))
     assert torch.equal(blocks_of(by_mass(), moved), blocks_of(by_mass(), call))

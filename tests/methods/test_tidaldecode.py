@@ -22,7 +22,7 @@ def build(**settings: object) -> TidalDecode:
 @pytest.mark.parametrize("force_current", [True, False])
 @pytest.mark.parametrize("heads", [(8, 2), (4, 4), (7, 1)])
 def test_lists_equal_the_oracle(sharing: str, force_current: bool, heads: tuple[int, int]) -> None:
-    """The lists of both selecting layers are those of their own logits, and the layers after them use exactly these."""
+    """The lists of both selecting layers come from their own logits, and the layers after them use exactly these."""
     compared = 0
     for number, (length, budget) in enumerate([(17, 16), (100, 1), (130, 17), (257, 64), (300, 299)]):
         method = build(budget=budget, force_current=force_current, index_sharing=sharing)
@@ -48,7 +48,7 @@ def test_the_current_token_is_left_out_where_nothing_forces_it() -> None:
 
 
 def test_heads_that_share_a_list_read_what_the_most_certain_of_them_want() -> None:
-    """By probability: a head of large logits all alike does not outweigh one that is sure of a token."""
+    """Sharing is by probability: a head with large but equal logits does not outweigh one that is sure of a token."""
     calls = [decode_call(200, layer=layer, heads=(2, 1)) for layer in (2, 3)]
     q, k = calls[0].q, calls[0].k
     k.zero_()

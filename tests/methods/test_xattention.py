@@ -1,4 +1,4 @@
-"""XAttention against the slow oracle, and its own promises."""
+"""XAttention against the slow oracle, and XAttention's own promises."""
 
 import itertools
 
@@ -48,7 +48,7 @@ def oracle(method: XAttention, call: AttentionCall) -> Selection:
 
 
 def compare_with_oracle(method: XAttention, call: AttentionCall) -> tuple[int, int]:
-    """Assert equality wherever no decision is within rounding of its threshold: (rows compared, rows in doubt)."""
+    """Assert equality unless a decision is within rounding of its threshold: `(rows compared, rows in doubt)`."""
     expected = oracle(method, call)
     masses = masses_of(call, method.block_size, method.stride)[0]
     torch.testing.assert_close(masses, torch.from_numpy(expected.masses).float(), atol=5e-6, rtol=1e-4)
@@ -73,7 +73,7 @@ def test_the_plan_equals_the_oracle_at_every_length() -> None:
 
 @pytest.mark.parametrize("block_size, stride", [(16, 1), (16, 8), (32, 4), (64, 16), (128, 32)])
 def test_chunks_equal_the_oracle(block_size: int, stride: int) -> None:
-    """Chunks that begin on the edge of a block, inside a block and inside a group."""
+    """Chunks begin on the edge of a block, inside a block and inside a group."""
     compared = 0
     for number, (length, queries) in enumerate(itertools.product((384, 301), (100, 128, 77))):
         call = make_call(length, queries=queries, heads=(4, 2), seed=number)

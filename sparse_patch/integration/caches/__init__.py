@@ -1,1 +1,1 @@
-"""KV caches that sparse decode pays on: Transformers' own caches with layers of ours."""
+"""KV caches that make sparse decode worthwhile: Transformers' own caches with our layers."""

@@ -1,11 +1,11 @@
-"""Layers of a KV cache that keep every token, with room for what a decode method keeps beside the keys.
+"""Layers of a KV cache that keep every token, with room for a decode method's state.
 
-A `DynamicCache` of Transformers copies all its keys and values for every token; a `GrowingLayer` copies the token. A
-`FixedLayer` is the static layer, with what that lacks: cropping, and reordering in place. Both keep a decode method's
+A `DynamicCache` of Transformers copies all its keys and values for every token; a `GrowingLayer` copies only the token.
+A `FixedLayer` is a static layer that can also be cropped, and reordered in place. Both keep a decode method's
 statistics (`KVState`) in step when the rows of the batch or the end of the text change.
 
-What a layer writes in place are ordinary tensors even if it was filled under `torch.inference_mode`, so a cache can be
-used outside of it (`sparse_patch.ordinary`).
+The tensors that a layer writes in place are ordinary tensors even if the layer was filled under
+`torch.inference_mode`, so a cache can be used outside of it (`kernels.inference_mode`).
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ from sparse_patch.kernels.room import SPARE
 
 
 class GrowingLayer(OrdinaryState, DynamicLayer):
-    """A `DynamicLayer` that keeps room behind its last token. For inference: it writes in place.
+    """A `DynamicLayer` that keeps room after its last token. It is for inference, because it writes in place.
 
     Attributes:
-        max_length: tokens of prompt and answer together; 0 where that is not known. Nothing stops there.
-        kv_state: what a decode method keeps beside the keys.
+        max_length: tokens of prompt and answer together; 0 if not known. The layer can grow beyond it.
+        kv_state: what a decode method keeps with the keys.
     """
 
     _room: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -35,15 +35,15 @@ class GrowingLayer(OrdinaryState, DynamicLayer):
         self.kv_state = KVState()
 
     def make_room(self, length: int) -> None:
-        """Prompt and answer become so long, if it was known how long."""
+        """Raise `max_length` to `length`, unless `max_length` is not known."""
         self.max_length = max(self.max_length, length) if self.max_length else 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values `[B, Hkv, S, D]`; all of them, `[B, Hkv, length, D]`, views of what is kept.
+        """Append keys and values `[B, Hkv, S, D]`; return all of them, `[B, Hkv, length, D]`, as views of what is kept.
 
-        Where gradients are recorded they are copies, as those of a `DynamicLayer`, and inside `torch.compile`, which
+        They are copies, like those of a `DynamicLayer`, if gradients are recorded, and inside `torch.compile`, which
         cannot trace where tensors lie.
         """
         recorded = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
@@ -71,14 +71,14 @@ class GrowingLayer(OrdinaryState, DynamicLayer):
         return self.keys, self.values
 
     def reset(self) -> None:
-        self.keys = self.values = None  # Transformers up to 5.17 would zero them, and keep their length
+        self.keys = self.values = None  # Transformers up to 5.17 would zero them and keep their length
         self.is_initialized = False
         super().reset()
         self._room = None
         self.kv_state.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; the number is negative, as Transformers has it."""
+        """Forget the last tokens; the number is negative, as in Transformers."""
         super().crop(tokens_to_remove)
         self.kv_state.covered = min(self.kv_state.covered, self.get_seq_length())
 
@@ -100,7 +100,7 @@ class GrowingLayer(OrdinaryState, DynamicLayer):
 
 
 class FixedLayer(OrdinaryState, StaticLayer):
-    """A `StaticLayer` whose tensors stay where they are as long as the batch has its size, as CUDA graphs need it."""
+    """A `StaticLayer` whose tensors stay in place as long as the batch size is the same, as CUDA graphs require."""
 
     def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
         with ordinary_tensors():
@@ -112,7 +112,7 @@ class FixedLayer(OrdinaryState, StaticLayer):
             super().lazy_initialization(key_states, value_states)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; the number is negative, as Transformers has it.
+        """Forget the last tokens; the number is negative, as in Transformers.
 
         Raises:
             ValueError: the number is positive.
@@ -126,11 +126,11 @@ class FixedLayer(OrdinaryState, StaticLayer):
         self._change_rows(selected(beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the batch; the tensors become larger ones elsewhere."""
+        """Repeat every row of the batch; the tensors are replaced by larger ones."""
         self._change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows of the batch; the tensors become smaller ones elsewhere."""
+        """Keep these rows of the batch; the tensors are replaced by smaller ones."""
         self._change_rows(lambda tensor: tensor[indices])
 
     def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -148,7 +148,7 @@ def selected(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def in_place(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The changed tensor where the old one was, if it has its shape still; else marked as one that stays there."""
+    """Change a tensor in place if its shape stays the same; else return the changed tensor, marked to stay in place."""
     changed = change(tensor)
     if changed.shape == tensor.shape:
         return tensor.copy_(changed)
@@ -157,13 +157,13 @@ def in_place(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor
 
 
 def stays_in_place(tensor: torch.Tensor) -> None:
-    """Tell CUDA graphs that a tensor stays where it is; a graph that makes it itself need not be told."""
+    """Tell CUDA graphs that a tensor stays in place. A graph that makes the tensor itself need not be told."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(tensor)
 
 
 def _lies_in(kept: torch.Tensor, room: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether what is kept still lies in the room (beam search and the like replace it), and the new tokens fit in."""
+    """Whether the kept tensor is still a view of the room (beam search, for one, replaces it), and new tokens fit."""
     dtype, (rows, _, length, _), (all_rows, _, all_tokens, _) = room.dtype, kept.shape, room.shape
     still = kept.data_ptr() == room.data_ptr() and rows == all_rows and kept.dtype == dtype
     fits = length + new.shape[2] <= all_tokens
@@ -171,7 +171,7 @@ def _lies_in(kept: torch.Tensor, room: torch.Tensor, new: torch.Tensor) -> bool:
 
 
 def _with_room(old: torch.Tensor, new: torch.Tensor, length: int, end: int) -> torch.Tensor:
-    """Room for more than `end` tokens, the first `length` filled, in a dtype that holds old and new ones."""
+    """Room for more than `end` tokens, with the first `length` filled, in a dtype that can hold old and new ones."""
     dtype = torch.promote_types(old.dtype, new.dtype) if length else new.dtype
     room = new.new_empty((*new.shape[:-2], end + SPARE + end // 8, new.shape[-1]), dtype=dtype)
     if length:

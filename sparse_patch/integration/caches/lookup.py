@@ -1,6 +1,6 @@
-"""KV caches that sparse decode pays on: Transformers' own `DynamicCache` and `StaticCache`, with layers of ours.
+"""Look up what one layer of a cache has, by the layer's number: its ring, its `KVState`, its length.
 
-What one layer of a cache has is asked here by the layer's number: its ring, its `KVState`, its length.
+The caches are Transformers' own `DynamicCache` and `StaticCache`, with our layers, which make sparse decode worthwhile.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ class Prompt:
     """What `generate` reads into a cache before it decodes.
 
     Attributes:
-        end: tokens of the prompt, those that were in the cache before and padding included.
-        verifies: whether it decodes by candidates, of which one forward verifies several (assisted decoding).
+        end: tokens of the prompt, including padding and those that were in the cache before.
+        verifies: whether `generate` decodes by candidates, several of which one forward verifies (assisted decoding).
     """
 
     end: int
@@ -29,31 +29,31 @@ class Prompt:
 
 
 def note_prompt(cache: Cache, prompt: Prompt | None) -> None:
-    """Tell a cache what `generate` is about to read into it; None if that is not known."""
+    """Tell a cache which prompt `generate` is about to read into it; None if not known."""
     cache.sparse_patch_prompt = prompt  # type: ignore[attr-defined]
 
 
 def prompt_of(cache: Any) -> Prompt | None:
-    """What the last `generate` with a cache read into it; None if there was none."""
+    """The prompt that the last `generate` with this cache read into it; None if there was none."""
     prompt: Prompt | None = getattr(cache, "sparse_patch_prompt", None)
     return prompt
 
 
 def ring_of(cache: Any, layer: int) -> RingLayer | None:
-    """The ring that is one layer of a cache, if it is one."""
+    """One layer of a cache if it is a ring; else None."""
     found = _layer(cache, layer)
     return found if isinstance(found, RingLayer) else None
 
 
 def keep_all(cache: Any, layer: int) -> None:
-    """Put a layer that keeps every token in the place of a ring that has forgotten nothing yet."""
+    """Replace a ring that has forgotten nothing yet by a layer that keeps every token."""
     ring = ring_of(cache, layer)
     assert ring is not None and ring.is_empty
     cache.layers[layer] = ring.keeping_all()
 
 
 def max_length_of(cache: Any, layer: int) -> int | None:
-    """Tokens of prompt and answer together that one layer of a cache is made for; None where it does not know."""
+    """Tokens of prompt and answer together that one layer of a cache is made for; None if the layer does not know."""
     found = _layer(cache, layer)
     if isinstance(found, RingLayer | GrowingLayer):
         return found.max_length or None
@@ -61,7 +61,7 @@ def max_length_of(cache: Any, layer: int) -> int | None:
 
 
 def kv_state_of(cache: Any, layer: int) -> KVState | None:
-    """The state of one layer of a cache; None for a cache that has no room for it."""
+    """The state of one layer of a cache; None if the layer has no room for one."""
     kv_state = getattr(_layer(cache, layer), "kv_state", None)
     return kv_state if isinstance(kv_state, KVState) else None
 
@@ -77,7 +77,7 @@ def _layer(cache: Any, layer: int) -> Any:
 
 
 def _layers(cache: Any) -> Sequence[Any]:
-    """The layers of a cache; of an encoder-decoder's those that its decoder fills."""
+    """The layers of a cache; for an encoder-decoder, those that its decoder fills."""
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     return getattr(cache, "layers", ())

@@ -1,4 +1,4 @@
-"""New caches with our layers in them."""
+"""Make new caches with our layers in them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +12,10 @@ from sparse_patch.integration.caches.rings import FixedRingLayer, RingLayer, Spa
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:
-    """The cache that `generate` makes for a model, with growing layers in place of those that copy.
+    """The cache that `generate` makes for a model, with growing layers instead of layers that copy.
 
     Raises:
-        SparsePatchError: what was passed is not a model's config.
+        SparsePatchError: the argument is not a model's config.
     """
     if not isinstance(config, PreTrainedConfig):
         raise SparsePatchError(f"growing_cache: config: expected model.config, got {short(config)}")
@@ -25,12 +25,12 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
 
 
 def adopt(cache: Cache, spans: Mapping[int, SpansOf] | None = None, max_length: int = 0) -> None:
-    """Give a new cache of Transformers our layers; layers of other kinds, such as sliding windows, stay as they are.
+    """Give a new cache of Transformers our layers. Layers of other kinds, such as sliding windows, stay as they are.
 
     Args:
-        cache: is changed.
-        spans: those of layers that become rings, by number.
-        max_length: tokens of prompt and answer together; 0 where that is not known. A static cache knows it itself.
+        cache: the cache to change.
+        spans: the spans of the layers that become rings, by layer number.
+        max_length: tokens of prompt and answer together; 0 if not known. A static cache knows this number itself.
     """
     if not getattr(cache, "offloading", False):
         cache.layers = [_ours(layer, (spans or {}).get(i), max_length) for i, layer in enumerate(cache.layers)]

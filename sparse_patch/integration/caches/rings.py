@@ -1,4 +1,4 @@
-"""Layers of a KV cache that keep what the spans of their heads have, and forget the rest."""
+"""Layers of a KV cache that keep the spans of their heads and forget the rest."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,27 +17,28 @@ from sparse_patch.ops.attention.op import Attended
 from sparse_patch.ops.attention.span_ring import Ring, RingLayout
 from sparse_patch.plans import Window
 
-# Sinks and windows of a layer's KV heads, for a length of rows in tokens and a number of heads.
+# Sinks and windows of a layer's KV heads, for a row length in tokens and a number of heads.
 SpansOf = Callable[[int, int], tuple[Sequence[int], Sequence[Window]]]
 
 
 class RingLayer(OrdinaryState, CacheLayerMixin):
-    """A layer that keeps of each KV head the first tokens of a row and a ring of its last ones: what its span has.
+    """A layer that keeps the span of each KV head: the first tokens of a row and a ring of its last ones.
 
-    `update` hands back only the keys and values of the forward. The hook attends to them and to the ring and writes
-    them (`attend`; after a forward with nothing before it, `write`), so a ring serves patched models only: each forward
-    is announced by `expect`. Nothing else keeps keys or values: what no span has any more is gone, and what needs it is
-    refused. A first forward that a ring cannot serve has lost nothing yet: `keeping_all` is the layer to go on with.
+    `update` returns only the keys and values of the forward. The hook attends to them and to the ring, and writes them
+    (with `attend`, or with `write` after a forward with nothing before it). So a ring serves only patched models, and
+    `expect` announces each forward. Nothing else keeps keys or values: keys that no span holds any longer are gone, and
+    calls that need them are refused. If a ring cannot serve a first forward, nothing is lost yet, and `keeping_all`
+    makes the layer to continue with.
 
-    The spans are those of a length. A text that becomes longer makes the ring larger where a head's span is the whole
-    length: such heads then have their spans at the new length, the others the ones that they had.
+    The spans belong to a length. If a text becomes longer and the span of some head is the whole length, the ring
+    grows. Such heads get their spans at the new length; the other heads keep theirs.
 
     Attributes:
-        keys: `[B, slots, D]`, of all heads one after the other; see `RingLayout`.
+        keys: `[B, slots, D]`, all heads one after the other; see `RingLayout`.
         values: `[B, slots, Dv]`.
-        max_length: the length, tokens of prompt and answer together.
-        seen: tokens until now, padding included; see `get_seq_length`.
-        is_empty: whether there are none, for the host to know.
+        max_length: the length: tokens of prompt and answer together.
+        seen: number of tokens so far, including padding; see `get_seq_length`.
+        is_empty: whether there are no tokens yet, known on the host.
         layout: which slot keeps what; None before the first forward.
     """
 
@@ -66,10 +67,10 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same keys and values `[B, Hkv, S, D]`, for the hook to attend to and to write.
+        """Return the same keys and values `[B, Hkv, S, D]`, for the hook to attend to and to write.
 
         Raises:
-            UnsupportedCallError: no patched attention module announced the forward, or the keys of the forward before
+            UnsupportedCallError: no patched attention module announced the forward, or the keys of the previous forward
                 were never written.
         """
         if not self._expected or self._unwritten is not None:
@@ -84,20 +85,20 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
         return key_states, value_states
 
     def expect(self) -> None:
-        """A patched attention module is about to `update`."""
+        """Note that a patched attention module is about to call `update`."""
         self._expected = True
 
     @property
     def is_left_behind(self) -> bool:
-        """Whether the first forward went by without the hook: its keys are still those that `update` was given."""
+        """Whether the first forward ran without the hook: the keys given to `update` were never written."""
         return self.is_empty and self._unwritten is not None
 
     def hands_over(self, k: torch.Tensor, v: torch.Tensor) -> bool:
-        """Whether keys and values are the very ones of `update`, not made of them: only those can be written."""
+        """Whether `k` and `v` are the very tensors given to `update`. Nothing computed from them can be written."""
         return self._unwritten is not None and k is self._unwritten[0] and v is self._unwritten[1]
 
     def keeping_all(self) -> "GrowingLayer | FixedLayer":
-        """A layer that keeps every token, to take the place of a ring that has forgotten nothing yet."""
+        """A layer that keeps every token, to replace a ring that has forgotten nothing yet."""
         layer = self._new_keeping_all()
         if self._unwritten is not None:
             layer.update(*self._unwritten)
@@ -107,12 +108,12 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
         return GrowingLayer(self.max_length)
 
     def attend(self, call: AttentionCall, before: torch.Tensor, backend: str) -> Attended:
-        """Attention to the ring and to the forward's own keys, and their writing.
+        """Attend to the ring and to the forward's own keys, and write these keys.
 
         Args:
             call: the forward, with only its own keys.
             before: see `span_ring.tokens_before`.
-            backend: one that serves the call.
+            backend: a backend that serves the call.
         """
         if call.q.shape[2] == 1:
             self.write(call.k, call.v, before, backend)
@@ -122,7 +123,7 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
         return attended
 
     def holding(self, dtype: torch.dtype) -> torch.dtype:
-        """The precision in which the ring goes on if a forward comes in `dtype`: one that loses nothing of either."""
+        """Convert the ring to a precision that loses nothing of itself or of `dtype`, and return that precision."""
         assert self.keys is not None and self.values is not None
         wanted = torch.promote_types(self.keys.dtype, dtype)
         if wanted != self.keys.dtype:
@@ -133,17 +134,17 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
 
     @torch.no_grad()
     def write(self, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, backend: str) -> None:
-        """Keep what the spans of later tokens have of a forward's keys and values; see `span_ring.write`."""
+        """Keep those keys and values of a forward that the spans of later tokens hold; see `span_ring.write`."""
         span_ring.write(self._ring, k, v, before, backend)
-        self.seen += k.shape[2]  # of a static cache in place
+        self.seen += k.shape[2]  # in place for a static cache
         self.is_empty, self._unwritten = False, None
 
     def take_back(self) -> None:
-        """Undo an `update` that nothing was written after."""
+        """Undo an `update` after which nothing was written."""
         self._unwritten = None
 
     def make_room(self, length: int) -> None:
-        """Be the ring of rows that become so long; not of shorter ones than before."""
+        """Grow the ring to hold rows of `length` tokens. It never shrinks."""
         if length <= self.max_length:
             return
         self.max_length = length
@@ -155,13 +156,13 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
             self.keys, self.values = (_moved(kept, old, self.layout) for kept in (self.keys, self.values))
 
     def get_seq_length(self) -> Any:
-        """Tokens seen, not those kept: positions follow from it."""
+        """Number of tokens seen, not of tokens kept, because positions follow from it."""
         if self.is_empty and self._unwritten is not None:  # nothing wrote the first forward, see `is_left_behind`
             return self.seen + self._unwritten[0].shape[-2]
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys of the mask and its offset; the mask describes all tokens, kept or not."""
+        """Number of keys of the mask, and its offset. The mask describes all tokens, kept or not."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
@@ -170,10 +171,10 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
     get_max_cache_shape = get_max_length  # the name before Transformers 5.17
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused, but for no tokens.
+        """Do nothing for 0 tokens; refuse any other number.
 
         Raises:
-            UnsupportedCallError: tokens would have to be taken back.
+            UnsupportedCallError: tokens would have to be removed.
         """
         if tokens_to_remove:
             raise UnsupportedCallError(
@@ -203,7 +204,7 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
                 self.keys, self.values = change(self.keys), change(self.values)
 
     def _outgrow(self, tokens: int) -> None:
-        """Make room for so many more tokens, and some, where a head has to keep them all."""
+        """Make room for `tokens` more tokens and some spare ones, if a head has to keep all of them."""
         end = self.seen + tokens
         if end > self.max_length and (self.layout is None or None in self.layout.windows):
             self.make_room(end + SPARE + end // 8)
@@ -214,7 +215,7 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
         return Ring(self.layout, self.keys, self.values)
 
     def _layout(self, heads: int, before: RingLayout | None = None) -> RingLayout:
-        """The layout for rows of `max_length`; of the heads before, only those without an end get new spans."""
+        """The layout for rows of `max_length`. If there was a layout, only heads that kept everything get new spans."""
         try:
             sinks, windows = self.spans(self.max_length, heads)
         except ValueError as error:
@@ -227,9 +228,10 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
 
 
 class FixedRingLayer(RingLayer):
-    """The ring of a static cache: its tensors stay where they are, its length is fixed, and its steps compile.
+    """The ring of a static cache: its tensors stay in place, its length is fixed, and its steps compile.
 
-    Tokens are counted on the device, int64 `[]`. Beyond `max_length` heads that keep everything forget the oldest.
+    Tokens are counted on the device, int64 `[]`. Beyond `max_length`, heads that keep everything forget the oldest
+    tokens.
     """
 
     is_compileable = True
@@ -243,14 +245,14 @@ class FixedRingLayer(RingLayer):
         span_ring.prepare(self._ring)
 
     def make_room(self, length: int) -> None:
-        """Nothing: a graph knows where the tensors are."""
+        """Do nothing, because a graph relies on the place of the tensors."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys of the mask and its offset: of a static cache its whole length."""
+        """Number of keys of the mask, and its offset. For a static cache the number is the whole length."""
         return self.max_length, 0
 
     def holding(self, dtype: torch.dtype) -> torch.dtype:
-        """Its own precision, see `make_room`."""
+        """Return the ring's own precision; it never changes, see `make_room`."""
         assert self.keys is not None
         return self.keys.dtype
 
@@ -267,11 +269,11 @@ class FixedRingLayer(RingLayer):
         super()._change_rows(lambda tensor: in_place(tensor, change))
 
     def _outgrow(self, tokens: int) -> None:
-        """Nothing, see `make_room`."""
+        """Do nothing, see `make_room`."""
 
 
 def _moved(kept: torch.Tensor, old: RingLayout, new: RingLayout) -> torch.Tensor:
-    """What the slots of a ring hold, in the slots of a larger one; what a head had no slot for was never there."""
+    """Copy the slots of a ring into the slots of a larger one. Tokens beyond a head's old slots were never kept."""
     moved = kept.new_zeros(len(kept), new.total, kept.shape[2])
     for before, after in zip(old.slices, new.slices, strict=True):
         moved[:, after.start : after.start + before.stop - before.start] = kept[:, before]

@@ -1,4 +1,4 @@
-"""The bytes of a cache."""
+"""The size of a cache in bytes."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ class CacheBytes:
     """Bytes of keys and values.
 
     Attributes:
-        allocated: what the cache's tensors take.
-        planned: what its spans have, and of layers that keep everything, what they keep.
-        dense: what the same layers would take if each kept `max_length` tokens of every head, where that is known.
+        allocated: the memory of the cache's tensors.
+        planned: the size of the spans; for layers that keep everything, the size of what they keep.
+        dense: the size if each layer kept `max_length` tokens of every head, if `max_length` is known.
     """
 
     allocated: int
@@ -25,10 +25,10 @@ class CacheBytes:
 
 
 def cache_bytes(cache: Cache) -> CacheBytes:
-    """The memory of a cache that has seen a prompt, beside what its plan says and what a dense cache would take.
+    """The memory of a cache that has seen a prompt, compared with the size of its spans and of a dense cache.
 
     Raises:
-        SparsePatchError: what was passed is not a cache of Transformers.
+        SparsePatchError: the argument is not a cache of Transformers.
     """
     if not isinstance(cache, Cache):
         raise SparsePatchError(f"cache_bytes: cache: expected a Cache of Transformers, got {short(cache)}")

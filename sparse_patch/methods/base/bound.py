@@ -1,7 +1,7 @@
-"""A method on one model: the plain object that plans.
+"""A method bound to one model: the plain object that plans.
 
 The settings (`methods.base.settings`) are what a YAML file says. `settings.bind(shape)` gives the object that the hook
-asks: it knows the model, has read the files that the settings name, and tells what it can do by its attributes.
+asks. This object knows the model, has read the files that the settings name, and says by its attributes what it can do.
 """
 
 from abc import ABC, abstractmethod
@@ -21,30 +21,30 @@ Spans = tuple[tuple[int, ...], tuple[Window, ...]]  # sinks and windows, see `Sp
 
 
 class Retention(Protocol):
-    """What each KV head of a layer keeps, if that is known before a token is: the other keys may be forgotten."""
+    """What each KV head of a layer keeps, if that is known before the tokens are; other keys may be forgotten."""
 
     def spans_of(self, shard: HeadShard, layer: int, length: int, kv_heads: int) -> Spans:
-        """The sink and the window of each of the `kv_heads` KV heads that a process has of a layer.
+        """The sink and the window of each of the `kv_heads` KV heads of a layer that a process has.
 
         Args:
-            shard: which of the layer's heads they are.
+            shard: which of the layer's heads the process has.
             layer: the layer.
             length: tokens of prompt and answer together.
             kv_heads: KV heads of the process.
 
         Returns:
-            Sinks and windows, as Python ints (no device sync); a window is None if its head keeps everything.
+            Sinks and windows, as Python ints (no device sync). A window is None if its head keeps everything.
         """
         ...
 
 
 class BoundMethod(ABC):
-    """A method on one model.
+    """A method bound to one model.
 
     Attributes:
-        settings: the settings, with what they leave open taken from the model: for the report.
-        keeps_state: whether `remember` maintains tensors beside the keys, in `call.kv_state`.
-        correct_every: tokens after which what was decoded sparsely is computed once more, densely; None for never.
+        settings: the settings, completed from the model; for the report.
+        keeps_state: whether `remember` maintains tensors in `call.kv_state`, in addition to the keys.
+        correct_every: number of sparsely decoded tokens after which they are computed again, densely; None if never.
         retention: what a cache has to keep; None if it has to keep every key.
     """
 
@@ -58,7 +58,7 @@ class BoundMethod(ABC):
         """Decide which keys each query of the call reads, without a host sync."""
 
     def remember(self, call: AttentionCall) -> None:
-        """Bring `call.kv_state` up to date with the keys of a call, of prefill or of decode, before it is planned."""
+        """Bring `call.kv_state` up to date with the keys of a call (prefill or decode), before the call is planned."""
         return None
 
     def select(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> None:
@@ -66,18 +66,18 @@ class BoundMethod(ABC):
 
         Args:
             call: the call.
-            logits: float32 `[B, Hq, capacity]`, of the last query: scaled, softcapped, by position within the row
-                (`kv_start[b]` is 0). What lies at the row's length or behind it has no meaning.
-            lse: float32 `[B, Hq]`, natural logarithm, of the same query.
+            logits: float32 `[B, Hq, capacity]` of the last query: scaled, softcapped, by position within the row
+                (`kv_start[b]` is 0). Entries at or after the row's length have no meaning.
+            lse: float32 `[B, Hq]` of the last query, natural logarithm.
         """
         raise NotImplementedError(f"{type(self).__name__} asks for logits and has no select")
 
     def role(self, layer: int) -> str:
-        """What a layer that uses the method does, in a word or two; empty if all layers do the same."""
+        """The role of a layer that uses the method, in a word or two; empty if all layers do the same."""
         return ""
 
     def remark(self) -> str:
-        """What a report should say about the settings beside its numbers, as one line; empty for nothing."""
+        """What a report should say about the settings, in addition to its numbers, as one line; may be empty."""
         return ""
 
 
@@ -87,11 +87,11 @@ class Selection(NamedTuple):
     Attributes:
         blocks: the key blocks that each query block of each head reads, bool `[B, Hq, NQ, N]`. Blocks outside the
             causal triangle are dropped.
-        columns: single keys that every query block after them reads beside its blocks, int64 `[B, Hq, C]`, as positions
-            within the row; a negative entry is none. None for no columns.
+        columns: single keys that every query block after them reads in addition to its blocks, int64 `[B, Hq, C]`, as
+            positions within the row. A negative entry is empty. None without columns.
         decided_pairs: see `BlockPlan`, int64 `[B, Hq]`.
         pv_threshold: see `BlockPlan`.
-        is_causal: whether `blocks` has nothing outside the causal triangle, which saves a copy of it.
+        is_causal: whether `blocks` has nothing outside the causal triangle; this saves a copy of `blocks`.
     """
 
     blocks: torch.Tensor
@@ -101,9 +101,9 @@ class Selection(NamedTuple):
     is_causal: bool = False
 
     def plan(self, grid: BlockGrid, dense_tokens: int) -> BlockPlan:
-        """The plan. Rows of at most `dense_tokens` tokens read everything."""
+        """Return the plan. Rows of at most `dense_tokens` tokens read everything."""
         blocks, decided, is_causal = self.blocks, self.decided_pairs, self.is_causal
-        if grid.padded:  # else the rows are as long as the call, which is not short
+        if grid.padded:  # otherwise all rows are as long as the call, which is not short
             short_rows = (grid.lengths <= dense_tokens)[:, None]
             blocks, is_causal = blocks | short_rows[..., None, None], False
             if decided is not None:
@@ -116,7 +116,7 @@ class Selection(NamedTuple):
 
 
 class SelectsBlocks(Protocol):
-    """What the template of prefill asks: a `PrefillMethod`, or what knows more of the model than it does."""
+    """What the prefill template needs: a `PrefillMethod`, or an object that knows more about the model."""
 
     block_size: int
 
@@ -128,10 +128,10 @@ class SelectsBlocks(Protocol):
 
 
 class BoundPrefill(BoundMethod):
-    """The template of prefill: dense answers, the grid, the short rows of a batch, the plan.
+    """The prefill template: dense answers, the grid, the short rows of a batch, the plan.
 
     Attributes:
-        chooser: what selects.
+        chooser: the object that selects.
     """
 
     def __init__(self, settings: Any, chooser: SelectsBlocks | None = None) -> None:
@@ -149,7 +149,7 @@ class BoundPrefill(BoundMethod):
 
 
 class ChoosesPages(Protocol):
-    """What the template of decode asks: a `DecodeMethod`."""
+    """What the decode template needs: a `DecodeMethod`."""
 
     keeps_state: bool
     correct_every: int | None
@@ -162,7 +162,7 @@ class ChoosesPages(Protocol):
 
 
 class BoundDecode(BoundMethod):
-    """The template of decode: the state beside the keys, dense answers, the choice."""
+    """The decode template: the state kept with the keys, dense answers, the choice."""
 
     _STATISTICS: Slot[Any] = Slot("statistics of a layer's keys")
 
@@ -173,7 +173,7 @@ class BoundDecode(BoundMethod):
     chooser: ChoosesPages
 
     def remember(self, call: AttentionCall) -> None:
-        """See `BoundMethod.remember`; what it gives is kept for the plan of the same call."""
+        """See `BoundMethod.remember`; the statistics are kept for the plan of the same call."""
         if self.keeps_state and call.kv_state is not None:
             self._STATISTICS.put(call.forward_state, self.chooser.statistics(call), call.layer)
 

@@ -1,4 +1,4 @@
-"""What the decode methods with a budget of keys have in common: how many keys a row may read, and when that is all."""
+"""What decode methods with a budget share: how many keys a row may read, and when the budget covers all of them."""
 
 import math
 from typing import Annotated, Any, TypeVar
@@ -23,8 +23,8 @@ class BudgetedMethod(DecodeMethod):
     A row of the batch with no more keys than its budget reads all of them.
 
     Attributes:
-        budget: tokens that a list holds, everything that is always read included.
-        budget_ratio: the same as a share of the row's keys, in (0, 1]. Its selection sorts, which is slower.
+        budget: tokens that a list holds, including those that are always read.
+        budget_ratio: the same as a share of the row's keys, in (0, 1]. The selection then sorts, which is slower.
     """
 
     budget: Annotated[int, Field(gt=0, le=MOST)] | None = 2048
@@ -49,15 +49,15 @@ class BudgetedMethod(DecodeMethod):
 
     @property
     def fewest(self) -> int:
-        """Tokens that every list holds at least; smaller budgets are refused, smaller shares raised to it."""
+        """Minimum number of tokens of a list; smaller budgets are refused, smaller shares are raised to it."""
         return 1
 
     def pages(self, tokens: Count) -> Count:
-        """How many of the pages that the method ranks a budget of tokens is worth."""
+        """The number of ranked pages that a budget of `tokens` tokens allows."""
         return tokens
 
     def why_dense(self, call: AttentionCall) -> Dense | None:
-        """Short caches, several queries at a time (speculative decoding), and what a budget covers in any case."""
+        """Short caches, several queries at a time (speculative decoding), and caches that fit the budget."""
         if short := super().why_dense(call):
             return short
         if call.q.shape[2] > 1:
@@ -67,14 +67,14 @@ class BudgetedMethod(DecodeMethod):
         return None
 
     def most(self, length: int) -> int:
-        """The budget of a row of so many keys, in tokens."""
+        """The budget in tokens of a row with `length` keys."""
         if self.budget is not None:
             return self.budget
         assert self.budget_ratio is not None, "checked by _one_budget"
         return max(math.ceil(self.budget_ratio * length), self.fewest)
 
     def tokens(self, lengths: torch.Tensor) -> torch.Tensor:
-        """The budgets of rows of so many keys, int64 `[B]` both, on the device."""
+        """The budgets in tokens of rows with `lengths` keys, on the device; both int64 `[B]`."""
         if self.budget is not None:
             return torch.full_like(lengths, self.budget)
         assert self.budget_ratio is not None, "checked by _one_budget"
@@ -83,17 +83,17 @@ class BudgetedMethod(DecodeMethod):
     def highest(
         self, call: AttentionCall, scores: torch.Tensor, limits: torch.Tensor, page_size: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pages with the highest scores, as many as each row's budget is worth.
+        """The pages with the highest scores, as many as each row's budget allows.
 
         Args:
             call: the call.
             scores: float32 `[B, L, N]`; +inf for a page that is always read.
-            limits: pages that each row has, or with a `page_size` the tokens of them, int64 `[B]`; what lies behind has
+            limits: real pages of each row, or their tokens if `page_size` is given, int64 `[B]`; scores after them have
                 no meaning.
-            page_size: tokens of a page, where `limits` are tokens.
+            page_size: tokens per page, if `limits` are tokens.
 
         Returns:
-            As the arguments of `PagePlan.of`: int32 `[B, L, K]`, ascending, and counts, int32 `[B, L]`.
+            Arguments of `PagePlan.of`: pages, int32 `[B, L, K]`, ascending, and counts, int32 `[B, L]`.
         """
         most = self.pages(self.most(call.kv_length))
         if self.budget is not None:
@@ -104,7 +104,7 @@ class BudgetedMethod(DecodeMethod):
 def _highest(
     scores: torch.Tensor, limits: torch.Tensor, wanted: torch.Tensor, most: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`top_pages` with a number of pages of its own for each row, `wanted` `[B]`, none above `most`."""
+    """`top_pages` with a separate number of pages for each row: `wanted` `[B]`, each at most `most`."""
     number = torch.arange(scores.shape[-1], device=scores.device)
     inside = scores.masked_fill(number >= limits[:, None, None], -torch.inf)
     order = inside.argsort(dim=-1, descending=True, stable=True)[..., :most]

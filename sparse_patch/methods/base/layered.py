@@ -1,8 +1,8 @@
-"""What TidalDecode, LessIsMore and DELTA have in common: a few layers choose what the others read.
+"""What TidalDecode, LessIsMore and DELTA share: a few layers choose what the others read.
 
-A full layer reads everything. A selecting layer reads everything as well, and chooses a list of keys by its own
-attention. Any other layer is sparse: it reads the list of the nearest selecting layer before it, in the same forward.
-Layers without full attention (sliding windows and the like) stay as the model has them.
+A full layer reads everything. A selecting layer also reads everything, and chooses a list of keys by its own attention.
+Any other layer is sparse: it reads the list of the nearest selecting layer before it, in the same forward. Layers
+without full attention (sliding windows and the like) stay as the model has them.
 
 Which layer does what depends on the model. It comes from `roles` if that is set, else from the file of `calibration`,
 else from a published choice for the model's shape.
@@ -28,10 +28,10 @@ class Preset(NamedTuple):
     """A published choice of layers.
 
     Attributes:
-        model: its name.
+        model: name of the model.
         shape: any model of this shape gets the choice.
         layers: the choice.
-        source: who published it.
+        source: who published the choice.
     """
 
     model: str
@@ -41,7 +41,7 @@ class Preset(NamedTuple):
 
 
 class LastLogits(NamedTuple):
-    """What a selecting layer chooses by, of the last query; see `BoundMethod.select`.
+    """What a selecting layer chooses by, for the last query; see `BoundMethod.select`.
 
     Attributes:
         logits: float32 `[B, Hq, capacity]`.
@@ -53,7 +53,7 @@ class LastLogits(NamedTuple):
 
 
 class LayeredMethod(BudgetedMethod):
-    """A method of full, selecting and sparse layers.
+    """A method with full, selecting and sparse layers.
 
     Attributes:
         presets: published choices of layers.
@@ -104,16 +104,16 @@ class LayeredMethod(BudgetedMethod):
 
     @property
     def list_page_size(self) -> int:
-        """Tokens of a page of the lists."""
+        """Tokens per page of the lists."""
         return 1
 
     @abstractmethod
     def choose(self, call: AttentionCall, statistics: LastLogits) -> PagePlan:
-        """The list that a selecting layer makes; see `DecodeMethod.choose`."""
+        """Choose the list of a selecting layer; see `DecodeMethod.choose`."""
 
 
 class BoundLayers(BoundMethod):
-    """Layers in their roles.
+    """A layered method on a model: each layer has its role.
 
     Attributes:
         settings: the settings, with the roles of the model's layers.
@@ -137,7 +137,7 @@ class BoundLayers(BoundMethod):
         return "full" if layer in self.full else "sparse"
 
     def plan(self, call: AttentionCall) -> Plan:
-        """Everything, with or without the logits, or the list that is at hand; see `BoundMethod.plan`."""
+        """Read everything, with or without logits, or the list that was chosen last; see `BoundMethod.plan`."""
         if dense := self.settings.why_dense(call):
             return dense
         role, page_size = self.role(call.layer), self.settings.list_page_size
@@ -158,7 +158,7 @@ class BoundLayers(BoundMethod):
         return plan
 
     def select(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> None:
-        """Choose the list of the layers that follow; see `BoundMethod.select`."""
+        """Choose the list for the layers that follow; see `BoundMethod.select`."""
         self._LIST.put(call.forward_state, self.settings.choose(call, LastLogits(logits, lse)))
 
 
@@ -173,7 +173,7 @@ def _select_twice(again: int) -> Roles:
     return Roles(full=[0, 1], select=[2, again])
 
 
-# LessIsMore has TidalDecode's structure, by the same authors; layers from 0.
+# LessIsMore is by the same authors and has TidalDecode's structure. Layers count from 0.
 TIDAL_PRESETS = (
     Preset("Llama-2-7B", _LLAMA_2_7B, _select_twice(7), "TidalDecode, authors' blog"),
     Preset("Llama-3-8B, Llama-3.1-8B", _LLAMA_3_8B, _select_twice(13), "TidalDecode, public code's scripts"),

@@ -1,8 +1,8 @@
-"""What methods of spans share: each KV head reads the first tokens of a row and a window of its last ones.
+"""What methods with spans share: each KV head reads the first tokens of a row and a window of its last ones.
 
-The spans are known before a token is: nothing looks at queries or keys. Therefore a cache can forget what a head reads
-no more. If a layer decodes with such a method, `generate` keeps its keys in a ring that has room for no more
-(`integration.caches.rings`). With a cache that keeps everything the answers are the same.
+The spans are known before the tokens are: they depend on no query or key. Therefore a cache can forget what a head no
+longer reads. If a layer decodes with such a method, `generate` keeps its keys in a ring that has room only for the
+spans (`integration.caches.rings`). A cache that keeps everything gives the same answers.
 """
 
 from abc import abstractmethod
@@ -22,16 +22,16 @@ from sparse_patch.plans import Dense, GrowingWindow, Plan, SpanPlan
 from sparse_patch.tensor_parallel import HeadShard
 
 Length = Annotated[int, Field(gt=0, le=MOST)]
-REPORT_LENGTH = 16384  # tokens at which a report says what a head keeps
+REPORT_LENGTH = 16384  # length in tokens for which a report says what a head keeps
 
 
 class SpanMethod(Method):
-    """A method that knows its spans beforehand; for prefill, decode or both."""
+    """A method that knows its spans in advance; for prefill, decode or both."""
 
     phases = PHASES
 
     def total_length(self, call: AttentionCall) -> int:
-        """Tokens of prompt and answer together as far as known, else those of the call's keys."""
+        """Tokens of prompt and answer together if known, else the number of keys in the call."""
         return call.max_length or call.kv_length
 
 
@@ -50,10 +50,10 @@ class BoundSpans(BoundMethod):
         Args:
             layer: the layer.
             length: tokens of prompt and answer together.
-            kv_heads: KV heads of the layer, those of other processes too.
+            kv_heads: KV heads of the layer, including those of other processes.
 
         Raises:
-            ValueError: the method knows other KV heads.
+            ValueError: the method has spans for another number of KV heads.
         """
 
     def spans_of(self, shard: HeadShard, layer: int, length: int, kv_heads: int) -> Spans:
@@ -63,11 +63,11 @@ class BoundSpans(BoundMethod):
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether prompts are read by the spans, too; else they are dense."""
+        """Whether prompts are also read by the spans; else they are dense."""
         return True
 
     def plan(self, call: AttentionCall) -> Plan:
-        """The spans on a call; see `BoundMethod.plan`."""
+        """Apply the spans to a call; see `BoundMethod.plan`."""
         if call.phase == "prefill" and not self.reads_prompts:
             return Dense("the head schedules have prompts read densely")
         try:
@@ -92,7 +92,7 @@ class ScheduledMethod(SpanMethod):
 
     @abstractmethod
     def read(self, path: str, shape: ModelShape) -> tuple[HeadSchedules, str]:
-        """The schedules of the file for a model, and a note about how the file was read.
+        """Read head schedules for a model from the file, with a note about how the file was read.
 
         Raises:
             ConfigError: the file cannot be read, or was made for another model.
@@ -110,9 +110,9 @@ class BoundSchedules(BoundSpans):
     """Spans by head schedules.
 
     Attributes:
-        schedules: the spans of every KV head of every layer.
+        schedules: the head schedules of every layer.
         note: how the file was read.
-        layers: those that use the method.
+        layers: the layers that use the method.
     """
 
     def __init__(self, settings: SpanMethod, schedules: HeadSchedules, note: str, layers: Sequence[int]) -> None:
@@ -132,12 +132,12 @@ class BoundSchedules(BoundSpans):
         return self.schedules.prefill == "sparse"
 
     def role(self, layer: int) -> str:
-        """What the heads of a layer keep at one length."""
+        """What the heads of a layer keep at `REPORT_LENGTH`."""
         kept = [min(tokens, REPORT_LENGTH) for tokens in self.schedules.kept(layer, REPORT_LENGTH)]
         return f"keeps {'-'.join(map(str, sorted({min(kept), max(kept)})))} of {REPORT_LENGTH}"
 
     def remark(self) -> str:
-        """The share of the keys that the schedules keep; see `BoundMethod.remark`."""
+        """The share of the keys that the head schedules keep; see `BoundMethod.remark`."""
         if not self.layers:
             return self.note
         share = self.schedules.density(REPORT_LENGTH, self.layers)
@@ -146,11 +146,11 @@ class BoundSchedules(BoundSpans):
 
 
 def clip_spans(sinks: Sequence[int], windows: Sequence[int | GrowingWindow], length: int) -> Spans:
-    """Spans for rows of a length: a window that covers the whole row becomes None, "everything"."""
+    """The spans for rows of `length` tokens. A window that covers the whole row becomes None ("everything")."""
     ends = zip(sinks, windows, strict=True)
     return tuple(sinks), tuple(None if covers_row(sink, window, length) else window for sink, window in ends)
 
 
 def covers_row(sink: int, window: int | GrowingWindow, length: int) -> bool:
-    """Whether every query of a row reads all keys before it: a window that does at the row's end does before it."""
+    """Whether every query of a row reads all keys before it. If the last query does, all of them do."""
     return sink + (window.at(length - 1) if isinstance(window, GrowingWindow) else window) >= length
