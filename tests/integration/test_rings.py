@@ -1,6 +1,6 @@
 """Rings that cannot serve, or that nobody expects: dense with the unpatched result, never an error afterwards.
 
-`methods/test_spans.py` tests what rings compute if they can serve.
+`test_span_caches.py` and `test_span_generation.py` test what rings compute if they can serve.
 """
 
 from collections.abc import Callable
