@@ -12,8 +12,8 @@ from sparse_patch.config import BoundConfig, PatchConfig
 from sparse_patch.integration.patching import patched
 from sparse_patch.integration.reporting import sparsity_report
 from sparse_patch.model_shape import ModelShape, attention_kind, can_forget, config_of_layer, kv_heads_of
+from sparse_patch.models.loaders import loader_of
 from sparse_patch.models.loading import check_config, loading
-from sparse_patch.models.minicpm import is_minicpm, minicpm_config
 from sparse_patch.ops.attention.span_ring import RingLayout
 from sparse_patch.report import LayerReport
 from sparse_patch.tensor_parallel import ALL_HEADS
@@ -52,7 +52,8 @@ def inspect(
     """
     check_config("--model", model)
     with loading("--model", model):
-        config = minicpm_config(model) if is_minicpm(model) else AutoConfig.from_pretrained(model)
+        own = loader_of(model)
+        config = own.config(model) if own else AutoConfig.from_pretrained(model)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
     text = skeleton.config.get_text_config(decoder=True)

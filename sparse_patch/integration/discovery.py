@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparse_patch.errors import PatchError
 from sparse_patch.integration.transformers_internals import asks_the_interface
-from sparse_patch.models.minicpm import MODEL_TYPE as MINICPM
+from sparse_patch.models.loaders import LOADERS
 
 _IMPLEMENTATIONS = frozenset({"eager", "sdpa", "flash_attention_2", "flex_attention"})
 
@@ -121,8 +121,9 @@ def _is_named_attention(module: nn.Module) -> bool:
 
 def _way_in(root: PreTrainedModel, module: nn.Module) -> str:
     """What to do about a module that does not ask the interface."""
-    if root.config.model_type == MINICPM:
-        return "load it with sparse_patch.load_minicpm, which needs no remote code"
+    for loader in LOADERS:
+        if root.config.model_type == loader.model_type:
+            return f"load it with sparse_patch.{loader.name}, which needs no remote code"
     if str(getattr(_forward_of(module), "__module__", "")).startswith(("transformers.", "torch.")):
         return "it attends by code of its own, which cannot be patched"
     return "load the model without trust_remote_code, or undo the other patch of its forward"

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from sparse_patch.errors import SparsePatchError, TaskError, one_line
-from sparse_patch.models.minicpm import is_minicpm, load_minicpm
+from sparse_patch.models.loaders import loader_of
 
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # files of a tokenizer
 
@@ -21,7 +21,7 @@ _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # files of a to
 def load_model(path: str | Path) -> tuple[PreTrainedModel, Any]:
     """Load model and tokenizer from a local folder or a hub id: float32 on a CPU, bfloat16 on a GPU, evaluation mode.
 
-    MiniCPM is loaded as a native model, without running the code that comes with its weights.
+    A checkpoint with a loader of its own (MiniCPM) is loaded as a native model; the code that comes with it never runs.
 
     Raises:
         SparsePatchError: the model or its tokenizer cannot be loaded.
@@ -29,7 +29,8 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Any]:
     check_config("--model", path)
     on_gpu = torch.cuda.is_available()
     tokenizer = load_tokenizer(path)
-    load = load_minicpm if is_minicpm(path) else partial(AutoModelForCausalLM.from_pretrained, weights_only=True)
+    own = loader_of(path)
+    load = own.load if own else partial(AutoModelForCausalLM.from_pretrained, weights_only=True)
     with loading("--model", path):
         model = load(path, dtype=torch.bfloat16 if on_gpu else torch.float32)
         model = model.cuda() if on_gpu else model  # type: ignore[call-arg]
@@ -43,8 +44,8 @@ def load_tokenizer(path: str | Path, option: str = "--model") -> Any:
         SparsePatchError: it cannot be loaded. The message begins with the option that named it.
     """
     _check_folder(option, path, _TOKENIZERS, "tokenizer; put it there with `tokenizer.save_pretrained(folder)`")
-    # Without a config, Transformers would look for MiniCPM's own class and ask whether to run the checkpoint's code.
-    config = PreTrainedConfig() if is_minicpm(path) else None
+    # Without a config, Transformers would look for the checkpoint's own class and ask whether to run its code.
+    config = PreTrainedConfig() if loader_of(path) else None
     with loading(option, path, "tokenizer: "):
         return AutoTokenizer.from_pretrained(path, config=config)
 
