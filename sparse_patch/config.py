@@ -170,8 +170,10 @@ def load_config(source: ConfigSource | Sequence[ConfigSource] | None = None, /, 
         ConfigError: see the module's text.
     """
     sources = list(source) if isinstance(source, Sequence) and not isinstance(source, str) else [source]
-    if not sources or (source is None and not overrides):
-        raise ConfigError("config: is empty; give at least one file, name, dict or method")
+    if not sources:
+        raise ConfigError("config: the list is empty; give at least one file, name, dict or method")
+    if source is None and not overrides:
+        raise ConfigError("config: missing; give a file, a name, a dict, a method or prefill= and decode=")
     parts = [_read(part) for part in sources if part is not None]
     name = one_line("+".join(part_name for part_name, _ in parts)) or "arguments"
     merged: dict[str, Any] = {}

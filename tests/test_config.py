@@ -97,7 +97,7 @@ def names(phase: str) -> str:
 BAD_SOURCES = [
     ("nope.yaml", {}, f"nope.yaml: no such file; packaged configs: {', '.join(packaged_configs())}"),
     ("flexprefil.yaml", {}, "did you mean 'flexprefill'?"),
-    (3, {}, "config: expected a path, a packaged name or a dict, got int 3"),
+    (3, {}, "config: expected a path, a packaged name, a dict or a method, got int 3"),
     ([], {}, "config: the list is empty"),
     ({}, {}, "dict: sets neither prefill nor decode"),
     ({"prefil": {}}, {}, "dict: prefil: unknown key, did you mean 'prefill'?"),
@@ -121,7 +121,7 @@ BAD_SOURCES = [
     (FLEX, {"prefill": {"layers": "most"}}, 'prefill.layers: expected "all", a list of layer numbers or'),
     (FLEX, {"prefill": {"layers": [1, "a"]}}, 'prefill.layers: expected "all", a list of layer numbers or'),
     (FLEX, {"prefill": {"method": 3}}, f"prefill.method: expected one of {names('prefill')}, got 3"),
-    (FLEX, {"prefill": 7}, "prefill: expected a mapping with a `method`, got 7"),
+    (FLEX, {"prefill": 7}, "prefill: expected a method or a mapping with a `method`, got 7"),
     (FLEX, {"backend": "tritn"}, "backend: expected 'auto', 'triton', 'flash', 'torch' or 'reference', got str"),
     (FLEX, {"dense": "fast"}, "flexprefill.yaml: dense: expected 'unpatched' or 'best', got str"),
     (FLEX, {"on_unsupported": 1}, "on_unsupported: expected 'warn', 'error' or 'silent', got int 1"),

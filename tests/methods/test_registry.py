@@ -80,7 +80,7 @@ def test_phases_are_given_as_objects() -> None:
         (lambda: Quest(budget=1), "Quest.budget: 1 is below 32"),
         (lambda: Delta(budget=None), "Delta.budget: missing; give budget in tokens or budget_ratio"),
         (lambda: load_config(prefill=Quest()), "arguments: prefill.method: expected one of a_shape, "),
-        (lambda: load_config(), "config: is empty; give at least one file, name, dict or method"),
+        (lambda: load_config(), "config: missing; give a file, a name, a dict, a method or prefill= and decode="),
         (lambda: load_config([Quest(), Delta()]), "delta: decode: an earlier config of the list sets it too"),
     ],
 )
