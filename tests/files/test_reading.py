@@ -151,7 +151,7 @@ SHOWN: list[tuple[Any, str]] = [
     ({"decode": {"method": "delta", "calibration": "a\0b"}}, r"a\x00b: cannot be read: embedded null byte"),
     ({"prefill": {"method": "sale", "calibration": "a\0b"}}, r"a\x00b: cannot be read: embedded null byte"),
     ({"backend": LONG, "prefill": {"method": "sale"}}, "backend: expected 'auto'"),
-    ({"prefill": 10**5000}, "prefill: expected a mapping with a `method`, got <16610 bits>"),
+    ({"prefill": 10**5000}, "prefill: expected a method or a mapping with a `method`, got <16610 bits>"),
 ]
 
 
