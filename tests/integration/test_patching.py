@@ -50,7 +50,7 @@ def test_patch_and_unpatch_return_the_model_and_leave_nothing(llama: PreTrainedM
 def test_a_second_patch_says_to_unpatch_first(llama: PreTrainedModel) -> None:
     patch_model(llama, FLEX)
     for model in (llama, llama.model):
-        with pytest.raises(PatchError, match="patched already; call unpatch_model first"):
+        with pytest.raises(PatchError, match="patched already; pass replace=True, or call unpatch_model first"):
             patch_model(model, "dense.yaml")
     assert sparsity_report(llama).source == FLEX
     unpatch_model(llama)

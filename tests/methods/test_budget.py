@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from decode_steps import Step, decode_call, forward, forward_of_row, in_buffer
+from calls import in_buffer
+from decode_steps import Step, decode_call, forward, forward_of_row
 from method_table import DECODE_METHODS, SMALL_MODEL, MethodCase
 
 from sparse_patch import ConfigError, load_config

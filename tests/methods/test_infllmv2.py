@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from bound import bound
-from calls import make_call
-from decode_steps import decode_call, forward, forward_of_row, in_buffer
+from calls import in_buffer, make_call
+from decode_steps import decode_call, forward, forward_of_row
 from families import llama
 from method_table import SMALL_MODEL, TOKEN_METHODS
 from oracles.infllmv2 import InfLLMSettings, infllm_selection

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from bound import bound
-from calls import make_call
-from decode_steps import decode_call, in_buffer, run
+from calls import in_buffer, make_call
+from decode_steps import decode_call, run
 from oracles.decode import kinetics, logits_of
 
 from sparse_patch.call import KVState

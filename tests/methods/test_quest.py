@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from bound import bound
-from calls import make_call
-from decode_steps import decode_call, forward, in_buffer, lists_of, run
+from calls import in_buffer, make_call
+from decode_steps import decode_call, forward, lists_of, run
 from oracles.decode import logits_of, quest, quest_bounds
 
 from sparse_patch.call import KVState
