@@ -20,12 +20,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from sparse_patch.methods.base import registry
+
 logging.disable_progress_bar()
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _registers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the methods that a test registers."""
+    monkeypatch.setattr(registry, "_registered", {})
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,6 @@ from sparse_patch.evaluation.document import needle_document
 from sparse_patch.evaluation.lm_eval import TASKS
 from sparse_patch.integration.patch import is_patched
 from sparse_patch.kernels import availability
-from sparse_patch.methods.base import registry
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
@@ -240,7 +239,6 @@ def test_the_guide_can_be_followed(
 ) -> None:
     """CONTRIBUTING's commands and Python blocks, from top to bottom, in a new folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_registered", {})
     blocks = SHOWN["CONTRIBUTING.md"]
     (command,) = (command for block in blocks for command in block.commands)
     run([phase if word == "prefill" else word for word in command])

@@ -15,16 +15,10 @@ from sparse_patch import ConfigError, PatchError, load_config, methods, patch_mo
 from sparse_patch.call import AttentionCall
 from sparse_patch.integration.patch import is_patched
 from sparse_patch.methods import Delta, FlexPrefill, Method, PrefillMethod, Quest, Selection, register_method
-from sparse_patch.methods.base import registry as registries
 from sparse_patch.methods.base.registry import packaged_methods, registry
 from sparse_patch.plans import BlockGrid
 
 SMALL = {"min_length": 0, "block_size": 16}
-
-
-@pytest.fixture(autouse=True)
-def _registers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registries, "_registered", {})
 
 
 def diagonal(call: AttentionCall, grid: BlockGrid) -> Selection:

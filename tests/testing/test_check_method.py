@@ -18,7 +18,6 @@ from method_table import (
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.methods import BudgetedMethod, Method, PrefillMethod, Selection
-from sparse_patch.methods.base import registry as registries
 from sparse_patch.methods.base.budget import Count
 from sparse_patch.methods.base.registry import registry
 from sparse_patch.ops.selection.page_statistics import mean_scores, page_means
@@ -28,11 +27,6 @@ from sparse_patch.testing import BrokenRule, check_method
 ALL = [*PREFILL_METHODS, *TOKEN_METHODS, *DECODE_METHODS, *SPAN_METHODS]
 SMALL_PREFILL = {"min_length": 0, "block_size": 16}
 SMALL_DECODE = {"min_length": 0, "budget": 64}
-
-
-@pytest.fixture(autouse=True)
-def _registers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registries, "_registered", {})
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
