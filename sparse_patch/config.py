@@ -49,7 +49,7 @@ class PatchConfig(BaseModel):
             fastest dense kernel present where it serves the call: in prefill flash-attn-4 or cuDNN on Hopper, in decode
             our own kernel on any GPU that runs Triton. It rounds differently.
         on_unsupported: what a call that the method cannot serve does: "warn" (once per reason) and go dense, "error",
-            or "silent" (dense; the report counts it in any case).
+            or "silent" (dense). The report always counts it.
         source: where the configuration came from, for messages and the report.
     """
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from sparse_patch.artefacts.head_schedules import HeadSchedules, duo_schedules, write_head_schedules
 from sparse_patch.model_shape import ModelShape
+from sparse_patch.testing.check import SMALL_MODEL
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,6 @@ TOKEN_METHODS = [
 ]
 
 # The model that decode methods are resolved for: layer 0 is full, 1 and 3 select (if layers have roles).
-SMALL_MODEL = ModelShape("llama", num_layers=5, num_heads=4, num_kv_heads=2, hidden_size=64)
 TWO_LAYERS = replace(SMALL_MODEL, num_layers=2)  # for what is slow: layer 0 selects
 _ROLES = {"full": [0], "select": [1, 3]}
 

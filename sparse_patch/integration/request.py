@@ -1,7 +1,7 @@
 """What the model asks of the hook: one attention call, as Transformers makes it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Request:
         mask: a `LazyMask`, or what the caller passed instead.
         scaling: factor on the logits; None for `D ** -0.5`.
         kwargs: the other arguments, by their names in Transformers.
+        sinks: the logits of attention sinks in the softmax, `[Hq]`; None for a model without sinks.
     """
 
     state: LayerState
@@ -36,16 +37,14 @@ class Request:
     mask: Any
     scaling: float | None
     kwargs: dict[str, Any]
+    sinks: torch.Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sinks = self.kwargs.get(SINKS)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.query, self.key, self.value
-
-    @property
-    def sinks(self) -> torch.Tensor | None:
-        """The logits of attention sinks in the softmax, `[Hq]`; None for a model without sinks."""
-        sinks: torch.Tensor | None = self.kwargs.get(SINKS)
-        return sinks
 
     def having(self, tensors: Iterable[torch.Tensor]) -> "Request":
         """The same request with its query, key and value in another precision."""

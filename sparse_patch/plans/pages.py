@@ -14,7 +14,8 @@ class PagePlan(SparsePlan):
     """The pages of keys to read for each (row, list): the plan of decode methods. No length is read on the host.
 
     Page `u` of row `b` holds the keys `kv_start[b] + u*P ... + P-1`. Rows count from their own first key, so a
-    left-padded row has the same pages as alone. Query `i` of the call reads the keys of the listed pages up to itself.
+    left-padded row has the same pages as without the batch. Query `i` of the call reads the keys of the listed pages up
+    to itself.
 
     Attributes:
         page_size: tokens per page, P; 1 for lists of tokens.

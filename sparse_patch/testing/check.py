@@ -1,12 +1,10 @@
 """`check_method`: the rules that hold for every method, on calls made by hand and on a small model."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel
-
-from sparse_patch.call import PHASES, Phase
-from sparse_patch.config import PatchConfig, load_config
+from sparse_patch.call import PHASES
+from sparse_patch.config import load_config
 from sparse_patch.errors import ConfigError, reason
 from sparse_patch.methods.base.registry import find_method, register_method
 from sparse_patch.methods.base.settings import Method
@@ -17,7 +15,6 @@ from sparse_patch.testing.rules import BrokenRule, Case, require
 __all__ = ["SMALL_MODEL", "BrokenRule", "check_method"]
 
 SMALL_MODEL = ModelShape("llama", num_layers=5, num_heads=4, num_kv_heads=2, hidden_size=64)
-AnyMethod = TypeVar("AnyMethod", bound=Method)
 
 
 def check_method(
@@ -76,19 +73,12 @@ def _check_settings(method: type[Method], settings: Mapping[str, Any]) -> list[s
     except (ConfigError, TypeError, ValueError) as error:
         raise BrokenRule(rule, reason(error), "each field has a type of pydantic and a default") from error
     require(
-        all(_same(config, again, phase) and config.method(phase) == made for phase in method.phases),
+        all(config.method(phase) == again.method(phase) == made for phase in method.phases),
         rule,
         f"{name} read from its own YAML is another one",
         "a validator that changes settings, or a field that pydantic does not write",
     )
-    require(
-        isinstance(method(), BaseModel),
-        "every field has a default",
-        f"{name}() cannot be made",
-        "a field without a default",
-    )
-    return [rule]
-
-
-def _same(config: PatchConfig, again: PatchConfig, phase: Phase) -> bool:
-    return config.method(phase) == again.method(phase)
+    without_default = [key for key, field in method.model_fields.items() if field.is_required()]
+    of_defaults = "every field has a default"
+    require(not without_default, of_defaults, f"{', '.join(without_default)} has none", "no `= value` after its type")
+    return [rule, of_defaults]

@@ -27,7 +27,7 @@ def random_blocks(
 def random_token_blocks(
     call: AttentionCall, tile: int = 4, init: int = 1, local: int = 1, dense: int = 0, chance: float = 0.4
 ) -> TokenBlockPlan:
-    """Blocks that are drawn for every token between those that it reads in any case."""
+    """Blocks that are drawn for every token between those that it always reads."""
     grid = BlockGrid.of(call, 64)
     block = grid.query_block_ids
     low = (block - local).clamp(min=0).masked_fill(block < dense, 0)

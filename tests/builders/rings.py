@@ -17,7 +17,7 @@ LSE_TOLERANCE = 2e-5
 
 
 def forwards(call: AttentionCall, lengths: Sequence[int]) -> list[AttentionCall]:
-    """The call cut into forwards that see their own keys alone."""
+    """The call cut into forwards that see only their own keys."""
     ends = torch.tensor(lengths).cumsum(0).tolist()
     assert ends[-1] == call.q.shape[2]
     parts = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]

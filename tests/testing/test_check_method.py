@@ -204,6 +204,16 @@ def test_settings_that_are_not_small_or_not_full_are_named() -> None:
             check_method(Window, small=small, full=full)
 
 
+def test_a_field_without_a_default_is_named() -> None:
+    class Demanding(Window):
+        method: Literal["demanding"] = "demanding"  # type: ignore[assignment]
+        must: int
+
+    small = {**SMALL_PREFILL, "must": 1}
+    with pytest.raises(BrokenRule, match=r"^every field has a default; but must has none"):
+        check_method(Demanding, small=small, full={"must": 1, "every": True})
+
+
 def test_what_is_no_method_is_named() -> None:
     class Nameless(PrefillMethod):
         def select(self, call: AttentionCall, grid: BlockGrid) -> Selection:

@@ -6,16 +6,13 @@ asks. This object knows the model, has read the files that the settings name, an
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from sparse_patch.call import AttentionCall, Slot, causal_pairs
 from sparse_patch.plans import BlockGrid, BlockPlan, Dense, PagePlan, Plan, Window
 from sparse_patch.tensor_parallel import HeadShard
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
 
 Spans = tuple[tuple[int, ...], tuple[Window, ...]]  # sinks and windows, see `SpanPlan`
 
@@ -48,7 +45,7 @@ class BoundMethod(ABC):
         retention: what a cache has to keep; None if it has to keep every key.
     """
 
-    settings: "BaseModel"
+    settings: Any
     keeps_state: bool = False
     correct_every: int | None = None
     retention: Retention | None = None
@@ -116,9 +113,10 @@ class Selection(NamedTuple):
 
 
 class SelectsBlocks(Protocol):
-    """What the prefill template needs: a `PrefillMethod`, or an object that knows more about the model."""
+    """What the prefill template needs of its settings, a `PrefillMethod`."""
 
-    block_size: int
+    @property
+    def block_size(self) -> int: ...
 
     def why_dense(self, call: AttentionCall) -> Dense | None: ...
 
@@ -128,31 +126,32 @@ class SelectsBlocks(Protocol):
 
 
 class BoundPrefill(BoundMethod):
-    """The prefill template: dense answers, the grid, the short rows of a batch, the plan.
+    """The prefill template: dense answers, the grid, the short rows of a batch, the plan."""
 
-    Attributes:
-        chooser: the object that selects.
-    """
+    settings: SelectsBlocks
 
-    def __init__(self, settings: Any, chooser: SelectsBlocks | None = None) -> None:
-        self.settings, self.chooser = settings, chooser or settings
+    def __init__(self, settings: SelectsBlocks) -> None:
+        self.settings = settings
 
     def plan(self, call: AttentionCall) -> Plan:
         """See `BoundMethod.plan`."""
-        if dense := self.chooser.why_dense(call):
+        if dense := self.settings.why_dense(call):
             return dense
-        grid = BlockGrid.of(call, self.chooser.block_size)
-        selection = self.chooser.select(call, grid)
+        grid = BlockGrid.of(call, self.settings.block_size)
+        selection = self.settings.select(call, grid)
         if isinstance(selection, BlockPlan):
             return selection
-        return selection.plan(grid, self.chooser.dense_tokens(call))
+        return selection.plan(grid, self.settings.dense_tokens(call))
 
 
 class ChoosesPages(Protocol):
-    """What the decode template needs: a `DecodeMethod`."""
+    """What the decode template needs of its settings, a `DecodeMethod`."""
 
-    keeps_state: bool
-    correct_every: int | None
+    @property
+    def keeps_state(self) -> bool: ...
+
+    @property
+    def correct_every(self) -> int | None: ...
 
     def why_dense(self, call: AttentionCall) -> Dense | None: ...
 
@@ -166,22 +165,22 @@ class BoundDecode(BoundMethod):
 
     _STATISTICS: Slot[Any] = Slot("statistics of a layer's keys")
 
-    def __init__(self, settings: Any) -> None:
-        self.settings, self.chooser = settings, settings
-        self.keeps_state, self.correct_every = self.chooser.keeps_state, self.chooser.correct_every
+    settings: ChoosesPages
 
-    chooser: ChoosesPages
+    def __init__(self, settings: ChoosesPages) -> None:
+        self.settings = settings
+        self.keeps_state, self.correct_every = settings.keeps_state, settings.correct_every
 
     def remember(self, call: AttentionCall) -> None:
         """See `BoundMethod.remember`; the statistics are kept for the plan of the same call."""
         if self.keeps_state and call.kv_state is not None:
-            self._STATISTICS.put(call.forward_state, self.chooser.statistics(call), call.layer)
+            self._STATISTICS.put(call.forward_state, self.settings.statistics(call), call.layer)
 
     def plan(self, call: AttentionCall) -> Plan:
         """See `BoundMethod.plan`."""
-        if dense := self.chooser.why_dense(call):
+        if dense := self.settings.why_dense(call):
             return dense
         statistics = self._STATISTICS.pop(call.forward_state, call.layer)
         if statistics is None:
-            statistics = self.chooser.statistics(call)
-        return self.chooser.choose(call, statistics)
+            statistics = self.settings.statistics(call)
+        return self.settings.choose(call, statistics)

@@ -7,7 +7,7 @@ import torch
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import UnsupportedCallError
-from sparse_patch.ops.backends import DEFERS_TO_AUTO
+from sparse_patch.ops.backends import DEFERS_TO_AUTO, fastest, why_unsupported
 from sparse_patch.plans import SparsePlan
 
 P = TypeVar("P", bound=SparsePlan)
@@ -42,6 +42,14 @@ class Attended(NamedTuple):
         return Attended((self.out * share).to(self.out.dtype), torch.logaddexp(self.lse, of_heads), self.logits)
 
 
+def _fastest(call: AttentionCall, plan: SparsePlan) -> str:
+    return fastest(call)
+
+
+def _why(call: AttentionCall, plan: SparsePlan, backend: str) -> str | None:
+    return why_unsupported(call, backend)
+
+
 class AttentionOp(Generic[P]):
     """An op that executes one kind of plan.
 
@@ -50,8 +58,8 @@ class AttentionOp(Generic[P]):
         module: gives the module of a backend, which has `attend(call, plan, return_lse) -> Attended`. The module is
             imported when it first runs, because Triton and flash-attn-4 may be missing.
         backends: the names of these modules; `reference` and `torch` serve every call.
-        fastest: gives the backend that "auto" stands for.
-        why: says why one of the other backends cannot serve a call; None if it can.
+        fastest: gives the backend that "auto" stands for; by default that of an op whose one kernel is Triton's.
+        why: says why one of the other backends cannot serve a call, None if it can; by default likewise.
     """
 
     def __init__(  # no frozen dataclass: torch.compile (2.13) cannot trace one that has functions
@@ -59,8 +67,8 @@ class AttentionOp(Generic[P]):
         executes: type[P],
         module: Callable[[str], Any],
         backends: tuple[str, ...],
-        fastest: Callable[[AttentionCall, P], str],
-        why: Callable[[AttentionCall, P, str], str | None],
+        fastest: Callable[[AttentionCall, P], str] = _fastest,
+        why: Callable[[AttentionCall, P, str], str | None] = _why,
     ) -> None:
         self.executes, self.module, self.backends = executes, module, backends
         self.fastest, self.why = fastest, why

@@ -10,20 +10,10 @@ query with no key); no tensor value is read on the host.
 
 from typing import Any
 
-from sparse_patch.call import AttentionCall
-from sparse_patch.ops import backends
 from sparse_patch.ops.attention.op import AttentionOp
 from sparse_patch.plans import PagePlan
 
 __all__ = ["OP", "attend", "fastest", "why_unsupported"]
-
-
-def _fastest(call: AttentionCall, plan: PagePlan) -> str:
-    return backends.fastest(call)
-
-
-def _why(call: AttentionCall, plan: PagePlan, backend: str) -> str | None:
-    return backends.why_unsupported(call, backend)
 
 
 def _module(backend: str) -> Any:
@@ -41,5 +31,5 @@ def _module(backend: str) -> Any:
     return reference
 
 
-OP = AttentionOp(PagePlan, _module, ("reference", "torch", "triton"), _fastest, _why)
+OP = AttentionOp(PagePlan, _module, ("reference", "torch", "triton"))
 attend, fastest, why_unsupported = OP.attend, OP.fastest, OP.why_unsupported

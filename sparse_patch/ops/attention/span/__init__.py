@@ -14,20 +14,10 @@ only the keys of their spans that are in the buffer.
 
 from typing import Any
 
-from sparse_patch.call import AttentionCall
-from sparse_patch.ops import backends
 from sparse_patch.ops.attention.op import AttentionOp
 from sparse_patch.plans import SpanPlan
 
 __all__ = ["OP", "attend", "fastest", "why_unsupported"]
-
-
-def _fastest(call: AttentionCall, plan: SpanPlan) -> str:
-    return backends.fastest(call)
-
-
-def _why(call: AttentionCall, plan: SpanPlan, backend: str) -> str | None:
-    return backends.why_unsupported(call, backend)
 
 
 def _module(backend: str) -> Any:
@@ -45,5 +35,5 @@ def _module(backend: str) -> Any:
     return reference
 
 
-OP = AttentionOp(SpanPlan, _module, ("reference", "torch", "triton"), _fastest, _why)
+OP = AttentionOp(SpanPlan, _module, ("reference", "torch", "triton"))
 attend, fastest, why_unsupported = OP.attend, OP.fastest, OP.why_unsupported

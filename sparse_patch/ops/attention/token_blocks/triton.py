@@ -3,7 +3,7 @@
 These are the rows of one matrix product, so every block is read once for all of them. Blocks that every token of the
 tile reads need no mask below the diagonal. Of the chosen blocks, the program reads those that any token of the tile
 reads; a token gives weight 0 to blocks that it does not read. Neighbours choose similar blocks. If they do not, no more
-keys are loaded than for each token alone.
+keys are loaded than for each token by itself.
 """
 
 from dataclasses import dataclass
