@@ -49,10 +49,11 @@ class TensorSlot:
 
     Attributes:
         name: distinguishes the slot from the other slots.
+        in_steps: whether decode steps use the tensors; else they may be replaced between two steps.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, in_steps: bool = True) -> None:
+        self.name, self.in_steps = name, in_steps
 
 
 @dataclass
@@ -61,19 +62,27 @@ class KVState(OrdinaryState):
 
     Attributes:
         tensors: by slot and name, each with the batch as its first dimension.
+        moving: slots whose tensors decode steps do not use.
         covered: number of tokens that the tensors cover, if the host knows it (a growing cache); 0 if none.
         corrected: number of tokens that cache correction need not read again, see `integration.kv_correction`.
         at_rest: whether the running forward reads everything, because it corrects sparsely decoded tokens.
     """
 
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    moving: set[str] = field(default_factory=set)
     covered: int = 0
     corrected: int = 0
     at_rest: bool = False
 
     def of(self, slot: TensorSlot) -> dict[str, torch.Tensor]:
         """The tensors of one owner, by name. Changing the mapping changes the state."""
+        if not slot.in_steps:
+            self.moving.add(slot.name)
         return self.tensors.setdefault(slot.name, {})
+
+    def places(self) -> list[int]:
+        """Where the tensors lie that decode steps use."""
+        return [x.data_ptr() for name, owned in self.tensors.items() if name not in self.moving for x in owned.values()]
 
     def clear(self) -> None:
         """Drop everything; the method starts again from the keys."""
@@ -112,6 +121,7 @@ class AttentionCall:
         kv_end: int64 `[]` on the device of `q`: how many keys of `k` and `v` are valid, in a decode call with a static
             cache. Then `k` and `v` are whole buffers, keys after the valid ones are never read, and `q_start` has no
             meaning. None if all keys are valid.
+        known_end: the value of `kv_end`, if the host knows it too: in the steps of `integration.graphs`.
         forward_state: what methods pass on from layer to layer, in slots; one object per forward.
         kv_state: what a decode method keeps with the keys of this layer from step to step; None if the cache has no
             room for it.
@@ -129,6 +139,7 @@ class AttentionCall:
     kv_start: torch.Tensor | None = None
     softcap: float | None = None
     kv_end: torch.Tensor | None = None
+    known_end: int | None = None
     forward_state: ForwardState = field(default_factory=dict)
     kv_state: KVState | None = None
     max_length: int | None = None
@@ -148,6 +159,16 @@ class AttentionCall:
     def kv_length(self) -> int:
         """Number of keys of the longest row, including padding; for a static cache, the size of its buffer."""
         return self.k.shape[2]
+
+    @property
+    def length(self) -> int | None:
+        """Number of valid keys if the host knows it; None if only the device does."""
+        return self.kv_length if self.kv_end is None else self.known_end
+
+    @property
+    def decisive_length(self) -> int:
+        """The number of keys by which a method decides on the host: the valid ones, or else the size of the buffer."""
+        return self.kv_length if self.kv_end is None or self.known_end is None else self.known_end
 
     def row_starts(self) -> torch.Tensor:
         """First real key of each row, int64 `[B]`."""

@@ -48,6 +48,9 @@ class PatchConfig(BaseModel):
             are not selected, `method: dense`): "unpatched", the implementation that the model had, or "best", the
             fastest dense kernel present where it serves the call: in prefill flash-attn-4 or cuDNN on Hopper, in decode
             our own kernel on any GPU that runs Triton. It rounds differently.
+        decode_graph: whether `generate` on a GPU captures the decode step of the model in a CUDA graph ("auto") or
+            not ("off"). What a graph cannot serve runs eagerly, and the report says why. With a graph, and with the
+            cache that `generate` makes, dense decode runs on our own kernel whatever `dense` says.
         on_unsupported: what a call that the method cannot serve does: "warn" (once per reason) and go dense, "error",
             or "silent" (dense). The report always counts it.
         source: where the configuration came from, for messages and the report.
@@ -59,6 +62,7 @@ class PatchConfig(BaseModel):
     decode: SerializeAsAny[Method] | None = None
     backend: Backend = "auto"
     dense: Literal["unpatched", "best"] = "unpatched"
+    decode_graph: Literal["auto", "off"] = "auto"
     on_unsupported: Literal["warn", "error", "silent"] = "warn"
     source: str = "dict"
 

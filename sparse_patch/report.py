@@ -52,27 +52,35 @@ class PhaseCounts:
     keeping_calls: int = 0
     fallback_in_graph: str | None = None  # the last reason recorded in a torch.compile graph
 
-    def add_dense(self, work: Work) -> None:
-        self._add(work)
+    def add_dense(self, work: Work, calls: int = 1) -> None:
+        """Count dense calls of this size in all."""
+        self._add(work, calls)
         self.attended_by_all = self.attended_by_all + work.attended
 
-    def add_sparse(self, work: Work, attended_by_head: torch.Tensor, decided_pairs: torch.Tensor | None = None) -> None:
-        """Count a sparse call.
+    def add_sparse(
+        self,
+        work: Work,
+        attended_by_head: torch.Tensor,
+        decided_pairs: torch.Tensor | None = None,
+        calls: int = 1,
+    ) -> None:
+        """Count sparse calls.
 
         Args:
-            work: size of the call.
+            work: size of the calls in all.
             attended_by_head: pairs that each query head computed, summed over the batch, int64 `[Hq]`.
             decided_pairs: `BlockPlan.decided_pairs`.
+            calls: number of calls.
         """
-        self._add(work)
-        self.sparse_calls += 1
+        self._add(work, calls)
+        self.sparse_calls += calls
         if decided_pairs is not None:
             self.surplus = self.surplus + attended_by_head.sum() - decided_pairs.sum()
         known = self.attended_by_head
         self.attended_by_head = attended_by_head if known is None else known + attended_by_head
 
-    def _add(self, work: Work) -> None:
-        self.calls += 1
+    def _add(self, work: Work, calls: int) -> None:
+        self.calls += calls
         self.queries = self.queries + work.queries
         self.causal = self.causal + work.causal
 
@@ -107,6 +115,36 @@ class LayerCounts:
 
     def of(self, phase: Phase) -> PhaseCounts:
         return self.prefill if phase == "prefill" else self.decode
+
+
+@dataclass
+class GraphCounts:
+    """What became of the decode steps of a model on a GPU.
+
+    Attributes:
+        captures: number of CUDA graphs captured.
+        capture_s: seconds that this took.
+        replays: steps that ran as a graph.
+        eager: reason -> steps that could not.
+    """
+
+    captures: int = 0
+    capture_s: float = 0.0
+    replays: int = 0
+    eager: Counter[str] = field(default_factory=Counter)
+
+
+class GraphReport(BaseModel):
+    """How decode steps ran on a GPU; see `GraphCounts` for the fields. All are 0 on a CPU."""
+
+    captures: int = 0
+    capture_s: float = 0.0
+    replays: int = 0
+    eager: dict[str, int] = {}
+
+    @classmethod
+    def of(cls, counts: GraphCounts) -> "GraphReport":
+        return cls(**{**vars(counts), "eager": dict(counts.eager)})
 
 
 class PhaseReport(BaseModel):
@@ -175,6 +213,7 @@ class SparsityReport(BaseModel):
     hook_active: bool
     versions: dict[str, str]
     layers: list[LayerReport]
+    graphs: GraphReport = GraphReport()
     remarks: list[str] = []
 
     def pairs(self, phase: Phase) -> tuple[float, int, int]:
@@ -263,6 +302,12 @@ class SparsityReport(BaseModel):
                     f"{phase}: {keeping} calls read by spans from a cache that keeps all keys, which saves no memory; "
                     "let generate make the cache, or pass span_cache(model, max_length)"
                 )
+        if self.graphs.captures:
+            notes.append(
+                f"decode: {self.graphs.replays} steps ran as CUDA graphs; {self.graphs.captures} were captured, in "
+                f"{self.graphs.capture_s:.2f} s"
+            )
+        notes += [f"decode: {count} steps without a CUDA graph: {why}" for why, count in self.graphs.eager.items()]
         if compiled := sum(layer.compiled for layer in self.layers):
             notes.append(
                 f"{compiled} layers also ran inside compiled graphs, whose calls are not counted; "
@@ -271,6 +316,15 @@ class SparsityReport(BaseModel):
         if not self.hook_active:
             notes.append("the hook is not active: the attention implementation was changed after patch_model")
         return notes
+
+
+def _merged_graphs(reports: Sequence[GraphReport]) -> GraphReport:
+    return GraphReport(
+        captures=sum(report.captures for report in reports),
+        capture_s=sum(report.capture_s for report in reports),
+        replays=sum(report.replays for report in reports),
+        eager=_sum(report.eager for report in reports),
+    )
 
 
 def merged(reports: Sequence[SparsityReport]) -> SparsityReport:
@@ -292,7 +346,13 @@ def merged(reports: Sequence[SparsityReport]) -> SparsityReport:
         )
         for layers in zip(*(report.layers for report in reports), strict=True)
     ]
-    return first.model_copy(update={"layers": layers, "hook_active": all(report.hook_active for report in reports)})
+    return first.model_copy(
+        update={
+            "layers": layers,
+            "graphs": _merged_graphs([report.graphs for report in reports]),
+            "hook_active": all(report.hook_active for report in reports),
+        }
+    )
 
 
 def _merged_phase(parts: Sequence[PhaseReport]) -> PhaseReport:

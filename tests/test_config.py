@@ -144,7 +144,7 @@ def test_bad_config_is_one_line(source: Any, overrides: dict[str, Any], message:
     [
         (
             "- a\n- b\n",
-            "mapping with the keys prefill, decode, both, backend, dense, on_unsupported, got a list",
+            "mapping with the keys prefill, decode, both, backend, dense, decode_graph, on_unsupported, got a list",
         ),
         ("", "got an empty file"),
         ("just text", "got a str"),

@@ -10,6 +10,7 @@ from sparse_patch.integration.caches.lookup import copies
 from sparse_patch.integration.layer_state import LayerState
 from sparse_patch.integration.masks import LazyMask
 from sparse_patch.integration.request import Request
+from sparse_patch.integration.step import StepCall
 from sparse_patch.plans import Dense, Plan, SparsePlan
 from sparse_patch.report import COUNTING, Work
 
@@ -25,6 +26,9 @@ def count_sparse(
         state.counts.compiled = True
         return
     assert plan is not None
+    if mask.step is not None and mask.step.captured is not None:
+        mask.step.captured.append(StepCall(state, call.phase, call, plan, None, keeps_all))
+        return
     decided, work, by_head = plan.decided_pairs, mask.work, plan.pairs_by_head
     with COUNTING:
         counts = state.counts.of(call.phase)
@@ -36,7 +40,9 @@ def count_sparse(
         _capture(state, call.phase, plan)
 
 
-def count_dense(request: Request, phase: Phase, dense: Dense | None, unserved: Dense | None) -> None:
+def count_dense(
+    request: Request, phase: Phase, dense: Dense | None, unserved: Dense | None, call: AttentionCall | None
+) -> None:
     """Record a dense call: `dense` by design or by the method's choice, or else `unserved`.
 
     Inside a graph nothing is counted and nobody is warned; the graph notes the reason whenever it runs.
@@ -53,6 +59,9 @@ def count_dense(request: Request, phase: Phase, dense: Dense | None, unserved: D
         if dense is None:
             state.counts.of(phase).fallback_in_graph = reason.reason
         return
+    if isinstance(mask, LazyMask) and mask.step is not None and mask.step.captured is not None:
+        mask.step.captured.append(StepCall(state, phase, call, None, reason.reason))
+        return
     work = mask.work if isinstance(mask, LazyMask) else _full_work(request.query, request.key)
     with COUNTING:
         counts = state.counts.of(phase)
@@ -61,11 +70,11 @@ def count_dense(request: Request, phase: Phase, dense: Dense | None, unserved: D
         _capture(state, phase, reason)
 
 
-def count_dense_kernel(state: LayerState, phase: Phase, kernel: str) -> None:
+def count_dense_kernel(request: Request, phase: Phase, kernel: str) -> None:
     """Record which kernel ran a dense call instead of the model's own."""
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or (request.is_step and request.mask.step.captured is not None)):
         with COUNTING:
-            state.counts.of(phase).dense_kernels[kernel] += 1
+            request.state.counts.of(phase).dense_kernels[kernel] += 1
 
 
 def _full_work(query: torch.Tensor, key: torch.Tensor) -> Work:

@@ -9,6 +9,7 @@ from sparse_patch.call import ForwardState
 from sparse_patch.errors import PatchError
 from sparse_patch.integration.caches.lookup import Prompt, prompt_of
 from sparse_patch.integration.names import is_hook
+from sparse_patch.integration.tally import Tally
 from sparse_patch.integration.transformers_internals import implementation_of
 
 _ANEW = "the model was patched or unpatched while a forward ran; run the forward again"
@@ -20,9 +21,25 @@ class PatchMark:
 
     Attributes:
         active: whether the model still has this patch.
+        tallies: what each graph counted that is not in the counts of the layers yet.
     """
 
     active: bool = True
+    tallies: list[Tally] = field(default_factory=list)
+
+    def add(self, tally: Tally) -> None:
+        """Keep the tally of a new graph; forget those whose graphs are gone."""
+        self.settle()
+        self.tallies = [*(known for known in self.tallies if known.is_alive), tally]
+
+    def settle(self) -> None:
+        """Move what graphs counted into the counts of the layers."""
+        for tally in self.tallies:
+            tally.settle()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for a copy of a patched model, which has no graphs; see `LayerState.__getstate__`."""
+        return {**vars(self), "tallies": []}
 
 
 @dataclass

@@ -24,6 +24,7 @@ from sparse_patch.integration.layer_state import LayerState
 from sparse_patch.integration.masks import DECODE_MAX_QUERIES, LazyMask, lazy_mask, lazy_mask_for_kernels
 from sparse_patch.integration.names import HOOK, ON_KERNELS, hook_name
 from sparse_patch.integration.request import Request
+from sparse_patch.integration.step import NotAStep
 from sparse_patch.integration.unpatched import attend_densely, attend_unpatched
 from sparse_patch.kernels.autocast import as_autocast
 from sparse_patch.kernels.inference_mode import ordinary_tensors
@@ -177,9 +178,17 @@ def _decides_in_some_phase(request: Request) -> bool:
 
 
 def _attend(request: Request) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`sparse_attention` if all keys are available."""
+    """`sparse_attention` if all keys are available.
+
+    Raises:
+        NotAStep: the call needs the unpatched implementation, and the forward is a step.
+    """
     output = _in_one_precision(request, _attend_by_plan)
-    return attend_densely(request) if output is None else (output, None)
+    if output is not None:
+        return output, None
+    if request.is_step:
+        raise NotAStep("attention of the model's own implementation")
+    return attend_densely(request)
 
 
 def _in_one_precision(request: Request, attend: Callable[[Request], T]) -> T:
@@ -202,6 +211,8 @@ def _attend_by_plan(request: Request) -> torch.Tensor | None:
     call = None
     if dense is None or state.keeps_state or _may_be_best(request):
         unserved = why_unsupported(request) or untraceable(request, phase)
+        if unserved is not None and request.is_step:
+            raise NotAStep(unserved.reason)
         if unserved is None:
             call = _attention_call(request, phase, kv_state)
     _remember(state, call, kv_state)
@@ -213,8 +224,10 @@ def _attend_by_plan(request: Request) -> torch.Tensor | None:
             reason = table.why_unsupported(call, plan, state.config.backend)
             if reason is None:
                 return _attend_sparsely(request, call, plan)
+            if request.is_step:
+                raise NotAStep(reason)
             unserved = Dense(reason)
-    count_dense(request, phase, dense, unserved)
+    count_dense(request, phase, dense, unserved, call)
     if dense is not None and call is not None and _may_be_best(request):
         return _attend_at_best(request, call)
     return None
@@ -227,6 +240,8 @@ def _attend_to_ring(ring: RingLayer, request: Request) -> torch.Tensor:
     """
     state, mask, phase, backend = request.state, request.mask, _phase(request), request.state.config.backend
     unserved = why_unsupported(request, ring)
+    if unserved is not None and request.is_step:
+        raise NotAStep(unserved.reason)
     if unserved is not None:
         raise _refusal(state, ring, phase, unserved.reason)
     dtype = request.query.dtype
@@ -273,9 +288,10 @@ def _phase(request: Request) -> Phase:
 
 def _attention_call(request: Request, phase: Phase, kv_state: KVState | None) -> AttentionCall:
     state, mask, query = request.state, request.mask, request.query
-    key, value, q_start, end = request.key, request.value, 0, None
+    key, value, q_start, end, known_end = request.key, request.value, 0, None, None
     if phase == "decode":
         end = mask.end_on_device
+        known_end = mask.step.length + 1 if mask.step is not None else None
     if end is None:  # the tail of a static cache is not valid
         q_start, valid = mask.q_start, mask.q_start + mask.q_length
         key, value = key[:, :, :valid], value[:, :, :valid]
@@ -290,6 +306,7 @@ def _attention_call(request: Request, phase: Phase, kv_state: KVState | None) ->
         kv_start=mask.real_row_starts,
         softcap=request.kwargs.get("softcap"),
         kv_end=end,
+        known_end=known_end,
         forward_state=mask.forward.forward_state,
         kv_state=kv_state,
         max_length=max_length_of(mask.forward.cache, state.cache_layer),
@@ -343,21 +360,22 @@ def _attend_sparsely(request: Request, call: AttentionCall, plan: SparsePlan) ->
 
 
 def _may_be_best(request: Request) -> bool:
-    """Whether a call that is dense anyway may run on a faster kernel than the model's own."""
-    return request.state.config.dense == "best" and not request.has_window
+    """Whether a call that is dense anyway may run on another kernel than the model's own. In a step it has to."""
+    return (request.state.config.dense == "best" or request.is_step) and not request.has_window
 
 
 def _attend_at_best(request: Request, call: AttentionCall) -> torch.Tensor | None:
     """`dense: best`: the output `[B, Sq, Hq, Dv]` of the fastest dense kernel; None if no faster kernel serves."""
-    kernel, attended, state = None, None, request.state
+    kernel, attended = None, None
     if call.phase == "decode":
         plan = PagePlan.every(call)
-        if page_decode.fastest(call, plan) == "triton":
-            kernel, attended = "page_decode", page_decode.attend(call, plan, "triton", request.sinks is not None)
+        backend = page_decode.fastest(call, plan)
+        if backend == "triton" or request.is_step:
+            kernel, attended = "page_decode", page_decode.attend(call, plan, backend, request.sinks is not None)
     elif request.sinks is None:  # the dense kernels give no LSE
         kernel = dense_kernels.fastest(call)
         attended = dense_kernels.attend(call, kernel) if kernel else None
     if kernel is None or attended is None:
         return None
-    count_dense_kernel(state, call.phase, kernel)
+    count_dense_kernel(request, call.phase, kernel)
     return _with_sinks(request, attended).out.transpose(1, 2).contiguous()

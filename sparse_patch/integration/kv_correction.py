@@ -16,7 +16,7 @@ from torch import nn
 from sparse_patch.call import KVState, TensorSlot
 from sparse_patch.integration.caches.lookup import kv_state_of
 
-_CORRECTION = TensorSlot("kv correction")
+_CORRECTION = TensorSlot("kv correction", in_steps=False)
 _TOKENS = "since the correction"  # int64 [B, n], kept with the keys of the first layer, so they follow its rows
 
 

@@ -59,6 +59,11 @@ class LayerState:
     decoder: BoundMethod | None = field(init=False)
     has_weights: bool = field(init=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for a copy of a patched model, with all counts."""
+        self.patch.settle()
+        return vars(self)
+
     def __post_init__(self) -> None:
         self.has_weights = implementation_of(self.original_config) in (None, "eager")
         self.decoder = self.methods.get("decode")

@@ -11,6 +11,7 @@ from transformers.masking_utils import causal_mask_function
 from sparse_patch.call import causal_pairs
 from sparse_patch.integration.forward import Forward
 from sparse_patch.integration.names import unpatched_name
+from sparse_patch.integration.step import Step, running_step
 from sparse_patch.integration.transformers_internals import adds_to_causal, implementation_of, mask_function_of
 from sparse_patch.ops.attention.span_ring import tokens_before
 from sparse_patch.plans.once import once
@@ -80,6 +81,7 @@ class LazyMask(TensorInWaiting):
     forward: Forward
     parent: "tuple[LazyMask, slice] | None" = None  # the mask that this one is a part of, and which query rows it has
     is_prepared: bool = False  # for a graph, see `prepare_for_a_graph`
+    step: Step | None = None  # the step that the forward is, if it is one
     _built: dict[str | None, torch.Tensor | None] = field(default_factory=dict)
     _derived: dict[Any, "LazyMask"] = field(default_factory=dict)  # on other devices, of other query rows
 
@@ -266,13 +268,15 @@ class LazyMask(TensorInWaiting):
     @once
     def row_starts(self) -> torch.Tensor | None:
         """First real key of each row, int64 `[B]`; None if the batch has no padding mask."""
+        if self.step is not None:
+            return self.step.row_starts
         return None if self.padding is None else self.padding.to(torch.uint8).argmax(-1)
 
     @once
     def _padding_facts(self) -> tuple[bool, bool]:
         """`(every row is padding followed by tokens, some row is padded)`; read from the device once per forward."""
-        if self.padding is None or self.row_starts is None:
-            return True, False
+        if self.step is not None or self.padding is None or self.row_starts is None:
+            return True, self.row_starts is not None
         padding = self.padding[:, : self.q_start + self.q_length]
         tokens = padding.sum(-1)
         left_only = (tokens > 0) & (tokens == padding.shape[-1] - self.row_starts)
@@ -305,6 +309,8 @@ class LazyMask(TensorInWaiting):
     def work(self) -> Work:
         """The work of a dense call of this forward; computed on the host if this needs no host sync."""
         batch, offset = self.shape[0], self.arguments["q_offset"]
+        if self.step is not None:
+            return self.step.work
         if self.row_starts is None and isinstance(offset, int):
             return _work(batch, offset, self.q_length, self.window)
         starts = (
@@ -356,6 +362,8 @@ def _lazy_mask(arguments: dict[str, Any], ahead: Sequence[str]) -> LazyMask:
     forward = Forward(arguments.get("config"))
     if not isinstance(arguments["q_offset"], torch.Tensor):
         return LazyMask(arguments, forward)
+    if (step := running_step()) is not None and arguments["q_length"] == 1:
+        return LazyMask(arguments, forward, is_prepared=True, step=step)
     # With a static cache the offset is the cache's own counter, which advances before attention runs.
     is_made_outside = not torch.compiler.is_compiling()
     mask = LazyMask({**arguments, "q_offset": arguments["q_offset"].clone()}, forward, is_prepared=is_made_outside)

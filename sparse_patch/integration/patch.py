@@ -1,6 +1,6 @@
 """What a patched model carries, and how to find it on a model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
 
@@ -14,8 +14,10 @@ from sparse_patch.integration.forward import PatchMark
 from sparse_patch.integration.hook import register
 from sparse_patch.integration.layer_state import LayerState
 from sparse_patch.integration.names import hook_name, is_hook, unpatched_name
+from sparse_patch.integration.tally import Tally
 from sparse_patch.integration.transformers_internals import IMPLEMENTATION, implementation_of, set_implementation
 from sparse_patch.integration.unpatched import copies_are_plain
+from sparse_patch.report import COUNTING, GraphCounts
 
 PATCHING = RLock()
 
@@ -31,6 +33,7 @@ class Patch:
         holders: the modules that were given one of these copies.
         hooks: the hooks that tell a forward which cache it uses, and those that correct that cache.
         mark: tells forwards whether they still run under this patch.
+        graphs: what became of decode steps on a GPU, for the report.
     """
 
     config: PatchConfig
@@ -39,6 +42,29 @@ class Patch:
     holders: list[nn.Module]
     hooks: list[RemovableHandle]
     mark: PatchMark
+    graphs: GraphCounts = field(default_factory=GraphCounts)
+
+    @property
+    def reaches_attention(self) -> bool:
+        """Whether attention still calls the hook; `set_attn_implementation` may have changed that."""
+        return all(is_hook(implementation_of(own.copy)) for own in self.own_configs if own.hook is not None)
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether some layer decodes by spans."""
+        return any((method := state_of(module).decoder) and method.retention for module in self.attention)
+
+    @property
+    def keeps_plans(self) -> bool:
+        """Whether the plans of the calls are being kept, see `capture_plans`."""
+        return state_of(self.attention[0]).captured is not None
+
+    def add_graph(self, tally: Tally, seconds: float) -> None:
+        """Count a captured graph."""
+        self.mark.add(tally)
+        with COUNTING:
+            self.graphs.captures += 1
+            self.graphs.capture_s += seconds
 
 
 @dataclass

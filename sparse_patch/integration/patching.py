@@ -23,6 +23,7 @@ from sparse_patch.errors import SparsePatchError
 from sparse_patch.integration.discovery import attention_modules, dispatch_scope
 from sparse_patch.integration.forward import PatchMark
 from sparse_patch.integration.generation_cache import prepare_cache
+from sparse_patch.integration.graphs.forward import install, remove
 from sparse_patch.integration.hook import join_forward
 from sparse_patch.integration.kv_correction import Correction
 from sparse_patch.integration.layer_state import LayerState
@@ -125,6 +126,7 @@ def _attach(
         module.config = own_configs[id(config_of(module))].copy  # type: ignore[assignment]
     if isinstance(root, GenerationMixin):
         vars(root)[PREPARE_CACHE] = partial(prepare_cache, root)  # in the way of the class's own
+        install(root)
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
@@ -140,6 +142,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         patch = patch_of(root)
         patch.mark.active = False
         vars(root).pop(PREPARE_CACHE, None)
+        remove(root)
         originals = {id(own.copy): own.original for own in patch.own_configs}
         ordered = [module for module in (*patch.holders, *model.modules()) if module not in patch.attention]
         for module in (*ordered, *patch.attention):  # the model may have been wrapped since

@@ -13,7 +13,7 @@ from sparse_patch.integration.names import is_hook
 from sparse_patch.integration.patch import PATCHING, config_of, patch_of, states_on, transformers_model
 from sparse_patch.integration.transformers_internals import implementation_of
 from sparse_patch.plans import Plan
-from sparse_patch.report import COUNTING, LayerCounts, LayerReport, SparsityReport
+from sparse_patch.report import COUNTING, GraphCounts, GraphReport, LayerCounts, LayerReport, SparsityReport
 from sparse_patch.version import __version__
 
 
@@ -25,6 +25,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
     """
     with PATCHING:
         patch, states = patch_of(transformers_model(model)), states_on(model)
+        patch.mark.settle()
         active = all(is_hook(implementation_of(config_of(module))) for module in patch.attention)
     with COUNTING:
         layers = [_layer_report(state) for state in states]
@@ -35,6 +36,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
         hook_active=active,
         versions=versions(),
         layers=layers,
+        graphs=GraphReport.of(patch.graphs),
         remarks=_remarks(states),
     )
 
@@ -64,7 +66,10 @@ def reset_report(model: nn.Module) -> None:
     Raises:
         PatchError: the model is not patched.
     """
-    for state in states_on(model):
+    states, patch = states_on(model), patch_of(transformers_model(model))
+    patch.mark.settle()
+    patch.graphs = GraphCounts()
+    for state in states:
         state.counts = LayerCounts()
 
 
@@ -75,13 +80,17 @@ def uncounted(model: nn.Module) -> Iterator[None]:
     Raises:
         PatchError: the model is not patched.
     """
-    states = states_on(model)
-    counts = [state.counts for state in states]
+    states, patch = states_on(model), patch_of(transformers_model(model))
+    patch.mark.settle()
+    counts, graphs = [state.counts for state in states], patch.graphs
+    patch.graphs = GraphCounts()
     for state in states:
         state.counts = LayerCounts()
     try:
         yield
     finally:
+        patch.mark.settle()
+        patch.graphs = graphs
         for state, count in zip(states, counts, strict=True):
             state.counts = count
 

@@ -52,6 +52,11 @@ class Request:
         return replace(self, query=query, key=key, value=value)
 
     @property
+    def is_step(self) -> bool:
+        """Whether the forward is a step, see `integration.step`."""
+        return isinstance(self.mask, LazyMask) and self.mask.step is not None
+
+    @property
     def has_window(self) -> bool:
         """Whether the layer has a sliding window or chunks."""
         return bool(self.kwargs.get("sliding_window")) or (

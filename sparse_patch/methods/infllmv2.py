@@ -148,11 +148,11 @@ class BoundInfLLM(BoundMethod):
 
     def why_dense(self, call: AttentionCall) -> Dense | None:
         """Short calls, decode of several queries at a time, and calls in which every token reads every block."""
-        if call.kv_length <= self.params.dense_blocks * BLOCK:
+        if call.decisive_length <= self.params.dense_blocks * BLOCK:
             return Dense(f"within the first min_length {self.min_length} tokens")
         if call.phase == "decode" and call.q.shape[2] > 1:
             return Dense("more than one query")
-        if call.kv_length <= self.most_blocks * BLOCK:
+        if call.decisive_length <= self.most_blocks * BLOCK:
             return Dense(f"no more than the {self.most_blocks} blocks that a token reads")
         return None
 

@@ -84,6 +84,10 @@ class PagePlan(SparsePlan):
         pairs = (in_page.sum(-1) * leading(self.pages, self.counts)).sum(-1)
         return pairs.repeat_interleave(self.heads // pairs.shape[1], 1)
 
+    def pairs_at(self, lengths: torch.Tensor) -> torch.Tensor | None:
+        """See `SparsePlan.pairs_at`."""
+        return lengths.sum().expand(self.heads) if self.pages is None else None
+
     def causal_pairs(self) -> torch.Tensor:
         """See `SparsePlan.causal_pairs`."""
         return causal_pairs(self.lengths - self.q_length, self.lengths, torch.zeros_like(self.lengths))

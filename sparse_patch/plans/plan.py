@@ -51,6 +51,17 @@ class SparsePlan(ABC):
             The blocks with a key that is read, and the causal blocks: bool `[query blocks, key blocks]`, on the CPU.
         """
 
+    def pairs_at(self, lengths: torch.Tensor) -> torch.Tensor | None:
+        """Pairs that a plan like this computes for one query in each of some rows, if only their lengths decide.
+
+        Args:
+            lengths: keys of each row up to the query, int64 `[N]`, on any device.
+
+        Returns:
+            Summed over the rows, int64 `[Hq]` on that device; None if the keys decide too.
+        """
+        return None
+
     @once
     def pairs_by_head(self) -> torch.Tensor:
         """`computed_pairs`, summed over the batch, int64 `[Hq]`; computed once, because layers may share a plan."""

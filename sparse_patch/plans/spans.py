@@ -1,7 +1,7 @@
 """A sink and a window for each KV head: a plan that is known before any token is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -103,6 +103,10 @@ class SpanPlan(SparsePlan):
         keys = torch.minimum(length[..., None], sinks + _grown(length[..., None] - 1, *numbers))
         of_kv_heads = keys.masked_fill(length[..., None] < 1, 0).sum(1)
         return of_kv_heads.repeat_interleave(self.heads // len(self.sinks), 1)
+
+    def pairs_at(self, lengths: torch.Tensor) -> torch.Tensor:
+        """See `SparsePlan.pairs_at`."""
+        return replace(self, q_length=1, lengths=lengths, row_starts=lengths).computed_pairs().sum(0)
 
     def causal_pairs(self) -> torch.Tensor:
         """See `SparsePlan.causal_pairs`."""

@@ -9,12 +9,14 @@ The tensors that a layer writes in place are ordinary tensors even if the layer 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from sparse_patch.call import KVState
+from sparse_patch.integration.step import NotAStep, Step
 from sparse_patch.kernels.inference_mode import OrdinaryState, ordinary_tensors
 from sparse_patch.kernels.room import SPARE
 
@@ -25,9 +27,12 @@ class GrowingLayer(OrdinaryState, DynamicLayer):
     Attributes:
         max_length: tokens of prompt and answer together; 0 if not known. The layer can grow beyond it.
         kv_state: what a decode method keeps with the keys.
+        step: see `SteppedLayer`.
     """
 
+    step: Step | None = None
     _room: tuple[torch.Tensor, torch.Tensor] | None = None
+    _views: tuple[torch.Tensor, torch.Tensor] | None = None  # `keys` and `values` as this class made them
 
     def __init__(self, max_length: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -46,6 +51,8 @@ class GrowingLayer(OrdinaryState, DynamicLayer):
         They are copies, like those of a `DynamicLayer`, if gradients are recorded, and inside `torch.compile`, which
         cannot trace where tensors lie.
         """
+        if self.step is not None:
+            return self._write(self.step, key_states, value_states)
         recorded = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         if recorded or torch.compiler.is_compiling():
             self._room = None
@@ -54,27 +61,98 @@ class GrowingLayer(OrdinaryState, DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         length = self.get_seq_length()
+        assert isinstance(length, int)
         end = length + key_states.shape[-2]
-        new = key_states, value_states
-        if self._room is None or not all(map(_lies_in, (self.keys, self.values), self._room, new)):
-            with ordinary_tensors():
-                keys, values = (
-                    _with_room(old, states, length, end)
-                    for old, states in zip((self.keys, self.values), new, strict=True)
-                )
-            self._room = keys, values
-            self.dtype = keys.dtype
-        keys, values = self._room
+        keys, values = self._reserve(key_states, value_states, length, end)
         keys[..., length:end, :] = key_states
         values[..., length:end, :] = value_states
-        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
-        return self.keys, self.values
+        self.keys, self.values = self._views = keys[..., :end, :], values[..., :end, :]
+        return self._views
+
+    def _reserve(
+        self, new_keys: torch.Tensor, new_values: torch.Tensor, length: int, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for `end` tokens, of which the first `length` are there, in dtypes that also hold the new ones."""
+        assert self.keys is not None and self.values is not None
+        old, new = (self.keys, self.values), (new_keys, new_values)
+        if self._room is None or not all(map(partial(_lies_in, end=end), old, self._room, new)):
+            most = self.max_length if end <= self.max_length else end + SPARE + end // 8
+            size = min(end + SPARE + end // 8, most)
+            with ordinary_tensors():
+                keys, values = (_with_room(kept, added, length, size) for kept, added in zip(old, new, strict=True))
+            self._room = keys, values
+            self.dtype = keys.dtype
+        return self._room
+
+    @property
+    def tokens(self) -> int:
+        """See `SteppedLayer`."""
+        return 0 if self.keys is None or self.keys.ndim < 4 else self.keys.shape[2]
+
+    @property
+    def covered(self) -> int:
+        """See `SteppedLayer`."""
+        return self.kv_state.covered
+
+    def room_for_step(self, batch: int) -> int:
+        """See `SteppedLayer`."""
+        if not self.tokens:
+            raise NotAStep("a cache without tokens")
+        if self.kv_state.at_rest:
+            raise NotAStep("cache correction")
+        assert self.keys is not None and self.values is not None, "there are tokens"
+        length = self.tokens
+        if self.keys.shape[0] != batch:
+            raise NotAStep("a cache of another number of rows")
+        views, room = self._views, self._room
+        untouched = views is not None and views[0] is self.keys and views[1] is self.values
+        if room is None or not untouched or length >= room[0].shape[2]:
+            room = self._reserve(self.keys, self.values, length, length + 1)
+        return room[0].shape[2]
+
+    def place(self) -> tuple[Any, ...]:
+        """See `SteppedLayer`."""
+        assert self._room is not None, "made by room_for_step"
+        keys, values = self._room
+        return keys.data_ptr(), values.data_ptr(), keys.dtype, keys.shape[0], self.max_length
+
+    def places_of_state(self) -> list[int]:
+        """See `SteppedLayer`."""
+        return self.kv_state.places()
+
+    def _write(self, step: Step, *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a step's token; return the whole room."""
+        assert self._room is not None, "made by room_for_step"
+        for room, new in zip(self._room, states, strict=True):
+            room.index_copy_(2, step.position.reshape(1), new)
+        return self._room
+
+    def advance(self) -> None:
+        """See `SteppedLayer`."""
+        assert self._room is not None and self.keys is not None, "made by room_for_step"
+        length = self.keys.shape[2]
+        keys, values = self._room
+        self.keys, self.values = self._views = keys.narrow(2, 0, length + 1), values.narrow(2, 0, length + 1)
+        if self.kv_state.covered == length:
+            self.kv_state.covered += 1
+
+    def take_back(self) -> None:
+        """See `SteppedLayer`. The tensors of a decode method do not cover the token of the step."""
+        self.kv_state.covered = min(self.kv_state.covered, self.tokens)
+
+    def get_seq_length(self) -> Any:
+        """Number of tokens; in a step, int64 `[]` on the device."""
+        return super().get_seq_length() if self.step is None else self.step.position
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of keys of the mask, and its offset; in a step, of all that there is room for."""
+        return super().get_mask_sizes(query_length) if self.step is None else (self.step.capacity, 0)
 
     def reset(self) -> None:
         self.keys = self.values = None  # Transformers up to 5.17 would zero them and keep their length
         self.is_initialized = False
         super().reset()
-        self._room = None
+        self._room = self._views = None
         self.kv_state.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -162,18 +240,18 @@ def stays_in_place(tensor: torch.Tensor) -> None:
         torch._dynamo.mark_static_address(tensor)
 
 
-def _lies_in(kept: torch.Tensor, room: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether the kept tensor is still a view of the room (beam search, for one, replaces it), and new tokens fit."""
-    dtype, (rows, _, length, _), (all_rows, _, all_tokens, _) = room.dtype, kept.shape, room.shape
+def _lies_in(kept: torch.Tensor, room: torch.Tensor, new: torch.Tensor, end: int) -> bool:
+    """Whether the kept tensor is still a view of the room (beam search, for one, replaces it), and `end` tokens fit."""
+    dtype, rows, (all_rows, _, all_tokens, _) = room.dtype, len(kept), room.shape
     still = kept.data_ptr() == room.data_ptr() and rows == all_rows and kept.dtype == dtype
-    fits = length + new.shape[2] <= all_tokens
+    fits = end <= all_tokens
     return still and fits and (new.dtype == dtype or torch.promote_types(dtype, new.dtype) == dtype)
 
 
-def _with_room(old: torch.Tensor, new: torch.Tensor, length: int, end: int) -> torch.Tensor:
-    """Room for more than `end` tokens, with the first `length` filled, in a dtype that can hold old and new ones."""
+def _with_room(old: torch.Tensor, new: torch.Tensor, length: int, size: int) -> torch.Tensor:
+    """Room for `size` tokens, with the first `length` filled, in a dtype that can hold old and new ones."""
     dtype = torch.promote_types(old.dtype, new.dtype) if length else new.dtype
-    room = new.new_empty((*new.shape[:-2], end + SPARE + end // 8, new.shape[-1]), dtype=dtype)
+    room = new.new_empty((*new.shape[:-2], size, new.shape[-1]), dtype=dtype)
     if length:
         room[..., :length, :] = old
     return room

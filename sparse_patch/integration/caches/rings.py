@@ -9,6 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 from sparse_patch.call import AttentionCall
 from sparse_patch.errors import UnsupportedCallError
 from sparse_patch.integration.caches.layers import FixedLayer, GrowingLayer, in_place, selected, stays_in_place
+from sparse_patch.integration.step import NotAStep, Step
 from sparse_patch.kernels.autocast import as_autocast
 from sparse_patch.kernels.inference_mode import OrdinaryState, ordinary_tensors
 from sparse_patch.kernels.room import SPARE
@@ -40,7 +41,10 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
         seen: number of tokens so far, including padding; see `get_seq_length`.
         is_empty: whether there are no tokens yet, known on the host.
         layout: which slot keeps what; None before the first forward.
+        step: see `SteppedLayer`.
     """
+
+    step: Step | None = None
 
     is_sliding = False
     is_croppable = False
@@ -78,7 +82,8 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
                 "a span cache serves the model that it was made for while it is patched, one forward at a time; "
                 "start again with a new cache"
             )
-        self._outgrow(key_states.shape[-2])
+        if self.step is None:
+            self._outgrow(key_states.shape[-2])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._expected, self._unwritten = False, (key_states, value_states)
@@ -136,8 +141,42 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
     def write(self, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, backend: str) -> None:
         """Keep those keys and values of a forward that the spans of later tokens hold; see `span_ring.write`."""
         span_ring.write(self._ring, k, v, before, backend)
-        self.seen += k.shape[2]  # in place for a static cache
+        if self.step is None:
+            self.seen += k.shape[2]  # in place for a static cache
         self.is_empty, self._unwritten = False, None
+
+    @property
+    def tokens(self) -> int:
+        """See `SteppedLayer`."""
+        return int(self.seen)
+
+    @property
+    def covered(self) -> int:
+        """See `SteppedLayer`."""
+        return 0
+
+    def room_for_step(self, batch: int) -> None:
+        """See `SteppedLayer`."""
+        if self.is_empty or self.keys is None:
+            raise NotAStep("a cache without tokens")
+        if not self.max_length:
+            raise NotAStep("a span cache that does not know how long the text becomes")
+        if self.keys.shape[0] != batch:
+            raise NotAStep("a cache of another number of rows")
+        self._outgrow(1)
+
+    def place(self) -> tuple[Any, ...]:
+        """See `SteppedLayer`."""
+        assert self.keys is not None and self.values is not None, "see room_for_step"
+        return self.keys.data_ptr(), self.values.data_ptr(), self.keys.dtype, self.keys.shape[0], self.max_length
+
+    def places_of_state(self) -> list[int]:
+        """See `SteppedLayer`; a ring has no such tensors."""
+        return []
+
+    def advance(self) -> None:
+        """See `SteppedLayer`."""
+        self.seen += 1
 
     def take_back(self) -> None:
         """Undo an `update` after which nothing was written."""
@@ -156,13 +195,17 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
             self.keys, self.values = (_moved(kept, old, self.layout) for kept in (self.keys, self.values))
 
     def get_seq_length(self) -> Any:
-        """Number of tokens seen, not of tokens kept, because positions follow from it."""
+        """Number of tokens seen, not kept, because positions follow from it; in a step, int64 `[]` on the device."""
+        if self.step is not None:
+            return self.step.position
         if self.is_empty and self._unwritten is not None:  # nothing wrote the first forward, see `is_left_behind`
             return self.seen + self._unwritten[0].shape[-2]
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Number of keys of the mask, and its offset. The mask describes all tokens, kept or not."""
+        if self.step is not None:
+            return self.step.capacity, 0
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:

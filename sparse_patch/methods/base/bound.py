@@ -54,6 +54,15 @@ class BoundMethod(ABC):
     def plan(self, call: AttentionCall) -> Plan:
         """Decide which keys each query of the call reads, without a host sync."""
 
+    def why_dense(self, call: AttentionCall) -> Dense | None:
+        """The part of `plan` that depends on the number of keys on the host; None if the plan is not dense for that.
+
+        In a decode step that runs as a CUDA graph, `plan` is asked once for a range of lengths. So in decode only this
+        function may look at `call.decisive_length`, at nothing else of the keys, and as rows get longer its answer may
+        change once.
+        """
+        return None
+
     def remember(self, call: AttentionCall) -> None:
         """Bring `call.kv_state` up to date with the keys of a call (prefill or decode), before the call is planned."""
         return None
@@ -133,9 +142,13 @@ class BoundPrefill(BoundMethod):
     def __init__(self, settings: SelectsBlocks) -> None:
         self.settings = settings
 
+    def why_dense(self, call: AttentionCall) -> Dense | None:
+        """See `BoundMethod.why_dense`."""
+        return self.settings.why_dense(call)
+
     def plan(self, call: AttentionCall) -> Plan:
         """See `BoundMethod.plan`."""
-        if dense := self.settings.why_dense(call):
+        if dense := self.why_dense(call):
             return dense
         grid = BlockGrid.of(call, self.settings.block_size)
         selection = self.settings.select(call, grid)
@@ -176,9 +189,13 @@ class BoundDecode(BoundMethod):
         if self.keeps_state and call.kv_state is not None:
             self._STATISTICS.put(call.forward_state, self.settings.statistics(call), call.layer)
 
+    def why_dense(self, call: AttentionCall) -> Dense | None:
+        """See `BoundMethod.why_dense`."""
+        return self.settings.why_dense(call)
+
     def plan(self, call: AttentionCall) -> Plan:
         """See `BoundMethod.plan`."""
-        if dense := self.settings.why_dense(call):
+        if dense := self.why_dense(call):
             return dense
         statistics = self._STATISTICS.pop(call.forward_state, call.layer)
         if statistics is None:

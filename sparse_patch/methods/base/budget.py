@@ -62,7 +62,7 @@ class BudgetedMethod(DecodeMethod):
             return short
         if call.q.shape[2] > 1:
             return Dense("more than one query")
-        if call.kv_length <= self.most(call.kv_length):
+        if call.decisive_length <= self.most(call.decisive_length):
             return Dense("no more keys than the budget")
         return None
 

@@ -136,9 +136,13 @@ class BoundLayers(BoundMethod):
             return "select"
         return "full" if layer in self.full else "sparse"
 
+    def why_dense(self, call: AttentionCall) -> Dense | None:
+        """See `BoundMethod.why_dense`."""
+        return self.settings.why_dense(call)
+
     def plan(self, call: AttentionCall) -> Plan:
         """Read everything, with or without logits, or the list that was chosen last; see `BoundMethod.plan`."""
-        if dense := self.settings.why_dense(call):
+        if dense := self.why_dense(call):
             return dense
         role, page_size = self.role(call.layer), self.settings.list_page_size
         if role == "full":

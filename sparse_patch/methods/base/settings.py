@@ -184,7 +184,7 @@ class DecodeMethod(Method):
 
     def why_dense(self, call: AttentionCall) -> Dense | None:
         """The reason why a call is dense; None if it is not. Every decode method is dense for short caches."""
-        if call.kv_length < self.min_length:
+        if call.decisive_length < self.min_length:
             return Dense(f"shorter than min_length {self.min_length}")
         return None
 

@@ -66,17 +66,28 @@ class BoundSpans(BoundMethod):
         """Whether prompts are also read by the spans; else they are dense."""
         return True
 
+    def why_dense(self, call: AttentionCall) -> Dense | None:
+        """See `BoundMethod.why_dense`."""
+        spans = self._spans_at(call)
+        return spans if isinstance(spans, Dense) else None
+
     def plan(self, call: AttentionCall) -> Plan:
         """Apply the spans to a call; see `BoundMethod.plan`."""
+        spans = self._spans_at(call)
+        return spans if isinstance(spans, Dense) else SpanPlan.of(call, *spans)
+
+    def _spans_at(self, call: AttentionCall) -> Spans | Dense:
+        """The spans of a call; or why it is dense."""
         if call.phase == "prefill" and not self.reads_prompts:
             return Dense("the head schedules have prompts read densely")
         try:
             spans = self.spans_of(call.shard, call.layer, self.settings.total_length(call), call.k.shape[1])
         except ValueError as error:
             return Dense(str(error))
-        if all(window is None or covers_row(sink, window, call.kv_length) for sink, window in zip(*spans, strict=True)):
+        length = call.decisive_length
+        if all(window is None or covers_row(sink, window, length) for sink, window in zip(*spans, strict=True)):
             return Dense("no longer than the spans")
-        return SpanPlan.of(call, *spans)
+        return spans
 
 
 class ScheduledMethod(SpanMethod):

@@ -21,19 +21,19 @@ def up_to_date(call: AttentionCall, names: tuple[str, ...], page_size: int, offs
     else:
         whole = _is_behind(call, kv_state, names)
         tensors = _with_room(call, kv_state, names, whole, page_size, offset)
-        if call.kv_end is None:
-            kv_state.covered = call.kv_length
+        if call.length is not None:
+            kv_state.covered = call.length
     if pages:
         _refresh(call, tensors, call.kv_length if whole else call.q.shape[2], page_size, offset)
     return [tensor[:, :, :pages] for tensor in tensors]
 
 
 def _is_behind(call: AttentionCall, kv_state: KVState, names: tuple[str, ...]) -> bool:
-    """Whether the state lacks tokens from before the call. In a static cache's decode step, only the device knows."""
+    """Whether the state lacks tokens from before the call. Only the device may know, and then it is assumed not to."""
     kept = kv_state.of(PAGES)
     if any(name not in kept for name in names) or kept[names[0]].shape[0] != call.k.shape[0]:
         return True
-    return call.kv_end is None and kv_state.covered < call.q_start
+    return call.length is not None and kv_state.covered < call.length - call.q.shape[2]
 
 
 def _with_room(
