@@ -173,22 +173,71 @@ def _prefill_cell(row: dict[str, Any] | None) -> str:
 def _prefill_note(result: dict[str, Any]) -> str:
     machine = result["machine"]
     shape = machine["shape"]
-    versions = ", ".join(
-        f"{name} {machine[name]}"
-        for name in ("driver", "torch", "triton", "flash-attn-4", "transformers")
-        if name in machine
-    )
     return (
         "Milliseconds, selection included, and speed-up over the fastest dense kernel of the same run. "
         f"{machine['device']}, {machine['dtype']}, {shape['heads']} query heads, {shape['kv_heads']} KV heads, "
-        f"head_dim {shape['head_dim']}, {versions}. Percentages are random blocks of 128; {result['qkv']}."
+        f"head_dim {shape['head_dim']}, {_versions(machine)}. Percentages are random blocks of 128; {result['qkv']}."
     )
 
 
+def _versions(machine: dict[str, Any]) -> str:
+    """The versions that a time depends on, of what the machine has."""
+    names = ("driver", "torch", "triton", "flash-attn-4", "transformers")
+    return ", ".join(f"{name} {machine[name]}" for name in names if name in machine)
+
+
 def decode_tables(results: Path = ROOT / "benchmarks" / "results") -> str:
-    """One table for each machine of `sparse-patch bench decode` and `bench model`, whatever their batches."""
-    folders = sorted({path.parent for path in results.glob("*/decode*.json")})
-    return "\n\n".join(decode_table(folder) for folder in folders) or "No measured machine is recorded yet."
+    """One table for each machine: of `bench model` if it wrote `<machine>/generate.json`, else of `bench decode`."""
+    files = [*results.glob("*/decode*.json"), *results.glob("*/generate.json")]
+    tables = [
+        generate_table(json.loads((folder / "generate.json").read_text()))
+        if (folder / "generate.json").is_file()
+        else decode_table(folder)
+        for folder in sorted({path.parent for path in files})
+    ]
+    return "\n\n".join(tables) or "No measured machine is recorded yet."
+
+
+def generate_table(result: dict[str, Any]) -> str:
+    """One row for each row of `sparse-patch bench model`, whichever way it turned out."""
+    titles = ["what the user types", "prompt tokens", "batch", "first token s", "ms a token", "x unpatched"]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for row in sorted(result["rows"], key=lambda row: (row["batch"], row["length"])):
+        cells = [
+            _typed(row),
+            f"{row['length']:,}",
+            str(row["batch"]),
+            f"{row['first_token_s']:.2f}",
+            f"{row['token_ms']:.2f}",
+            "" if row["x_unpatched"] is None else f"{row['x_unpatched']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _generate_note(result)])
+
+
+def _typed(row: dict[str, Any]) -> str:
+    """The code that a row timed."""
+    config = f'"{row["config"]}.yaml"' if row["config"] else '"dense.yaml", dense="best"'
+    graph = ', decode_graph="off"' if row["mode"] == "eager" else ""
+    cache = ', cache_implementation="static"' if row["mode"] == "static" else ""
+    patch = [] if row["label"] == "unpatched" else [f"`patch_model(model, {config}{graph})`"]
+    return ", ".join([*patch, f"`generate(**inputs{cache})`"])
+
+
+def _generate_note(result: dict[str, Any]) -> str:
+    machine, shape = result["machine"], result["shape"]
+    captures = [row["capture_s"] for row in result["rows"] if row["capture_s"] is not None]
+    capture = f"The capture of a step's graph took up to {max(captures):.2f} s. " if captures else ""
+    skipped = "".join(
+        f"Not run at {', '.join(f'{length:,}' for length in lengths)} tokens: {what}. "
+        for what, lengths in result["skipped"].items()
+    )
+    return (
+        "The second of two runs; ms a token is the median of those after the first. x unpatched is the time of a token "
+        f"relative to the unpatched model with the same cache argument, so more than 1 is slower. {capture}{skipped}"
+        f"Weights: {result['weights']}. {machine['device']}, {machine['dtype']}, {shape['layers']} layers, "
+        f"{shape['heads']['heads']} query heads, {shape['heads']['kv_heads']} KV heads, {_versions(machine)}."
+    )
 
 
 def decode_table(folder: Path) -> str:

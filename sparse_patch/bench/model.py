@@ -1,88 +1,60 @@
 """`sparse-patch bench model`: time to first token and time per token of a whole model, through `generate`.
 
-The model has the sizes of a known model and random weights, which take as long as trained ones. Each variant generates
-greedily from the same random prompt, twice: the first run compiles and warms up, the second is timed. A streamer
-records the time at which `generate` hands over each token. The time per token is the median over all tokens but the
-first.
+The model has random weights of known sizes, or is a checkpoint. Each variant generates greedily from the same random
+prompt, twice: the first run compiles and warms up, the second is timed. A streamer records the time at which `generate`
+hands over each token. The time per token is the median over all tokens but the first. The steps that capture a graph
+take longer. They count in the slowest token and hardly move the median, because most steps replay the graph.
 
 The variants are the unpatched model, the model patched with `dense: best` only (our own decode kernel), and each
-configuration. All use the same kind of cache. With a growing cache there is one more variant: the cache that
-Transformers makes by default, which copies all its keys for every token.
+configuration. A variant is timed in modes, which are what a user types.
 
 Peak memory is counted separately until the first token and after it: a cache that forgets saves memory after it.
 """
 
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedModel
 
-from sparse_patch.bench.common import (
-    Architecture,
-    Columns,
-    Result,
-    cell,
-    configs_by_stem,
-    result_as_json,
-    skipped_notes,
-    table_of,
-)
-from sparse_patch.config import PatchConfig
-from sparse_patch.errors import TaskError
-from sparse_patch.integration.caches.size import CacheBytes, cache_bytes
-from sparse_patch.integration.generation_cache import span_cache
+from sparse_patch.bench.common import Columns, Result, cell, configs_by_stem, result_as_json, skipped_notes, table_of
+from sparse_patch.bench.model_rows import BEST, UNPATCHED, Mode, Row, against_dense, name_of, without_patch
+from sparse_patch.bench.model_timing import capture_seconds, generate
+from sparse_patch.bench.model_weights import Weights
+from sparse_patch.config import PatchConfig, load_config
 from sparse_patch.integration.patching import patched
 from sparse_patch.integration.reporting import sparsity_report
 from sparse_patch.integration.transformers_internals import forget_cache_length
-from sparse_patch.workbench.machine import machine, synchronize
+from sparse_patch.methods.dense import DenseMethod
+from sparse_patch.model_shape import ModelShape
+from sparse_patch.models.loading import check_context
+from sparse_patch.workbench.machine import machine
 from sparse_patch.workbench.progress import Step
 
-CacheKind = Literal["static", "dynamic"]
-UNPATCHED, BEST, COPYING = "unpatched", "dense: best", "unpatched, DynamicCache"
-DENSE = {"copying": COPYING, "unpatched": UNPATCHED, "best": BEST}  # names of `--dense` -> labels of the dense variants
+DENSE = {"unpatched": UNPATCHED, "best": BEST}  # names of `--dense` -> labels of the dense variants
+GRAPHS: dict[str, Mode] = {"auto": "default", "off": "eager"}  # names of `--decode-graph` -> modes of `--cache default`
+_OVERRIDES: dict[Mode, dict[str, Any]] = {"default": {}, "eager": {"decode_graph": "off"}, "static": {}}
+_ARGUMENTS: dict[Mode, dict[str, Any]] = {"default": {}, "eager": {}, "static": {"cache_implementation": "static"}}
 
 
 @dataclass(frozen=True)
-class Row:
-    """The measurements of one variant at one length.
+class Way:
+    """One variant in one mode.
 
     Attributes:
-        label: the row's name in tables.
-        config: name of the configuration; None for the dense variants.
-        length: tokens of the prompt.
-        first_token_ms: time from the call of `generate` to the first token.
-        token_ms: median time per token after the first.
-        slowest_token_ms: longest time of a token after the first.
-        peak_memory_mb: peak allocated memory, weights included, in MB of 2^20 bytes; None on a CPU.
-        decode_memory_mb: the same after the first token.
-        kv_mb: memory of the cache's keys and values.
-        planned_mb: the part of `kv_mb` that the method's spans need; all of it without spans.
-        fallbacks: reason -> number of calls that a method could not serve. Compiled decode steps are not counted.
-        unpatched: `token_ms` divided by that of the unpatched model on the same kind of cache.
-        best: `token_ms` divided by that of our own dense decode.
+        label: the variant's name in tables.
+        mode: see `Row`.
+        config: the configuration that the model is patched with; None if it is not patched.
     """
 
     label: str
-    config: str | None
-    length: int
-    first_token_ms: float
-    token_ms: float
-    slowest_token_ms: float
-    peak_memory_mb: float | None
-    decode_memory_mb: float | None
-    kv_mb: float
-    planned_mb: float
-    fallbacks: dict[str, int]
-    unpatched: float | None = None
-    best: float | None = None
+    mode: Mode
+    config: PatchConfig | None
 
 
 @dataclass(frozen=True)
@@ -90,37 +62,39 @@ class Benchmark:
     """What to time.
 
     Attributes:
-        architecture: sizes and number of layers.
+        weights: the model.
         lengths: tokens of the prompts.
         batch: number of rows.
         new_tokens: tokens to generate, at least 3.
         methods: name -> configuration.
-        cache: "static" (compiled on a GPU) or "dynamic" (a growing cache).
-        compiled: whether `generate` may compile. It compiles only with a static cache on a GPU.
+        modes: see `Row`. The unpatched model has no mode "eager": it counts as "default" there.
         dtype: dtype of the weights.
         device: "cuda" or "cpu".
         chunk: prompt tokens per forward; None if one forward takes the whole prompt.
         dense: labels of the dense variants to time.
     """
 
-    architecture: Architecture
+    weights: Weights
     lengths: Sequence[int]
     batch: int
     new_tokens: int
     methods: dict[str, PatchConfig]
-    cache: CacheKind
-    compiled: bool
+    modes: Sequence[Mode]
     dtype: torch.dtype
     device: str
     chunk: int | None = None
     dense: Sequence[str] = tuple(DENSE.values())
 
-    def ways(self) -> dict[str, PatchConfig | None]:
-        """Label of each variant -> the configuration that it patches the model with; None if it does not patch."""
-        dense = {COPYING: None, UNPATCHED: None, BEST: PatchConfig(dense="best", source=BEST)}
-        if self.cache == "static":
-            del dense[COPYING]
-        return {**{label: config for label, config in dense.items() if label in self.dense}, **self.methods}
+    def ways(self) -> list[Way]:
+        """Every variant in every mode, the unpatched model once for each cache argument."""
+        dense = {UNPATCHED: None, BEST: load_config(DenseMethod(), dense="best")}
+        variants = {**{label: config for label, config in dense.items() if label in self.dense}, **self.methods}
+        ways: dict[tuple[str, Mode], Way] = {}
+        for asked in self.modes:
+            for label, config in variants.items():
+                mode = without_patch(asked) if config is None else asked
+                ways[label, mode] = Way(label, mode, config)
+        return list(ways.values())
 
     @property
     def steps(self) -> int:
@@ -128,76 +102,34 @@ class Benchmark:
         return len(self.lengths) * len(self.ways())
 
     def model(self) -> PreTrainedModel:
-        """The model, with random weights, on the device."""
-        torch.manual_seed(0)
-        sizes, heads = self.architecture, self.architecture.heads
-        config = AutoConfig.for_model(
-            sizes.model_type,
-            num_hidden_layers=sizes.layers,
-            hidden_size=sizes.hidden,
-            intermediate_size=sizes.intermediate,
-            vocab_size=sizes.vocabulary,
-            num_attention_heads=heads.heads,
-            num_key_value_heads=heads.kv_heads,
-            head_dim=heads.head_dim,
-            max_position_embeddings=max(self.lengths) + self.new_tokens,
-            rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
-        )
-        with torch.device(self.device):
-            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+        """The model on the device. Its answers have no end.
+
+        Raises:
+            SparsePatchError: the model cannot be loaded, or a prompt and its answer do not fit its context.
+        """
+        longest = max(self.lengths)
+        model = self.weights.load(self.dtype, self.device, longest + self.new_tokens)
+        check_context(model, longest, self.new_tokens, "--lengths")
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
         return model
 
-    def prompt(self, length: int) -> torch.Tensor:
-        """Random tokens, int64 `[batch, length]`."""
+    def prompt(self, model: PreTrainedModel, length: int) -> torch.Tensor:
+        """Random tokens of the model's vocabulary, int64 `[batch, length]`."""
         generator = torch.Generator().manual_seed(0)
-        size = (self.batch, length)
-        return torch.randint(self.architecture.vocabulary, size, generator=generator).to(self.device)
+        vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+        return torch.randint(vocabulary, (self.batch, length), generator=generator).to(self.device)
 
 
-@dataclass(frozen=True)
-class Generation:
-    """One run of `generate`.
-
-    Attributes:
-        times: arrival of each token, in seconds after the call.
-        peaks: peak bytes allocated until the first token, and after it; None on a CPU.
-        kv: bytes of its cache.
-    """
-
-    times: list[float]
-    peaks: tuple[int, int] | None
-    kv: CacheBytes
-
-
-class _Clock(BaseStreamer):
-    """Records when `generate` hands over the prompt and each token, and the peak memory until the first token."""
-
-    def __init__(self, on_gpu: bool) -> None:
-        self.times: list[float] = []
-        self.first_peak: int | None = None
-        self._on_gpu = on_gpu
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-        if self._on_gpu and len(self.times) == 2:
-            self.first_peak = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-
-    def end(self) -> None:
-        pass
-
-
-def methods_of(sources: Sequence[str], architecture: Architecture) -> dict[str, PatchConfig]:
+def methods_of(sources: Sequence[str], shape: ModelShape) -> dict[str, PatchConfig]:
     """Load configurations with a sparse method, keyed by the stems of their files.
 
     Raises:
-        ConfigError: a configuration is not valid, or does not fit the architecture.
+        ConfigError: a configuration is not valid, or does not fit a model of this shape.
         TaskError: a configuration has no sparse method to time, or two have the same stem.
     """
     configs = configs_by_stem(sources, "sparse method", _is_sparse)
     for config in configs.values():
-        config.bind(architecture.model_shape)
+        config.bind(shape)
     return configs
 
 
@@ -210,98 +142,58 @@ def bench_model(benchmark: Benchmark, progress: Step = lambda _: None) -> Result
         progress: called with a description before each row.
 
     Raises:
-        TaskError: the weights do not fit the device.
+        SparsePatchError: see `Benchmark.model`.
     """
-    try:
-        model = benchmark.model()
-    except torch.OutOfMemoryError:
-        raise TaskError("--shape: the weights do not fit the GPU's memory; ask for fewer --layers") from None
-    result = Result[Row]([], {})
+    model, result = benchmark.model(), Result[Row]([], {})
     for length in benchmark.lengths:
-        prompt, measured = benchmark.prompt(length), list[Row]()
-        for label, config in benchmark.ways().items():
-            progress(f"{label}, {length} tokens")
+        prompt, measured = benchmark.prompt(model, length), list[Row]()
+        for way in benchmark.ways():
+            progress(f"{way.label}, {way.mode}, {length} tokens")
             try:
-                measured.append(_row(benchmark, model, prompt, label, config))
+                measured.append(_row(benchmark, model, prompt, way))
             except torch.OutOfMemoryError:
-                result.skipped.setdefault(f"{label}: out of memory", []).append(length)
-            _forget(benchmark, model)
-        result.rows.extend(_against_dense(measured))
+                what = f"{name_of(way.label, way.mode, benchmark.batch)}: out of memory"
+                result.skipped.setdefault(what, []).append(length)
+            _forget(model, way.mode)
+        result.rows.extend(against_dense(measured))
     return result
-
-
-def generate(benchmark: Benchmark, model: PreTrainedModel, prompt: torch.Tensor, label: str) -> Generation:
-    """Generate greedily, and time each token."""
-    clock, generating = _Clock(benchmark.device == "cuda"), cast(Any, model)  # PreTrainedModel's type has no `generate`
-    extra: dict[str, Any] = {} if benchmark.chunk is None else {"prefill_chunk_size": benchmark.chunk}
-    if benchmark.cache == "static":
-        extra["cache_implementation"] = "static"
-    elif label != COPYING:
-        extra["past_key_values"] = span_cache(model, prompt.shape[1] + benchmark.new_tokens)
-    synchronize()
-    if benchmark.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    begin = time.perf_counter()
-    answer = generating.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=benchmark.new_tokens,
-        do_sample=False,
-        disable_compile=not benchmark.compiled,
-        streamer=clock,
-        return_dict_in_generate=True,
-        **extra,
-    )
-    peaks = None if clock.first_peak is None else (clock.first_peak, torch.cuda.max_memory_allocated())
-    kept = cast(Cache, answer.past_key_values)
-    return Generation([at - begin for at in clock.times[1:]], peaks, cache_bytes(kept))
-
-
-def is_compiled(benchmark: Benchmark) -> bool:
-    """Whether `generate` compiles the decode step."""
-    return benchmark.compiled and benchmark.cache == "static" and benchmark.device == "cuda"
 
 
 def as_json(result: Result[Row], benchmark: Benchmark) -> dict[str, Any]:
     """The result as JSON: what was measured, on which machine, and with which configurations."""
-    about = {
-        "shape": asdict(benchmark.architecture),
-        "weights": "random",
-        "batch": benchmark.batch,
-        "new_tokens": benchmark.new_tokens,
-        "cache": benchmark.cache,
-        "chunk": benchmark.chunk,
-        "compiled": is_compiled(benchmark),
-    }
+    about = {**benchmark.weights.about, "new_tokens": benchmark.new_tokens}
     return result_as_json(result, benchmark.methods, benchmark.dtype, about)
 
 
 def table(result: Result[Row], benchmark: Benchmark) -> Table:
     """A table with one line per row and one section per length."""
-    about = (
-        f"{machine()['device']}, {benchmark.dtype}, {benchmark.architecture.layers} layers, batch {benchmark.batch}, "
-        f"{benchmark.cache} cache, {'compiled' if is_compiled(benchmark) else 'eager'}, random weights"
+    about = benchmark.weights.about
+    caption = (
+        f"{machine()['device']}, {benchmark.dtype}, {about['shape']['layers']} layers, batch {benchmark.batch}, "
+        f"weights: {about['weights']}"
     )
     columns: Columns[Row] = {
         "attention": lambda row: row.label,
+        "mode": lambda row: row.mode,
         "tokens": lambda row: str(row.length),
-        "first token ms": lambda row: f"{row.first_token_ms:.1f}",
+        "first token s": lambda row: f"{row.first_token_s:.3f}",
         "ms a token": lambda row: f"{row.token_ms:.2f}",
         "slowest": lambda row: f"{row.slowest_token_ms:.2f}",
-        "x unpatched": lambda row: cell(row.unpatched, 3),
-        f"x {BEST}": lambda row: cell(row.best, 3),
+        "x unpatched": lambda row: cell(row.x_unpatched, 3),
+        f"x {BEST}": lambda row: cell(row.x_best, 3),
+        "capture s": lambda row: cell(row.capture_s, 2),
         "KV MB": lambda row: f"{row.kv_mb:.0f}",
         "planned": lambda row: f"{row.planned_mb:.0f}",
         "peak MB": lambda row: cell(row.peak_memory_mb, 0),
         "in decode": lambda row: cell(row.decode_memory_mb, 0),
     }
-    return table_of("a model through generate", result.rows, columns, about)
+    return table_of("a model through generate", result.rows, columns, caption)
 
 
 def notes(result: Result[Row]) -> list[str]:
     """One line for each reason of a fallback, and for each thing that did not run."""
     lines = [
-        f"{row.label}, {row.length} tokens: {calls} calls were dense: {reason}"
+        f"{row.label}, {row.mode}, {row.length} tokens: {calls} calls were dense: {reason}"
         for row in result.rows
         for reason, calls in row.fallbacks.items()
     ]
@@ -312,43 +204,37 @@ def _is_sparse(config: PatchConfig) -> bool:
     return any(method is not None and method.method != "dense" for method in (config.prefill, config.decode))
 
 
-def _row(
-    benchmark: Benchmark, model: PreTrainedModel, prompt: torch.Tensor, label: str, config: PatchConfig | None
-) -> Row:
-    with patched(model, config) if config is not None else nullcontext():
-        generate(benchmark, model, prompt, label)
-        run = generate(benchmark, model, prompt, label)
-        fallbacks = sparsity_report(model).fallbacks() if config is not None else {}
+def _row(benchmark: Benchmark, model: PreTrainedModel, prompt: torch.Tensor, way: Way) -> Row:
+    chunk = {} if benchmark.chunk is None else {"prefill_chunk_size": benchmark.chunk}
+    typed = {**_ARGUMENTS[way.mode], **chunk}
+    with patched(model, way.config, **_OVERRIDES[way.mode]) if way.config is not None else nullcontext():
+        generate(model, prompt, benchmark.new_tokens, typed)
+        run = generate(model, prompt, benchmark.new_tokens, typed)
+        report = sparsity_report(model) if way.config is not None else None
     steps = [1000 * (after - before) for before, after in pairwise(run.times)]
     return Row(
-        label=label,
-        config=label if label in benchmark.methods else None,
+        label=way.label,
+        config=way.label if way.label in benchmark.methods else None,
         length=prompt.shape[1],
-        first_token_ms=1000 * run.times[0],
+        batch=benchmark.batch,
+        mode=way.mode,
+        chunk=benchmark.chunk,
+        first_token_s=run.times[0],
         token_ms=median(steps),
         slowest_token_ms=max(steps),
+        capture_s=None if report is None else capture_seconds(report),
         peak_memory_mb=max(run.peaks) / 2**20 if run.peaks else None,
         decode_memory_mb=run.peaks[1] / 2**20 if run.peaks else None,
         kv_mb=run.kv.allocated / 2**20,
         planned_mb=run.kv.planned / 2**20,
-        fallbacks=fallbacks,
+        fallbacks={} if report is None else report.fallbacks(),
     )
 
 
-def _forget(benchmark: Benchmark, model: PreTrainedModel) -> None:
+def _forget(model: PreTrainedModel, mode: Mode) -> None:
     """Free what compiled code, its graphs and caches hold: the next variant compiles anew and has the memory."""
     forget_cache_length(model)
-    if is_compiled(benchmark):
-        torch.compiler.reset()
-    if benchmark.device == "cuda":
+    if torch.cuda.is_available():
+        if mode == "static":
+            torch.compiler.reset()
         torch.cuda.empty_cache()
-
-
-def _against_dense(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one length with `unpatched` and `best` set: times relative to both dense variants."""
-    ms = {row.label: row.token_ms for row in rows}
-
-    def by(row: Row, label: str) -> float | None:
-        return row.token_ms / ms[label] if label in ms else None
-
-    return [replace(row, unpatched=by(row, UNPATCHED), best=by(row, BEST)) for row in rows]

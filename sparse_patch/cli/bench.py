@@ -1,9 +1,9 @@
 """`sparse-patch bench`: time kernels, methods and whole models."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -26,9 +26,28 @@ from sparse_patch.cli.options import (
     write_json,
     write_picture,
 )
-from sparse_patch.errors import SparsePatchError
+from sparse_patch.errors import SparsePatchError, short
+
+if TYPE_CHECKING:
+    from sparse_patch.bench.model_rows import Mode
+    from sparse_patch.bench.model_weights import Weights
 
 _DEFAULT_SHAPE = "llama-3.1-8b"
+_WeightsOption = Annotated[
+    str | None, typer.Option(help="Model folder or hub id.", show_default="random weights of the sizes of --shape")
+]
+_SizesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Sizes of random weights: llama-3.1-8b, qwen2.5-7b, qwen3-8b or needle-llama.", show_default=_DEFAULT_SHAPE
+    ),
+]
+_CacheOption = Annotated[
+    str, typer.Option(help="Cache arguments of `generate`, comma-separated: default (none) and static.")
+]
+_GraphOption = Annotated[
+    str, typer.Option(help="`decode_graph` of patched models with `--cache default`, comma-separated: auto and off.")
+]
 
 app = typer.Typer(help="Time attention, side by side with every dense kernel that is installed.", no_args_is_help=True)
 
@@ -140,50 +159,89 @@ def bench_decode(
 @app.command("model")
 def bench_model(
     config: ConfigsOption = None,
-    shape: ArchitectureOption = "llama-3.1-8b",
+    model: _WeightsOption = None,
+    shape: _SizesOption = None,
     lengths: LengthsOption = "4096",
     batch: BatchOption = 1,
     new_tokens: Annotated[int, typer.Option(min=3, max=MOST, help="Tokens to generate.")] = 32,
     layers: LayersOption = None,
-    cache: Annotated[str, typer.Option(help="Kind of KV cache: static or dynamic.")] = "static",
-    eager: Annotated[
-        bool, typer.Option("--eager", help="Do not compile. By default a static cache on a GPU is compiled.")
-    ] = False,
+    cache: _CacheOption = "default",
+    decode_graph: _GraphOption = "auto",
     chunk: Annotated[int | None, typer.Option(min=1, max=MOST, help="Prompt tokens per forward.")] = None,
-    dense: Annotated[str, typer.Option(help="Dense variants to time too, comma-separated.")] = "copying,unpatched,best",
+    dense: Annotated[str, typer.Option(help="Dense variants to time too, comma-separated.")] = "unpatched,best",
     dtype: DtypeOption = None,
     json_file: JsonOption = None,
+    add: Annotated[bool, typer.Option("--add", help="Keep the rows that FILE has of other runs.")] = False,
 ) -> None:
-    """Time a model with random weights through `generate`: the first token, and each token after it."""
+    """Time a whole model through `generate`: the first token, and each token after it."""
     import torch
 
     from sparse_patch.bench import common
     from sparse_patch.bench import model as benches
+    from sparse_patch.bench.model_rows import added, timed_in
+    from sparse_patch.workbench.adding import earlier_result
     from sparse_patch.workbench.progress import progress_steps
 
     check_outputs(json_file)
-    if cache not in ("static", "dynamic"):
-        raise SparsePatchError(f"--cache: expected static or dynamic, got {cache!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    architecture = common.architecture_of(shape, layers)
+    weights = _weights(model, shape, layers)
     benchmark = benches.Benchmark(
-        architecture=architecture,
+        weights=weights,
         lengths=lengths_of(lengths),
         batch=batch,
         new_tokens=new_tokens,
-        methods=benches.methods_of(config or [], architecture),
-        cache="static" if cache == "static" else "dynamic",
-        compiled=not eager,
+        methods=benches.methods_of(config or [], weights.shape),
+        modes=_modes(cache, decode_graph),
         dtype=common.dtype_of(dtype or common.default_dtype(device)),
         device=device,
         chunk=chunk,
-        dense=[_dense_way(name, benches.DENSE) for name in names_of(dense)],
+        dense=[benches.DENSE[name] for name in _some_of("--dense", dense, benches.DENSE, least=0)],
     )
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+    old = earlier_result(json_file, "bench model", timed_in) if add else None
+    if old is not None and json_file is not None:
+        added(old, benches.as_json(common.Result([], {}), benchmark), json_file)  # raises if they do not fit together
+    console = Console() if sys.stdout.isatty() else Console(width=150)
     with progress_steps(console, benchmark.steps) as step:
         result = benches.bench_model(benchmark, step)
     _show_bench(console, benches.table(result, benchmark), benches.notes(result))
-    write_json(json_file, benches.as_json(result, benchmark))
+    data = benches.as_json(result, benchmark)
+    write_json(json_file, data if old is None or json_file is None else added(old, data, json_file))
+
+
+def _weights(model: str | None, shape: str | None, layers: int | None) -> "Weights":
+    """The model of `bench model`."""
+    from sparse_patch.bench.common import architecture_of
+    from sparse_patch.bench.model_weights import RandomWeights, SavedWeights
+
+    if model is None:
+        return RandomWeights(architecture_of(shape or _DEFAULT_SHAPE, layers))
+    for option, value in (("--shape", shape), ("--layers", layers)):
+        if value is not None:
+            raise SparsePatchError(
+                f"{option}: {value} is for random weights, --model has its own; leave one of them out"
+            )
+    return SavedWeights(model)
+
+
+def _modes(caches: str, graphs: str) -> "list[Mode]":
+    """What the user types in `generate`, from `--cache` and `--decode-graph`."""
+    from sparse_patch.bench.model import GRAPHS
+
+    asked, of_default = _some_of("--cache", caches, ("default", "static")), _some_of("--decode-graph", graphs, GRAPHS)
+    if "default" not in asked and "off" in of_default:
+        raise SparsePatchError("--decode-graph: off has no effect on a static cache; ask for --cache default too")
+    modes: list[Mode] = []
+    for cache in asked:
+        modes += ["static"] if cache == "static" else [GRAPHS[name] for name in of_default]
+    return modes
+
+
+def _some_of(option: str, text: str, known: Collection[str], least: int = 1) -> list[str]:
+    """Parse comma-separated names, of which at least `least` are asked for; duplicates are dropped."""
+    names = names_of(text)
+    if len(names) < least or not set(names) <= set(known):
+        raise SparsePatchError(f"{option}: expected some of {', '.join(known)}, with commas between, got {short(text)}")
+    return list(dict.fromkeys(names))
 
 
 def _recorded_model() -> Path:
@@ -195,12 +253,6 @@ def _recorded_model() -> Path:
             "--qkv: name a file with q, k and v to time methods on; needle-llama, whose attention is taken else, ships "
             "with the repository, not with the wheel"
         ) from None
-
-
-def _dense_way(name: str, ways: dict[str, str]) -> str:
-    if name not in ways:
-        raise SparsePatchError(f"--dense: expected some of {', '.join(ways)}, with commas between, got {name!r}")
-    return ways[name]
 
 
 def _densities(text: str) -> list[float]:

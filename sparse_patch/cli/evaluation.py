@@ -29,7 +29,7 @@ from sparse_patch.cli.options import (
     write_json,
     write_picture,
 )
-from sparse_patch.errors import SparsePatchError, one_line
+from sparse_patch.errors import SparsePatchError
 
 if TYPE_CHECKING:
     from sparse_patch.evaluation.results import Row
@@ -64,6 +64,7 @@ def evaluate(
     from sparse_patch.evaluation.suite import evaluate as run_evaluation
     from sparse_patch.models.loading import load_model
     from sparse_patch.plots import plot_accuracy
+    from sparse_patch.workbench.adding import earlier_result
     from sparse_patch.workbench.journal import Journal
     from sparse_patch.workbench.progress import progress_steps
     from sparse_patch.workbench.prompts import read_haystack
@@ -81,7 +82,7 @@ def evaluate(
     name = str(model or shipped_model())
     said = Path(name).resolve().name if Path(name).is_dir() else name
     about = header(said, evaluation, None if haystack is None else str(haystack))
-    old = _earlier_result(json_file) if add else None
+    old = earlier_result(json_file, "eval", _read_rows) if add else None
     if old is not None and json_file is not None:
         # Before the work: raise if the results do not fit together.
         add_to(old, as_json([], about, evaluation.configs), json_file)
@@ -180,20 +181,7 @@ def _showed_lm_eval_help(arguments: Sequence[str]) -> bool:
     return False
 
 
-def _earlier_result(path: Path | None) -> dict[str, Any] | None:
-    """The content of a result file, for `--add`; None if there is no file yet."""
-    from sparse_patch.files.reading import read_json
-
-    if path is None:
-        raise SparsePatchError("--add: needs --json FILE, whose rows are kept")
-    if not path.is_file():
-        return None
-    try:
-        data: dict[str, Any] = read_json(path)
-        _ = [config["fingerprint"] for config in data["configs"].values()]
-        _ = {(row["config"], row["task"], row["length"]): row for row in data["rows"]}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise SparsePatchError(
-            f"{one_line(path)}: --add: is no result of `sparse-patch eval`; name another file"
-        ) from None
-    return data
+def _read_rows(data: Any) -> None:
+    """Read what `--add` needs of a result."""
+    _ = [config["fingerprint"] for config in data["configs"].values()]
+    _ = {(row["config"], row["task"], row["length"]): row for row in data["rows"]}

@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from sparse_patch.call import PHASES
 from sparse_patch.config import BoundConfig, PatchConfig
 from sparse_patch.integration.patching import patched
 from sparse_patch.integration.reporting import sparsity_report
 from sparse_patch.model_shape import ModelShape, attention_kind, can_forget, config_of_layer, kv_heads_of
-from sparse_patch.models.loaders import loader_of
-from sparse_patch.models.loading import check_config, loading
+from sparse_patch.models.loading import loading, native_config
 from sparse_patch.ops.attention.span_ring import RingLayout
 from sparse_patch.report import LayerReport
 from sparse_patch.tensor_parallel import ALL_HEADS
@@ -50,12 +49,9 @@ def inspect(
     Raises:
         SparsePatchError: the model cannot be found or cannot be patched.
     """
-    check_config("--model", model)
-    with loading("--model", model):
-        own = loader_of(model)
-        config = own.config(model) if own else AutoConfig.from_pretrained(model)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
+    config = native_config(model)
+    with loading("--model", model), torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
     text = skeleton.config.get_text_config(decoder=True)
     with patched(skeleton, settings):
         layers = sparsity_report(skeleton).layers

@@ -11,8 +11,8 @@ from rich import box
 from rich.table import Table
 
 from sparse_patch.config import PatchConfig
-from sparse_patch.errors import TaskError, one_line, short
 from sparse_patch.evaluation.scoring import interval
+from sparse_patch.workbench.adding import check_same_run
 
 Pairs = tuple[float, int, int]
 Key = tuple[str, str, str, int, int]  # configuration, its fingerprint, task, length, number of the sample
@@ -107,15 +107,7 @@ def add_to(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, An
     Raises:
         TaskError: the two runs had different prompts or machines, or used one label for two configurations.
     """
-    for key in new.keys() - {"configs", "rows"}:
-        if old.get(key) != new[key]:
-            raise TaskError(
-                f"{one_line(path)}: --add: has {key} {short(old.get(key))}, this run has {short(new[key])}; "
-                "write another file"
-            )
-    for label in old["configs"].keys() & new["configs"].keys():
-        if old["configs"][label]["fingerprint"] != new["configs"][label]["fingerprint"]:
-            raise TaskError(f"{one_line(path)}: --add: {label!r} was another configuration there; rename this one")
+    check_same_run(old, new, path, lambda config: config["fingerprint"])
     measured = {(row["config"], row["task"], row["length"]) for row in new["rows"]}
     kept = [row for row in old["rows"] if (row["config"], row["task"], row["length"]) not in measured]
     return {**new, "configs": {**old["configs"], **new["configs"]}, "rows": [*kept, *new["rows"]]}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from sparse_patch.errors import SparsePatchError, TaskError, one_line
 from sparse_patch.models.loaders import loader_of
@@ -27,14 +27,36 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, Any]:
         SparsePatchError: the model or its tokenizer cannot be loaded.
     """
     check_config("--model", path)
-    on_gpu = torch.cuda.is_available()
     tokenizer = load_tokenizer(path)
+    return load_weights(path, torch.bfloat16 if torch.cuda.is_available() else torch.float32), tokenizer
+
+
+def load_weights(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a model without its tokenizer, as `load_model` does, in a dtype; on the GPU if there is one.
+
+    Raises:
+        SparsePatchError: the model cannot be loaded.
+    """
+    check_config("--model", path)
     own = loader_of(path)
     load = own.load if own else partial(AutoModelForCausalLM.from_pretrained, weights_only=True)
     with loading("--model", path):
-        model = load(path, dtype=torch.bfloat16 if on_gpu else torch.float32)
-        model = model.cuda() if on_gpu else model  # type: ignore[call-arg]
-    return model.eval(), tokenizer
+        model = load(path, dtype=dtype)
+        model = model.cuda() if torch.cuda.is_available() else model  # type: ignore[call-arg]
+    return model.eval()
+
+
+def native_config(path: str | Path) -> PreTrainedConfig:
+    """The config of a checkpoint, without its weights; that of the native model if the checkpoint has a loader here.
+
+    Raises:
+        SparsePatchError: there is no config, or it cannot be read.
+    """
+    check_config("--model", path)
+    with loading("--model", path):
+        own = loader_of(path)
+        config: PreTrainedConfig = own.config(path) if own else AutoConfig.from_pretrained(path)
+    return config
 
 
 def load_tokenizer(path: str | Path, option: str = "--model") -> Any:

@@ -116,6 +116,24 @@ def test_eval_writes_rows_for_dense_and_every_config(tmp_path: Path, needle_llam
     assert len(data["rows"]) == 8 + 2
 
 
+def test_bench_model_times_what_a_user_types_and_adds_to_a_file(tmp_path: Path, needle_llama_path: Path) -> None:
+    command = ["bench", "model", "--lengths", "96", "--new-tokens", "3", "--json", str(tmp_path / "g.json")]
+    mine = [*command, "--model", str(needle_llama_path), "--config", "quest.yaml"]
+    result = run(*mine, "--cache", "default,static", "--dense", "unpatched")
+    assert result.returncode == 0, result.stderr
+    added = run(*mine, "--batch", "2", "--dense", "", "--add")
+    assert added.returncode == 0 and "x unpatched" in added.stdout, added.stderr
+    data = json.loads((tmp_path / "g.json").read_text())
+    assert [(row["label"], row["mode"], row["batch"], row["length"]) for row in data["rows"]] == [
+        *[("unpatched", "default", 1, 96), ("quest", "default", 1, 96)],
+        *[("unpatched", "static", 1, 96), ("quest", "static", 1, 96), ("quest", "default", 2, 96)],
+    ]
+    assert data["weights"] == needle_llama_path.name and data["configs"]["quest"]["decode"]["method"] == "quest"
+    other = run(*command, "--shape", "needle-llama", "--layers", "1", "--config", "quest.yaml", "--add")
+    assert other.returncode == 2 and "--add: has weights 'needle-llama', this run has 'random'" in other.stderr
+    assert json.loads((tmp_path / "g.json").read_text()) == data
+
+
 def test_bench_prefill_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(SMALL)
     result = run(
@@ -281,11 +299,30 @@ BAD = [
     ([*DECODE, "--config", "bad.yaml"], "error: bad.yaml: prefill.gama: unknown key"),
     ([*DECODE[:2], "--json", "no/such/p.json"], "error: no/such/p.json: cannot be written"),
     ([*MODEL, "--shape", "llama-3.1-8"], "error: --shape: expected llama-3.1-8b"),
-    ([*MODEL, "--cache", "paged"], "error: --cache: expected static or dynamic, got 'paged'"),
+    (
+        [*MODEL, "--cache", "paged"],
+        "error: --cache: expected some of default, static, with commas between, got 'paged'",
+    ),
+    ([*MODEL, "--cache", ","], "error: --cache: expected some of default, static, with commas between, got ','"),
+    ([*MODEL, "--decode-graph", "on"], "error: --decode-graph: expected some of auto, off, with commas between, got"),
+    ([*MODEL, "--cache", "static", "--decode-graph", "off"], "error: --decode-graph: off has no effect on a static"),
+    ([*MODEL, "--dense", "copying"], "error: --dense: expected some of unpatched, best, with commas between, got"),
+    ([*MODEL, "--model", "no-such-model"], "error: --model: no-such-model: cannot be loaded"),
+    (
+        [*MODEL, "--model", ".", "--shape", "qwen3-8b"],
+        "error: --shape: qwen3-8b is for random weights, --model has its",
+    ),
+    ([*MODEL, "--model", ".", "--layers", "2"], "error: --layers: 2 is for random weights, --model has its own; leave"),
+    ([*MODEL[:2], "--add"], "error: --add: needs --json FILE, whose rows are kept"),
+    (
+        [*MODEL[:2], "--add", "--json", "bad.yaml"],
+        "error: bad.yaml: --add: is no result of `sparse-patch bench model`; name another file",
+    ),
     ([*MODEL, "--lengths", "-1"], "error: --lengths: expected numbers of tokens"),
     ([*MODEL, "--config", "dense"], "error: --config: dense: has no sparse method to time"),
     ([*MODEL, "--config", "delta3.yaml"], "error: delta3.yaml: decode.roles: no published choice for this model"),
     ([*MODEL[:2], "--json", "."], "error: .: cannot be written: it is a folder"),
+    ([*MODEL[:2], "--add", "--json", "rows.json"], "error: rows.json: --add: is no result of `sparse-patch bench"),
     (["run", "nope.yaml"], "error: nope.yaml: cannot be read"),
     (["show", "nope.yaml"], "error: nope.yaml: no such file"),
     (["show", "bad.yaml"], "error: bad.yaml: prefill.gama: unknown key, did you mean 'gamma'?"),
@@ -342,6 +379,7 @@ def test_bad_input_is_one_line_and_exit_2(
     (tmp_path / "decode.yaml").write_text("decode: {method: dense}")
     (tmp_path / "delta3.yaml").write_text("decode: {method: delta}")
     (tmp_path / "short.txt").write_text("A few words.")
+    (tmp_path / "rows.json").write_text('{"rows": [], "skipped": {}}')
     before = set(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["sparse-patch", *arguments])

@@ -47,8 +47,12 @@ def test_a_recipe_names_what_exists(path: Path) -> None:
             if arguments[1] == "prefill":
                 assert prefill.methods_of(sources, ARCHITECTURES.get(shape)) and shape_of(shape)
             else:
-                bench = {"decode": decode, "model": model}[arguments[1]]
-                assert bench.methods_of(sources, architecture_of(shape))
+                architecture = architecture_of(shape)
+                assert (
+                    decode.methods_of(sources, architecture)
+                    if arguments[1] == "decode"
+                    else model.methods_of(sources, architecture.model_shape)
+                )
         elif arguments[:2] == ["calibrate", "moa"]:
             made = read_head_schedules(options(arguments, "--out")[0]).header.settings
             assert made["lengths"] == [int(length) for length in options(arguments, "--lengths")[0].split(",")]

@@ -1,0 +1,117 @@
+"""The rows of `bench model`: what a user types, what was measured, and the rows of several runs in one file."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from sparse_patch.workbench.adding import check_same_run
+
+Mode = Literal["default", "eager", "static"]
+UNPATCHED, BEST = "unpatched", "dense: best"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The measurements of one variant at one length.
+
+    Attributes:
+        label: the variant's name in tables.
+        config: name of the configuration; None for the dense variants.
+        length: tokens of the prompt.
+        batch: number of rows of the prompt.
+        mode: what the user types: "default" (no cache argument), "eager" (the same on a model that is patched with
+            `decode_graph: off`) or "static" (`cache_implementation="static"`, which a GPU compiles).
+        chunk: prompt tokens per forward; None if one forward takes the whole prompt.
+        first_token_s: seconds from the call of `generate` to the first token.
+        token_ms: median milliseconds per token after the first.
+        slowest_token_ms: longest time of a token after the first.
+        capture_s: seconds that the capture of the decode step's graph took; None without a capture.
+        peak_memory_mb: peak allocated memory, weights included, in MB of 2^20 bytes; None on a CPU.
+        decode_memory_mb: the same after the first token.
+        kv_mb: memory of the cache's keys and values.
+        planned_mb: the part of `kv_mb` that the method's spans need; all of it without spans.
+        fallbacks: reason -> number of calls that a method could not serve. Compiled decode steps are not counted.
+        x_unpatched: `token_ms` divided by that of the unpatched model with the same cache argument.
+        x_best: `token_ms` divided by that of our own dense decode in the same mode.
+    """
+
+    label: str
+    config: str | None
+    length: int
+    batch: int
+    mode: Mode
+    chunk: int | None
+    first_token_s: float
+    token_ms: float
+    slowest_token_ms: float
+    capture_s: float | None
+    peak_memory_mb: float | None
+    decode_memory_mb: float | None
+    kv_mb: float
+    planned_mb: float
+    fallbacks: dict[str, int]
+    x_unpatched: float | None = None
+    x_best: float | None = None
+
+
+def without_patch(mode: Mode) -> Mode:
+    """The mode of the unpatched model beside a patched one."""
+    return "static" if mode == "static" else "default"
+
+
+def name_of(label: str, mode: str, batch: int) -> str:
+    """What tells the rows of one length apart, in words."""
+    return f"{label}, {mode}, batch {batch}"
+
+
+def against_dense(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one length with `x_unpatched` and `x_best` set: times relative to both dense variants."""
+    ms = {(row.label, row.mode): row.token_ms for row in rows}
+
+    def by(row: Row, label: str, mode: Mode) -> float | None:
+        return row.token_ms / ms[label, mode] if (label, mode) in ms else None
+
+    return [
+        replace(row, x_unpatched=by(row, UNPATCHED, without_patch(row.mode)), x_best=by(row, BEST, row.mode))
+        for row in rows
+    ]
+
+
+def added(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, Any]:
+    """An earlier result with a new one. If both timed a variant at a length, or could not, the new one counts.
+
+    Args:
+        old: what `as_json` made earlier, read from `path`.
+        new: what `as_json` makes now.
+        path: the file, for messages.
+
+    Raises:
+        TaskError: the two runs had different models or machines, or used one label for two configurations.
+    """
+    new = json.loads(json.dumps(new))  # as it will be read
+    check_same_run(old, new, path, lambda config: config)
+    settled = timed_in(new)
+    kept = [
+        row for row in old["rows"] if (name_of(row["label"], row["mode"], row["batch"]), row["length"]) not in settled
+    ]
+    skipped = {
+        what: [length for length in lengths if (what.rpartition(": ")[0], length) not in settled]
+        for what, lengths in old["skipped"].items()
+    }
+    for what, lengths in new["skipped"].items():
+        skipped[what] = sorted([*skipped.get(what, []), *lengths])
+    return {
+        **new,
+        "configs": {**old["configs"], **new["configs"]},
+        "skipped": {what: lengths for what, lengths in skipped.items() if lengths},
+        "rows": [*kept, *new["rows"]],
+    }
+
+
+def timed_in(data: dict[str, Any]) -> set[tuple[str, int]]:
+    """(Variant, mode and batch in words; length) of all that a result has timed or skipped."""
+    timed = {(name_of(row["label"], row["mode"], row["batch"]), row["length"]) for row in data["rows"]}
+    skipped = data["skipped"].items()
+    return timed | {(what.rpartition(": ")[0], length) for what, lengths in skipped for length in lengths}
