@@ -31,6 +31,7 @@ class Patch:
         attention: the patched attention modules, in the order of their layers.
         own_configs: the model's copies of Transformers configs.
         holders: the modules that were given one of these copies.
+        has_spans: whether some layer decodes by spans.
         hooks: the hooks that tell a forward which cache it uses, and those that correct that cache.
         mark: tells forwards whether they still run under this patch.
         graphs: what became of decode steps on a GPU, for the report.
@@ -40,6 +41,7 @@ class Patch:
     attention: list[nn.Module]
     own_configs: list["OwnConfig"]
     holders: list[nn.Module]
+    has_spans: bool
     hooks: list[RemovableHandle]
     mark: PatchMark
     graphs: GraphCounts = field(default_factory=GraphCounts)
@@ -48,11 +50,6 @@ class Patch:
     def reaches_attention(self) -> bool:
         """Whether attention still calls the hook; `set_attn_implementation` may have changed that."""
         return all(is_hook(implementation_of(own.copy)) for own in self.own_configs if own.hook is not None)
-
-    @property
-    def has_spans(self) -> bool:
-        """Whether some layer decodes by spans."""
-        return any((method := state_of(module).decoder) and method.retention for module in self.attention)
 
     @property
     def keeps_plans(self) -> bool:

@@ -120,7 +120,8 @@ def _attach(
     if decoder is not None and decoder.correct_every is not None:
         correction = Correction(decoder.correct_every, settings.on_unsupported == "warn")
         hooks.append(root.register_forward_pre_hook(correction, with_kwargs=True))
-    patch = Patch(settings, modules, list(own_configs.values()), holders, hooks, mark)
+    has_spans = any(state.decoder is not None and state.decoder.retention is not None for state in states)
+    patch = Patch(settings, modules, list(own_configs.values()), holders, has_spans, hooks, mark)
     root.sparse_patch = patch  # type: ignore[assignment]
     for module in (*modules, *(holder for holder in holders if holder not in attention.values())):
         module.config = own_configs[id(config_of(module))].copy  # type: ignore[assignment]

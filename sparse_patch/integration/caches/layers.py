@@ -87,7 +87,7 @@ class GrowingLayer(OrdinaryState, DynamicLayer):
     @property
     def tokens(self) -> int:
         """See `SteppedLayer`."""
-        return 0 if self.keys is None or self.keys.ndim < 4 else self.keys.shape[2]
+        return 0 if self.keys is None or self.keys.ndim < 4 else self.keys.shape[2]  # `[0]` before the first token
 
     @property
     def covered(self) -> int:
@@ -96,18 +96,18 @@ class GrowingLayer(OrdinaryState, DynamicLayer):
 
     def room_for_step(self, batch: int) -> int:
         """See `SteppedLayer`."""
-        if not self.tokens:
+        keys, values = self.keys, self.values
+        if keys is None or values is None or keys.ndim < 4:
             raise NotAStep("a cache without tokens")
         if self.kv_state.at_rest:
             raise NotAStep("cache correction")
-        assert self.keys is not None and self.values is not None, "there are tokens"
-        length = self.tokens
-        if self.keys.shape[0] != batch:
-            raise NotAStep("a cache of another number of rows")
+        rows, _, length, _ = keys.shape
+        if rows != batch or not length:
+            raise NotAStep("a cache of another number of rows, or without tokens")
         views, room = self._views, self._room
-        untouched = views is not None and views[0] is self.keys and views[1] is self.values
+        untouched = views is not None and views[0] is keys and views[1] is values
         if room is None or not untouched or length >= room[0].shape[2]:
-            room = self._reserve(self.keys, self.values, length, length + 1)
+            room = self._reserve(keys, values, length, length + 1)
         return room[0].shape[2]
 
     def place(self) -> tuple[Any, ...]:

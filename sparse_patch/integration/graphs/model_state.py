@@ -16,18 +16,30 @@ from sparse_patch.integration.step import NotAStep
 
 _DEPTH = 2  # how far objects in the attributes of modules are followed: a config, and a config in it
 _CONTAINERS = (dict, list, tuple, set)
+_FOR_STEPS = {"training", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"}
+_NOT_FOR_STEPS = vars(nn.Module()).keys() - _FOR_STEPS  # hooks of training and of checkpoints
 
 
 class ModelState:
-    """A copy of every attribute of every module, of the objects in these (configs), and of the place of every tensor.
+    """Every attribute of every module and of the objects in these (configs), and the place of every tensor.
 
-    Comparing takes some 0.3 ms for a model of 32 layers.
+    The comparison comes before every replay, so it is made of a few calls that loop in C. It takes some 0.15 ms for a
+    model of 32 layers.
     """
 
     def __init__(self, root: PreTrainedModel) -> None:
         self._modules = list(root.modules())
         self._holders = list(_holders(self._modules))
-        self._attributes = [_copied(holder) for holder in self._holders]
+        self._values = list(map(dict, self._holders))
+        kept = [
+            value
+            for holder in self._holders
+            for name, value in holder.items()
+            if isinstance(value, dict | list | set) and name not in _NOT_FOR_STEPS
+        ]
+        self._empty = [container for container in kept if not container]
+        self._filled = [container for container in kept if container]
+        self._contents = [_copied(container) for container in self._filled]
         self._tensors = [*root.parameters(), *root.buffers()]
         self._places = self._places_now()
         self._classes = list(map(type, self._modules))
@@ -36,19 +48,20 @@ class ModelState:
 
     def holds(self) -> bool:
         """Whether the model is as it was."""
-        try:
-            same = self._holders == self._attributes  # one comparison in C, which looks at identity first
+        try:  # comparisons look at identity first
+            same = self._holders == self._values and self._filled == self._contents
         except RuntimeError:  # other tensors than before cannot be compared
             return False
         return (
             same
+            and not any(self._empty)
             and self._places_now() == self._places
             and list(map(type, self._modules)) == self._classes
             and [kind.forward for kind in self._different] == self._forwards
         )
 
-    def _places_now(self) -> list[Any]:
-        return [(x.data_ptr(), x.dtype) for x in self._tensors]
+    def _places_now(self) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, self._tensors))
 
 
 def torch_state() -> tuple[Any, ...]:
