@@ -28,7 +28,7 @@ from sparse_patch.bench.model_timing import capture_seconds, generate
 from sparse_patch.bench.model_weights import Weights
 from sparse_patch.config import PatchConfig, load_config
 from sparse_patch.integration.patching import patched
-from sparse_patch.integration.reporting import sparsity_report
+from sparse_patch.integration.reporting import reset_report, sparsity_report
 from sparse_patch.integration.transformers_internals import forget_cache_length
 from sparse_patch.methods.dense import DenseMethod
 from sparse_patch.model_shape import ModelShape
@@ -209,6 +209,8 @@ def _row(benchmark: Benchmark, model: PreTrainedModel, prompt: torch.Tensor, way
     typed = {**_ARGUMENTS[way.mode], **chunk}
     with patched(model, way.config, **_OVERRIDES[way.mode]) if way.config is not None else nullcontext():
         generate(model, prompt, benchmark.new_tokens, typed)
+        if way.config is not None:
+            reset_report(model)
         run = generate(model, prompt, benchmark.new_tokens, typed)
         report = sparsity_report(model) if way.config is not None else None
     steps = [1000 * (after - before) for before, after in pairwise(run.times)]

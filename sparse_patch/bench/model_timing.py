@@ -77,4 +77,4 @@ def generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, type
 
 def capture_seconds(report: SparsityReport) -> float | None:
     """Seconds that the capture of the decode step's graph took; None without a capture, as on a CPU."""
-    return getattr(getattr(report, "graphs", None), "capture_s", None)
+    return report.graphs.capture_s if report.graphs.captures else None

@@ -64,15 +64,14 @@ class Recording:
         """
         self._device = device
         stream = _turns(device).capturing
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with _CAPTURING, torch.cuda.stream(stream), _without_collection():
-            self._graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on
-            try:
-                result = function()
-            finally:
-                self._graph.capture_end()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        return result
+        with _CAPTURING:
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream), _without_collection():
+                self._graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on
+                try:
+                    return function()
+                finally:
+                    self._graph.capture_end()
 
     def replay(self) -> None:
         """Run what was recorded, on the current stream of its device."""
