@@ -17,7 +17,6 @@ from sparse_patch.bench.model_rows import BEST, UNPATCHED
 from sparse_patch.bench.model_timing import Generation, generate
 from sparse_patch.bench.model_weights import RandomWeights, SavedWeights
 from sparse_patch.bench.qkv import Shape
-from sparse_patch.config import PatchConfig
 from sparse_patch.integration.caches.layers import GrowingLayer
 from sparse_patch.integration.caches.size import CacheBytes
 from sparse_patch.integration.patch import is_patched
