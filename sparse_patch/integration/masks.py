@@ -298,12 +298,15 @@ class LazyMask(TensorInWaiting):
         seen = self.q_start if self.end_on_device is None else self.end_on_device - self.q_length
         return tokens_before(seen, self.real_row_starts, self.shape[0], self.device)
 
-    @once
+    @property
     def alone(self) -> "LazyMask":
         """The mask of a forward with nothing before it, over only its own keys, without the tail of a static cache."""
         if self.kv_length == self.q_length:
-            return self
-        return LazyMask({**self.arguments, "q_offset": 0, "kv_length": self.q_length}, self.forward)
+            return self  # not kept on itself: the circle would keep the cache until garbage is collected
+        if "alone" not in self._derived:
+            own = {**self.arguments, "q_offset": 0, "kv_length": self.q_length}
+            self._derived["alone"] = LazyMask(own, self.forward)
+        return self._derived["alone"]
 
     @once
     def work(self) -> Work:

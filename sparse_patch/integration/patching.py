@@ -142,6 +142,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         root = transformers_model(model)
         patch = patch_of(root)
         patch.mark.active = False
+        patch.mark.tallies.clear()
         vars(root).pop(PREPARE_CACHE, None)
         remove(root)
         originals = {id(own.copy): own.original for own in patch.own_configs}

@@ -1,14 +1,35 @@
 """What the calls of a graph add to the report whenever the graph runs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 from weakref import ref
 
 import torch
 
+from sparse_patch.call import Phase
 from sparse_patch.integration.step import StepCall, work_of
 from sparse_patch.plans import SparsePlan
 from sparse_patch.report import COUNTING, PhaseCounts, Work
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One call of the step, without its tensors: a report must not keep the memory of a cache.
+
+    Attributes:
+        state: the `LayerState` of the attention module.
+        phase: the phase of the call.
+        plan: number of the plan among the step's plans; None if the call was dense.
+        dense: why the call was dense.
+        keeps_all: whether the call read by spans from a cache that keeps every key.
+    """
+
+    state: Any
+    phase: Phase
+    plan: int | None
+    dense: str | None
+    keeps_all: bool
 
 
 class Tally:
@@ -19,29 +40,28 @@ class Tally:
     """
 
     def __init__(self, recording: Any, calls: Sequence[StepCall], starts: Sequence[int], totals: torch.Tensor) -> None:
-        """
+        """Add the pairs of the step on the device, which is captured with the step.
+
         Args:
             recording: the graph.
             calls: the calls of a step.
             starts: first real token of each row.
             totals: zeros, int64 `[layers, Hq]`, made before the graph.
         """
-        self._recording = ref(recording)
-        self._calls, self._starts, self._totals = calls, starts, totals
+        self._recording, self._starts, self._totals = ref(recording), starts, totals
         self._runs: list[list[int]] = []  # [tokens before the first step, number of steps], for consecutive steps
         plans = {id(call.plan): call.plan for call in calls if call.plan is not None}
-        token = torch.ones(1, dtype=torch.int64)
-        self._counted = {key: plan for key, plan in plans.items() if plan.pairs_at(token) is None}
+        number = {key: at for at, key in enumerate(plans)}
+        self._plans = [_without_tensors(plan) if _is_known(plan) else None for plan in plans.values()]
+        self._entries = [_entry(call, number) for call in calls]
+        for total, plan in zip(totals, plans.values(), strict=False):
+            if not _is_known(plan):
+                total += plan.pairs_by_head
 
     @property
     def is_alive(self) -> bool:
         """Whether the graph can still run."""
         return self._recording() is not None
-
-    def add_up(self) -> None:
-        """Add the pairs of the current step on the device; to be captured with the step."""
-        for total, plan in zip(self._totals, self._counted.values(), strict=False):
-            total += plan.pairs_by_head
 
     def replayed(self, length: int) -> None:
         """Note a step that had `length` tokens before it."""
@@ -57,27 +77,40 @@ class Tally:
             return
         totals = self._totals.clone()
         self._totals.zero_()
-        number = {key: at for at, key in enumerate(self._counted)}
         steps = sum(count for _, count in runs)
         work = _sum([work_of(self._starts, length, count) for length, count in runs])
         lengths = torch.tensor([length + 1 + i - at for length, n in runs for i in range(n) for at in self._starts])
-        by_head = {
-            id(call.plan): totals[number[id(call.plan)]]
-            if id(call.plan) in number
-            else _known(call.plan, lengths, totals)
-            for call in self._calls
-            if call.plan is not None
-        }
+        pairs = [
+            total if plan is None else _known_pairs(plan, lengths).to(totals.device)
+            for plan, total in zip(self._plans, totals, strict=False)
+        ]
         with COUNTING:
-            for call in self._calls:
-                counts = call.state.counts.of(call.phase)
-                _count(counts, call, work, by_head.get(id(call.plan)), steps)
+            for entry in self._entries:
+                _count(entry, work, None if entry.plan is None else pairs[entry.plan], steps)
 
 
-def _known(plan: SparsePlan, lengths: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _entry(call: StepCall, number: dict[int, int]) -> _Entry:
+    keeps_all = call.plan is not None and call.plan.known_beforehand and call.phase == "decode" and call.keeps_all
+    return _Entry(call.state, call.phase, None if call.plan is None else number[id(call.plan)], call.dense, keeps_all)
+
+
+def _is_known(plan: SparsePlan) -> bool:
+    """Whether the pairs of a plan follow from the number of tokens."""
+    return plan.pairs_at(torch.ones(1, dtype=torch.int64)) is not None
+
+
+def _without_tensors(plan: SparsePlan) -> SparsePlan:
+    """A plan of which only `pairs_at` is asked."""
+    here: Any = plan
+    tensors = [field.name for field in fields(here) if torch.is_tensor(getattr(plan, field.name))]
+    light: SparsePlan = replace(here, **{name: torch.empty(0, dtype=torch.int64) for name in tensors})
+    return light
+
+
+def _known_pairs(plan: SparsePlan, lengths: torch.Tensor) -> torch.Tensor:
     pairs = plan.pairs_at(lengths)
-    assert pairs is not None, "else the graph counts them"
-    return pairs.to(like.device)
+    assert pairs is not None, "see _is_known"
+    return pairs
 
 
 def _sum(works: Sequence[Work]) -> Work:
@@ -85,15 +118,14 @@ def _sum(works: Sequence[Work]) -> Work:
     return Work(queries, pairs, pairs)
 
 
-def _count(counts: PhaseCounts, call: StepCall, work: Work, by_head: torch.Tensor | None, steps: int) -> None:
+def _count(entry: _Entry, work: Work, by_head: torch.Tensor | None, steps: int) -> None:
     """Count one call of each of some steps."""
+    counts: PhaseCounts = entry.state.counts.of(entry.phase)
     if by_head is None:
-        assert call.dense is not None
+        assert entry.dense is not None, "a call without a plan"
         counts.add_dense(work, steps)
-        counts.dense[call.dense] += steps
+        counts.dense[entry.dense] += steps
         counts.dense_kernels["page_decode"] += steps
         return
-    assert call.plan is not None
     counts.add_sparse(work, by_head, calls=steps)
-    if call.plan.known_beforehand:
-        counts.keeping_calls += steps if call.phase == "decode" and call.keeps_all else 0
+    counts.keeping_calls += steps if entry.keeps_all else 0

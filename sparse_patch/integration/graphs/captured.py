@@ -118,9 +118,7 @@ def capture(forward: Forward, cache: SteppedCache, padding: Padding, patch: Patc
 
     def launched() -> tuple[ModelOutput, Tally]:
         output = run_step(forward, step, cache, padding, inputs, tensors)
-        tally = Tally(recording, calls, padding.starts, totals)
-        tally.add_up()
-        return output, tally
+        return output, Tally(recording, calls, padding.starts, totals)
 
     output, tally = recording.record(launched, device)
     covering = [i for i, layer in enumerate(cache.layers) if layer.covered > cache.length]

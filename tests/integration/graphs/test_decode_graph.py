@@ -1,8 +1,10 @@
 """A decode step that runs as a graph gives what it gives eagerly, bit for bit, whatever happens around it."""
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -194,6 +196,23 @@ def test_the_logits_of_a_step_stay_as_they_are(five_layers: PreTrainedModel) -> 
     assert all(map(torch.equal, kept, [output.logits for output in outputs]))
     assert all(output.past_key_values is cache for output in outputs)
     assert cache.get_seq_length() == 109
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_memory_of_a_cache_is_free_at_once(kind: str, five_layers: PreTrainedModel) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with patched(five_layers, KINDS[kind]):
+            cache = span_cache(five_layers, 140)
+            stepped(five_layers, prompt(100), 12, cache)
+            kept = [ref(x.untyped_storage()) for layer in cache.layers for x in (layer.keys, layer.values)]
+            kept.append(ref(cache))
+            del cache
+            assert [x() for x in kept] == [None] * len(kept)
+            assert sparsity_report(five_layers).graphs.replays == 10
+    finally:
+        gc.enable()
 
 
 def test_the_report_starts_again(five_layers: PreTrainedModel) -> None:
