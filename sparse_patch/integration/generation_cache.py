@@ -1,8 +1,10 @@
 """The cache of `generate` on a patched model."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
@@ -91,6 +93,26 @@ def prepare_cache(
     for layer in cache.layers:
         if isinstance(layer, RingLayer | GrowingLayer):
             layer.make_room(max_cache_length)
+
+
+COMPILED_CALL = "get_compiled_call"
+"""The model method from which `generate` gets the compiled forward for steps with a static cache, and for chunks."""
+
+
+def compiled_call(self: Any, compile_config: Any) -> Callable[..., Any]:
+    """The compiled forward for steps of one token, and the model's own for chunks of a prompt.
+
+    `generate(prefill_chunk_size=...)` with a static cache compiles its chunks too. A compiled chunk takes longer to
+    compile than to compute, and the length of a prompt is not known inside a graph, so it would be dense.
+    """
+    compiled = getattr(type(self), COMPILED_CALL)(self, compile_config)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids")
+        is_chunk = torch.is_tensor(ids) and ids.shape[1] > 1
+        return self(*args, **kwargs) if is_chunk else compiled(*args, **kwargs)
+
+    return call
 
 
 def _prompt_length(generation_config: Any, model_kwargs: dict[str, Any]) -> int | None:

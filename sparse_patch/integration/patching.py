@@ -22,7 +22,7 @@ from sparse_patch.config import ConfigSource, PatchConfig, load_config
 from sparse_patch.errors import SparsePatchError
 from sparse_patch.integration.discovery import attention_modules, dispatch_scope
 from sparse_patch.integration.forward import PatchMark
-from sparse_patch.integration.generation_cache import prepare_cache
+from sparse_patch.integration.generation_cache import COMPILED_CALL, compiled_call, prepare_cache
 from sparse_patch.integration.graphs.forward import install, remove
 from sparse_patch.integration.hook import join_forward
 from sparse_patch.integration.kv_correction import Correction
@@ -127,6 +127,7 @@ def _attach(
         module.config = own_configs[id(config_of(module))].copy  # type: ignore[assignment]
     if isinstance(root, GenerationMixin):
         vars(root)[PREPARE_CACHE] = partial(prepare_cache, root)  # in the way of the class's own
+        vars(root)[COMPILED_CALL] = partial(compiled_call, root)
         install(root)
 
 
@@ -143,7 +144,8 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         patch = patch_of(root)
         patch.mark.active = False
         patch.mark.tallies.clear()
-        vars(root).pop(PREPARE_CACHE, None)
+        for method in (PREPARE_CACHE, COMPILED_CALL):
+            vars(root).pop(method, None)
         remove(root)
         originals = {id(own.copy): own.original for own in patch.own_configs}
         ordered = [module for module in (*patch.holders, *model.modules()) if module not in patch.attention]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -129,3 +130,30 @@ def test_what_is_no_cache_no_config_and_no_length_is_said_in_one_line(model: Pre
     for length in (None, "x", 0, -1, 1.5):
         with pytest.raises(SparsePatchError, match=r"^span_cache: max_length: expected a number of tokens above 0"):
             span_cache(model, length)  # type: ignore[arg-type]
+
+
+def test_chunks_for_a_static_cache_are_sparse_and_only_tokens_are_compiled(
+    five_layers: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where `generate` compiles what it calls with a static cache."""
+    ids, compiled = torch.randint(3, 90, (2, 100)), []
+
+    def compiled_call(self: PreTrainedModel, config: Any) -> Any:
+        def call(**kwargs: Any) -> Any:
+            compiled.append(kwargs["input_ids"].shape[1])
+            return self(**kwargs)
+
+        return call
+
+    monkeypatch.setattr(type(five_layers), "get_compiled_call", compiled_call)
+    monkeypatch.setattr(type(five_layers), "_valid_auto_compile_criteria", lambda *args: True)
+    options = {"max_new_tokens": 5, "do_sample": False, "prefill_chunk_size": 40, "cache_implementation": "static"}
+    config = {"prefill": {"method": "a_shape", "block_size": 16, "sink": 16, "window": 16, "min_length": 0}}
+    with patched(five_layers, config):
+        found = five_layers.generate(ids, **options)
+        report = sparsity_report(five_layers)
+        assert compiled == [1] * 4
+        assert report.layers[0].prefill.sparse_calls == 3
+        expected = five_layers.generate(ids, **{**options, "cache_implementation": None})
+    assert torch.equal(found, expected)
+    assert "get_compiled_call" not in vars(five_layers)
