@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.kernels.launch import launch_op
+from sparse_patch.kernels.pieces import rising
 
 _SHORT = 4096  # pages of a list that is not filtered
 _WIDEST = 32768  # pages that a program can hold
@@ -118,16 +119,14 @@ def _pages_of_list(limits, limit_strides, i_b, i_l, size, page_size, spared):
 
 @triton.jit
 def _keys(p_scores, stride_n, page, there, real, first, last):
-    """The scores of pages as int32 of the same order; `_LEAST` for a page that is not real.
+    """The scores of pages as `rising` numbers; `_LEAST` for a page that is not real.
 
-    NaN is -inf, and there is one zero, not two. The first and the last pages have +inf. Pages that are `there` can be
-    read; a mask that may end anywhere forbids wide loads, so it has more than the real pages.
+    The first and the last pages have +inf. Pages that are `there` can be read; a mask that may end anywhere forbids
+    wide loads, so it has more than the real pages.
     """
     score = tl.load(p_scores + page.to(tl.int64) * stride_n, mask=there, other=-float("inf"))
-    score = tl.where(score != score, -float("inf"), tl.where(score == 0.0, 0.0, score))
     score = tl.where((page < first) | (page >= real - last), float("inf"), score)
-    bits = score.to(tl.int32, bitcast=True)
-    return tl.where(there & (page < real), bits ^ ((bits >> 31) & 0x7FFFFFFF), _LEAST)
+    return tl.where(there & (page < real), rising(score), _LEAST)
 
 
 @triton.jit
