@@ -12,7 +12,7 @@ import triton.language as tl
 from sparse_patch.kernels.launch import launch_op
 from sparse_patch.kernels.pieces import rising
 
-_BLOCK_M, _BLOCK_N = 64, 512  # tokens that a program ranks, and those that it compares them with at once
+_BLOCK_M, _BLOCK_N = 128, 512  # tokens that a program ranks, and those that it compares them with at once
 
 
 def _outputs(scores: torch.Tensor) -> torch.Tensor:
@@ -65,14 +65,14 @@ def _rank_kernel(
     key = rising(tl.load(p_scores + token.to(tl.int64) * stride_n, mask=mask_m, other=0.0))  # [BM]
 
     # Tokens with a higher score come before, and those with the same score that are listed before.
-    equal = (key[None, :] == key[:, None]) & (offs_m[None, :] < offs_m[:, None])  # [BM, BM]
-    rank = tl.sum(equal.to(tl.int32), 1)  # [BM]
+    equal = (key[:, None] == key[None, :]) & (offs_m[:, None] < offs_m[None, :])  # [BM, BM]
+    rank = tl.sum(equal.to(tl.int32), 0)  # [BM]
     for n in tl.range(0, tl.where(begin < count, count, 0), BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)  # [BN]
         mask_n = offs_n < count  # [BN]
         other = tl.load(tokens + i_list * number + offs_n, mask=mask_n, other=0)  # [BN]
         other = rising(tl.load(p_scores + other.to(tl.int64) * stride_n, mask=mask_n, other=0.0))  # [BN]
         other = tl.where(mask_n, other + (offs_n < begin).to(tl.int32), -0x80000000)  # [BN]; one more wins a tie
-        rank += tl.sum((other[None, :] > key[:, None]).to(tl.int32), 1)  # [BM]
+        rank += tl.sum((other[:, None] > key[None, :]).to(tl.int32), 0)  # [BM]; a thread sums most of it
     place = (best - rank * heads - first_head - i_h.to(tl.int32)).to(tl.float32)  # [BM]
     tl.atomic_max(merged + i_b * size + token, place.to(tl.int32, bitcast=True), mask=mask_m, sem="relaxed")
