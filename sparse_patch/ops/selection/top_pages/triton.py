@@ -24,6 +24,7 @@ _SHORT = 4096  # pages of a list that is not filtered
 _WIDEST = 32768  # pages that a program can hold
 _SAMPLE = (512, 4096)  # fewest and most pages of a sample
 _PART = 2048  # pages that a filtering program reads at once
+_PARTS = 16  # most programs that filter a list
 _PROGRAMS = 256  # filtering programs that are enough for a GPU
 _MARGIN = 4.5  # standard deviations of the sample's count
 _LEAST: tl.constexpr = tl.constexpr(-0x80000000)  # below the number of every score
@@ -70,7 +71,7 @@ def select_pages(
     if size <= _SHORT or (2 * capacity >= whole and whole <= _WIDEST):
         _select_kernel[(batch * lists,)](*of_lists, pages, counts, BLOCK=whole, num_warps=_warps(whole))
         return pages, counts
-    parts = min(16, *map(triton.next_power_of_2, (triton.cdiv(_PROGRAMS, batch * lists), triton.cdiv(size, _PART))))
+    parts = min(_PARTS, *map(triton.next_power_of_2, (triton.cdiv(_PROGRAMS, batch * lists), triton.cdiv(size, _PART))))
     steps = triton.cdiv(size, parts * _PART)
     candidates = torch.empty(batch * lists, parts * steps * _PART, dtype=torch.int32, device=scores.device)
     found = torch.empty(batch * lists, parts, 4, dtype=torch.int32, device=scores.device)
@@ -81,10 +82,11 @@ def select_pages(
         *of_lists,
         candidates,
         found,
+        parts,
         steps * _PART,
         pages,
         counts,
-        PARTS=parts,
+        PARTS=_PARTS,
         BLOCK=capacity,
         num_warps=_warps(capacity),
     )
@@ -233,10 +235,10 @@ def _filter_kernel(
     tl.store(p_found + 2, floor)
 
 
-@triton.jit(do_not_specialize=["k", "spared", "first", "last", "per_part"])
+@triton.jit(do_not_specialize=["k", "spared", "first", "last", "parts", "per_part"])
 def _narrow_kernel(
     scores, limits, score_strides, limit_strides, lists, size, k, page_size, spared, first, last,
-    candidates, found, per_part, pages, counts, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    candidates, found, parts, per_part, pages, counts, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_list = tl.program_id(0).to(tl.int64)
     i_b, i_l = i_list // lists, i_list % lists
@@ -251,20 +253,20 @@ def _narrow_kernel(
     reach, above = 0, 0
     source = offs  # [BLOCK]
     for p in tl.static_range(PARTS):
-        p_found = found + (i_list * PARTS + p) * 4
+        p_found = found + (i_list * parts + p) * 4
         source = tl.where(offs >= reach, p * per_part + offs - reach, source)  # [BLOCK]
-        reach += tl.load(p_found)
-        above += tl.load(p_found + 1)
+        reach += tl.load(p_found, mask=p < parts, other=0)
+        above += tl.load(p_found + 1, mask=p < parts, other=0)
 
     if (reach >= count) & (reach <= BLOCK):
         # 2. The best of the candidates.
-        p_candidates = candidates + i_list * (PARTS * per_part) + source  # [BLOCK]
+        p_candidates = candidates + i_list * (parts * per_part) + source  # [BLOCK]
         page = tl.load(p_candidates, mask=offs < reach, other=0)  # [BLOCK]
         key = _keys(p_scores, stride_n, page, offs < reach, real, first, last)  # [BLOCK]
         _choose(p_pages, page, key, count)
     else:
         # 3. The best of all pages. The counts say on which side of the sample's score the smallest chosen one lies.
-        sampled = tl.load(found + i_list * PARTS * 4 + 2)
+        sampled = tl.load(found + i_list * parts * 4 + 2)
         low = tl.where(reach >= count, tl.maximum(sampled, _LEAST + 1), _LEAST + 1)
         high = tl.where(above >= count, _MOST, sampled)
         while low < high:
