@@ -44,12 +44,14 @@ def assert_same_lists(scores: torch.Tensor, limits: torch.Tensor, k: int) -> Non
     assert ((pages >= 0) & (pages < scores.shape[-1])).all()
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "equal", "holes", "forced"])
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "holes", "forced", "plateau"])
 @pytest.mark.parametrize("size", [1, 33, 513, 2048, 8192, 16384, 16385, 131072])
 def test_top_pages(kind: str, size: int) -> None:
     scores = torch.randn(3, 4, size, device="cuda")
     if kind == "ties":
         scores = (scores * 2).round()
+    elif kind == "plateau":
+        scores.clamp_(min=2.0)
     elif kind == "equal":
         scores.zero_()
     elif kind == "holes":
@@ -66,6 +68,14 @@ def test_top_pages(kind: str, size: int) -> None:
 def test_the_kernel_serves_what_methods_ask_for() -> None:
     for size, k in ((8192, 64), (16384, 1024), (131072, 512), (131072, 6144), (1 << 20, 16384)):
         assert kernels.why_unsupported(torch.empty(1, 1, size, device="meta"), k) is None
+
+
+def test_first_and_last_pages_come_first() -> None:
+    scores, tokens = torch.randn(2, 4, 9000, device="cuda"), torch.tensor([9000 * 16, 5003 * 16 + 5], device="cuda")
+    real = (tokens - 21 + 15) // 16
+    pages, counts = top_pages(scores, tokens, 100, 16, spared=21, first=3, last=5)
+    expected, expected_counts = top_pages_in_torch(scores, real[:, None].expand(2, 4), 100, 3, 5)
+    assert torch.equal(pages, expected) and torch.equal(counts, expected_counts)
 
 
 def test_merged_scores() -> None:
