@@ -15,8 +15,7 @@ T = TypeVar("T")
 class HeadShard:
     """The `rank`-th of `size` equal parts of a layer's heads, query heads and KV heads alike, in their order.
 
-    All processes of the mesh see the same tokens, so they take the same path through the code and meet in `highest` and
-    `lowest`.
+    All processes of the mesh see the same tokens, so they take the same path through the code and meet in `highest`.
 
     Attributes:
         rank: index of the part.
@@ -55,12 +54,6 @@ class HeadShard:
         """The elementwise maximum over the processes, in place; returns `x`."""
         if self.mesh is not None:
             torch.distributed.all_reduce(x, op=torch.distributed.ReduceOp.MAX, group=self.mesh.get_group())
-        return x
-
-    def lowest(self, x: torch.Tensor) -> torch.Tensor:
-        """The elementwise minimum over the processes, in place; returns `x`."""
-        if self.mesh is not None:
-            torch.distributed.all_reduce(x, op=torch.distributed.ReduceOp.MIN, group=self.mesh.get_group())
         return x
 
 

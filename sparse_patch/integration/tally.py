@@ -54,9 +54,11 @@ class Tally:
         number = {key: at for at, key in enumerate(plans)}
         self._plans = [_without_tensors(plan) if _is_known(plan) else None for plan in plans.values()]
         self._entries = [_entry(call, number) for call in calls]
-        for total, plan in zip(totals, plans.values(), strict=False):
+        heads = {id(call.plan): call.call.q.shape[1] for call in calls if call.call is not None}
+        self._heads = [heads[key] for key in plans]
+        for total, plan, of_plan in zip(totals, plans.values(), self._heads, strict=False):
             if not _is_known(plan):
-                total += plan.pairs_by_head
+                plan.add_pairs(total[:of_plan])
 
     @property
     def is_alive(self) -> bool:
@@ -81,8 +83,8 @@ class Tally:
         work = _sum([work_of(self._starts, length, count) for length, count in runs])
         lengths = torch.tensor([length + 1 + i - at for length, n in runs for i in range(n) for at in self._starts])
         pairs = [
-            total if plan is None else _known_pairs(plan, lengths).to(totals.device)
-            for plan, total in zip(self._plans, totals, strict=False)
+            total[:heads] if plan is None else _known_pairs(plan, lengths).to(totals.device)
+            for plan, heads, total in zip(self._plans, self._heads, totals, strict=False)
         ]
         with COUNTING:
             for entry in self._entries:

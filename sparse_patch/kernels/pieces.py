@@ -72,6 +72,14 @@ def add_to_exp_sum(m_i, l_i, s):
 
 
 @triton.jit
+def rising(scores):
+    """Float32 scores as int32 of the same order. NaN is -inf, and there is one zero, not two."""
+    scores = tl.where(scores != scores, -float("inf"), tl.where(scores == 0.0, 0.0, scores))
+    bits = scores.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def query_blocks_of_row(row_starts, q_start, keys, i_b, SIDE: tl.constexpr):
     """The grid index of a row's first query block, and how many query blocks the row has."""
     start = tl.load(row_starts + i_b).to(tl.int32)

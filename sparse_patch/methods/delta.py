@@ -77,7 +77,8 @@ class Delta(LayeredMethod):
     def choose(self, call: AttentionCall, statistics: LastLogits) -> PagePlan:
         """Choose the top-k pages; see `DecodeMethod.choose`."""
         lengths = call.lengths()
-        scores = page_scores(statistics.logits, statistics.lse, lengths, self.page_size, self.recency_pages, call.shard)
+        scores = page_scores(*statistics, lengths, self.page_size, call.shard)
         if self.position_bias:
             scores = scores - self.position_bias * torch.arange(scores.shape[-1], device=scores.device)
-        return PagePlan.of(call, *self.highest(call, scores[:, None], lengths, self.page_size), self.page_size)
+        lists = self.highest(call, scores[:, None], lengths, self.page_size, last=self.recency_pages)
+        return PagePlan.of(call, *lists, self.page_size)

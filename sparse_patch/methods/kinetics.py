@@ -3,7 +3,7 @@
 Every layer but the first reads the first tokens, a window of the last ones, and the blocks between them with the
 highest mean logit. Each KV head has its own choice. The mean is over the tokens of the block and over the query heads
 of the KV head, so only the mean key of each block has to be kept. arXiv 2506.05333; code: Infini-AI-Lab/Kinetics. The
-algorithm in plain PyTorch: `ops/selection/page_statistics/torch.py`.
+algorithm in plain PyTorch: `ops/selection/page_statistics/torch.py` and `ops/selection/framed_lists/torch.py`.
 
 As in its accuracy code (LiteSys):
 
@@ -17,7 +17,6 @@ no sinks, 64 blocks and the current one. The scores have no softcap, because the
 code's other variants (single tokens, overlapping blocks) are not implemented.
 """
 
-from math import gcd
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -28,6 +27,7 @@ from sparse_patch.files.reading import MOST
 from sparse_patch.methods.base.budget import BudgetedMethod, Count
 from sparse_patch.methods.base.settings import Excluded, Tokens
 from sparse_patch.model_shape import LayerIndex
+from sparse_patch.ops.selection.framed_lists import Frame, framed_pages
 from sparse_patch.ops.selection.page_statistics import mean_scores, page_means
 from sparse_patch.plans import PagePlan
 
@@ -58,11 +58,6 @@ class Kinetics(BudgetedMethod):
     def fewest(self) -> int:
         return self.sink + self.window + self.block_size
 
-    @property
-    def list_page_size(self) -> int:
-        """Tokens per page of the lists; sinks and blocks are whole pages."""
-        return gcd(self.sink, self.block_size)
-
     def pages(self, tokens: Count) -> Count:
         """Number of blocks that a budget leaves room for; see `BudgetedMethod.pages`."""
         return (tokens - self.sink - self.window) // self.block_size
@@ -73,34 +68,7 @@ class Kinetics(BudgetedMethod):
 
     def choose(self, call: AttentionCall, statistics: torch.Tensor) -> PagePlan:
         """Choose the top-k blocks of every KV head; see `DecodeMethod.choose`."""
-        lengths = call.lengths()
-        of_heads = mean_scores(call.q[:, :, -1], statistics, lengths, self.block_size, self.sink)
-        scores = of_heads.unflatten(1, (call.k.shape[1], call.group_size)).mean(2)
-        between = self.pages(lengths).clamp(min=0)  # whole blocks between sinks and window
-        return self._plan_of_blocks(call, between, *self.highest(call, scores, between))
-
-    def _plan_of_blocks(
-        self, call: AttentionCall, between: torch.Tensor, blocks: torch.Tensor, counts: torch.Tensor
-    ) -> PagePlan:
-        """The sinks, the chosen blocks and everything after the last block to choose from, as pages.
-
-        Args:
-            call: the call.
-            between: blocks to choose from, int64 `[B]`.
-            blocks: int32 `[B, Hkv, K]`, of which the first `counts` are chosen.
-            counts: int32 `[B, Hkv]`.
-        """
-        page = self.list_page_size
-        per_block, first = self.block_size // page, self.sink // page  # pages per block; page of the first block
-        in_blocks, between = (
-            counts.long() * per_block,
-            between[:, None] * per_block,
-        )  # pages of the chosen and of all blocks
-        size = first + blocks.shape[-1] * per_block - (-(self.window + self.block_size - 1) // page)
-        slot = torch.arange(size, device=blocks.device).expand(*counts.shape, -1)
-        number, within = (slot - first).clamp(min=0) // per_block, (slot - first) % per_block
-        chosen = first + blocks.gather(-1, number.clamp(max=blocks.shape[-1] - 1)) * per_block + within
-        window = slot + (between - in_blocks)[..., None]
-        pages = torch.where(slot < first + in_blocks[..., None], torch.where(slot < first, slot, chosen), window)
-        read = -(-call.lengths()[:, None] // page) - between + in_blocks
-        return PagePlan.of(call, pages.clamp(max=-(-call.kv_length // page) - 1).int(), read.int(), page)
+        lengths, frame = call.lengths(), Frame(self.sink, self.block_size, self.window)
+        scores = mean_scores(call.q[:, :, -1], statistics, lengths, self.block_size, self.sink, "mean")
+        blocks = self.highest(call, scores, lengths, self.block_size, spared=frame.spared)
+        return PagePlan.of(call, *framed_pages(*blocks, lengths, call.kv_length, frame), frame.page_size)

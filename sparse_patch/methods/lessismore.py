@@ -2,7 +2,7 @@
 
 LessIsMore has TidalDecode's layers, with one list for all heads. The list holds the last tokens, the first ones, and
 those that rank highest in any head, merged rank by rank. arXiv 2508.07101; written from the paper. The algorithm in
-plain PyTorch: `ops/selection/rank_merge.py`.
+plain PyTorch: `ops/selection/rank_merge/torch.py`.
 
 The paper leaves some points open; they are decided as follows:
 
@@ -23,7 +23,7 @@ from pydantic import Field
 from sparse_patch.call import AttentionCall
 from sparse_patch.methods.base.layered import TIDAL_PRESETS, LastLogits, LayeredMethod
 from sparse_patch.methods.base.settings import Tokens
-from sparse_patch.ops.selection.rank_merge import merged_ranks
+from sparse_patch.ops.selection.rank_merge import merged_scores
 from sparse_patch.plans import PagePlan
 
 
@@ -51,14 +51,13 @@ class LessIsMore(LayeredMethod):
 
     def choose(self, call: AttentionCall, statistics: LastLogits) -> PagePlan:
         """Choose the merged list; see `DecodeMethod.choose`."""
-        lengths = call.lengths()
-        most = self.most(call.kv_length)
-        before = lengths - self._recent(self.tokens(lengths))
-        places = merged_ranks(statistics.logits, before, most - math.ceil(self.recency * most), call.shard)
-        position = torch.arange(places.shape[-1], device=places.device)
-        forced = (position >= before[:, None]) | (position < self.sink)
-        scores = (-places).masked_fill(forced, torch.inf)
-        return PagePlan.of(call, *self.highest(call, scores[:, None], lengths), page_size=1)
+        lengths, most = call.lengths(), self.most(call.kv_length)
+        recent = math.ceil(self.recency * most)
+        of_rows = recent if self.budget is not None else self._recent(self.tokens(lengths))
+        scores = merged_scores(statistics.logits, lengths - of_rows, most - recent, call.shard)
+        return PagePlan.of(
+            call, *self.highest(call, scores[:, None], lengths, first=self.sink, last=of_rows), page_size=1
+        )
 
     def _recent(self, tokens: torch.Tensor) -> torch.Tensor:
         """How many of `tokens` are the last ones; both int64 `[B]`."""

@@ -72,15 +72,7 @@ class Quest(BudgetedMethod):
     def choose(self, call: AttentionCall, statistics: tuple[torch.Tensor, torch.Tensor]) -> PagePlan:
         """Choose the top-k pages of every list; see `DecodeMethod.choose`."""
         lengths = call.lengths()
-        scores = self._of_lists(call, bound_scores(call.q[:, :, -1], *statistics, lengths, self.page_size))
-        if self.current_page != "scored":
-            current = ((lengths - 1) // self.page_size)[:, None, None].expand(-1, scores.shape[1], 1)
-            scores = scores.scatter(-1, current, torch.inf)
-        return PagePlan.of(call, *self.highest(call, scores, lengths, self.page_size), self.page_size)
-
-    def _of_lists(self, call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:
-        """Turn the scores of query heads, `[B, Hq, Np]`, into scores of lists, `[B, L, Np]`."""
-        if self.index_sharing == "q_head":
-            return scores
-        of_groups = scores.unflatten(1, (call.k.shape[1], call.group_size))
-        return of_groups.sum(2) if self.group_score == "sum" else of_groups.amax(2)
+        group = self.group_score if self.index_sharing == "kv_group" else None
+        scores = bound_scores(call.q[:, :, -1], *statistics, lengths, self.page_size, group)
+        current = int(self.current_page != "scored")
+        return PagePlan.of(call, *self.highest(call, scores, lengths, self.page_size, last=current), self.page_size)

@@ -62,11 +62,8 @@ class TidalDecode(LayeredMethod):
     def choose(self, call: AttentionCall, statistics: LastLogits) -> PagePlan:
         """Choose the top-k tokens of each list; see `DecodeMethod.choose`."""
         lengths = call.lengths()
-        scores = self._scores(call, *statistics)
-        if self.force_current:
-            current = (lengths - 1)[:, None, None].expand(-1, scores.shape[1], 1)
-            scores = scores.scatter(-1, current, torch.inf)
-        return PagePlan.of(call, *self.highest(call, scores, lengths), page_size=1)
+        lists = self.highest(call, self._scores(call, *statistics), lengths, last=int(self.force_current))
+        return PagePlan.of(call, *lists, page_size=1)
 
     def _scores(self, call: AttentionCall, logits: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """The score of each token in each list, float32 `[B, L, capacity]`."""

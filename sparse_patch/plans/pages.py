@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from sparse_patch.call import AttentionCall, causal_pairs
+from sparse_patch.kernels.availability import prefers_triton
 from sparse_patch.plans.lists import leading, marked
 from sparse_patch.plans.plan import SparsePlan
 
@@ -87,6 +88,15 @@ class PagePlan(SparsePlan):
     def pairs_at(self, lengths: torch.Tensor) -> torch.Tensor | None:
         """See `SparsePlan.pairs_at`."""
         return lengths.sum().expand(self.heads) if self.pages is None else None
+
+    def add_pairs(self, total: torch.Tensor) -> None:
+        """See `SparsePlan.add_pairs`. On a GPU this is one kernel."""
+        if not prefers_triton(total):
+            super().add_pairs(total)
+            return
+        from sparse_patch.kernels.page_pairs.triton import add_page_pairs
+
+        add_page_pairs(total, self.lengths, self.pages, self.counts, self.page_size, self.q_length)
 
     def causal_pairs(self) -> torch.Tensor:
         """See `SparsePlan.causal_pairs`."""

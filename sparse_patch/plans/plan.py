@@ -67,6 +67,10 @@ class SparsePlan(ABC):
         """`computed_pairs`, summed over the batch, int64 `[Hq]`; computed once, because layers may share a plan."""
         return self.computed_pairs().sum(0)
 
+    def add_pairs(self, total: torch.Tensor) -> None:
+        """Add `pairs_by_head` to `total`, int64 `[Hq]`, in place."""
+        total += self.pairs_by_head
+
     def density(self) -> torch.Tensor:
         """Share of the causal pairs that is computed, float32 `[B, Hq]`."""
         return self.computed_pairs().float() / self.causal_pairs()[:, None].clamp(min=1).float()

@@ -10,12 +10,16 @@ from sparse_patch.calibration.moa.influence import BLOCK, influence_in_torch
 from sparse_patch.calibration.moa.influence_triton import partial_influence
 from sparse_patch.kernels.compaction import torch as compact_in_torch
 from sparse_patch.kernels.compaction import triton as compact_in_triton
+from sparse_patch.kernels.page_pairs.triton import add_page_pairs
 from sparse_patch.ops.selection.antidiagonal import block_masses
 from sparse_patch.ops.selection.block_means import torch as means_in_torch
 from sparse_patch.ops.selection.block_means import triton as means_in_triton
 from sparse_patch.ops.selection.compressed_keys import CompressedKeysParams
 from sparse_patch.ops.selection.compressed_keys import torch as blocks_in_torch
 from sparse_patch.ops.selection.compressed_keys import triton as blocks_in_triton
+from sparse_patch.ops.selection.framed_lists import Frame
+from sparse_patch.ops.selection.framed_lists import torch as frames_in_torch
+from sparse_patch.ops.selection.framed_lists import triton as frames_in_triton
 from sparse_patch.ops.selection.last_queries import torch as profiles_in_torch
 from sparse_patch.ops.selection.last_queries import triton as profiles_in_triton
 from sparse_patch.ops.selection.low_bit_scores import LowBitParams
@@ -25,12 +29,14 @@ from sparse_patch.ops.selection.page_scores import torch as page_scores_in_torch
 from sparse_patch.ops.selection.page_scores import triton as page_scores_in_triton
 from sparse_patch.ops.selection.page_statistics import torch as statistics_in_torch
 from sparse_patch.ops.selection.page_statistics import triton as statistics_in_triton
+from sparse_patch.ops.selection.rank_merge import torch as merge_in_torch
+from sparse_patch.ops.selection.rank_merge import triton as merge_in_triton
 from sparse_patch.ops.selection.top_pages import torch as pages_in_torch
 from sparse_patch.ops.selection.top_pages import triton as pages_in_triton
 from sparse_patch.ops.selection.vertical_slash import QueryAware, VerticalSlashParams
 from sparse_patch.ops.selection.vertical_slash import torch as lines_in_torch
 from sparse_patch.ops.selection.vertical_slash import triton as lines_in_triton
-from sparse_patch.plans import BlockGrid, leading
+from sparse_patch.plans import BlockGrid, PagePlan, leading
 
 
 def run_profiles(x: Tensors, backend: str) -> tuple[Tensor, ...]:
@@ -144,6 +150,7 @@ def run_statistics_scores(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     return (
         of_backend.bound_scores(x["q"], x["low"], x["high"], x["lengths"], 8),
         of_backend.mean_scores(x["q"], x["low"], x["lengths"], 8),
+        of_backend.bound_scores(x["q"], x["low"], x["high"], x["lengths"], 8, "max"),
     )
 
 
@@ -168,10 +175,42 @@ def run_kernels_of_scores(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     return *of_keys, decide_blocks(x["q"], x["k"], *of_keys, *means, x["tau"], *settings)
 
 
+def make_ranked(size: Size) -> Tensors:
+    return {"scores": torch.randn(size.batch, 2, 20), "limits": torch.tensor([[20, 9], [3, 15]])[: size.batch]}
+
+
 def run_top_pages(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     of_backend = either(backend, pages_in_triton, pages_in_torch)
     pages, counts = of_backend.top_pages(x["scores"], x["limits"], 5)
     return pages * leading(pages, counts), counts
+
+
+def make_listed(size: Size) -> Tensors:
+    blocks = torch.tensor([[[0, 2, 5], [1, 3, 4]], [[0, 1, 3], [1, 2, 3]]], dtype=torch.int32)
+    counts = torch.tensor([[3, 2], [1, 3]], dtype=torch.int32)
+    x = {"blocks": blocks, "counts": counts, "lengths": torch.tensor([90, 70])}
+    return {name: tensor[: size.batch] for name, tensor in x.items()}
+
+
+def run_frames(x: Tensors, backend: str) -> tuple[Tensor, ...]:
+    of_backend = either(backend, frames_in_triton, frames_in_torch)
+    pages, counts = of_backend.framed_pages(x["blocks"], x["counts"], x["lengths"], 100, Frame(4, 8, 20))
+    return pages * leading(pages, counts), counts
+
+
+def run_pairs(x: Tensors, backend: str) -> tuple[Tensor, ...]:
+    plan = PagePlan(8, 4, 3, 100, x["lengths"], None, x["blocks"], x["counts"])
+    if backend == "torch":
+        return (plan.computed_pairs().sum(0),)
+    total = torch.zeros(4, dtype=torch.int64, device=plan.lengths.device)
+    add_page_pairs(total, plan.lengths, plan.pages, plan.counts, plan.page_size, plan.q_length)
+    return (total,)
+
+
+def run_merge(x: Tensors, backend: str) -> tuple[Tensor, ...]:
+    of_backend = either(backend, merge_in_triton, merge_in_torch)
+    tokens, counts = pages_in_torch.top_pages(x["scores"], x["limits"], 5)
+    return (of_backend.merge(x["scores"], tokens, counts, 5, 2, 4),)
 
 
 def make_marks(size: Size) -> Tensors:
@@ -217,13 +256,10 @@ SELECTION = {
     "statistics' scores": Op(make_statistics_scores, run_statistics_scores),
     "decisions": Op(make_decisions, run_decisions, ("torch",)),
     "decisions' kernels": Op(make_kernels_of_scores, run_kernels_of_scores, ("triton",), "triton", slow=True),
-    "top pages": Op(
-        lambda size: {
-            "scores": torch.randn(size.batch, 2, 20),
-            "limits": torch.tensor([[20, 9], [3, 15]])[: size.batch],
-        },
-        run_top_pages,
-    ),
+    "top pages": Op(make_ranked, run_top_pages),
+    "rank merge": Op(make_ranked, run_merge),
+    "framed lists": Op(make_listed, run_frames),
+    "page pairs": Op(make_listed, run_pairs),
     "compact": Op(make_marks, run_compact),
     "influence": Op(make_influence, run_influence, tolerance=2e-4),
 }

@@ -13,7 +13,7 @@ from sparse_patch.ops.selection.page_scores import page_scores
 from sparse_patch.ops.selection.page_scores.torch import page_scores as page_scores_in_torch
 from sparse_patch.ops.selection.page_statistics import bound_scores, mean_scores, page_bounds, page_means
 from sparse_patch.ops.selection.page_statistics import torch as statistics_in_torch
-from sparse_patch.ops.selection.rank_merge import merged_ranks
+from sparse_patch.ops.selection.rank_merge import merged_scores
 from sparse_patch.ops.selection.top_pages import top_pages
 from sparse_patch.ops.selection.top_pages import triton as kernels
 from sparse_patch.ops.selection.top_pages.torch import top_pages as top_pages_in_torch
@@ -44,12 +44,14 @@ def assert_same_lists(scores: torch.Tensor, limits: torch.Tensor, k: int) -> Non
     assert ((pages >= 0) & (pages < scores.shape[-1])).all()
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "equal", "holes", "forced"])
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "holes", "forced", "plateau"])
 @pytest.mark.parametrize("size", [1, 33, 513, 2048, 8192, 16384, 16385, 131072])
 def test_top_pages(kind: str, size: int) -> None:
     scores = torch.randn(3, 4, size, device="cuda")
     if kind == "ties":
         scores = (scores * 2).round()
+    elif kind == "plateau":
+        scores.clamp_(min=2.0)
     elif kind == "equal":
         scores.zero_()
     elif kind == "holes":
@@ -68,9 +70,17 @@ def test_the_kernel_serves_what_methods_ask_for() -> None:
         assert kernels.why_unsupported(torch.empty(1, 1, size, device="meta"), k) is None
 
 
-def test_merged_ranks() -> None:
+def test_first_and_last_pages_come_first() -> None:
+    scores, tokens = torch.randn(2, 4, 9000, device="cuda"), torch.tensor([9000 * 16, 5003 * 16 + 5], device="cuda")
+    real = (tokens - 21 + 15) // 16
+    pages, counts = top_pages(scores, tokens, 100, 16, spared=21, first=3, last=5)
+    expected, expected_counts = top_pages_in_torch(scores, real[:, None].expand(2, 4), 100, 3, 5)
+    assert torch.equal(pages, expected) and torch.equal(counts, expected_counts)
+
+
+def test_merged_scores() -> None:
     scores, limits = torch.randn(2, 8, 5000), torch.tensor([5000, 777])
-    assert torch.equal(merged_ranks(scores.cuda(), limits.cuda(), 300).cpu(), merged_ranks(scores, limits, 300))
+    assert torch.equal(merged_scores(scores.cuda(), limits.cuda(), 300).cpu(), merged_scores(scores, limits, 300))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -156,7 +166,7 @@ def test_no_op_waits_for_the_gpu() -> None:
         bound_scores(call.q[:, :, -1], low, high, lengths, 16)
         mean_scores(call.q[:, :, -1], page_means(replace(call, kv_state=None), 16, 4), lengths, 16, 4)
         top_pages(page_scores(logits, logits.logsumexp(-1), lengths, 16)[:, None], lengths // 16, 20)
-        merged_ranks(logits, lengths, 64)
+        merged_scores(logits, lengths, 64)
 
     step()
     with no_waits():

@@ -115,6 +115,9 @@ LAUNCHES = {
     "statistics' scores": {"page_statistics_scores"},
     "decisions' kernels": {"quantise_keys", "decide_blocks"},
     "top pages": {"top_pages"},
+    "rank merge": {"merge_ranks"},
+    "framed lists": {"framed_lists"},
+    "page pairs": {"add_page_pairs"},
     "compact": {"compact"},
 }
 

@@ -12,6 +12,7 @@ from sparse_patch.errors import FieldError
 from sparse_patch.files.reading import MOST
 from sparse_patch.methods.base.settings import DecodeMethod
 from sparse_patch.ops.selection.top_pages import top_pages
+from sparse_patch.ops.selection.top_pages.torch import with_forced
 from sparse_patch.plans import Dense
 
 Count = TypeVar("Count", int, torch.Tensor)
@@ -81,24 +82,38 @@ class BudgetedMethod(DecodeMethod):
         return lengths.double().mul(self.budget_ratio).ceil().long().clamp(min=self.fewest)
 
     def highest(
-        self, call: AttentionCall, scores: torch.Tensor, limits: torch.Tensor, page_size: int = 1
+        self,
+        call: AttentionCall,
+        scores: torch.Tensor,
+        limits: torch.Tensor,
+        page_size: int = 1,
+        *,
+        spared: int = 0,
+        first: int = 0,
+        last: int | torch.Tensor = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The pages with the highest scores, as many as each row's budget allows.
 
         Args:
             call: the call.
-            scores: float32 `[B, L, N]`; +inf for a page that is always read.
+            scores: float32 `[B, L, N]`.
             limits: real pages of each row, or their tokens if `page_size` is given, int64 `[B]`; scores after them have
                 no meaning.
             page_size: tokens per page, if `limits` are tokens.
+            spared: what is subtracted from the limits.
+            first: first pages of each row that are always read.
+            last: last pages that are always read; with a `budget_ratio` also as many for each row, int64 `[B]`.
 
         Returns:
             Arguments of `PagePlan.of`: pages, int32 `[B, L, K]`, ascending, and counts, int32 `[B, L]`.
         """
         most = self.pages(self.most(call.kv_length))
         if self.budget is not None:
-            return top_pages(scores, limits, most, page_size)
-        return _highest(scores, -(-limits // page_size), self.pages(self.tokens(call.lengths())), most)
+            assert isinstance(last, int), "rows have the same budget"
+            return top_pages(scores, limits, most, page_size, spared=spared, first=first, last=last)
+        real = (-(-(limits - spared) // page_size)).clamp(0, scores.shape[-1])
+        scores = with_forced(scores, real[:, None], first, last[:, None] if isinstance(last, torch.Tensor) else last)
+        return _highest(scores, real, self.pages(self.tokens(call.lengths())), most)
 
 
 def _highest(

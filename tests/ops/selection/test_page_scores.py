@@ -47,19 +47,6 @@ def test_scores(backend: object, page_size: int, lengths: list[int], spare: int)
 
 
 @BACKENDS
-@pytest.mark.parametrize("recent", [1, 3])
-def test_recent_pages_come_before_all_others(backend: object, recent: int) -> None:
-    lengths = [0, 1, 16, 17, 64, 65]
-    logits, lse = random_logits(lengths, 90, heads=3)
-    scores = backend(logits, lse, torch.tensor(lengths), 16, recent)  # type: ignore[operator]
-    expected = torch.from_numpy(written_out(logits, lengths, 16)).float()
-    for row, length in enumerate(lengths):
-        pages = -(-length // 16)
-        expected[row, max(pages - recent, 0) : pages] = torch.inf
-    torch.testing.assert_close(scores, expected, atol=1e-6, rtol=1e-5)
-
-
-@BACKENDS
 def test_any_strides(backend: object) -> None:
     logits, lse = random_logits([90, 100], 110, heads=5)
     lengths = torch.tensor([90, 100])
@@ -85,5 +72,5 @@ def test_no_host_sync() -> None:
 
 def test_the_kernel_declares_what_it_does() -> None:
     logits, lse = random_logits([20, 31], 33, heads=3)
-    arguments = logits.nan_to_num(), lse, torch.tensor([20, 31]), 16, 2
+    arguments = logits.nan_to_num(), lse, torch.tensor([20, 31]), 16
     torch.library.opcheck(score_pages.op, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,8 +1,10 @@
 """Statistics of pages and scores from them, in Triton and in PyTorch, against loops over the keys."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -231,6 +233,19 @@ def test_scores(heads: tuple[int, int], dtype: torch.dtype, length: int) -> None
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("group, of_heads", [("sum", torch.sum), ("max", torch.amax), ("mean", torch.mean)])
+def test_scores_of_groups(heads: tuple[int, int], group: Any, of_heads: Callable[..., torch.Tensor]) -> None:
+    call = make_call(50, heads=heads, head_dim=24, row_starts=[0, 48])
+    q, low_and_high, lengths = call.q[:, :, -1] - 3, ops.page_bounds(call, 16), call.lengths()
+    means = ops.page_means(call, 16, 4)
+    for score, statistics, offset in ((ops.bound_scores, low_and_high, ()), (ops.mean_scores, (means,), (4,))):
+        separate = score(q, *statistics, lengths, 16, *offset).unflatten(1, (heads[1], -1))
+        together = score(q, *statistics, lengths, 16, *offset, group)
+        torch.testing.assert_close(together, of_heads(separate, 2))
+
+
+@pytest.mark.usefixtures("backend")
 def test_bounds_hold_after_append_crop_and_reorder() -> None:
     cache = Cache([0, 7])
 
@@ -311,4 +326,4 @@ def test_the_kernels_declare_what_they_do() -> None:
     opcheck = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
     opcheck(in_triton.refresh_bounds.op, (low, high, k, starts, end, 0, 3, 4, 0))
     opcheck(in_triton.refresh_means.op, (low, k, None, None, 20, 3, 4, 4))
-    opcheck(in_triton.score_pages.op, (torch.randn(2, 4, 8), high, low, torch.tensor([18, 15]), 4, 0))
+    opcheck(in_triton.score_pages.op, (torch.randn(2, 4, 8), high, low, torch.tensor([18, 15]), 4, 0, "sum"))

@@ -80,14 +80,69 @@ def test_a_long_list_of_random_scores(backend: object) -> None:
     assert_exact(backend, scores, torch.tensor([[3000, 2345]]), 777)
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "holes", "forced"])
-@pytest.mark.parametrize("size, k", [(65, 3), (64, 31), (200, 40), (290, 10)])
-def test_lists_in_parts(kind: str, size: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a list is too long for one program, it chooses the best of each part, and the best of those."""
-    monkeypatch.setattr(kernels, "_PART", (32, 32))
-    scores = structured(kind, 2, 2, size)
-    limits = torch.tensor([[size, 40], [size - 20, 1]])
-    assert_exact(in_triton, scores, limits, k)
+@pytest.fixture
+def short_lists_are_filtered(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name, value in {"_SHORT": 32, "_PART": 32, "_SAMPLE": (16, 16), "_WIDEST": 64}.items():
+        monkeypatch.setattr(kernels, name, value)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "holes", "forced", "close", "wide"])
+@pytest.mark.parametrize(
+    "programs, margin", [(4, 0.0), (64, 0.0), (64, 4.5), (64, 100.0)], ids=["one part", "too few", "enough", "too many"]
+)
+def test_lists_that_are_filtered_first(
+    kind: str, programs: int, margin: float, short_lists_are_filtered: pytest.MonkeyPatch
+) -> None:
+    """What is chosen does not depend on how many pages reach the sample's score."""
+    short_lists_are_filtered.setattr(kernels, "_MARGIN", margin)
+    short_lists_are_filtered.setattr(kernels, "_PROGRAMS", programs)
+    for size, k in ((65, 3), (200, 32)):
+        scores = structured(kind, 2, 2, size)
+        limits = torch.tensor([[size, 60], [size - 20, 70]])
+        assert_exact(in_triton, scores, limits, k)
+
+
+def test_many_pages_with_the_smallest_chosen_score(short_lists_are_filtered: pytest.MonkeyPatch) -> None:
+    scores = torch.zeros(1, 2, 400)
+    scores[0, 1, 50::40] = 1.0
+    for k in (8, 10):
+        assert_exact(in_triton, scores, torch.tensor([[400, 390]]), k)
+
+
+@pytest.mark.parametrize("path", ["torch", "one program", "filtered"])
+@pytest.mark.parametrize("page_size, spared, first, last", [(1, 0, 0, 1), (1, 3, 2, 2), (16, 0, 0, 1), (4, 7, 1, 3)])
+def test_first_and_last_pages_come_first(
+    path: str, page_size: int, spared: int, first: int, last: int, request: pytest.FixtureRequest
+) -> None:
+    """They are counted from what is left of the limit; pages after it do not matter, whatever their scores."""
+    size, k = 200, 9
+    tokens = torch.tensor([0, 1, 4, 50, 150 * page_size, 200 * page_size + spared, 220 * page_size])
+    real = (-(-(tokens - spared) // page_size)).clamp(0, size)
+    page, scores = torch.arange(size), torch.randn(len(tokens), 2, size)
+    scores[..., 17] = INF
+    forced = scores.masked_fill(((page < first) | (page >= real[:, None] - last))[:, None], INF)
+    monkeypatch = request.getfixturevalue("short_lists_are_filtered" if path == "filtered" else "monkeypatch")
+    monkeypatch.setattr(ops, "prefers_triton", lambda _: path != "torch")
+    assert_exact(
+        lambda s, _, k: top_pages(scores, tokens, k, page_size, spared=spared, first=first, last=last),
+        forced,
+        real[:, None].expand(-1, 2),
+        k,
+    )
+
+
+@pytest.mark.parametrize("size, k", [(5000, 64), (32768, 2048), (32768, 4096), (131072, 2048), (131072, 4096)])
+def test_the_sample_of_random_scores_leaves_the_right_number_of_candidates(size: int, k: int) -> None:
+    sample = kernels._sample(size)
+    capacity, scores = kernels._capacity(size, k, sample), torch.randn(200, size)
+    place = (torch.arange(sample) * 65536 + (torch.arange(sample) * 40503 & 0xFFFF)) * size // (sample * 65536)
+    of_sample = k * sample / size
+    wanted = int(of_sample + kernels._MARGIN * of_sample**0.5 + 2)
+    for reach in (wanted, wanted + wanted // 8):
+        floor = scores[:, place].sort(descending=True).values[:, reach - 1 : reach]
+        candidates = (scores >= floor).sum(-1)
+        assert k <= candidates.min() and candidates.max() <= capacity < size // 2
 
 
 def test_a_choice_too_wide_for_a_program_is_left_to_pytorch() -> None:
@@ -122,7 +177,7 @@ def test_no_host_sync() -> None:
 
 
 def test_the_kernel_declares_what_it_does() -> None:
-    arguments = torch.randn(2, 3, 40), torch.full((2, 3), 40), 7, 1
+    arguments = torch.randn(2, 3, 40), torch.full((2, 3), 40), 7, 1, 0, 0, 1
     torch.library.opcheck(kernels.select_pages.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

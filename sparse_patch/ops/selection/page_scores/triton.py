@@ -13,11 +13,9 @@ from sparse_patch.kernels.launch import launch_op
 _BLOCK = 128  # tokens per program, 4 per thread; many small programs hide the memory latency of the logits
 
 
-def page_scores(
-    logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int, recent: int = 0
-) -> torch.Tensor:
+def page_scores(logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int) -> torch.Tensor:
     """See `ops.selection.page_scores`; `page_size` is a power of two up to 256."""
-    return score_pages(logits, lse, lengths, page_size, recent)
+    return score_pages(logits, lse, lengths, page_size)
 
 
 def _outputs(logits: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -25,9 +23,7 @@ def _outputs(logits: torch.Tensor, page_size: int) -> torch.Tensor:
 
 
 @launch_op("page_scores", _outputs)
-def score_pages(
-    logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int, recent: int
-) -> torch.Tensor:
+def score_pages(logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, page_size: int) -> torch.Tensor:
     """The kernel's launch; arguments and result as in `ops.selection.page_scores`."""
     scores = _outputs(logits, page_size)
     batch, heads, size = logits.shape
@@ -42,7 +38,6 @@ def score_pages(
         heads,
         size,
         scores.shape[1],
-        recent,
         HEADS=min(16, triton.next_power_of_2(heads)),
         BLOCK=block,
         P=page_size,
@@ -53,7 +48,7 @@ def score_pages(
 
 @triton.jit(do_not_specialize=["pages"])
 def _score_kernel(
-    logits, lse, lengths, scores, stride_b, stride_h, stride_s, stride_length, heads, size, pages, recent,
+    logits, lse, lengths, scores, stride_b, stride_h, stride_s, stride_length, heads, size, pages,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     i_block, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -73,6 +68,5 @@ def _score_kernel(
     probability = tl.where(offs_s < length, tl.exp(top), 0.0)  # [BLOCK]
     sums = tl.sum(tl.reshape(probability, (BLOCK // P, P)), 1)  # [BLOCK / P]
     offs_u = i_block * (BLOCK // P) + tl.arange(0, BLOCK // P)  # [BLOCK / P]
-    sums = tl.where(offs_u >= tl.cdiv(length, P) - recent, float("inf"), sums)  # [BLOCK / P]
     sums = tl.where(offs_u * P < length, sums, -float("inf"))  # [BLOCK / P]
     tl.store(scores + i_b * pages + offs_u, sums, mask=offs_u < pages)

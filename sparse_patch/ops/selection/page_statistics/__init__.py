@@ -7,11 +7,15 @@ of the current keys. A state that is empty, or whose tokens end before the call'
 A state keeps the statistics of one kind: another page size, offset or kind replaces them.
 """
 
+from typing import Literal
+
 from torch import Tensor
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.kernels.availability import prefers_triton
 from sparse_patch.ops.selection.page_statistics.update import up_to_date
+
+Group = Literal["sum", "max", "mean"]  # how the scores of a GQA group's query heads become one
 
 
 def page_bounds(call: AttentionCall, page_size: int) -> tuple[Tensor, Tensor]:
@@ -36,7 +40,9 @@ def page_means(call: AttentionCall, page_size: int, offset: int = 0) -> Tensor:
     return means
 
 
-def bound_scores(q: Tensor, low: Tensor, high: Tensor, lengths: Tensor, page_size: int) -> Tensor:
+def bound_scores(
+    q: Tensor, low: Tensor, high: Tensor, lengths: Tensor, page_size: int, group: Group | None = None
+) -> Tensor:
     """Upper bound of `q @ key` over the keys of each page: `sum_d max(q_d * low_d, q_d * high_d)` (Quest).
 
     Args:
@@ -45,32 +51,36 @@ def bound_scores(q: Tensor, low: Tensor, high: Tensor, lengths: Tensor, page_siz
         high: as `low`.
         lengths: tokens of each row, int64 `[B]`.
         page_size: tokens per page.
+        group: how the scores of a group's heads become one; None for a score of each head.
 
     Returns:
-        float32 `[B, Hq, Np]`, not scaled; `-inf` for pages without a real key.
+        float32 `[B, Hq, Np]`, or `[B, Hkv, Np]` with a `group`; not scaled; `-inf` for pages without a real key.
     """
     if prefers_triton(q):
         from sparse_patch.ops.selection.page_statistics.triton import bound_scores as scores
     else:
         from sparse_patch.ops.selection.page_statistics.torch import bound_scores as scores
-    return scores(q, low, high, lengths, page_size)
+    return scores(q, low, high, lengths, page_size, group)
 
 
-def mean_scores(q: Tensor, means: Tensor, lengths: Tensor, page_size: int, offset: int = 0) -> Tensor:
+def mean_scores(
+    q: Tensor, means: Tensor, lengths: Tensor, page_size: int, offset: int = 0, group: Group | None = None
+) -> Tensor:
     """`q @ mean key` of each page, which is the mean of its keys' logits before scaling (Kinetics).
 
     Args:
-        q: `[B, Hq, D]`, or `[B, Hkv, D]` for the mean over a GQA group's queries; its scores are the group's means.
+        q: `[B, Hq, D]`, the last query of the call.
         means: `[B, Hkv, Np, D]`, from `page_means`.
         lengths: tokens of each row, int64 `[B]`.
         page_size: tokens per page.
         offset: position within the row of the first page's first token.
+        group: as for `bound_scores`.
 
     Returns:
-        float32, `[B, Hq, Np]` (as many heads as `q` has); `-inf` for pages without a real key.
+        As `bound_scores`.
     """
     if prefers_triton(q):
         from sparse_patch.ops.selection.page_statistics.triton import mean_scores as scores
     else:
         from sparse_patch.ops.selection.page_statistics.torch import mean_scores as scores
-    return scores(q, means, lengths, page_size, offset)
+    return scores(q, means, lengths, page_size, offset, group)

@@ -36,24 +36,42 @@ def _statistics(keys: torch.Tensor, real: torch.Tensor, number: int) -> list[tor
 
 
 def bound_scores(
-    q: torch.Tensor, low: torch.Tensor, high: torch.Tensor, lengths: torch.Tensor, page_size: int
+    q: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    lengths: torch.Tensor,
+    page_size: int,
+    group: str | None = None,
 ) -> torch.Tensor:
     """See `ops.selection.page_statistics`."""
     scores = _products(q.clamp(min=0), high) + _products(q.clamp(max=0), low)
-    return _of_pages(scores, lengths, page_size, 0)
+    return _of_pages(_of_lists(scores, low.shape[1], group), lengths, page_size, 0)
 
 
 def mean_scores(
-    q: torch.Tensor, means: torch.Tensor, lengths: torch.Tensor, page_size: int, offset: int = 0
+    q: torch.Tensor,
+    means: torch.Tensor,
+    lengths: torch.Tensor,
+    page_size: int,
+    offset: int = 0,
+    group: str | None = None,
 ) -> torch.Tensor:
     """See `ops.selection.page_statistics`."""
-    return _of_pages(_products(q, means), lengths, page_size, offset)
+    return _of_pages(_of_lists(_products(q, means), means.shape[1], group), lengths, page_size, offset)
 
 
 def _products(q: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
     """Products of queries `[B, Hq, D]` with the vectors of pages `[B, Hkv, Np, D]`, float32 `[B, Hq, Np]`."""
     grouped = q.float().unflatten(1, (pages.shape[1], -1))
     return (grouped @ pages.float().transpose(-1, -2)).flatten(1, 2)
+
+
+def _of_lists(scores: torch.Tensor, kv_heads: int, group: str | None) -> torch.Tensor:
+    """Scores of query heads, `[B, Hq, Np]`, or what `group` makes of those of a KV head."""
+    if group is None:
+        return scores
+    of_groups = scores.unflatten(1, (kv_heads, -1))
+    return of_groups.amax(2) if group == "max" else of_groups.sum(2) if group == "sum" else of_groups.mean(2)
 
 
 def _of_pages(scores: torch.Tensor, lengths: torch.Tensor, page_size: int, offset: int) -> torch.Tensor:

@@ -142,32 +142,49 @@ def _refresh_kernel(
 
 
 def bound_scores(
-    q: torch.Tensor, low: torch.Tensor, high: torch.Tensor, lengths: torch.Tensor, page_size: int
+    q: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    lengths: torch.Tensor,
+    page_size: int,
+    group: str | None = None,
 ) -> torch.Tensor:
     """See `ops.selection.page_statistics`."""
-    return score_pages(q, high, low, lengths, page_size, 0)
+    return score_pages(q, high, low, lengths, page_size, 0, group)
 
 
 def mean_scores(
-    q: torch.Tensor, means: torch.Tensor, lengths: torch.Tensor, page_size: int, offset: int = 0
+    q: torch.Tensor,
+    means: torch.Tensor,
+    lengths: torch.Tensor,
+    page_size: int,
+    offset: int = 0,
+    group: str | None = None,
 ) -> torch.Tensor:
     """See `ops.selection.page_statistics`."""
-    return score_pages(q, means, None, lengths, page_size, offset)
+    return score_pages(q, means, None, lengths, page_size, offset, group)
 
 
-def _outputs(q: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    return q.new_empty(*q.shape[:2], high.shape[2], dtype=torch.float32)
+def _outputs(q: torch.Tensor, high: torch.Tensor, group: str | None) -> torch.Tensor:
+    lists = q.shape[1] if group is None else high.shape[1]
+    return q.new_empty(len(q), lists, high.shape[2], dtype=torch.float32)
 
 
 @launch_op("page_statistics_scores", _outputs)
 def score_pages(
-    q: torch.Tensor, high: torch.Tensor, low: torch.Tensor | None, lengths: torch.Tensor, page_size: int, offset: int
+    q: torch.Tensor,
+    high: torch.Tensor,
+    low: torch.Tensor | None,
+    lengths: torch.Tensor,
+    page_size: int,
+    offset: int,
+    group: str | None,
 ) -> torch.Tensor:
     """The kernel's launch: bounds, or products with `high` if `low` is None."""
     q = rows_in_one_piece(q)
     if high.stride(-1) != 1 or (low is not None and low.stride() != high.stride()):
         high, low = high.contiguous(), None if low is None else low.contiguous()
-    scores = _outputs(q, high)
+    scores = _outputs(q, high, group)
     batch, heads, head_dim = q.shape
     kv_heads, pages = high.shape[1:3]
     block_d = block_of(head_dim)
@@ -176,8 +193,9 @@ def score_pages(
         q,
         high,
         given(low, high),
-        lengths.contiguous(),
+        lengths,
         scores,
+        lengths.stride(0),
         *q.stride()[:2],
         *high.stride()[:3],
         kv_heads,
@@ -190,6 +208,7 @@ def score_pages(
         BLOCK_N=block_n,
         P=page_size,
         BOUNDS=low is not None,
+        OF_GROUP=group or "",
         PRECISION=precision_of(q.dtype),
         num_warps=4,
     )
@@ -198,13 +217,14 @@ def score_pages(
 
 @triton.jit(do_not_specialize=["pages", "offset"])
 def _score_kernel(
-    q, high, low, lengths, scores, stride_qb, stride_qh, stride_b, stride_h, stride_n, kv_heads, pages, offset,
+    q, high, low, lengths, scores, stride_length, stride_qb, stride_qh, stride_b, stride_h, stride_n,
+    kv_heads, pages, offset,
     D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
-    P: tl.constexpr, BOUNDS: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, BOUNDS: tl.constexpr, OF_GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_n, i_bh = tl.program_id(0), tl.program_id(1)
     i_b, i_h = (i_bh // kv_heads).to(tl.int64), (i_bh % kv_heads).to(tl.int64)
-    length = tl.load(lengths + i_b).to(tl.int32)
+    length = tl.load(lengths + i_b * stride_length).to(tl.int32)
     offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
     offs_g = tl.arange(0, BLOCK_G)  # [BG]
     offs_d = tl.arange(0, BLOCK_D)  # [BD]
@@ -220,6 +240,15 @@ def _score_kernel(
         s = tl.dot(b_low, tl.minimum(b_q, 0.0).to(b_q.dtype), s, input_precision=PRECISION)  # [BN, BG]
     else:
         s = tl.dot(b_high, b_q, input_precision=PRECISION)  # [BN, BG]
-    s = tl.where(real[:, None], s, -float("inf"))  # [BN, BG]
-    p_scores = scores + ((i_bh.to(tl.int64) * GROUP + offs_g)[None, :] * pages + offs_n[:, None])  # [BN, BG]
-    tl.store(p_scores, s, mask=(offs_g < GROUP)[None, :] & (offs_n < pages)[:, None])
+    mask_g = (offs_g < GROUP)[None, :]  # [1, BG]
+    if OF_GROUP == "":
+        s = tl.where(real[:, None], s, -float("inf"))  # [BN, BG]
+        p_scores = scores + ((i_bh.to(tl.int64) * GROUP + offs_g)[None, :] * pages + offs_n[:, None])  # [BN, BG]
+        tl.store(p_scores, s, mask=mask_g & (offs_n < pages)[:, None])
+    else:
+        if OF_GROUP == "max":
+            of_group = tl.max(tl.where(mask_g, s, -float("inf")), 1)  # [BN]
+        else:
+            of_group = tl.sum(tl.where(mask_g, s, 0.0), 1) / (GROUP if OF_GROUP == "mean" else 1)  # [BN]
+        of_group = tl.where(real, of_group, -float("inf"))  # [BN]
+        tl.store(scores + i_bh.to(tl.int64) * pages + offs_n, of_group, mask=offs_n < pages)

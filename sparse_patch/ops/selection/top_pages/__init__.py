@@ -5,7 +5,9 @@ from torch import Tensor
 from sparse_patch.kernels.availability import prefers_triton
 
 
-def top_pages(scores: Tensor, limits: Tensor, k: int, page_size: int = 1) -> tuple[Tensor, Tensor]:
+def top_pages(
+    scores: Tensor, limits: Tensor, k: int, page_size: int = 1, *, spared: int = 0, first: int = 0, last: int = 0
+) -> tuple[Tensor, Tensor]:
     """The pages of the `min(k, limit)` highest among the first `limit` scores of each list, in ascending order.
 
     A page of score `+inf` is chosen before all others, a page of `-inf` or NaN only if nothing else is left. Of equal
@@ -17,6 +19,9 @@ def top_pages(scores: Tensor, limits: Tensor, k: int, page_size: int = 1) -> tup
             `[B, L]`; at most N pages count.
         k: pages to choose; at most N are chosen.
         page_size: tokens per page, if `limits` are tokens.
+        spared: what is subtracted from the limits.
+        first: first pages of each list whose score counts as +inf.
+        last: last real pages of each list whose score counts as +inf.
 
     Returns:
         The pages, int32 `[B, L, min(k, N)]`, in ascending order, and the counts, int32 `[B, L]`. Entries after the
@@ -30,7 +35,9 @@ def top_pages(scores: Tensor, limits: Tensor, k: int, page_size: int = 1) -> tup
         from sparse_patch.ops.selection.top_pages.triton import why_unsupported
 
         if why_unsupported(scores, k) is None:
-            return by_kernel(scores, limits, k, page_size)
+            return by_kernel(scores, limits, k, page_size, spared, first, last)
     from sparse_patch.ops.selection.top_pages.torch import top_pages as in_torch
 
-    return in_torch(scores, -(-limits // page_size) if page_size > 1 else limits, k)
+    limits = limits - spared if spared else limits
+    real = -(-limits // page_size) if page_size > 1 else limits
+    return in_torch(scores, real.clamp(max=scores.shape[-1]) if last else real, k, first, last)

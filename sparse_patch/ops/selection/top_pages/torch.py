@@ -3,10 +3,20 @@
 import torch
 
 
-def top_pages(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.selection.top_pages`; `limits` is int64 `[B, L]` and `k` at most N."""
+def with_forced(scores: torch.Tensor, limits: torch.Tensor, first: int, last: int | torch.Tensor) -> torch.Tensor:
+    """Scores `[B, L, N]` with +inf for the first and the last pages of each list; `limits` and `last` fit `[B, L]`."""
+    page = torch.arange(scores.shape[-1], device=scores.device)
+    return scores.masked_fill((page < first) | (page >= (limits - last)[..., None]), torch.inf)
+
+
+def top_pages(
+    scores: torch.Tensor, limits: torch.Tensor, k: int, first: int = 0, last: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ops.selection.top_pages`; `limits` is the number of real pages, int64 `[B, L]`, and `k` at most N."""
     size = scores.shape[-1]
     page = torch.arange(size, device=scores.device)
+    if first or last:
+        scores = with_forced(scores, limits, first, last)
     scores = torch.where(scores.isnan(), -torch.inf, scores).masked_fill(page >= limits[..., None], -torch.inf)
     # The lower page wins a tie, so a page beyond the limit never wins over a page of `-inf` within it.
     chosen = _ordered(scores, page).topk(k).indices
