@@ -14,8 +14,10 @@ from rich.table import Table
 
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.files.writing import write_file
+from sparse_patch.plans import PairsInWaiting
 
 COUNTING = Lock()  # threads may share a model
+MOST_WAITING = 64  # calls of a layer whose sizes are not added up yet; adding up takes a dozen operators for any number
 Count = int | torch.Tensor  # a device tensor if only the device knows the number; read when a report is made
 
 
@@ -36,7 +38,10 @@ class Work:
 
 @dataclass
 class PhaseCounts:
-    """Running totals of one layer in one phase, without a host sync until a report is made."""
+    """Running totals of one layer in one phase, without a host sync until a report is made.
+
+    Sizes of calls wait to be added up, many at once: a decode step has no time for it.
+    """
 
     calls: int = 0
     sparse_calls: int = 0
@@ -51,32 +56,58 @@ class PhaseCounts:
     copying_calls: int = 0
     keeping_calls: int = 0
     fallback_in_graph: str | None = None  # the last reason recorded in a torch.compile graph
+    waiting: list[tuple[Work, torch.Tensor | PairsInWaiting | None]] = field(default_factory=list)  # None: dense
 
     def add_dense(self, work: Work) -> None:
-        self._add(work)
-        self.attended_by_all = self.attended_by_all + work.attended
+        self._add(work, None)
 
-    def add_sparse(self, work: Work, attended_by_head: torch.Tensor, decided_pairs: torch.Tensor | None = None) -> None:
+    def add_sparse(
+        self,
+        work: Work,
+        attended_by_head: torch.Tensor | PairsInWaiting,
+        decided_pairs: torch.Tensor | None = None,
+    ) -> None:
         """Count a sparse call.
 
         Args:
             work: size of the call.
-            attended_by_head: pairs that each query head computed, summed over the batch, int64 `[Hq]`.
+            attended_by_head: `SparsePlan.pairs_by_head`.
             decided_pairs: `BlockPlan.decided_pairs`.
         """
-        self._add(work)
         self.sparse_calls += 1
         if decided_pairs is not None:
+            assert torch.is_tensor(attended_by_head), "only plans of blocks decide more finely"
             self.surplus = self.surplus + attended_by_head.sum() - decided_pairs.sum()
-        known = self.attended_by_head
-        self.attended_by_head = attended_by_head if known is None else known + attended_by_head
+        self._add(work, attended_by_head)
 
-    def _add(self, work: Work) -> None:
+    def _add(self, work: Work, attended: torch.Tensor | PairsInWaiting | None) -> None:
         self.calls += 1
-        self.queries = self.queries + work.queries
-        self.causal = self.causal + work.causal
+        self.waiting.append((work, attended))
+        if len(self.waiting) >= MOST_WAITING:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Add up what waits."""
+        waiting, self.waiting = self.waiting, []
+        self.queries = _total([self.queries, *(work.queries for work, _ in waiting)])
+        self.causal = _total([self.causal, *(work.causal for work, _ in waiting)])
+        of_dense = (work.attended for work, attended in waiting if attended is None)
+        self.attended_by_all = _total([self.attended_by_all, *of_dense])
+        known = [] if self.attended_by_head is None else [self.attended_by_head]
+        known += [attended for _, attended in waiting if torch.is_tensor(attended)]
+        if later := [attended for _, attended in waiting if isinstance(attended, PairsInWaiting)]:
+            known.append(PairsInWaiting.total(later))
+        if known:
+            self.attended_by_head = known[0] if len(known) == 1 else torch.stack(known).sum(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which need no plans."""
+        with COUNTING:
+            self._settle()
+        return vars(self)
 
     def report(self) -> "PhaseReport":
+        self._settle()
         causal, queries = int(self.causal), int(self.queries)
         by_head = [0] if self.attended_by_head is None else self.attended_by_head.tolist()
         attended = [int(self.attended_by_all) + pairs for pairs in by_head]
@@ -316,6 +347,13 @@ def _merged_phase(parts: Sequence[PhaseReport]) -> PhaseReport:
         pairs=(computed, int(causal), int(queries)),
         surplus=sum(part.surplus for part in parts),
     )
+
+
+def _total(counts: Sequence[Count]) -> Count:
+    """The sum of counts, without a host sync."""
+    on_device = [count for count in counts if isinstance(count, torch.Tensor)]
+    on_host = sum(count for count in counts if isinstance(count, int))
+    return torch.stack(on_device).sum() + on_host if on_device else on_host
 
 
 def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """A sink and a window for each KV head: a plan that is known before any token is."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -103,6 +103,16 @@ class SpanPlan(SparsePlan):
         keys = torch.minimum(length[..., None], sinks + _grown(length[..., None] - 1, *numbers))
         of_kv_heads = keys.masked_fill(length[..., None] < 1, 0).sum(1)
         return of_kv_heads.repeat_interleave(self.heads // len(self.sinks), 1)
+
+    @property
+    def stacks_with(self) -> Hashable | None:
+        """See `SparsePlan.stacks_with`. Many queries are counted at once: counting takes memory for each of them."""
+        return (self.sinks, self.windows, self.heads, self.lengths.device) if self.q_length == 1 else None
+
+    def stacked(self, others: Sequence["SpanPlan"]) -> "SpanPlan":
+        """See `SparsePlan.stacked`."""
+        lengths = torch.cat([plan.lengths for plan in (self, *others)])
+        return replace(self, lengths=lengths, row_starts=torch.zeros_like(lengths))
 
     def causal_pairs(self) -> torch.Tensor:
         """See `SparsePlan.causal_pairs`."""
