@@ -75,7 +75,7 @@ class Quest(BudgetedMethod):
         scores = self._of_lists(call, bound_scores(call.q[:, :, -1], *statistics, lengths, self.page_size))
         if self.current_page != "scored":
             current = ((lengths - 1) // self.page_size)[:, None, None].expand(-1, scores.shape[1], 1)
-            scores = scores.scatter(-1, current, torch.inf)
+            scores = scores.scatter_(-1, current, torch.inf)
         return PagePlan.of(call, *self.highest(call, scores, lengths, self.page_size), self.page_size)
 
     def _of_lists(self, call: AttentionCall, scores: torch.Tensor) -> torch.Tensor:

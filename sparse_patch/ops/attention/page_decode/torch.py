@@ -29,6 +29,7 @@ class _Keys(NamedTuple):
     hidden: (
         torch.Tensor | None
     )  # bool [B, L, 1 or Sq, T]: keys that the heads of a list do not see; None if they see all
+    empty: torch.Tensor | None  # bool [B, L, 1 or Sq]: queries that see no key; None if all see one
     unreadable: torch.Tensor | None = None  # bool [B, 1, T]: values that may be NaN; None without such values
 
 
@@ -45,8 +46,8 @@ def attend(call: AttentionCall, plan: PagePlan, return_lse: bool = False) -> Att
     weights = weights_of(of_lists, None if keys.hidden is None else keys.hidden[:, :, None])
     lse = lse_of(scores, weights.flatten(1, 2)) if return_lse or plan.wants_logits else None
     out = _summed(weights.view(groups, q.shape[1], -1), keys).view(*of_lists.shape[:4], -1)
-    if keys.hidden is not None:
-        out.masked_fill_(keys.hidden.all(-1)[:, :, None, :, None], 0.0)
+    if keys.empty is not None:
+        out.masked_fill_(keys.empty[:, :, None, :, None], 0.0)
     logits = _by_position(scores[:, :, -1], call) if plan.wants_logits else None
     return Attended(out.flatten(1, 2).to(call.q.dtype), lse, logits)
 
@@ -86,54 +87,68 @@ def _keys(call: AttentionCall, plan: PagePlan) -> _Keys:
     """The keys that a plan reads."""
     kv_heads, all_real = call.k.shape[1], call.kv_start is None and call.kv_end is None
     if plan.pages is None or plan.counts is None:
-        position = torch.arange(call.kv_length, device=call.k.device) - call.row_starts()[:, None, None]
-        unreadable = None if all_real else (position < 0) | (position >= call.lengths()[:, None, None])
-        hidden = None if unreadable is None else unreadable[:, :, None]
-        return _Keys(call.k, call.v, _later(call, position, hidden), unreadable)
+        return _in_place(call, None) if all_real else _partly_in_place(call)
     named = max(kv_heads, plan.pages.shape[1]) * plan.pages.shape[2] * plan.page_size
     if all_real and named >= kv_heads * call.kv_length:
-        read = marked(plan.pages, plan.counts, plan.num_pages)[..., None].expand(-1, -1, -1, plan.page_size)
-        hidden = ~read.flatten(-2)[:, :, None, : call.kv_length]
+        return _in_place(call, plan)
+    return _gathered(call, plan, plan.pages, plan.counts, whole=all_real and call.kv_length >= plan.page_size)
+
+
+def _in_place(call: AttentionCall, plan: PagePlan | None) -> _Keys:
+    """The keys of a call whose keys are all real. Those that are not in the lists are hidden."""
+    hidden = empty = None
+    if plan is not None and plan.pages is not None and plan.counts is not None:
+        unlisted = ~marked(plan.pages, plan.counts, plan.num_pages)
+        of_tokens = unlisted[..., None].expand(*unlisted.shape, plan.page_size).flatten(-2)
+        hidden, empty = of_tokens[:, :, None, : call.kv_length], plan.counts[..., None] == 0
+    if call.q.shape[2] > 1:
         position = torch.arange(call.kv_length, device=call.k.device).view(1, 1, -1)
-        return _Keys(call.k, call.v, _later(call, position, hidden))
-    return _gathered(call, plan.pages, plan.counts, plan.page_size, whole=all_real and call.kv_length >= plan.page_size)
+        hidden = _later(call, position) if hidden is None else hidden | _later(call, position)
+        empty = hidden.all(-1)
+    return _Keys(call.k, call.v, hidden, empty)
 
 
-def _later(call: AttentionCall, position: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor | None:
-    """`hidden`, with the keys that come after each query. `position`, int64 `[B, L, T]`, counts within the row."""
+def _partly_in_place(call: AttentionCall) -> _Keys:
+    """The keys of a call that has padding, or a buffer with a tail."""
+    position = torch.arange(call.kv_length, device=call.k.device) - call.row_starts()[:, None, None]
+    unreadable = (position < 0) | (position >= call.lengths()[:, None, None])
+    hidden = unreadable[:, :, None] | _later(call, position)
+    return _Keys(call.k, call.v, hidden, hidden.all(-1), unreadable)
+
+
+def _later(call: AttentionCall, position: torch.Tensor) -> torch.Tensor:
+    """Which keys at positions `[B, L, T]` within the row come after a query, bool `[B, L, Sq, T]`."""
     q_length = call.q.shape[2]
-    if q_length == 1:
-        return hidden
     query = torch.arange(q_length, device=position.device) + (call.lengths() - q_length)[:, None]
-    later = position[:, :, None] > query[:, None, :, None]
-    return later if hidden is None else later | hidden
+    return position[:, :, None] > query[:, None, :, None]
 
 
-def _gathered(call: AttentionCall, pages: torch.Tensor, counts: torch.Tensor, page_size: int, whole: bool) -> _Keys:
+def _gathered(call: AttentionCall, plan: PagePlan, pages: torch.Tensor, counts: torch.Tensor, whole: bool) -> _Keys:
     """The keys of lists, copied.
 
     Args:
         call: the call.
-        pages: see `PagePlan`.
-        counts: see `PagePlan`.
-        page_size: tokens per page.
+        plan: its plan.
+        pages: the plan's pages.
+        counts: the plan's counts.
         whole: whether pages are copied whole. The last page of a row is then a window that ends with the row, of which
             the tokens before the page are hidden. All keys of the call must be real.
     """
-    first = pages.long()[..., None] * page_size
-    tokens, listed = torch.arange(page_size, device=pages.device), leading(pages, counts)[..., None]
+    page_size, tokens = plan.page_size, torch.arange(plan.page_size, device=pages.device)
+    first, listed = pages.long() * page_size, leading(pages, counts)
     if whole:
-        begin = first.clamp(0, call.kv_length - page_size)
-        position = begin + tokens
-        seen, slot, size = (position >= first) & listed, begin.flatten(-2), page_size
+        slot, size = first.clamp(0, call.kv_length - page_size), page_size
+        hidden = tokens < torch.where(listed, first - slot, page_size)[..., None]
     else:
-        position = first + tokens
-        seen = (position < call.lengths()[:, None, None, None]) & listed
-        starts = call.row_starts()[:, None, None, None]
+        position, starts = first[..., None] + tokens, call.row_starts()[:, None, None, None]
+        hidden = (position >= call.lengths()[:, None, None, None]) | ~listed[..., None]
         instead = torch.where(counts[..., None, None] > 0, position[:, :, :1, :1] + starts, 0)
-        slot, size = torch.where(seen, position + starts, instead).flatten(-2), 1
-    hidden = _later(call, position.flatten(-2), ~seen.flatten(-2)[:, :, None])
-    return _Keys(_rows(call.k, slot, size), _rows(call.v, slot, size), hidden)
+        slot, size = torch.where(hidden, instead, position + starts).flatten(-2), 1
+    hidden, empty = hidden.flatten(-2)[:, :, None], counts[..., None] == 0
+    if call.q.shape[2] > 1:
+        hidden = hidden | _later(call, ((slot if whole else first)[..., None] + tokens).flatten(-2))
+        empty = hidden.all(-1)
+    return _Keys(_rows(call.k, slot, size), _rows(call.v, slot, size), hidden, empty)
 
 
 def _rows(x: torch.Tensor, slot: torch.Tensor, size: int) -> torch.Tensor:

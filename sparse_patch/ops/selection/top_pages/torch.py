@@ -5,19 +5,16 @@ import torch
 
 def top_pages(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.selection.top_pages`; `limits` is int64 `[B, L]` and `k` at most N."""
-    size = scores.shape[-1]
-    page = torch.arange(size, device=scores.device)
-    scores = torch.where(scores.isnan(), -torch.inf, scores).masked_fill(page >= limits[..., None], -torch.inf)
-    # The lower page wins a tie, so a page beyond the limit never wins over a page of `-inf` within it.
-    chosen = _ordered(scores, page).topk(k).indices
-    counts = limits.clamp(0, k)
-    has_meaning = torch.arange(k, device=scores.device) < counts[..., None]
-    ascending = chosen.masked_fill(~has_meaning, size).sort().values
-    return ascending.masked_fill(~has_meaning, 0).int(), counts.int()
+    page = torch.arange(scores.shape[-1], device=scores.device)
+    scores = scores.masked_fill(page >= limits[..., None], -torch.inf).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+    # The lower page wins a tie, so a page beyond the limit never wins over a page of `-inf` within it. Chosen pages
+    # beyond the limit come last in ascending order, after the first `counts`.
+    chosen = _ordered(scores, page).topk(k, sorted=False).indices
+    return chosen.int().sort().values, limits.clamp(0, k).int()
 
 
 def _ordered(scores: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
     """Int64 numbers in the order of scores without NaN, without ties: of two equal scores, the lower page is higher."""
-    bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)  # one zero, not two
+    bits = (scores + 0.0).view(torch.int32)  # one zero, not two
     rising = bits ^ (bits >> 31 & 0x7FFFFFFF)
-    return (rising.long() << 32) - page
+    return torch.sub(rising.long() << 32, page)
