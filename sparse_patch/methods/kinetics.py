@@ -90,17 +90,16 @@ class Kinetics(BudgetedMethod):
             blocks: int32 `[B, Hkv, K]`, of which the first `counts` are chosen.
             counts: int32 `[B, Hkv]`.
         """
-        page = self.list_page_size
+        page, device = self.list_page_size, blocks.device
         per_block, first = self.block_size // page, self.sink // page  # pages per block; page of the first block
-        in_blocks, between = (
-            counts.long() * per_block,
-            between[:, None] * per_block,
-        )  # pages of the chosen and of all blocks
-        size = first + blocks.shape[-1] * per_block - (-(self.window + self.block_size - 1) // page)
-        slot = torch.arange(size, device=blocks.device).expand(*counts.shape, -1)
-        number, within = (slot - first).clamp(min=0) // per_block, (slot - first) % per_block
-        chosen = first + blocks.gather(-1, number.clamp(max=blocks.shape[-1] - 1)) * per_block + within
-        window = slot + (between - in_blocks)[..., None]
-        pages = torch.where(slot < first + in_blocks[..., None], torch.where(slot < first, slot, chosen), window)
+        in_blocks, between = counts * per_block, between[:, None] * per_block  # pages of the chosen and of all blocks
+        room = blocks.shape[-1] * per_block
+        within = torch.arange(first, first + per_block, device=device)
+        chosen = (blocks.long()[..., None] * per_block + within).flatten(-2)
+        slot = torch.arange(room - (-(self.window + self.block_size - 1) // page), device=device)
+        window = slot + (first + between - in_blocks)[..., None]  # where it follows the chosen blocks
+        listed = torch.where(slot[:room] < in_blocks[..., None], chosen, window[..., :room])
+        sinks = torch.arange(first, device=device).expand(*counts.shape, -1)
+        pages = torch.cat([sinks, listed, window[..., room:]], -1)
         read = -(-call.lengths()[:, None] // page) - between + in_blocks
         return PagePlan.of(call, pages.clamp(max=-(-call.kv_length // page) - 1).int(), read.int(), page)

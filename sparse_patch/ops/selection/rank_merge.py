@@ -2,7 +2,7 @@
 
 import torch
 
-from sparse_patch.ops.selection.top_pages import top_pages
+from sparse_patch.ops.selection.top_pages import best_first
 from sparse_patch.tensor_parallel import ALL_HEADS, HeadShard
 
 
@@ -24,14 +24,9 @@ def merged_ranks(scores: torch.Tensor, limits: torch.Tensor, k: int, shard: Head
         that are in no head's top k or lie at or after the limit have `inf`; all other values differ.
     """
     here = scores.shape[1]
-    tokens, counts = top_pages(scores, limits, k)
-    tokens = tokens.long()
-    listed = torch.arange(tokens.shape[-1], device=scores.device) < counts[..., None]
-    values = scores.gather(-1, tokens)
-    values = values.masked_fill(values.isnan() | ~listed, -torch.inf)  # stable: unlisted tokens come last
-    in_order = tokens.gather(-1, values.sort(dim=-1, descending=True, stable=True).indices)
+    tokens, counts = best_first(scores, limits, k)
     rank = torch.arange(tokens.shape[-1], dtype=torch.float32, device=scores.device)
     head = shard.rank * here + torch.arange(here, dtype=torch.float32, device=scores.device)
-    place = (rank * (here * shard.size) + head[:, None]).masked_fill(~listed, torch.inf)
+    place = (rank * (here * shard.size) + head[:, None]).masked_fill(rank >= counts[..., None], torch.inf)
     merged = scores.new_full((scores.shape[0], scores.shape[-1]), torch.inf)
-    return shard.lowest(merged.scatter_reduce_(-1, in_order.flatten(1), place.flatten(1), "amin"))
+    return shard.lowest(merged.scatter_reduce_(-1, tokens.flatten(1), place.flatten(1), "amin"))

@@ -149,25 +149,39 @@ def _gathered(call: AttentionCall, plan: PagePlan, pages: torch.Tensor, counts: 
     if call.q.shape[2] > 1:
         hidden = hidden | _later(call, ((slot if whole else first)[..., None] + tokens).flatten(-2))
         empty = hidden.all(-1)
-    return _Keys(_rows(call.k, slot, size), _rows(call.v, slot, size), hidden, empty)
+    return _Keys(*_rows((call.k, call.v), slot, size), hidden, empty)
 
 
-def _rows(x: torch.Tensor, slot: torch.Tensor, size: int) -> torch.Tensor:
-    """Windows of `size` tokens of `x` `[B, Hkv, S, D]` from the slots `[B, L, n]` on, as `[B, groups, n * size, D]`.
+def _rows(tensors: tuple[torch.Tensor, ...], slot: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """Windows of `size` tokens of tensors `[B, Hkv, S, D]` from slots `[B, L, n]` on: `[B, groups, n * size, D]` each.
 
     One `index_select` over a view in which each row is a window: it copies at the speed of memory.
     """
-    batch, kv_heads, length, dim = x.shape
-    if x.stride(3) != 1 or x.stride(2) != dim or x.stride(0) % dim or x.stride(1) % dim:
-        x = x.contiguous()
-    of_batch, of_head = x.stride(0) // dim, x.stride(1) // dim  # in tokens
-    windows = (batch - 1) * of_batch + (kv_heads - 1) * of_head + length - size + 1
+    batch, kv_heads, length, _ = tensors[0].shape
     slot = slot.unflatten(1, (kv_heads, -1)) if slot.shape[1] >= kv_heads else slot[:, None]
-    place = slot + (torch.arange(kv_heads, device=x.device) * of_head)[:, None, None]
+    places: dict[tuple[int, int], torch.Tensor] = {}  # by where rows and heads lie: alike in keys and values, mostly
+    found = []
+    for x in tensors:
+        dim = x.shape[3]
+        if x.stride(3) != 1 or x.stride(2) != dim or x.stride(0) % dim or x.stride(1) % dim:
+            x = x.contiguous()
+        strides = x.stride(0) // dim, x.stride(1) // dim  # in tokens
+        if strides not in places:
+            places[strides] = _places(slot, batch, kv_heads, strides)
+        place = places[strides]
+        windows = (batch - 1) * strides[0] + (kv_heads - 1) * strides[1] + length - size + 1
+        rows = x.as_strided((windows, size * dim), (dim, 1)).index_select(0, place.flatten())
+        found.append(rows.view(batch, place.shape[1] * place.shape[2], -1, dim))
+    return found
+
+
+def _places(slot: torch.Tensor, batch: int, kv_heads: int, strides: tuple[int, int]) -> torch.Tensor:
+    """Where slots `[B, Hkv or 1, lists, n]` lie, counted from the first row's first head: `[B, Hkv, lists, n]`."""
+    of_batch, of_head = strides
+    place = slot + (torch.arange(kv_heads, device=slot.device) * of_head)[:, None, None]
     if batch > 1:
-        place = place + (torch.arange(batch, device=x.device) * of_batch)[:, None, None, None]
-    rows = x.as_strided((windows, size * dim), (dim, 1)).index_select(0, place.flatten())
-    return rows.view(batch, place.shape[1] * place.shape[2], -1, dim)
+        place = place + (torch.arange(batch, device=slot.device) * of_batch)[:, None, None, None]
+    return place
 
 
 def _by_position(scores: torch.Tensor, call: AttentionCall) -> torch.Tensor:

@@ -44,7 +44,7 @@ class Run(NamedTuple):
         return torch.where(in_sink, positions, self.sink + (positions - self.sink) % self.turn)
 
     def held(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Positions of the tokens in each head's slots of rows with `tokens` `[B]`: int64 `[B, capacity]`, -1: empty."""
+        """Positions of the tokens in each head's slots, `[B, capacity]`, of rows with `tokens` `[B]`; -1 if empty."""
         latest, slot = tokens[:, None] - 1, torch.arange(self.sink + self.turn, device=tokens.device)
         position = torch.where(slot < self.sink, slot, latest - (latest - slot) % self.turn)
         return position.masked_fill(slot > latest, -1)

@@ -1,6 +1,6 @@
 """The pages with the highest scores, as the lists of a `PagePlan`."""
 
-from torch import Tensor
+from torch import Tensor, arange, inf
 
 from sparse_patch.kernels.availability import prefers_triton
 
@@ -33,4 +33,24 @@ def top_pages(scores: Tensor, limits: Tensor, k: int, page_size: int = 1) -> tup
             return by_kernel(scores, limits, k, page_size)
     from sparse_patch.ops.selection.top_pages.torch import top_pages as in_torch
 
-    return in_torch(scores, -(-limits // page_size) if page_size > 1 else limits, k)
+    return in_torch(scores, (limits + (page_size - 1)) // page_size if page_size > 1 else limits, k)
+
+
+def best_first(scores: Tensor, limits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The pages of `top_pages`, int64, the highest score first; the arguments and the counts are those of `top_pages`.
+
+    Args:
+        scores: float32 `[B, L, N]`.
+        limits: real pages of each row, int64 `[B]`.
+        k: pages to choose.
+    """
+    if not prefers_triton(scores):
+        from sparse_patch.ops.selection.top_pages.torch import best_first as in_torch
+
+        return in_torch(scores, limits[:, None].expand(scores.shape[:2]), min(k, scores.shape[-1]))
+    pages, counts = top_pages(scores, limits, k)
+    pages = pages.long()
+    listed = arange(pages.shape[-1], device=scores.device) < counts[..., None]
+    values = scores.gather(-1, pages)
+    values = values.masked_fill(values.isnan() | ~listed, -inf)  # stable: unlisted pages come last
+    return pages.gather(-1, values.sort(dim=-1, descending=True, stable=True).indices), counts

@@ -4,17 +4,26 @@ import torch
 
 
 def top_pages(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.selection.top_pages`; `limits` is int64 `[B, L]` and `k` at most N."""
-    page = torch.arange(scores.shape[-1], device=scores.device)
-    scores = scores.masked_fill(page >= limits[..., None], -torch.inf).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
-    # The lower page wins a tie, so a page beyond the limit never wins over a page of `-inf` within it. Chosen pages
-    # beyond the limit come last in ascending order, after the first `counts`.
-    chosen = _ordered(scores, page).topk(k, sorted=False).indices
+    """See `ops.selection.top_pages`; `limits` is int64 `[B, L]` and `k` at most N.
+
+    Chosen pages beyond the limit come last in ascending order, after the first `counts`.
+    """
+    chosen = _ordered(scores, limits).topk(k, sorted=False).indices
     return chosen.int().sort().values, limits.clamp(0, k).int()
 
 
-def _ordered(scores: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
-    """Int64 numbers in the order of scores without NaN, without ties: of two equal scores, the lower page is higher."""
-    bits = (scores + 0.0).view(torch.int32)  # one zero, not two
+def best_first(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ops.selection.top_pages`; the arguments are as for `top_pages`."""
+    return _ordered(scores, limits).topk(k).indices, limits.clamp(0, k).int()
+
+
+def _ordered(scores: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    """Int64 numbers in the order of the scores, without ties: of two equal scores, the lower page is higher.
+
+    So a page beyond the limit never wins over a page of `-inf` within it.
+    """
+    page = torch.arange(scores.shape[-1], device=scores.device)
+    scores = scores.masked_fill(page >= limits[..., None], -torch.inf).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+    bits = scores.add_(0.0).view(torch.int32)  # one zero, not two
     rising = bits ^ (bits >> 31 & 0x7FFFFFFF)
-    return torch.sub(rising.long() << 32, page)
+    return rising.long().bitwise_left_shift_(32).sub_(page)
