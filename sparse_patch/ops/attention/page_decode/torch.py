@@ -149,7 +149,8 @@ def _gathered(call: AttentionCall, plan: PagePlan, pages: torch.Tensor, counts: 
     if call.q.shape[2] > 1:
         hidden = hidden | _later(call, ((slot if whole else first)[..., None] + tokens).flatten(-2))
         empty = hidden.all(-1)
-    return _Keys(*_rows((call.k, call.v), slot, size), hidden, empty)
+    k, v = _rows((call.k, call.v), slot, size)
+    return _Keys(k, v, hidden, empty)
 
 
 def _rows(tensors: tuple[torch.Tensor, ...], slot: torch.Tensor, size: int) -> list[torch.Tensor]:
