@@ -2,6 +2,10 @@
 
 import torch
 
+from sparse_patch.kernels.compaction import compact
+
+_MANY = 512  # pages; it is faster to mark so many and to read off the marks than to sort them
+
 
 def top_pages(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.selection.top_pages`; `limits` is int64 `[B, L]` and `k` at most N.
@@ -9,7 +13,18 @@ def top_pages(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch
     Chosen pages beyond the limit come last in ascending order, after the first `counts`.
     """
     chosen = _ordered(scores, limits).topk(k, sorted=False).indices
-    return chosen.int().sort().values, limits.clamp(0, k).int()
+    return _ascending(chosen, scores.shape[-1]), limits.clamp(0, k).int()
+
+
+def _ascending(pages: torch.Tensor, size: int) -> torch.Tensor:
+    """Lists of different pages below `size`, int64 `[B, L, k]`, in ascending order as int32."""
+    k = pages.shape[-1]
+    if k < _MANY:
+        return pages.int().sort().values
+    marked = torch.zeros(*pages.shape[:-1], 1, size, dtype=torch.bool, device=pages.device)
+    marked.scatter_(-1, pages[..., None, :], True)
+    lists, _ = compact(marked, torch.arange(size, dtype=torch.int32, device=pages.device).expand_as(marked))
+    return lists[..., 0, :k]
 
 
 def best_first(scores: torch.Tensor, limits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
