@@ -184,9 +184,11 @@ class AttentionCall:
 
     def lengths(self) -> torch.Tensor:
         """Real keys of each row, int64 `[B]`."""
-        if self.kv_start is None:
-            return self.end().expand(self.q.shape[0])
-        return self.end() - self.kv_start
+        if self.kv_start is not None:
+            return self.end() - self.kv_start
+        if self.kv_end is not None:
+            return self.kv_end.expand(self.q.shape[0])
+        return torch.full((self.q.shape[0],), self.kv_length, dtype=torch.int64, device=self.q.device)
 
 
 def causal_pairs(q_start: int | torch.Tensor, kv_length: int | torch.Tensor, row_starts: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from builders.plans import random_blocks
-from calls import make_call
+from builders.plans import random_blocks, random_pages
+from calls import decode_call, make_call
 
-from sparse_patch.plans import BlockGrid, BlockPlan, SpanPlan
+from sparse_patch.plans import BlockGrid, BlockPlan, PagePlan, PairsInWaiting, SpanPlan, SparsePlan
 
 
 @pytest.mark.parametrize("row_starts", [None, [0, 3, 50, 99]])
@@ -81,9 +81,37 @@ def test_spans_by_their_definition(row_starts: list[int] | None, queries: int, s
                 read = {*range(min(first, at + 1)), *range(near, at + 1)} if at >= 0 else set()
                 assert mask[row, head, i].nonzero().flatten().tolist() == sorted(start + key for key in read)
     assert torch.equal(plan.computed_pairs(), mask.sum((-1, -2)))
-    assert torch.equal(plan.pairs_by_head, mask.sum((0, 2, 3)))
+    assert torch.equal(counted(plan), mask.sum((0, 2, 3)))
     dense = SpanPlan.of(call, (0, 0), (None, None)).mask().sum((-1, -2))
     torch.testing.assert_close(plan.density(), mask.sum((-1, -2)) / dense.clamp(min=1))
+
+
+def counted(plan: SparsePlan) -> torch.Tensor:
+    pairs = plan.pairs_by_head
+    return PairsInWaiting.total([pairs]) if isinstance(pairs, PairsInWaiting) else pairs
+
+
+def test_pairs_of_many_plans_are_counted_together() -> None:
+    """Of one kind, of several kinds, and of lists of several sizes."""
+    plans: list[SparsePlan] = []
+    for length, queries in ((100, 1), (70, 1), (103, 1), (90, 3)):
+        call = decode_call(length, heads=(4, 2), queries=queries, row_starts=[0, 50])
+        plans += [PagePlan.every(call), SpanPlan.of(call, (4, 2), (10, 7)), SpanPlan.of(call, (0, 3), (None, 60))]
+        plans += [random_pages(call, lists, size, seed=length) for lists in (1, 2, 4) for size in (1, 16)]
+    pairs = [plan.pairs_by_head for plan in plans]
+    waiting = [each for each in pairs if isinstance(each, PairsInWaiting)]
+    assert len(plans) - len(waiting) == 2, "spans of several queries, which take memory"
+    expected = sum(each.plan.mask().sum((0, 2, 3)) for each in waiting)
+    assert torch.equal(PairsInWaiting.total(waiting), expected)  # type: ignore[arg-type]
+
+
+def test_a_plan_of_blocks_does_not_wait() -> None:
+    """Its lists are large."""
+    plan = random_blocks(make_call(100), 16, 0.5)
+    assert torch.equal(counted(plan), plan.mask().sum((0, 2, 3)))
+    assert not isinstance(plan.pairs_by_head, PairsInWaiting)
+    with pytest.raises(NotImplementedError, match="BlockPlan cannot be stacked"):
+        plan.stacked([plan])
 
 
 def test_what_is_no_span_is_refused() -> None:

@@ -1,15 +1,18 @@
 """The report, compared with direct counting on real forwards."""
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES
+from together import at_once
 from transformers import PreTrainedModel
 
 from sparse_patch import capture_plans, patched, reset_report, sparsity_report
-from sparse_patch.integration.patch import is_patched
+from sparse_patch.integration.patch import is_patched, states_on
 from sparse_patch.integration.reporting import uncounted
 from sparse_patch.plans import BlockPlan
 from sparse_patch.report import SparsityReport, merged
@@ -130,3 +133,67 @@ def test_what_runs_uncounted_is_not_reported(llama: PreTrainedModel) -> None:
         forward(llama, 100)
         assert sparsity_report(llama).layers[0].prefill.calls == 2
     assert not is_patched(llama)
+
+
+QUEST = {"decode": {"method": "quest", "min_length": 0, "budget": 48, "layers": "all"}}
+STREAMS = {"decode": {"method": "streamingllm", "sink": 2, "window": 30}}
+
+
+def decode(model: PreTrainedModel, tokens: int, padding: int = 0) -> None:
+    ids, mask = torch.randint(3, 90, (2, 100)), torch.ones(2, 100, dtype=torch.int64)
+    mask[1, :padding] = 0
+    options = {"max_new_tokens": tokens + 1, "min_new_tokens": tokens + 1, "do_sample": False}
+    model.generate(ids, attention_mask=mask, **options)  # type: ignore[operator]
+
+
+def pairs_by_head(report: SparsityReport) -> list[list[int]]:
+    """Of decode, by layer."""
+    phases = [layer.decode for layer in report.layers]
+    return [[round(density * phase.pairs[1]) for density in phase.density_by_head] for phase in phases]
+
+
+@pytest.mark.parametrize("config", [QUEST, STREAMS], ids=["pages", "spans"])
+@pytest.mark.parametrize("most", [1, 7, 64])
+def test_calls_that_wait_are_all_counted(
+    config: dict[str, object], most: int, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever they are added up, the report has the pairs of the plans, with padding and without."""
+    monkeypatch.setattr("sparse_patch.report.counts.MOST_WAITING", most)
+    with patched(llama, config), capture_plans(llama) as plans:
+        decode(llama, 10)
+        decode(llama, 9, padding=30)
+        report = sparsity_report(llama)
+        assert sparsity_report(llama) == report
+        for layer, found in zip(report.layers, pairs_by_head(report), strict=True):
+            read = [plan for phase, plan in plans[layer.layer] if phase == "decode"]
+            assert layer.decode.sparse_calls == len(read) == 19
+            assert found == sum(plan.computed_pairs().sum(0) for plan in read).tolist()  # type: ignore[union-attr]
+            assert layer.decode.pairs[1:] == (2 * sum(range(101, 111)) + sum(range(101, 110)) + sum(range(71, 80)), 38)
+        assert all(len(state.counts.decode.waiting) < most for state in states_on(llama))
+
+
+def test_calls_that_wait_belong_to_their_report_and_to_their_copy(llama: PreTrainedModel) -> None:
+    with patched(llama, QUEST):
+        decode(llama, 3)
+        before = sparsity_report(llama)
+        reset_report(llama)
+        decode(llama, 3)
+        copies = copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))
+        for model in (llama, *copies):
+            assert pairs_by_head(sparsity_report(model)) == pairs_by_head(before)
+        decode(llama, 3)
+        for model in copies:
+            assert pairs_by_head(sparsity_report(model)) == pairs_by_head(before)
+        twice = [[2 * pairs for pairs in heads] for heads in pairs_by_head(before)]
+        assert pairs_by_head(sparsity_report(llama)) == twice
+
+
+def test_threads_lose_no_call_that_waits(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparse_patch.report.counts.MOST_WAITING", 5)
+    with patched(llama, QUEST):
+        at_once([lambda: decode(llama, 11)])
+        alone = pairs_by_head(sparsity_report(llama))
+        reset_report(llama)
+        at_once([lambda: decode(llama, 11)] * 3)
+        expected = [[3 * pairs for pairs in heads] for heads in alone]
+        assert pairs_by_head(sparsity_report(llama)) == expected

@@ -13,7 +13,15 @@ from sparse_patch.integration.names import is_hook
 from sparse_patch.integration.patch import PATCHING, config_of, patch_of, states_on, transformers_model
 from sparse_patch.integration.transformers_internals import implementation_of
 from sparse_patch.plans import Plan
-from sparse_patch.report import COUNTING, GraphCounts, GraphReport, LayerCounts, LayerReport, SparsityReport
+from sparse_patch.report import (
+    COUNTING,
+    GraphCounts,
+    GraphReport,
+    LayerCounts,
+    LayerReport,
+    PhaseReport,
+    SparsityReport,
+)
 from sparse_patch.version import __version__
 
 
@@ -120,7 +128,7 @@ def _layer_report(state: LayerState) -> LayerReport:
         name=state.name,
         prefill_method=prefill.method if prefill else None,
         decode_method=decode.method if decode else None,
-        prefill=state.counts.prefill.report(),
-        decode=state.counts.decode.report(),
+        prefill=PhaseReport.of(state.counts.prefill),
+        decode=PhaseReport.of(state.counts.decode),
         compiled=state.counts.compiled,
     )

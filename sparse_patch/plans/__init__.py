@@ -6,9 +6,9 @@ tests, the report, the pictures and the benchmarks all use the same definition.
 
 from sparse_patch.plans.blocks import BlockPlan
 from sparse_patch.plans.grid import BlockGrid
-from sparse_patch.plans.lists import leading
+from sparse_patch.plans.lists import leading, marked
 from sparse_patch.plans.pages import PagePlan
-from sparse_patch.plans.plan import Dense, Plan, SparsePlan
+from sparse_patch.plans.plan import Dense, PairsInWaiting, Plan, SparsePlan
 from sparse_patch.plans.spans import (
     GrowingWindow,
     SpanPlan,
@@ -28,6 +28,7 @@ __all__ = [
     "Dense",
     "GrowingWindow",
     "PagePlan",
+    "PairsInWaiting",
     "Plan",
     "SpanPlan",
     "SparsePlan",
@@ -37,6 +38,7 @@ __all__ = [
     "in_span",
     "leading",
     "listable_blocks",
+    "marked",
     "spans_of",
     "widest",
     "window_parameters",

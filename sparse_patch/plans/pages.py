@@ -1,6 +1,7 @@
 """Pages of keys for the last queries: what decode methods decide."""
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -97,6 +98,21 @@ class PagePlan(SparsePlan):
         from sparse_patch.kernels.page_pairs.triton import add_page_pairs
 
         add_page_pairs(total, self.lengths, self.pages, self.counts, self.page_size, self.q_length)
+
+    @property
+    def stacks_with(self) -> Hashable | None:
+        """See `SparsePlan.stacks_with`."""
+        size = None if self.pages is None else self.pages.shape[1:]
+        return self.page_size, self.heads, self.q_length, size, self.lengths.device
+
+    def stacked(self, others: Sequence["PagePlan"]) -> "PagePlan":
+        """See `SparsePlan.stacked`."""
+        plans = (self, *others)
+        lengths = torch.cat([plan.lengths for plan in plans])
+        pages = [plan.pages for plan in plans if plan.pages is not None]
+        counts = [plan.counts for plan in plans if plan.counts is not None]
+        lists = (torch.cat(pages), torch.cat(counts)) if pages and counts else (None, None)
+        return replace(self, lengths=lengths, kv_start=None, pages=lists[0], counts=lists[1])
 
     def causal_pairs(self) -> torch.Tensor:
         """See `SparsePlan.causal_pairs`."""

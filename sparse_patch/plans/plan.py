@@ -1,10 +1,12 @@
 """The interface of every plan."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from typing_extensions import Self
 
 from sparse_patch.plans.once import once
 
@@ -62,14 +64,28 @@ class SparsePlan(ABC):
         """
         return None
 
+    @property
+    def pairs_by_head(self) -> "torch.Tensor | PairsInWaiting":
+        """`computed_pairs`, summed over the batch; counted later if the plan can be counted together with others."""
+        return self._pairs_now if self.stacks_with is None else PairsInWaiting(self)
+
     @once
-    def pairs_by_head(self) -> torch.Tensor:
-        """`computed_pairs`, summed over the batch, int64 `[Hq]`; computed once, because layers may share a plan."""
+    def _pairs_now(self) -> torch.Tensor:
+        """Int64 `[Hq]`; computed once, because layers may share a plan."""
         return self.computed_pairs().sum(0)
 
     def add_pairs(self, total: torch.Tensor) -> None:
-        """Add `pairs_by_head` to `total`, int64 `[Hq]`, in place."""
-        total += self.pairs_by_head
+        """Add `computed_pairs`, summed over the batch, to `total`, int64 `[Hq]`, in place and at once."""
+        total += self._pairs_now
+
+    @property
+    def stacks_with(self) -> Hashable | None:
+        """Plans that have the same value here can be stacked; None if the plan cannot, or is too large to be kept."""
+        return None
+
+    def stacked(self, others: Sequence[Self]) -> Self:
+        """This plan and others as one plan, the rows of one batch. Only its `computed_pairs` has a meaning."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be stacked")
 
     def density(self) -> torch.Tensor:
         """Share of the causal pairs that is computed, float32 `[B, Hq]`."""
@@ -77,3 +93,19 @@ class SparsePlan(ABC):
 
 
 Plan = SparsePlan | Dense
+
+
+@dataclass(frozen=True)
+class PairsInWaiting:
+    """The pairs of a plan by query head, not counted yet: it takes a dozen small operators, for one plan or many."""
+
+    plan: SparsePlan
+
+    @staticmethod
+    def total(waiting: Sequence["PairsInWaiting"]) -> torch.Tensor:
+        """Sum of the pairs of one plan or more, int64 `[Hq]`, on the device."""
+        stacks: dict[Hashable, list[SparsePlan]] = {}
+        for each in waiting:
+            stacks.setdefault((type(each.plan), each.plan.stacks_with), []).append(each.plan)
+        totals = [first.stacked(others).computed_pairs().sum(0) for first, *others in stacks.values()]
+        return totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)

@@ -1,6 +1,6 @@
 """A sink and a window for each KV head: a plan that is known before any token is."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -107,6 +107,16 @@ class SpanPlan(SparsePlan):
     def pairs_at(self, lengths: torch.Tensor) -> torch.Tensor:
         """See `SparsePlan.pairs_at`."""
         return replace(self, q_length=1, lengths=lengths, row_starts=lengths).computed_pairs().sum(0)
+
+    @property
+    def stacks_with(self) -> Hashable | None:
+        """See `SparsePlan.stacks_with`. Many queries are counted at once: counting takes memory for each of them."""
+        return (self.sinks, self.windows, self.heads, self.lengths.device) if self.q_length == 1 else None
+
+    def stacked(self, others: Sequence["SpanPlan"]) -> "SpanPlan":
+        """See `SparsePlan.stacked`."""
+        lengths = torch.cat([plan.lengths for plan in (self, *others)])
+        return replace(self, lengths=lengths, row_starts=torch.zeros_like(lengths))
 
     def causal_pairs(self) -> torch.Tensor:
         """See `SparsePlan.causal_pairs`."""

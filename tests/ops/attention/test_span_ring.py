@@ -67,9 +67,10 @@ def test_what_the_slots_hold_after_every_forward(backend: str, row_starts: list[
                     stored = {*range(min(sink, tokens)), *range(max(tokens - last, 0), tokens)}
                     first = layout.starts[head]
                     slots = torch.tensor(sorted(stored), dtype=torch.long)
-                    where = layout.slots(head, slots)
+                    (run,) = (run for run in layout.runs if run.heads.start <= head < run.heads.stop)
+                    where = first + run.places(slots)
                     assert where.tolist() == [
-                        first + (p if p < sink else sink + (p - sink) % layout.turns[head]) for p in sorted(stored)
+                        first + (p if p < sink else sink + (p - sink) % run.turn) for p in sorted(stored)
                     ]
                     assert ring.k[row, where].eq((slots + start)[:, None]).all()
                     assert ring.v[row, where].eq(-(slots + start)[:, None]).all()

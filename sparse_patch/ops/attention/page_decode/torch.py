@@ -1,115 +1,193 @@
-"""PyTorch backend: gathers the listed keys and computes nothing else, so it saves time on a CPU too.
+"""PyTorch backend: reads the listed keys and computes little else, so it saves time on a CPU too.
 
-Float32 keys of a plan of every page are read in place. Three kinds of tensors pass, a chunk at a time, through a
-float32 buffer that stays in the cache: gathered keys, keys of another dtype, and values next to which padding or the
-tail of a static buffer may lie. A weight of 0 does not silence a NaN, so such values become 0 in this buffer. Unused
-entries of a list read its first token again.
+The keys of a list are gathered, whole pages at once if every key of the call is real. If the lists name more keys than
+the call has, as lists of many query heads may, the keys are read where they lie, and those that a head does not list
+get a weight of 0. So are the keys of a plan of every page.
+
+A weight of 0 does not silence a NaN. Therefore unused entries of a list read its first token again, and values next to
+which padding or the tail of a static buffer may lie become 0 in a copy.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from sparse_patch.call import AttentionCall, apply_softcap
 from sparse_patch.ops.attention.op import Attended
-from sparse_patch.plans import PagePlan, leading
+from sparse_patch.ops.attention.weights import lse_of, weights_of
+from sparse_patch.plans import PagePlan, leading, marked
 
-_CHUNK = 2048  # keys
+_CHUNK = 2048  # keys that a copy in float32 holds at a time, so that it stays in the processor's cache
 
 
-@dataclass(frozen=True)
-class _Keys:
-    """The keys that the lists of a call name, in the order in which they are read."""
+class _Keys(NamedTuple):
+    """The keys that a call reads."""
 
-    position: torch.Tensor  # int64 [B, L, T], within the row
-    readable: torch.Tensor | None  # bool [B, L, T]; None if all are
-    slot: torch.Tensor | None  # int64 [B, L, T], their place in the call's buffers; None for the buffers as they are
-    groups: int  # KV heads, or query heads if each has its own list
-
-    def parts(self, x: torch.Tensor, silenced: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
-        """Keys or values `[B, Hkv, S, D]` in the order of the lists, as float32 parts `[B, groups, n, D]` along T.
-
-        A part lives until the next one is asked for. Tokens that are `silenced`, bool `[B, L, T]`, become 0.
-        """
-        if silenced is None and self.slot is None and x.dtype == torch.float32:
-            yield x
-            return
-        length = self.position.shape[-1]
-        buffer = x.new_empty(x.shape[0], self.groups, min(_CHUNK, length), x.shape[-1], dtype=torch.float32)
-        for begin in range(0, length, _CHUNK):
-            end = min(begin + _CHUNK, length)
-            part = buffer[:, :, : end - begin]
-            if self.slot is None:
-                part.copy_(x[:, :, begin:end])
-            else:
-                _gather(x, self.slot[..., begin:end], part)
-            if silenced is not None:
-                part.masked_fill_(silenced[..., begin:end, None], 0.0)
-            yield part
+    k: torch.Tensor  # [B, groups, T, D]; groups are KV heads, or query heads if each has gathered keys of its own
+    v: torch.Tensor  # [B, groups, T, Dv]
+    hidden: (
+        torch.Tensor | None
+    )  # bool [B, L, 1 or Sq, T]: keys that the heads of a list do not see; None if they see all
+    empty: torch.Tensor | None  # bool [B, L, 1 or Sq]: queries that see no key; None if all see one
+    unreadable: torch.Tensor | None = None  # bool [B, 1, T]: values that may be NaN; None without such values
 
 
 def attend(call: AttentionCall, plan: PagePlan, return_lse: bool = False) -> Attended:
     """See `ops.attention.page_decode.attend`."""
-    q_length = call.q.shape[2]
+    batch, heads, q_length, head_dim = call.q.shape
     keys = _keys(call, plan)
-    q = call.q.float().unflatten(1, (keys.groups, -1)).flatten(2, 3)
-    scores = torch.cat([q @ part.transpose(-1, -2) for part in keys.parts(call.k)], -1).mul_(call.scale)
-    scores = apply_softcap(scores, call.softcap).unflatten(2, (-1, q_length))  # [B, groups, G, Sq, T]
-    logits = _by_position(scores[..., -1, :].flatten(1, 2), call) if plan.wants_logits else None
+    groups = batch * keys.k.shape[1]
+    q = (call.q.float() * call.scale).reshape(groups, -1, head_dim)
+    products = [torch.bmm(part, q.mT) for part in _parts(keys.k)]  # keys by queries: faster than queries by keys
+    scores = _joined(products).mT.reshape(batch, heads, q_length, -1)
+    scores = apply_softcap(scores, call.softcap)
+    lists = 1 if keys.hidden is None else keys.hidden.shape[1]
+    of_lists = scores.unflatten(1, (lists, -1))
+    weights = weights_of(of_lists, None if keys.hidden is None else keys.hidden[:, :, None])
+    lse = lse_of(scores, weights.flatten(1, 2)) if return_lse or plan.wants_logits else None
+    out = _summed(weights.view(groups, q.shape[1], -1), keys).view(*of_lists.shape[:4], -1)
+    if keys.empty is not None:
+        out.masked_fill_(keys.empty[:, :, None, :, None], 0.0)
+    logits = _by_position(scores[:, :, -1], call) if plan.wants_logits else None
+    return Attended(out.flatten(1, 2).to(call.q.dtype), lse, logits)
 
-    query = torch.arange(q_length, device=q.device) + (call.lengths() - q_length)[:, None]  # position, [B, Sq]
-    visible = keys.position[:, :, None] <= query[:, None, :, None]
-    if keys.readable is not None:
-        visible = visible & keys.readable[:, :, None]
-    scores.masked_fill_(~visible[:, :, None], -torch.inf)
-    lse = scores.logsumexp(-1)
-    empty = lse.isneginf()
-    weights = scores.sub_(lse.masked_fill(empty, 0.0)[..., None]).exp_().flatten(2, 3)
-    silenced = ~keys.readable if keys.slot is None and keys.readable is not None else None
-    out, begin = q.new_zeros(*q.shape[:3], call.v.shape[-1]), 0
-    for part in keys.parts(call.v, silenced):
-        out += weights[..., begin : begin + part.shape[2]] @ part
-        begin += part.shape[2]
-    out = out.view(*lse.shape, -1).masked_fill_(empty[..., None], 0.0).to(call.q.dtype)
-    return Attended(out.flatten(1, 2), lse.flatten(1, 2), logits)
+
+def _summed(weights: torch.Tensor, keys: _Keys) -> torch.Tensor:
+    """Sum of the values by their weights, `[B * groups, queries, T]`."""
+    begin, sums = 0, []
+    for part in _parts(keys.v, keys.unreadable):
+        end = begin + part.shape[1]
+        sums.append(torch.bmm(weights[..., begin:end], part))
+        begin = end
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _parts(x: torch.Tensor, silenced: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+    """Keys or values `[B, groups, T, D]` as float32 parts `[B * groups, n, D]` along T. Those `silenced` become 0.
+
+    A part lives until the next one is asked for.
+    """
+    if silenced is None and (x.dtype == torch.float32 or not x.shape[2]):
+        yield x.float().flatten(0, 1)
+        return
+    buffer = x.new_empty(*x.shape[:2], min(_CHUNK, x.shape[2]), x.shape[3], dtype=torch.float32)
+    for begin in range(0, x.shape[2], _CHUNK):
+        part = buffer[:, :, : min(_CHUNK, x.shape[2] - begin)]
+        part.copy_(x[:, :, begin : begin + part.shape[2]])
+        if silenced is not None:
+            part.masked_fill_(silenced[..., begin : begin + part.shape[2], None], 0.0)
+        yield part.flatten(0, 1)
 
 
 def _keys(call: AttentionCall, plan: PagePlan) -> _Keys:
-    """The keys that the plan's lists name."""
-    starts, lengths = call.row_starts()[:, None, None], call.lengths()[:, None, None]
-    kv_heads = call.k.shape[1]
+    """The keys that a plan reads."""
+    kv_heads, all_real = call.k.shape[1], call.kv_start is None and call.kv_end is None
     if plan.pages is None or plan.counts is None:
-        position = torch.arange(call.kv_length, device=call.k.device) - starts
-        partial = call.kv_start is not None or call.kv_end is not None
-        return _Keys(position, (position >= 0) & (position < lengths) if partial else None, None, kv_heads)
-    tokens = torch.arange(plan.page_size, device=call.k.device)
-    position = (plan.pages.long()[..., None] * plan.page_size + tokens).flatten(-2)
-    readable = leading(plan.pages, plan.counts).repeat_interleave(plan.page_size, -1) & (position < lengths)
-    instead = torch.where(plan.counts[..., None] > 0, position[..., :1] + starts, 0)
-    slot = torch.where(readable, position + starts, instead)
-    return _Keys(position, readable, slot, max(kv_heads, slot.shape[1]))
+        return _in_place(call, None) if all_real else _partly_in_place(call)
+    named = max(kv_heads, plan.pages.shape[1]) * plan.pages.shape[2] * plan.page_size
+    if all_real and named >= kv_heads * call.kv_length:
+        return _in_place(call, plan)
+    return _gathered(call, plan, plan.pages, plan.counts, whole=all_real and call.kv_length >= plan.page_size)
 
 
-def _gather(x: torch.Tensor, slots: torch.Tensor, target: torch.Tensor) -> None:
-    """Rows `slots` `[B, L, n]` of `x` `[B, Hkv, S, D]` into `target` `[B, groups, n, D]`.
+def _in_place(call: AttentionCall, plan: PagePlan | None) -> _Keys:
+    """The keys of a call whose keys are all real. Those that are not in the lists are hidden."""
+    hidden = empty = None
+    if plan is not None and plan.pages is not None and plan.counts is not None:
+        unlisted = ~marked(plan.pages, plan.counts, plan.num_pages)
+        of_tokens = unlisted[..., None].expand(*unlisted.shape, plan.page_size).flatten(-2)
+        hidden, empty = of_tokens[:, :, None, : call.kv_length], plan.counts[..., None] == 0
+    if call.q.shape[2] > 1:
+        position = torch.arange(call.kv_length, device=call.k.device).view(1, 1, -1)
+        hidden = _later(call, position) if hidden is None else hidden | _later(call, position)
+        empty = hidden.all(-1)
+    return _Keys(call.k, call.v, hidden, empty)
 
-    One `index_select` per row and head, because only it copies rows of any strides at the speed of memory.
+
+def _partly_in_place(call: AttentionCall) -> _Keys:
+    """The keys of a call that has padding, or a buffer with a tail."""
+    position = torch.arange(call.kv_length, device=call.k.device) - call.row_starts()[:, None, None]
+    unreadable = (position < 0) | (position >= call.lengths()[:, None, None])
+    hidden = unreadable[:, :, None] | _later(call, position)
+    return _Keys(call.k, call.v, hidden, hidden.all(-1), unreadable)
+
+
+def _later(call: AttentionCall, position: torch.Tensor) -> torch.Tensor:
+    """Which keys at positions `[B, L, T]` within the row come after a query, bool `[B, L, Sq, T]`."""
+    q_length = call.q.shape[2]
+    query = torch.arange(q_length, device=position.device) + (call.lengths() - q_length)[:, None]
+    return position[:, :, None] > query[:, None, :, None]
+
+
+def _gathered(call: AttentionCall, plan: PagePlan, pages: torch.Tensor, counts: torch.Tensor, whole: bool) -> _Keys:
+    """The keys of lists, copied.
+
+    Args:
+        call: the call.
+        plan: its plan.
+        pages: the plan's pages.
+        counts: the plan's counts.
+        whole: whether pages are copied whole. The last page of a row is then a window that ends with the row, of which
+            the tokens before the page are hidden. All keys of the call must be real.
     """
-    batch, groups = target.shape[:2]
-    per_list, per_kv_head = groups // slots.shape[1], groups // x.shape[1]
-    for row in range(batch):
-        for group in range(groups):
-            rows, chosen = x[row, group // per_kv_head], slots[row, group // per_list]
-            if x.dtype == target.dtype:
-                torch.index_select(rows, 0, chosen, out=target[row, group])
-            else:
-                target[row, group].copy_(rows.index_select(0, chosen))
+    page_size, tokens = plan.page_size, torch.arange(plan.page_size, device=pages.device)
+    first, listed = pages.long() * page_size, leading(pages, counts)
+    if whole:
+        slot, size = first.clamp(0, call.kv_length - page_size), page_size
+        hidden = tokens < torch.where(listed, first - slot, page_size)[..., None]
+    else:
+        position, starts = first[..., None] + tokens, call.row_starts()[:, None, None, None]
+        hidden = (position >= call.lengths()[:, None, None, None]) | ~listed[..., None]
+        instead = torch.where(counts[..., None, None] > 0, position[:, :, :1, :1] + starts, 0)
+        slot, size = torch.where(hidden, instead, position + starts).flatten(-2), 1
+    hidden, empty = hidden.flatten(-2)[:, :, None], counts[..., None] == 0
+    if call.q.shape[2] > 1:
+        hidden = hidden | _later(call, ((slot if whole else first)[..., None] + tokens).flatten(-2))
+        empty = hidden.all(-1)
+    k, v = _rows((call.k, call.v), slot, size)
+    return _Keys(k, v, hidden, empty)
+
+
+def _rows(tensors: tuple[torch.Tensor, ...], slot: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """Windows of `size` tokens of tensors `[B, Hkv, S, D]` from slots `[B, L, n]` on: `[B, groups, n * size, D]` each.
+
+    One `index_select` over a view in which each row is a window: it copies at the speed of memory.
+    """
+    batch, kv_heads, length, _ = tensors[0].shape
+    slot = slot.unflatten(1, (kv_heads, -1)) if slot.shape[1] >= kv_heads else slot[:, None]
+    places: dict[tuple[int, int], torch.Tensor] = {}  # by where rows and heads lie: alike in keys and values, mostly
+    found = []
+    for x in tensors:
+        dim = x.shape[3]
+        if x.stride(3) != 1 or x.stride(2) != dim or x.stride(0) % dim or x.stride(1) % dim:
+            x = x.contiguous()
+        strides = x.stride(0) // dim, x.stride(1) // dim  # in tokens
+        if strides not in places:
+            places[strides] = _places(slot, batch, kv_heads, strides)
+        place = places[strides]
+        windows = (batch - 1) * strides[0] + (kv_heads - 1) * strides[1] + length - size + 1
+        rows = x.as_strided((windows, size * dim), (dim, 1)).index_select(0, place.flatten())
+        found.append(rows.view(batch, place.shape[1] * place.shape[2], -1, dim))
+    return found
+
+
+def _places(slot: torch.Tensor, batch: int, kv_heads: int, strides: tuple[int, int]) -> torch.Tensor:
+    """Where slots `[B, Hkv or 1, lists, n]` lie, counted from the first row's first head: `[B, Hkv, lists, n]`."""
+    of_batch, of_head = strides
+    place = slot + (torch.arange(kv_heads, device=slot.device) * of_head)[:, None, None]
+    if batch > 1:
+        place = place + (torch.arange(batch, device=slot.device) * of_batch)[:, None, None, None]
+    return place
 
 
 def _by_position(scores: torch.Tensor, call: AttentionCall) -> torch.Tensor:
     """Scores `[B, Hq, S]` by key as scores by position within the row; undefined after the row's length."""
     if call.kv_start is None:
-        return scores.clone()
+        return scores
     slots = torch.arange(scores.shape[-1], device=scores.device) + call.kv_start[:, None]
     return scores.gather(-1, slots.clamp(max=scores.shape[-1] - 1)[:, None].expand_as(scores))

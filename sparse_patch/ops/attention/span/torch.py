@@ -12,11 +12,11 @@ import torch
 from sparse_patch.call import AttentionCall, apply_softcap
 from sparse_patch.kernels.slices import SLICE_BYTES, slices
 from sparse_patch.ops.attention.op import Attended
+from sparse_patch.ops.attention.weights import HIDDEN, lse_of, weights_of
 from sparse_patch.plans import GrowingWindow, SpanPlan, Window, in_span, widest
 
 Masks = Sequence[tuple[slice, torch.Tensor]]  # columns, and which of them each query sees, bool `[B, n, columns]`
 _QUERIES = 128  # queries per slice; each query reads the windows of all of them
-_HIDDEN = torch.finfo(torch.float32).min  # finite: a query may have no key
 
 
 def attend(call: AttentionCall, plan: SpanPlan, return_lse: bool = False) -> Attended:
@@ -60,13 +60,11 @@ def attend_visible(
     scores = (q.float() * call.scale).flatten(1, 2) @ k.float().mT
     scores = apply_softcap(scores, call.softcap).unflatten(1, (group, n))
     for columns, visible in masks:
-        scores[..., columns].masked_fill_(~visible[:, None], _HIDDEN)
-    largest = scores.amax(-1)
-    weights = scores.softmax(-1)
-    lse = largest - weights.amax(-1).log()
+        scores[..., columns].masked_fill_(~visible[:, None], HIDDEN)
+    weights = weights_of(scores, None)
+    lse = lse_of(scores, weights)
     out = (weights.flatten(1, 2) @ v.float()).unflatten(1, (group, n))
-    empty = largest == _HIDDEN
-    return out.masked_fill_(empty[..., None], 0.0), lse.masked_fill_(empty, -torch.inf)
+    return out.masked_fill_(lse.isneginf()[..., None], 0.0), lse
 
 
 def _read(call: AttentionCall, queries: slice, sink: int, window: Window) -> tuple[torch.Tensor, Masks]:

@@ -2,12 +2,52 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
+from typing import NamedTuple
 
 import torch
 
 from sparse_patch.call import AttentionCall
 from sparse_patch.plans import SpanPlan, Window, check_spans, spans_of, widest
+from sparse_patch.plans.once import once
+
+
+class Run(NamedTuple):
+    """KV heads that follow each other and have the same span and capacity.
+
+    Attributes:
+        heads: the heads.
+        slots: their slots, head by head.
+        sink: see `RingLayout.spans`.
+        window: see `RingLayout.spans`.
+        turn: number of slots of each head that are written in turn.
+    """
+
+    heads: slice
+    slots: slice
+    sink: int
+    window: Window
+    turn: int
+
+    @property
+    def number(self) -> int:
+        """Number of heads."""
+        return int(self.heads.stop - self.heads.start)
+
+    def of(self, kept: torch.Tensor) -> torch.Tensor:
+        """The heads' keys or values, as a view `[B, heads, capacity, D]` of those of the layer, `[B, total, D]`."""
+        return kept[:, self.slots].unflatten(1, (self.number, self.sink + self.turn))
+
+    def places(self, positions: torch.Tensor) -> torch.Tensor:
+        """Slots within each head of tokens at positions `[...]`; padding gets a slot written in turn."""
+        in_sink = (positions >= 0) & (positions < self.sink)
+        return torch.where(in_sink, positions, self.sink + (positions - self.sink) % self.turn)
+
+    def held(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Positions of the tokens in each head's slots, `[B, capacity]`, of rows with `tokens` `[B]`; -1 if empty."""
+        latest, slot = tokens[:, None] - 1, torch.arange(self.sink + self.turn, device=tokens.device)
+        position = torch.where(slot < self.sink, slot, latest - (latest - slot) % self.turn)
+        return position.masked_fill(slot > latest, -1)
 
 
 @dataclass(frozen=True)
@@ -58,11 +98,6 @@ class RingLayout:
         return spans_of(self.sinks, self.windows)
 
     @property
-    def turns(self) -> list[int]:
-        """Number of slots of each head that are written in turn."""
-        return [slots - sink for slots, (sink, _) in zip(self.capacities, self.spans, strict=True)]
-
-    @property
     def starts(self) -> list[int]:
         """First slot of each head."""
         return first_slots(self.capacities)
@@ -77,20 +112,21 @@ class RingLayout:
         """The slots of each head."""
         return [slice(start, start + slots) for start, slots in zip(self.starts, self.capacities, strict=True)]
 
-    def slots(self, head: int, positions: torch.Tensor) -> torch.Tensor:
-        """Slots of a head's tokens at positions `[...]`, int64 `[...]`; padding gets a slot written in turn."""
-        start, (sink, _), turn = self.starts[head], self.spans[head], self.turns[head]
-        in_sink = (positions >= 0) & (positions < sink)
-        return start + torch.where(in_sink, positions, sink + (positions - sink) % turn)
+    @once
+    def runs(self) -> list[Run]:
+        """The heads in runs."""
+        heads, runs = zip(self.spans, self.capacities, strict=True), []
+        head = slot = 0
+        for ((sink, window), slots), run in groupby(heads):
+            number = len(list(run))
+            of_heads, of_slots = slice(head, head + number), slice(slot, slot + number * slots)
+            runs.append(Run(of_heads, of_slots, sink, window, slots - sink))
+            head, slot = of_heads.stop, of_slots.stop
+        return runs
 
     def positions(self, tokens: torch.Tensor) -> torch.Tensor:
         """Positions of the tokens in the slots once rows have seen `tokens` `[B]`: int64 `[B, total]`, -1 if empty."""
-        latest, held = tokens[:, None] - 1, []
-        for slots, (sink, _), turn in zip(self.capacities, self.spans, self.turns, strict=True):
-            slot = torch.arange(slots, device=tokens.device)
-            position = torch.where(slot < sink, slot, latest - (latest - slot) % turn)
-            held.append(position.masked_fill(slot > latest, -1))
-        return torch.cat(held, 1)
+        return torch.cat([run.held(tokens).repeat(1, run.number) for run in self.runs], 1)
 
 
 def first_slots(capacities: Sequence[int]) -> list[int]:

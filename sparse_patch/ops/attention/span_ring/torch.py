@@ -2,32 +2,43 @@
 
 import torch
 
-from sparse_patch.call import AttentionCall
+from sparse_patch.call import AttentionCall, apply_softcap
 from sparse_patch.ops.attention.op import Attended
 from sparse_patch.ops.attention.span.torch import attend_in_float32, attend_visible, query_slices
-from sparse_patch.ops.attention.span_ring.ring import Ring, own_keys
-from sparse_patch.plans import in_span, widest
+from sparse_patch.ops.attention.span_ring.ring import Ring, Run, own_keys
+from sparse_patch.ops.attention.weights import lse_of, weights_of
+from sparse_patch.plans import GrowingWindow, in_span, widest
 
 
 def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> Attended:
     """See `ops.attention.span_ring.attend`."""
     if call.q.shape[2] == 1:
-        layout, held = ring.layout, ring.layout.positions(before + 1)[:, None]
-        parts = [
-            attend_visible(
-                call,
-                q,
-                ring.k[:, at],
-                ring.v[:, at],
-                [(slice(None), in_span(before[:, None, None], held[..., at], *span))],
-            )
-            for q, at, span in zip(call.q.split(call.group_size, 1), layout.slices, layout.spans, strict=True)
-        ]
-        outs, lses = zip(*parts, strict=True)
-        return Attended(torch.cat(outs, 1).to(call.q.dtype), torch.cat(lses, 1))
+        parts = [_attend_one(call, ring, before, run) for run in ring.layout.runs]
+        out, lse = parts[0] if len(parts) == 1 else (torch.cat(each, 1) for each in zip(*parts, strict=True))
+        return Attended(out.to(call.q.dtype), lse)
     out, lse = attend_in_float32(*own_keys(call, ring.layout, before))
     _add_ring(call, ring, before, out, lse)
     return Attended(out.to(call.q.dtype), lse)
+
+
+def _attend_one(call: AttentionCall, ring: Ring, before: torch.Tensor, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and LSE of one token, of the heads of a run."""
+    batch, group = len(call.q), call.group_size
+    heads = slice(run.heads.start * group, run.heads.stop * group)
+    k, v = (run.of(kept).float().flatten(0, 1) for kept in (ring.k, ring.v))
+    q = (call.q[:, heads].float() * call.scale).reshape(len(k), group, -1)
+    scores = apply_softcap(torch.bmm(k, q.mT).mT.reshape(batch, run.number * group, 1, -1), call.softcap)
+    weights = weights_of(scores, _unseen(before, run))
+    lse = lse_of(scores, weights)
+    out = torch.bmm(weights.view(len(k), group, -1), v).view(batch, run.number * group, 1, -1)
+    return out.masked_fill_((before < 0)[:, None, None, None], 0.0), lse
+
+
+def _unseen(before: torch.Tensor, run: Run) -> torch.Tensor:
+    """Which slots of each head of a run the next token does not read once it is written, bool `[B, 1, 1, capacity]`."""
+    if isinstance(run.window, GrowingWindow):  # the ring holds its widest size
+        return ~in_span(before[:, None], run.held(before + 1), run.sink, run.window)[:, None, None]
+    return (torch.arange(run.sink + run.turn, device=before.device) > before[:, None])[:, None, None]
 
 
 def _add_ring(call: AttentionCall, ring: Ring, before: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -58,30 +69,28 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
 
 def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor) -> None:
     """See `ops.attention.span_ring.write`. No slot is written twice, because the order of such writes is undefined."""
-    layout, length = ring.layout, k.shape[2]
-    for head, (slots, (sink, _), turn) in enumerate(zip(layout.slices, layout.spans, layout.turns, strict=True)):
-        of_head = ring.k[:, slots], ring.v[:, slots], k[:, head], v[:, head]
-        last = torch.arange(max(length - turn, 0), length, device=k.device)  # no two tokens are a turn apart
-        position = before[:, None] + last
-        slot = layout.slots(head, position) - slots.start
-        _put(*of_head, slot, last.expand_as(position), position >= 0)
-        if length > turn:  # tokens of the sink that come before these
-            slot = torch.arange(sink, device=k.device).expand(len(k), -1)
+    length = k.shape[2]
+    for run in ring.layout.runs:
+        of_run = (run.of(ring.k), k[:, run.heads]), (run.of(ring.v), v[:, run.heads])
+        first = max(length - run.turn, 0)  # no two tokens from here on are a turn apart
+        position = before[:, None] + torch.arange(first, length, device=k.device)
+        slot, real = run.places(position), position >= 0
+        for kept, new in of_run:
+            _put(kept, new[:, :, first:], slot, real)
+        if first:  # tokens of the sink that come before these
+            slot = torch.arange(run.sink, device=k.device).expand(len(k), -1)
             token = slot - before[:, None]
-            _put(*of_head, slot, token, (token >= 0) & (token < length - turn))
+            real, token = (token >= 0) & (token < first), token.clamp(0, length - 1)
+            for kept, new in of_run:
+                _put(kept, new.gather(2, _index(token, new)), slot, real)
 
 
-def _put(
-    kept_k: torch.Tensor,
-    kept_v: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    slot: torch.Tensor,
-    token: torch.Tensor,
-    real: torch.Tensor,
-) -> None:
-    """Write tokens, int64 `[B, n]`, of `k` and `v` `[B, S, D]` to slots of `kept_k` and `kept_v`, where `real`."""
-    rows = torch.arange(len(k), device=k.device)[:, None]
-    for kept, new in ((kept_k, k), (kept_v, v)):
-        tokens = new[rows, token.clamp(0, new.shape[1] - 1)]
-        kept[rows, slot] = torch.where(real[..., None], tokens, kept[rows, slot])
+def _put(kept: torch.Tensor, new: torch.Tensor, slot: torch.Tensor, real: torch.Tensor) -> None:
+    """Write tokens `[B, heads, n, D]` to slots `[B, n]` of `kept` `[B, heads, capacity, D]`, where they are `real`."""
+    index = _index(slot, new)
+    kept.scatter_(2, index, torch.where(real[:, None, :, None], new, kept.gather(2, index)))
+
+
+def _index(tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Indices `[B, n]` along the tokens of `x` `[B, heads, S, D]`, for `gather` and `scatter_`."""
+    return tokens[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])

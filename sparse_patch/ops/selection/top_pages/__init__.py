@@ -39,5 +39,5 @@ def top_pages(
     from sparse_patch.ops.selection.top_pages.torch import top_pages as in_torch
 
     limits = limits - spared if spared else limits
-    real = -(-limits // page_size) if page_size > 1 else limits
+    real = (limits + (page_size - 1)) // page_size if page_size > 1 else limits
     return in_torch(scores, real.clamp(max=scores.shape[-1]) if last else real, k, first, last)

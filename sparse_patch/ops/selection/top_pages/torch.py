@@ -2,6 +2,10 @@
 
 import torch
 
+from sparse_patch.kernels.compaction import compact
+
+_MANY = 512  # pages; it is faster to mark so many and to read off the marks than to sort them
+
 
 def with_forced(scores: torch.Tensor, limits: torch.Tensor, first: int, last: int | torch.Tensor) -> torch.Tensor:
     """Scores `[B, L, N]` with +inf for the first and the last pages of each list; `limits` and `last` fit `[B, L]`."""
@@ -12,22 +16,34 @@ def with_forced(scores: torch.Tensor, limits: torch.Tensor, first: int, last: in
 def top_pages(
     scores: torch.Tensor, limits: torch.Tensor, k: int, first: int = 0, last: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.selection.top_pages`; `limits` is the number of real pages, int64 `[B, L]`, and `k` at most N."""
-    size = scores.shape[-1]
-    page = torch.arange(size, device=scores.device)
+    """See `ops.selection.top_pages`; `limits` is the number of real pages, int64 `[B, L]`, and `k` at most N.
+
+    Chosen pages beyond the limit come last in ascending order, after the first `counts`.
+    """
     if first or last:
         scores = with_forced(scores, limits, first, last)
-    scores = torch.where(scores.isnan(), -torch.inf, scores).masked_fill(page >= limits[..., None], -torch.inf)
-    # The lower page wins a tie, so a page beyond the limit never wins over a page of `-inf` within it.
-    chosen = _ordered(scores, page).topk(k).indices
-    counts = limits.clamp(0, k)
-    has_meaning = torch.arange(k, device=scores.device) < counts[..., None]
-    ascending = chosen.masked_fill(~has_meaning, size).sort().values
-    return ascending.masked_fill(~has_meaning, 0).int(), counts.int()
+    chosen = _ordered(scores, limits).topk(k, sorted=False).indices
+    return _ascending(chosen, scores.shape[-1]), limits.clamp(0, k).int()
 
 
-def _ordered(scores: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
-    """Int64 numbers in the order of scores without NaN, without ties: of two equal scores, the lower page is higher."""
-    bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)  # one zero, not two
+def _ascending(pages: torch.Tensor, size: int) -> torch.Tensor:
+    """Lists of different pages below `size`, int64 `[B, L, k]`, in ascending order as int32."""
+    k = pages.shape[-1]
+    if k < _MANY:
+        return pages.int().sort().values
+    marked = torch.zeros(*pages.shape[:-1], 1, size, dtype=torch.bool, device=pages.device)
+    marked.scatter_(-1, pages[..., None, :], True)
+    lists, _ = compact(marked, torch.arange(size, dtype=torch.int32, device=pages.device).expand_as(marked))
+    return lists[..., 0, :k]
+
+
+def _ordered(scores: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    """Int64 numbers in the order of the scores, without ties: of two equal scores, the lower page is higher.
+
+    So a page beyond the limit never wins over a page of `-inf` within it.
+    """
+    page = torch.arange(scores.shape[-1], device=scores.device)
+    scores = scores.masked_fill(page >= limits[..., None], -torch.inf).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+    bits = scores.add_(0.0).view(torch.int32)  # one zero, not two
     rising = bits ^ (bits >> 31 & 0x7FFFFFFF)
-    return (rising.long() << 32) - page
+    return rising.long().bitwise_left_shift_(32).sub_(page)

@@ -1,137 +1,17 @@
-"""What was actually computed: the counters that the hook fills, and the typed report made from them."""
+"""The typed report made from the counters, and its table."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
-import torch
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.files.writing import write_file
-
-COUNTING = Lock()  # threads may share a model
-Count = int | torch.Tensor  # a device tensor if only the device knows the number; read when a report is made
-
-
-@dataclass(frozen=True)
-class Work:
-    """The size of one call, summed over the rows of the batch, padding excluded.
-
-    Attributes:
-        queries: query tokens.
-        causal: (query, key) pairs of the causal triangle.
-        attended: pairs that the model's own dense attention reads; fewer than `causal` in sliding-window layers.
-    """
-
-    queries: Count
-    causal: Count
-    attended: Count
-
-
-@dataclass
-class PhaseCounts:
-    """Running totals of one layer in one phase, without a host sync until a report is made."""
-
-    calls: int = 0
-    sparse_calls: int = 0
-    queries: Count = 0
-    causal: Count = 0
-    attended_by_all: Count = 0
-    attended_by_head: torch.Tensor | None = None
-    surplus: Count = 0
-    dense: Counter[str] = field(default_factory=Counter)
-    fallbacks: Counter[str] = field(default_factory=Counter)
-    dense_kernels: Counter[str] = field(default_factory=Counter)
-    copying_calls: int = 0
-    keeping_calls: int = 0
-    fallback_in_graph: str | None = None  # the last reason recorded in a torch.compile graph
-
-    def add_dense(self, work: Work, calls: int = 1) -> None:
-        """Count dense calls of this size in all."""
-        self._add(work, calls)
-        self.attended_by_all = self.attended_by_all + work.attended
-
-    def add_sparse(
-        self,
-        work: Work,
-        attended_by_head: torch.Tensor,
-        decided_pairs: torch.Tensor | None = None,
-        calls: int = 1,
-    ) -> None:
-        """Count sparse calls.
-
-        Args:
-            work: size of the calls in all.
-            attended_by_head: pairs that each query head computed, summed over the batch, int64 `[Hq]`.
-            decided_pairs: `BlockPlan.decided_pairs`.
-            calls: number of calls.
-        """
-        self._add(work, calls)
-        self.sparse_calls += calls
-        if decided_pairs is not None:
-            self.surplus = self.surplus + attended_by_head.sum() - decided_pairs.sum()
-        known = self.attended_by_head
-        self.attended_by_head = attended_by_head if known is None else known + attended_by_head
-
-    def _add(self, work: Work, calls: int) -> None:
-        self.calls += calls
-        self.queries = self.queries + work.queries
-        self.causal = self.causal + work.causal
-
-    def report(self) -> "PhaseReport":
-        causal, queries = int(self.causal), int(self.queries)
-        by_head = [0] if self.attended_by_head is None else self.attended_by_head.tolist()
-        attended = [int(self.attended_by_all) + pairs for pairs in by_head]
-        mean = sum(attended) / len(attended)
-        return PhaseReport(
-            calls=self.calls,
-            sparse_calls=self.sparse_calls,
-            density=mean / causal if causal else None,
-            density_by_head=[pairs / causal for pairs in attended] if causal and self.sparse_calls else [],
-            attended=mean / queries if queries else None,
-            dense=dict(self.dense),
-            fallbacks=dict(self.fallbacks + Counter([self.fallback_in_graph] if self.fallback_in_graph else [])),
-            dense_kernels=dict(self.dense_kernels),
-            copying_calls=self.copying_calls,
-            keeping_calls=self.keeping_calls,
-            pairs=(mean, causal, queries),
-            surplus=int(self.surplus) / len(attended),
-        )
-
-
-@dataclass
-class LayerCounts:
-    """The totals of one layer, and whether it also ran inside `torch.compile` graphs, whose calls are not counted."""
-
-    prefill: PhaseCounts = field(default_factory=PhaseCounts)
-    decode: PhaseCounts = field(default_factory=PhaseCounts)
-    compiled: bool = False
-
-    def of(self, phase: Phase) -> PhaseCounts:
-        return self.prefill if phase == "prefill" else self.decode
-
-
-@dataclass
-class GraphCounts:
-    """What became of the decode steps of a model on a GPU.
-
-    Attributes:
-        captures: number of CUDA graphs captured.
-        capture_s: seconds that this took.
-        replays: steps that ran as a graph.
-        eager: reason -> steps that could not.
-    """
-
-    captures: int = 0
-    capture_s: float = 0.0
-    replays: int = 0
-    eager: Counter[str] = field(default_factory=Counter)
+from sparse_patch.report.counts import GraphCounts, PhaseCounts
 
 
 class GraphReport(BaseModel):
@@ -180,6 +60,29 @@ class PhaseReport(BaseModel):
     keeping_calls: int = 0
     pairs: tuple[float, int, int]
     surplus: float = 0.0
+
+    @classmethod
+    def of(cls, counts: PhaseCounts) -> "PhaseReport":
+        """The report of what was counted; reads from the device."""
+        counts.settle()
+        causal, queries = int(counts.causal), int(counts.queries)
+        by_head = [0] if counts.attended_by_head is None else counts.attended_by_head.tolist()
+        attended = [int(counts.attended_by_all) + pairs for pairs in by_head]
+        mean = sum(attended) / len(attended)
+        return cls(
+            calls=counts.calls,
+            sparse_calls=counts.sparse_calls,
+            density=mean / causal if causal else None,
+            density_by_head=[pairs / causal for pairs in attended] if causal and counts.sparse_calls else [],
+            attended=mean / queries if queries else None,
+            dense=dict(counts.dense),
+            fallbacks=dict(counts.fallbacks + Counter([counts.fallback_in_graph] if counts.fallback_in_graph else [])),
+            dense_kernels=dict(counts.dense_kernels),
+            copying_calls=counts.copying_calls,
+            keeping_calls=counts.keeping_calls,
+            pairs=(mean, causal, queries),
+            surplus=int(counts.surplus) / len(attended),
+        )
 
 
 class LayerReport(BaseModel):

@@ -1,0 +1,17 @@
+"""What was actually computed: the counters that the hook fills, and the typed report made from them."""
+
+from sparse_patch.report.counts import COUNTING, GraphCounts, LayerCounts, PhaseCounts, Work
+from sparse_patch.report.reports import GraphReport, LayerReport, PhaseReport, SparsityReport, merged
+
+__all__ = [
+    "COUNTING",
+    "GraphCounts",
+    "GraphReport",
+    "LayerCounts",
+    "LayerReport",
+    "PhaseCounts",
+    "PhaseReport",
+    "SparsityReport",
+    "Work",
+    "merged",
+]
