@@ -35,6 +35,8 @@ class Patch:
         hooks: the hooks that tell a forward which cache it uses, and those that correct that cache.
         mark: tells forwards whether they still run under this patch.
         graphs: what became of decode steps on a GPU, for the report.
+        model_state: the model as the graphs of its caches know it, a `ModelState`. Caches refer to it only weakly, so a
+            cache that outlives its model does not keep the weights.
     """
 
     config: PatchConfig
@@ -45,6 +47,11 @@ class Patch:
     hooks: list[RemovableHandle]
     mark: PatchMark
     graphs: GraphCounts = field(default_factory=GraphCounts)
+    model_state: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for a copy of a patched model, which has no graphs."""
+        return {**vars(self), "model_state": None}
 
     @property
     def reaches_attention(self) -> bool:

@@ -4,7 +4,9 @@ What a graph relies on is compared before every replay. If anything differs, the
 that finds the same again is captured anew. So a graph is never replayed on something else than it was made for.
 """
 
+from threading import Lock
 from typing import Any
+from weakref import ref
 
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
@@ -12,12 +14,23 @@ from transformers.utils.generic import ModelOutput
 from sparse_patch.errors import PatchError
 from sparse_patch.integration.graphs.captured import Captured, Forward, capture, position_of, run_step
 from sparse_patch.integration.graphs.inputs import StepInputs
-from sparse_patch.integration.graphs.model_state import ModelState, check_model, torch_state
+from sparse_patch.integration.graphs.model_state import ModelState, torch_state
 from sparse_patch.integration.graphs.padding import Padding
 from sparse_patch.integration.graphs.stepped_cache import SteppedCache
 from sparse_patch.integration.patch import Patch
 from sparse_patch.integration.step import NotAStep, Step
 from sparse_patch.report import COUNTING
+
+_COMPARING = Lock()
+
+
+def _state_now(root: PreTrainedModel, patch: Patch) -> ModelState:
+    """The state of the model: the same object as long as the model is the same."""
+    with _COMPARING:
+        known: ModelState | None = patch.model_state
+        if known is None or not known.holds():
+            known = patch.model_state = ModelState(root)
+        return known
 
 
 class DecodeGraph:
@@ -26,7 +39,7 @@ class DecodeGraph:
     def __init__(self) -> None:
         self._gave_up: str | None = None
         self._form: Any = None  # what decided the last step that ran eagerly, beside the model
-        self._model: ModelState | None = None  # the model then
+        self._model: ref[ModelState] | None = None  # the model then
         self._padding: Padding | None = None
         self._captured: Captured | None = None
 
@@ -74,11 +87,12 @@ class DecodeGraph:
         inputs: StepInputs,
     ) -> Captured | None:
         """The graph of this step, captured now if the last step was like it; None if this one has to run eagerly."""
-        same = self._model is not None and form == self._form and self._model.holds()
-        if not same:
+        model = _state_now(root, patch)
+        if model.refusal is not None:
+            raise NotAStep(model.refusal)
+        if form != self._form or self._model is None or self._model() is not model:
             self._captured = None
-            check_model(root, inputs.ids.device)
-            self._form, self._model = form, ModelState(root)
+            self._form, self._model = form, ref(model)
             return None
         if self._captured is not None and not self._captured.serves(cache):
             self._captured = None

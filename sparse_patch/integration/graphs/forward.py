@@ -35,8 +35,10 @@ class GraphForward:
         return getattr(type(self.root), FORWARD).__get__(self.root) if self.before is None else self.before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.__wrapped__(*args, **kwargs)
         patch = vars(self.root).get("sparse_patch")
-        if torch.compiler.is_compiling() or not isinstance(patch, Patch):
+        if not isinstance(patch, Patch):
             return self.__wrapped__(*args, **kwargs)
         try:
             inputs = inputs_of(self.__wrapped__, args, kwargs)

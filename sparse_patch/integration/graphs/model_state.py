@@ -25,9 +25,13 @@ class ModelState:
 
     The comparison comes before every replay, so it is made of a few calls that loop in C. It takes some 0.15 ms for a
     model of 32 layers.
+
+    Attributes:
+        refusal: why no graph can serve the model; None if one can.
     """
 
     def __init__(self, root: PreTrainedModel) -> None:
+        self.refusal = _why_refused(root)
         self._modules = list(root.modules())
         self._holders = list(_holders(self._modules))
         self._values = list(map(dict, self._holders))
@@ -88,25 +92,23 @@ def torch_state() -> tuple[Any, ...]:
     )
 
 
-def check_model(root: PreTrainedModel, device: torch.device) -> None:
-    """Refuse a model whose forward does more than launch kernels on one device.
-
-    Raises:
-        NotAStep: training mode, hooks, weights that are not plain tensors or lie elsewhere.
-    """
+def _why_refused(root: PreTrainedModel) -> str | None:
+    """Why a forward of a model does more than launch kernels on one device; None if it does not."""
     for name, module in root.named_modules():
         place = name or type(root).__name__
         if module.training:
-            raise NotAStep(f"{place} is in training mode")
+            return f"{place} is in training mode"
         if hasattr(module, "_hf_hook"):
-            raise NotAStep(f"{place} has a hook of accelerate (offloaded or sharded layers)")
+            return f"{place} has a hook of accelerate (offloaded or sharded layers)"
         if module is not root and _has_hooks(module):
-            raise NotAStep(f"{place} has a forward hook")
+            return f"{place} has a forward hook"
+    device = next(root.parameters()).device
     for name, tensor in (*root.named_parameters(), *root.named_buffers()):
         if type(tensor) not in (torch.Tensor, nn.Parameter):
-            raise NotAStep(f"{name} is a {type(tensor).__name__}")
+            return f"{name} is a {type(tensor).__name__}"
         if tensor.device != device:
-            raise NotAStep(f"{name} is on {tensor.device}")
+            return f"{name} is on {tensor.device}, other weights on {device}"
+    return None
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -215,6 +215,18 @@ def test_the_memory_of_a_cache_is_free_at_once(kind: str, five_layers: PreTraine
         gc.enable()
 
 
+def test_a_cache_that_outlives_its_model_does_not_keep_it() -> None:
+    model = patch_model(llama(), QUEST)
+    cache = span_cache(model, 140)
+    stepped(model, prompt(100), 12, cache)
+    assert sparsity_report(model).graphs.replays == 10
+    module = ref(model.lm_head)
+    del model
+    gc.collect()
+    assert module() is None
+    assert cache.get_seq_length() == 111
+
+
 def test_the_report_starts_again(five_layers: PreTrainedModel) -> None:
     with patched(five_layers, QUEST), torch.no_grad():
         cache, ids = growing_cache(five_layers.config), prompt(100)
