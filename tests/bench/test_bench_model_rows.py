@@ -12,6 +12,7 @@ from builders.programs import program
 from sparse_patch import TaskError
 from sparse_patch.bench.model_rows import BEST, UNPATCHED, Mode, Row, added, against_dense
 from sparse_patch.bench.model_timing import capture_seconds
+from sparse_patch.report import GraphReport
 
 HERE = Path("g.json")
 
@@ -85,9 +86,9 @@ def test_runs_that_differ_are_refused() -> None:
 
 
 def test_the_seconds_of_a_capture_are_those_of_the_report() -> None:
-    report: Any = SimpleNamespace(graphs=SimpleNamespace(capture_s=0.5))
+    report: Any = SimpleNamespace(graphs=GraphReport(captures=1, capture_s=0.5))
     assert capture_seconds(report) == 0.5
-    report.graphs = None
+    report.graphs = GraphReport()
     assert capture_seconds(report) is None
 
 

@@ -151,20 +151,16 @@ class Seeing(TorchDispatchMode):
 )
 def test_a_step_inside_something_that_graphs_cannot_serve(around: Callable[[], Any], why: str) -> None:
     model = patch_model(llama(), QUEST, on_unsupported="silent")
-    entered = []
-
-    def enter(model: PreTrainedModel) -> None:
-        context = around()
-        context.__enter__()
-        entered.append(context)
-
-    stepped(model, prompt(100), NEW, at=AT, change=enter)
-    for context in entered:
-        context.__exit__(None, None, None)
+    cache = span_cache(model, 130)
+    stepped(model, prompt(100), AT, cache)
+    with torch.no_grad(), around():
+        for token in prompt(5)[0]:
+            model(input_ids=token.view(1, 1), past_key_values=cache)
+    stepped(model, prompt(1), 2, cache)
     graphs = sparsity_report(model).graphs
-    assert graphs.replays == AT - 2
+    assert graphs.replays in (AT - 2 + 1, AT - 2 + 2), "keys that record gradients are copied to another place"
     (reason,) = graphs.eager
-    assert why in reason and graphs.eager[reason] == NEW - AT
+    assert why in reason and graphs.eager[reason] == 5
 
 
 def test_settings_of_pytorch_that_change(monkeypatch: pytest.MonkeyPatch) -> None:
