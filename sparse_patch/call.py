@@ -168,7 +168,7 @@ class AttentionCall:
     @property
     def decisive_length(self) -> int:
         """The number of keys by which a method decides on the host: the valid ones, or else the size of the buffer."""
-        return self.kv_length if self.kv_end is None or self.known_end is None else self.known_end
+        return self.kv_length if self.length is None else self.length
 
     def row_starts(self) -> torch.Tensor:
         """First real key of each row, int64 `[B]`."""

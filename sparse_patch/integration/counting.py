@@ -26,8 +26,8 @@ def count_sparse(
         state.counts.compiled = True
         return
     assert plan is not None
-    if mask.step is not None and mask.step.captured is not None:
-        mask.step.captured.append(StepCall(state, call.phase, call, plan, None, keeps_all))
+    if mask.captured is not None:
+        mask.captured.append(StepCall(state, call.phase, call, plan, None, keeps_all))
         return
     decided, work, by_head = plan.decided_pairs, mask.work, plan.pairs_by_head
     with COUNTING:
@@ -59,8 +59,8 @@ def count_dense(
         if dense is None:
             state.counts.of(phase).fallback_in_graph = reason.reason
         return
-    if isinstance(mask, LazyMask) and mask.step is not None and mask.step.captured is not None:
-        mask.step.captured.append(StepCall(state, phase, call, None, reason.reason))
+    if isinstance(mask, LazyMask) and mask.captured is not None:
+        mask.captured.append(StepCall(state, phase, call, None, reason.reason))
         return
     work = mask.work if isinstance(mask, LazyMask) else _full_work(request.query, request.key)
     with COUNTING:
@@ -72,7 +72,7 @@ def count_dense(
 
 def count_dense_kernel(request: Request, phase: Phase, kernel: str) -> None:
     """Record which kernel ran a dense call instead of the model's own."""
-    if not (torch.compiler.is_compiling() or (request.is_step and request.mask.step.captured is not None)):
+    if not torch.compiler.is_compiling() and request.mask.captured is None:
         with COUNTING:
             request.state.counts.of(phase).dense_kernels[kernel] += 1
 

@@ -211,8 +211,7 @@ def _attend_by_plan(request: Request) -> torch.Tensor | None:
     call = None
     if dense is None or state.keeps_state or _may_be_best(request):
         unserved = why_unsupported(request) or untraceable(request, phase)
-        if unserved is not None and request.is_step:
-            raise NotAStep(unserved.reason)
+        _check_step(request, unserved)
         if unserved is None:
             call = _attention_call(request, phase, kv_state)
     _remember(state, call, kv_state)
@@ -224,13 +223,18 @@ def _attend_by_plan(request: Request) -> torch.Tensor | None:
             reason = table.why_unsupported(call, plan, state.config.backend)
             if reason is None:
                 return _attend_sparsely(request, call, plan)
-            if request.is_step:
-                raise NotAStep(reason)
             unserved = Dense(reason)
+            _check_step(request, unserved)
     count_dense(request, phase, dense, unserved, call)
     if dense is not None and call is not None and _may_be_best(request):
         return _attend_at_best(request, call)
     return None
+
+
+def _check_step(request: Request, unserved: Dense | None) -> None:
+    """Raise NotAStep if a call of a step is not served: only the forward as a whole can run otherwise."""
+    if unserved is not None and request.is_step:
+        raise NotAStep(unserved.reason)
 
 
 def _attend_to_ring(ring: RingLayer, request: Request) -> torch.Tensor:
@@ -240,8 +244,7 @@ def _attend_to_ring(ring: RingLayer, request: Request) -> torch.Tensor:
     """
     state, mask, phase, backend = request.state, request.mask, _phase(request), request.state.config.backend
     unserved = why_unsupported(request, ring)
-    if unserved is not None and request.is_step:
-        raise NotAStep(unserved.reason)
+    _check_step(request, unserved)
     if unserved is not None:
         raise _refusal(state, ring, phase, unserved.reason)
     dtype = request.query.dtype

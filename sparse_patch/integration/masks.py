@@ -11,7 +11,7 @@ from transformers.masking_utils import causal_mask_function
 from sparse_patch.call import causal_pairs
 from sparse_patch.integration.forward import Forward
 from sparse_patch.integration.names import unpatched_name
-from sparse_patch.integration.step import Step, running_step
+from sparse_patch.integration.step import Step, StepCall, running_step
 from sparse_patch.integration.transformers_internals import adds_to_causal, implementation_of, mask_function_of
 from sparse_patch.ops.attention.span_ring import tokens_before
 from sparse_patch.plans.once import once
@@ -190,6 +190,11 @@ class LazyMask(TensorInWaiting):
         ):
             return None  # only causality decides what is visible
         return function(**{**self.arguments, "allow_is_causal_skip": False})
+
+    @property
+    def captured(self) -> list[StepCall] | None:
+        """Where the calls of a step are noted that is being captured; None outside of that."""
+        return None if self.step is None else self.step.captured
 
     def prepare_for_a_graph(self, implementations: Sequence[str]) -> None:
         """Compute in advance what a compiled forward asks for.

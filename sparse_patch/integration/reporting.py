@@ -89,11 +89,8 @@ def uncounted(model: nn.Module) -> Iterator[None]:
         PatchError: the model is not patched.
     """
     states, patch = states_on(model), patch_of(transformers_model(model))
-    patch.mark.settle()
     counts, graphs = [state.counts for state in states], patch.graphs
-    patch.graphs = GraphCounts()
-    for state in states:
-        state.counts = LayerCounts()
+    reset_report(model)
     try:
         yield
     finally:

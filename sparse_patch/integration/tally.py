@@ -52,12 +52,12 @@ class Tally:
         self._runs: list[list[int]] = []  # [tokens before the first step, number of steps], for consecutive steps
         plans = {id(call.plan): call.plan for call in calls if call.plan is not None}
         number = {key: at for at, key in enumerate(plans)}
-        self._plans = [_without_tensors(plan) if _is_known(plan) else None for plan in plans.values()]
+        self._plans = [_without_tensors(plan) if _is_known(plan) else None for plan in plans.values()]  # None: counted
         self._entries = [_entry(call, number) for call in calls]
         heads = {id(call.plan): call.call.q.shape[1] for call in calls if call.call is not None}
         self._heads = [heads[key] for key in plans]
-        for total, plan, of_plan in zip(totals, plans.values(), self._heads, strict=False):
-            if not _is_known(plan):
+        for total, plan, known, of_plan in zip(totals, plans.values(), self._plans, self._heads, strict=False):
+            if known is None:
                 plan.add_pairs(total[:of_plan])
 
     @property

@@ -76,8 +76,9 @@ class GrowingLayer(OrdinaryState, DynamicLayer):
         assert self.keys is not None and self.values is not None
         old, new = (self.keys, self.values), (new_keys, new_values)
         if self._room is None or not all(map(partial(_lies_in, end=end), old, self._room, new)):
-            most = self.max_length if end <= self.max_length else end + SPARE + end // 8
-            size = min(end + SPARE + end // 8, most)
+            size = end + SPARE + end // 8
+            if end <= self.max_length:
+                size = min(size, self.max_length)
             with ordinary_tensors():
                 keys, values = (_with_room(kept, added, length, size) for kept, added in zip(old, new, strict=True))
             self._room = keys, values

@@ -48,16 +48,13 @@ def inputs_of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     Raises:
         NotAStep: there is an argument that a step does not know.
     """
-    ids, cache = kwargs.get("input_ids", args[0] if args else None), kwargs.get("past_key_values")
+    ids = kwargs.get("input_ids", args[0] if args else None)
     if not torch.is_tensor(ids) or ids.ndim != 2 or ids.shape[1] != 1 or not can_record(ids):
         return None
-    if cache is None and len(args) > 1:
-        cache = _named(forward, args, kwargs).get("past_key_values")
+    named = _named(forward, args, kwargs) if args else dict(kwargs)
+    cache, mask = named.pop("past_key_values", None), named.pop("attention_mask", None)
     if not isinstance(cache, Cache):
         return None
-    named = _named(forward, args, kwargs) if args else dict(kwargs)
-    mask = named.pop("attention_mask", None)
-    del named["past_key_values"]
     if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 2 and mask.device == ids.device):
         raise NotAStep("a mask that is not one of padding")
     tensors = {name: named.pop(name) for name in _READ if torch.is_tensor(named.get(name))}

@@ -11,7 +11,7 @@ from sparse_patch.integration.caches.rings import RingLayer
 from sparse_patch.integration.step import NotAStep, SteppedLayer
 
 _FEW = 6  # tokens that are not worth a graph
-_SERVED = {GrowingLayer.__name__, RingLayer.__name__}
+_SERVED: set[type] = {GrowingLayer, RingLayer}
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class SteppedCache:
         if type(cache) is not DynamicCache:
             raise NotAStep(f"a cache of type {type(cache).__name__}")
         layers: list[Any] = cache.layers
-        if other := {type(layer).__name__ for layer in layers} - _SERVED:
-            raise NotAStep(f"a cache with layers of type {', '.join(sorted(other))}")
+        if others := set(map(type, layers)) - _SERVED:
+            raise NotAStep(f"a cache with layers of type {', '.join(sorted(other.__name__ for other in others))}")
         if with_spans and not all(layer.max_length for layer in layers):
             raise NotAStep("spans of a cache that does not know how long the text becomes")
         rooms = {layer.room_for_step(batch) for layer in layers} - {None}
