@@ -254,7 +254,8 @@ def _attend_to_ring(ring: RingLayer, request: Request) -> torch.Tensor:
     call = _attention_call(request, phase, kv_state=None)
     if reason := span_ring.why_unsupported(call, backend):
         raise _refusal(state, ring, phase, reason)
-    attended = _with_sinks(request, ring.attend(call, mask.tokens_before, backend))
+    attended = ring.attend(call, mask.tokens_before, backend, mask.known_before, return_lse=request.sinks is not None)
+    attended = _with_sinks(request, attended)
     plan = None if torch.compiler.is_compiling() else _ring_plan(ring, call, mask)
     count_sparse(state, call, plan, mask, keeps_all=False)
     return attended.out.transpose(1, 2).contiguous().to(dtype)
@@ -373,8 +374,7 @@ def _attend_at_best(request: Request, call: AttentionCall) -> torch.Tensor | Non
     if call.phase == "decode":
         plan = PagePlan.every(call)
         backend = page_decode.fastest(call, plan)
-        if backend == "triton" or request.is_step:
-            kernel, attended = "page_decode", page_decode.attend(call, plan, backend, request.sinks is not None)
+        kernel, attended = "page_decode", page_decode.attend(call, plan, backend, request.sinks is not None)
     elif request.sinks is None:  # the dense kernels give no LSE
         kernel = dense_kernels.fastest(call)
         attended = dense_kernels.attend(call, kernel) if kernel else None

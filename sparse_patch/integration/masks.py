@@ -304,6 +304,13 @@ class LazyMask(TensorInWaiting):
         return tokens_before(seen, self.real_row_starts, self.shape[0], self.device)
 
     @property
+    def known_before(self) -> int | None:
+        """The number in `tokens_before`, if no row is padded and the host knows it; None inside of a graph."""
+        if torch.compiler.is_compiling() or self.end_on_device is not None or self.real_row_starts is not None:
+            return None
+        return self.q_start
+
+    @property
     def alone(self) -> "LazyMask":
         """The mask of a forward with nothing before it, over only its own keys, without the tail of a static cache."""
         if self.kv_length == self.q_length:

@@ -148,7 +148,7 @@ class BoundInfLLM(BoundMethod):
 
     def why_dense(self, call: AttentionCall) -> Dense | None:
         """Short calls, decode of several queries at a time, and calls in which every token reads every block."""
-        if call.decisive_length <= self.params.dense_blocks * BLOCK:
+        if self._is_short(call):
             return Dense(f"within the first min_length {self.min_length} tokens")
         if call.phase == "decode" and call.q.shape[2] > 1:
             return Dense("more than one query")
@@ -158,8 +158,11 @@ class BoundInfLLM(BoundMethod):
 
     def remember(self, call: AttentionCall) -> None:
         """Keep the mean keys up to date; see `BoundMethod.remember`."""
-        if call.kv_state is not None:
+        if call.kv_state is not None and (call.length is None or not self._is_short(call)):
             self._MEANS.put(call.forward_state, page_means(call, STRIDE), call.layer)
+
+    def _is_short(self, call: AttentionCall) -> bool:
+        return call.decisive_length <= self.params.dense_blocks * BLOCK
 
     def plan(self, call: AttentionCall) -> Plan:
         """Choose blocks for every token of a prompt, or for the decoded token; see `BoundMethod.plan`."""

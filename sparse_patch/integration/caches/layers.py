@@ -60,14 +60,22 @@ class GrowingLayer(OrdinaryState, DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        length = self.get_seq_length()
-        assert isinstance(length, int)
-        end = length + key_states.shape[-2]
-        keys, values = self._reserve(key_states, value_states, length, end)
-        keys[..., length:end, :] = key_states
-        values[..., length:end, :] = value_states
-        self.keys, self.values = self._views = keys[..., :end, :], values[..., :end, :]
+        length, added = self.tokens, key_states.shape[2]
+        end = length + added
+        room = self._room if self._has_room(key_states, value_states, end) else None
+        keys, values = room or self._reserve(key_states, value_states, length, end)
+        keys.narrow(2, length, added).copy_(key_states)
+        values.narrow(2, length, added).copy_(value_states)
+        self.keys, self.values = self._views = keys.narrow(2, 0, end), values.narrow(2, 0, end)
         return self._views
+
+    def _has_room(self, new_keys: torch.Tensor, new_values: torch.Tensor, end: int) -> bool:
+        """Whether nothing but this class changed the tensors, and `end` tokens of these dtypes fit."""
+        room, views = self._room, self._views
+        if room is None or views is None or views[0] is not self.keys or views[1] is not self.values:
+            return False
+        fits = end <= room[0].shape[2] and len(new_keys) == len(room[0])
+        return fits and new_keys.dtype == room[0].dtype and new_values.dtype == room[1].dtype
 
     def _reserve(
         self, new_keys: torch.Tensor, new_values: torch.Tensor, length: int, end: int

@@ -112,19 +112,23 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
     def _new_keeping_all(self) -> "GrowingLayer | FixedLayer":
         return GrowingLayer(self.max_length)
 
-    def attend(self, call: AttentionCall, before: torch.Tensor, backend: str) -> Attended:
+    def attend(
+        self, call: AttentionCall, before: torch.Tensor, backend: str, known: int | None, return_lse: bool
+    ) -> Attended:
         """Attend to the ring and to the forward's own keys, and write these keys.
 
         Args:
             call: the forward, with only its own keys.
             before: see `span_ring.tokens_before`.
             backend: a backend that serves the call.
+            known: see `span_ring.attend`.
+            return_lse: whether the result must have the LSE.
         """
         if call.q.shape[2] == 1:
-            self.write(call.k, call.v, before, backend)
-            return span_ring.attend(call, self._ring, before, backend)
-        attended = span_ring.attend(call, self._ring, before, backend)
-        self.write(call.k, call.v, before, backend)
+            self.write(call.k, call.v, before, backend, known)
+            return span_ring.attend(call, self._ring, before, backend, known, return_lse)
+        attended = span_ring.attend(call, self._ring, before, backend, known, return_lse)
+        self.write(call.k, call.v, before, backend, known)
         return attended
 
     def holding(self, dtype: torch.dtype) -> torch.dtype:
@@ -138,9 +142,11 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
         return wanted
 
     @torch.no_grad()
-    def write(self, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, backend: str) -> None:
+    def write(
+        self, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, backend: str, known: int | None = None
+    ) -> None:
         """Keep those keys and values of a forward that the spans of later tokens hold; see `span_ring.write`."""
-        span_ring.write(self._ring, k, v, before, backend)
+        span_ring.write(self._ring, k, v, before, backend, known)
         if self.step is None:
             self.seen += k.shape[2]  # in place for a static cache
         self.is_empty, self._unwritten = False, None

@@ -168,6 +168,8 @@ class ChoosesPages(Protocol):
 
     def why_dense(self, call: AttentionCall) -> Dense | None: ...
 
+    def is_short(self, call: AttentionCall) -> bool: ...
+
     def statistics(self, call: AttentionCall) -> Any: ...
 
     def choose(self, call: AttentionCall, statistics: Any) -> PagePlan: ...
@@ -186,7 +188,9 @@ class BoundDecode(BoundMethod):
 
     def remember(self, call: AttentionCall) -> None:
         """See `BoundMethod.remember`; the statistics are kept for the plan of the same call."""
-        if self.keeps_state and call.kv_state is not None:
+        if not self.keeps_state or call.kv_state is None:
+            return
+        if call.length is None or not self.settings.is_short(call):  # the host may not know if a static cache is
             self._STATISTICS.put(call.forward_state, self.settings.statistics(call), call.layer)
 
     def why_dense(self, call: AttentionCall) -> Dense | None:

@@ -184,14 +184,19 @@ class DecodeMethod(Method):
 
     def why_dense(self, call: AttentionCall) -> Dense | None:
         """The reason why a call is dense; None if it is not. Every decode method is dense for short caches."""
-        if call.decisive_length < self.min_length:
+        if self.is_short(call):
             return Dense(f"shorter than min_length {self.min_length}")
         return None
+
+    def is_short(self, call: AttentionCall) -> bool:
+        """Whether the cache has fewer than `min_length` tokens."""
+        return call.decisive_length < self.min_length
 
     def statistics(self, call: AttentionCall) -> Any:
         """What `choose` compares queries with. A method that keeps it from step to step brings it up to date here.
 
-        With `keeps_state` this is asked of every call, of prefill too, before the call is planned.
+        With `keeps_state` this is asked of calls of prefill too, before the call is planned, unless the cache is short.
+        So a state may lack any number of the first tokens, and is then made of all keys.
         """
         return None
 

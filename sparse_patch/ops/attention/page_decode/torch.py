@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from sparse_patch.call import AttentionCall, apply_softcap
+from sparse_patch.ops.attention import one_token
 from sparse_patch.ops.attention.op import Attended
 from sparse_patch.ops.attention.weights import lse_of, weights_of
 from sparse_patch.plans import PagePlan, leading, marked
@@ -37,6 +38,8 @@ def attend(call: AttentionCall, plan: PagePlan, return_lse: bool = False) -> Att
     """See `ops.attention.page_decode.attend`."""
     batch, heads, q_length, head_dim = call.q.shape
     keys = _keys(call, plan)
+    if not (return_lse or plan.wants_logits or one_token.why_not(call)) and keys.unreadable is None:
+        return Attended(_by_one_kernel(call, keys))
     groups = batch * keys.k.shape[1]
     q = (call.q.float() * call.scale).reshape(groups, -1, head_dim)
     products = [torch.bmm(part, q.mT) for part in _parts(keys.k)]  # keys by queries: faster than queries by keys
@@ -51,6 +54,16 @@ def attend(call: AttentionCall, plan: PagePlan, return_lse: bool = False) -> Att
         out.masked_fill_(keys.empty[:, :, None, :, None], 0.0)
     logits = _by_position(scores[:, :, -1], call) if plan.wants_logits else None
     return Attended(out.flatten(1, 2).to(call.q.dtype), lse, logits)
+
+
+def _by_one_kernel(call: AttentionCall, keys: _Keys) -> torch.Tensor:
+    """The output `[B, Hq, 1, Dv]` of a call that `one_token` serves."""
+    hidden = None if keys.hidden is None else keys.hidden[:, :, 0]
+    out = one_token.attend(call.q, keys.k, keys.v, call.scale, hidden)
+    if keys.empty is not None:
+        of_heads = keys.empty.repeat_interleave(out.shape[1] // keys.empty.shape[1], 1)
+        out = out.masked_fill(of_heads[..., None], 0.0)
+    return out
 
 
 def _summed(weights: torch.Tensor, keys: _Keys) -> torch.Tensor:

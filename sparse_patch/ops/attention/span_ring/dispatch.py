@@ -12,7 +12,14 @@ from sparse_patch.ops.attention.span_ring.ring import Ring
 from sparse_patch.ops.backends import DEFERS_TO_AUTO, fastest, why_unsupported
 
 
-def attend(call: AttentionCall, ring: Ring, before: torch.Tensor, backend: str = "auto") -> Attended:
+def attend(
+    call: AttentionCall,
+    ring: Ring,
+    before: torch.Tensor,
+    backend: str = "auto",
+    known: int | None = None,
+    return_lse: bool = True,
+) -> Attended:
     """Attention of a forward's queries to all keys of their spans, in the ring and in the forward.
 
     Args:
@@ -20,9 +27,9 @@ def attend(call: AttentionCall, ring: Ring, before: torch.Tensor, backend: str =
         ring: for one token, the ring after `write`; for several tokens, before it.
         before: tokens that each row had before the forward, int64 `[B]`, from `tokens_before`.
         backend: "reference", "torch" or "triton"; "auto" or "flash" for the fastest one that serves the call.
-
-    Returns:
-        Output and LSE.
+        known: the number in `before`, if it is the same for all rows and the host knows it. The result is the same
+            without it, on a CPU more slowly.
+        return_lse: whether the result must have the LSE.
 
     Raises:
         UnsupportedCallError: the backend cannot serve the call; `why_unsupported` says so in advance.
@@ -31,11 +38,20 @@ def attend(call: AttentionCall, ring: Ring, before: torch.Tensor, backend: str =
         backend = fastest(call)
     elif reason := why_unsupported(call, backend):
         raise UnsupportedCallError(reason)
+    if backend == "torch":
+        return _module(backend).attend(call, ring, before, known, return_lse)  # type: ignore[no-any-return]
     attended: Attended = _module(backend).attend(call, ring, before)
     return attended
 
 
-def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, backend: str = "auto") -> None:
+def write(
+    ring: Ring,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    before: torch.Tensor,
+    backend: str = "auto",
+    known: int | None = None,
+) -> None:
     """Write keys and values of a forward into the ring: those that the spans of later queries have.
 
     Args:
@@ -44,6 +60,7 @@ def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, ba
         v: `[B, Hkv, S, Dv]`.
         before: tokens that each row had before the forward, int64 `[B]`; padding is not written.
         backend: "reference", "torch" or "triton"; "auto" or "flash" for the fastest one.
+        known: see `attend`.
 
     Raises:
         UnsupportedCallError: backend triton does not run on the device.
@@ -52,7 +69,10 @@ def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, ba
         backend = "triton" if prefers_triton(k) else "torch"
     elif backend == "triton" and (reason := why_no_triton(k)):
         raise UnsupportedCallError(reason)
-    _module(backend).write(ring, k, v, before)
+    if backend == "torch" and known is not None and k.shape[2] == 1:
+        _module(backend).write_one(ring, k, v, known)
+    else:
+        _module(backend).write(ring, k, v, before)
 
 
 def prepare(ring: Ring) -> None:

@@ -34,6 +34,10 @@ class Run(NamedTuple):
         """Number of heads."""
         return int(self.heads.stop - self.heads.start)
 
+    def query_heads(self, group: int) -> slice:
+        """The query heads, `group` for each KV head."""
+        return slice(self.heads.start * group, self.heads.stop * group)
+
     def of(self, kept: torch.Tensor) -> torch.Tensor:
         """The heads' keys or values, as a view `[B, heads, capacity, D]` of those of the layer, `[B, total, D]`."""
         return kept[:, self.slots].unflatten(1, (self.number, self.sink + self.turn))

@@ -3,6 +3,7 @@
 import torch
 
 from sparse_patch.call import AttentionCall, apply_softcap
+from sparse_patch.ops.attention import one_token
 from sparse_patch.ops.attention.op import Attended
 from sparse_patch.ops.attention.span.torch import attend_in_float32, attend_visible, query_slices
 from sparse_patch.ops.attention.span_ring.ring import Ring, Run, own_keys
@@ -10,8 +11,13 @@ from sparse_patch.ops.attention.weights import lse_of, weights_of
 from sparse_patch.plans import GrowingWindow, in_span, widest
 
 
-def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> Attended:
+def attend(
+    call: AttentionCall, ring: Ring, before: torch.Tensor, known: int | None = None, return_lse: bool = True
+) -> Attended:
     """See `ops.attention.span_ring.attend`."""
+    if known is not None and not return_lse and not _why_not_filled(call, ring):
+        outs = [_attend_filled(call, ring, known, run) for run in ring.layout.runs]
+        return Attended(outs[0] if len(outs) == 1 else torch.cat(outs, 1))
     if call.q.shape[2] == 1:
         parts = [_attend_one(call, ring, before, run) for run in ring.layout.runs]
         out, lse = parts[0] if len(parts) == 1 else (torch.cat(each, 1) for each in zip(*parts, strict=True))
@@ -21,10 +27,23 @@ def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> Attended:
     return Attended(out.to(call.q.dtype), lse)
 
 
+def _why_not_filled(call: AttentionCall, ring: Ring) -> str | None:
+    """Why `_attend_filled` does not serve; None if it does."""
+    if any(isinstance(run.window, GrowingWindow) for run in ring.layout.runs):
+        return "a growing window: the ring holds its widest size"
+    return one_token.why_not(call)
+
+
+def _attend_filled(call: AttentionCall, ring: Ring, known: int, run: Run) -> torch.Tensor:
+    """The output of one token, of the heads of a run, after `known` tokens of each row: it reads all filled slots."""
+    k, v = (run.of(kept)[:, :, : known + 1] for kept in (ring.k, ring.v))
+    return one_token.attend(call.q[:, run.query_heads(call.group_size)], k, v, call.scale)
+
+
 def _attend_one(call: AttentionCall, ring: Ring, before: torch.Tensor, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and LSE of one token, of the heads of a run."""
     batch, group = len(call.q), call.group_size
-    heads = slice(run.heads.start * group, run.heads.stop * group)
+    heads = run.query_heads(group)
     k, v = (run.of(kept).float().flatten(0, 1) for kept in (ring.k, ring.v))
     q = (call.q[:, heads].float() * call.scale).reshape(len(k), group, -1)
     scores = apply_softcap(torch.bmm(k, q.mT).mT.reshape(batch, run.number * group, 1, -1), call.softcap)
@@ -83,6 +102,14 @@ def write(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor) ->
             real, token = (token >= 0) & (token < first), token.clamp(0, length - 1)
             for kept, new in of_run:
                 _put(kept, new.gather(2, _index(token, new)), slot, real)
+
+
+def write_one(ring: Ring, k: torch.Tensor, v: torch.Tensor, before: int) -> None:
+    """`write` of one token after `before` tokens of each row, a number on the host."""
+    for run in ring.layout.runs:
+        slot = before if before < run.sink else run.sink + (before - run.sink) % run.turn
+        run.of(ring.k)[:, :, slot] = k[:, run.heads, 0]
+        run.of(ring.v)[:, :, slot] = v[:, run.heads, 0]
 
 
 def _put(kept: torch.Tensor, new: torch.Tensor, slot: torch.Tensor, real: torch.Tensor) -> None:
