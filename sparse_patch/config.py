@@ -50,7 +50,8 @@ class PatchConfig(BaseModel):
             our own kernel on any GPU that runs Triton. It rounds differently.
         decode_graph: whether `generate` on a GPU captures the decode step of the model in a CUDA graph ("auto") or
             not ("off"). What a graph cannot serve runs eagerly, and the report says why. With a graph, and with the
-            cache that `generate` makes, dense decode runs on our own kernel whatever `dense` says.
+            cache that `generate` makes, dense decode runs on our own kernel whatever `dense` says. So do corrections of
+            the cache, on any GPU that runs Triton.
         on_unsupported: what a call that the method cannot serve does: "warn" (once per reason) and go dense, "error",
             or "silent" (dense). The report always counts it.
         source: where the configuration came from, for messages and the report.

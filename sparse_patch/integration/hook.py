@@ -206,10 +206,10 @@ def _attend_by_plan(request: Request) -> torch.Tensor | None:
     state, mask, phase = request.state, request.mask, _phase(request)
     kv_state = kv_state_of(mask.forward.cache, state.cache_layer) if isinstance(mask, LazyMask) else None
     dense, unserved = dense_by_design(request, phase), None
-    if dense is None and kv_state is not None and kv_state.at_rest:
+    if dense is None and _corrects(kv_state):
         dense = Dense("cache correction")
-    call = None
-    if dense is None or state.keeps_state or _may_be_best(request):
+    call, may_be_best = None, _may_be_best(request, kv_state)
+    if dense is None or state.keeps_state or may_be_best:
         unserved = why_unsupported(request) or untraceable(request, phase)
         _check_step(request, unserved)
         if unserved is None:
@@ -226,7 +226,7 @@ def _attend_by_plan(request: Request) -> torch.Tensor | None:
             unserved = Dense(reason)
             _check_step(request, unserved)
     count_dense(request, phase, dense, unserved, call)
-    if dense is not None and call is not None and _may_be_best(request):
+    if dense is not None and call is not None and may_be_best:
         return _attend_at_best(request, call)
     return None
 
@@ -363,15 +363,25 @@ def _attend_sparsely(request: Request, call: AttentionCall, plan: SparsePlan) ->
     return attended.out.transpose(1, 2).contiguous()
 
 
-def _may_be_best(request: Request) -> bool:
-    """Whether a call that is dense anyway may run on another kernel than the model's own. In a step it has to."""
-    return (request.state.config.dense == "best" or request.is_step) and not request.has_window
+def _corrects(kv_state: KVState | None) -> bool:
+    """Whether the forward is a correction of the cache, see `integration.kv_correction`."""
+    return kv_state is not None and kv_state.at_rest
+
+
+def _may_be_best(request: Request, kv_state: KVState | None) -> bool:
+    """Whether a call that is dense anyway may run on another kernel than the model's own. In a step it has to.
+
+    In a correction it should: on Hopper PyTorch leaves few queries to cuDNN, whose attention gives other last bits now
+    and then on the same tensors, and prepares itself anew for every number of keys.
+    """
+    is_asked = request.state.config.dense == "best" or request.is_step or _corrects(kv_state)
+    return is_asked and not request.has_window
 
 
 def _attend_at_best(request: Request, call: AttentionCall) -> torch.Tensor | None:
-    """`dense: best`: the output `[B, Sq, Hq, Dv]` of the fastest dense kernel; None if no faster kernel serves."""
+    """The output `[B, Sq, Hq, Dv]` of the fastest dense kernel; None if no kernel serves that beats the model's own."""
     kernel, attended = None, None
-    if call.phase == "decode":
+    if call.phase == "decode" or _corrects(call.kv_state):
         plan = PagePlan.every(call)
         backend = page_decode.fastest(call, plan)
         kernel, attended = "page_decode", page_decode.attend(call, plan, backend, request.sinks is not None)

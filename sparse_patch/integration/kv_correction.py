@@ -2,7 +2,8 @@
 
 Keys and values of a sparsely decoded token carry the error of the layers below. TidalDecode (arXiv 2410.05076, section
 on KV cache correction; in neither of its public codes) recomputes them periodically: after a fixed number of tokens, a
-dense forward of the tokens since the last correction, at their own positions, writes their keys and values again.
+dense forward of the tokens since the last correction, at their own positions, writes their keys and values again. On a
+GPU its attention is our own kernel, as in the steps, so that a generation gives the same every time.
 """
 
 import warnings

@@ -39,8 +39,8 @@ class PhaseReport(BaseModel):
         dense: reason -> number of calls that were dense by the configuration or by the model's design.
         fallbacks: reason -> number of calls that were dense because the method could not serve them. All calls inside
             `torch.compile` graphs count as one.
-        dense_kernels: kernel -> number of calls in `dense` that ran on a faster kernel than the model's own; only with
-            `dense: best`.
+        dense_kernels: kernel -> number of calls in `dense` that ran on a faster kernel than the model's own: with
+            `dense: best`, in decode steps and in corrections of the cache.
         copying_calls: number of calls in `sparse_calls` that read a cache which copies all its keys for every token.
         keeping_calls: number of calls in `sparse_calls` that read by spans from a cache which keeps all keys.
         pairs: (pairs computed, pairs of the causal triangle, queries); totals are made from these.

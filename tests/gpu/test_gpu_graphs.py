@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders.stepping import generated, prompt, stepped
 from families import llama
-from method_table import SMALL_MODEL, configurations
+from method_table import CORRECTED, SMALL_MODEL, configurations
 from together import at_once
 from transformers import PreTrainedModel
 
@@ -42,6 +42,20 @@ def test_every_method_gives_the_same_by_graphs(name: str, rows: int, plans: Path
     assert of_graph.graphs.replays >= 190
     for one, other in zip(of_graph.layers, of_eager.layers, strict=True):
         assert (one.decode.calls, one.decode.pairs) == (other.decode.calls, other.decode.pairs)
+
+
+@pytest.mark.parametrize("period", [1, 20])
+def test_corrections_run_on_our_own_kernel(period: int, model: PreTrainedModel) -> None:
+    """PyTorch's own attention would be cuDNN's on Hopper, which gives other last bits now and then."""
+    with patched(model, {"decode": {**CORRECTED.small, "correction_period": period}}):
+        found = [generated(model, on_gpu(230, rows=2), 64) for _ in range(3)]
+        layers = sparsity_report(model).layers
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    for layer in layers:
+        phases = layer.prefill, layer.decode
+        assert sum(phase.dense_kernels.get("page_decode", 0) for phase in phases) >= len(found) * (62 // period)
+        dense = sum(sum(phase.dense.values()) - sum(phase.dense_kernels.values()) for phase in phases)
+        assert dense == len(found), "only the prompts"
 
 
 def test_growing_rooms_and_a_chat(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

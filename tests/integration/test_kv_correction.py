@@ -12,6 +12,7 @@ from sparse_patch.integration.caches.making import growing_cache
 from sparse_patch.integration.patch import is_patched
 from sparse_patch.integration.patching import patched
 from sparse_patch.integration.reporting import sparsity_report
+from sparse_patch.ops.attention import page_decode
 
 PROMPT = 60
 SPARSE = {"method": "tidaldecode", "budget": 12, "min_length": 0, "roles": {"full": [], "select": [0]}}
@@ -75,6 +76,28 @@ def test_tokens_that_were_cut_off_are_not_read_again(model: PreTrainedModel, cut
     found = cache.layers[-1].keys
     assert found.shape == expected.shape
     torch.testing.assert_close(found[:, :, :-period], expected[:, :, :-period], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+@pytest.mark.parametrize("period", [2, 20])
+def test_corrections_run_on_our_own_kernel_where_it_runs(
+    model: PreTrainedModel, period: int, prefill: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of more tokens than decode has queries, and beside a method for prompts."""
+    monkeypatch.setattr(page_decode, "fastest", lambda call, plan: "triton")
+    ids = torch.randint(3, 90, (2, PROMPT + period + 1), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    expected = keys_after(model, ids, mask, DynamicCache(config=model.config), period + 1)
+    config: dict[str, Any] = {"decode": {**SPARSE, "correction_period": period}}
+    if prefill:
+        config["prefill"] = {"method": "a_shape", "block_size": 16, "sink": 16, "window": 16, "min_length": 4096}
+    with patched(model, config):
+        found = keys_after(model, ids, mask, growing_cache(model.config), period + 1)
+        layers = sparsity_report(model).layers
+    kernels = [{**layer.prefill.dense_kernels, **layer.decode.dense_kernels} for layer in layers]
+    assert kernels == [{"page_decode": 1}] * len(layers)
+    torch.testing.assert_close(found[:, :, :-1], expected[:, :, :-1], atol=1e-4, rtol=1e-4)
 
 
 def some_windows() -> PreTrainedModel:

@@ -36,10 +36,10 @@ class GraphForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return self.__wrapped__(*args, **kwargs)
+            return self._model_forward(*args, **kwargs)
         patch = vars(self.root).get("sparse_patch")
         if not isinstance(patch, Patch):
-            return self.__wrapped__(*args, **kwargs)
+            return self._model_forward(*args, **kwargs)
         try:
             inputs = inputs_of(self.__wrapped__, args, kwargs)
             if inputs is not None:
@@ -47,7 +47,13 @@ class GraphForward:
         except NotAStep as reason:
             with COUNTING:
                 patch.graphs.eager[str(reason)] += 1
-        return self.__wrapped__(*args, **kwargs)
+        return self._model_forward(*args, **kwargs)
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `__wrapped__` in a way that torch.compile can trace; it cannot trace `__get__` (2.11)."""
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return getattr(type(self.root), FORWARD)(self.root, *args, **kwargs)
 
 
 def _graph_of(inputs: StepInputs) -> DecodeGraph:
