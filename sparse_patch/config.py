@@ -47,7 +47,8 @@ class PatchConfig(BaseModel):
         dense: what runs calls that are dense by the configuration or by the method's choice (short prompts, layers that
             are not selected, `method: dense`): "unpatched", the implementation that the model had, or "best", the
             fastest dense kernel present where it serves the call: in prefill flash-attn-4 or cuDNN on Hopper, in decode
-            our own kernel on any GPU that runs Triton. It rounds differently.
+            our own kernel on any GPU that runs Triton, and on a CPU PyTorch's with the heads of a group at once. It
+            rounds differently.
         decode_graph: whether `generate` on a GPU captures the decode step of the model in a CUDA graph ("auto") or
             not ("off"). What a graph cannot serve runs eagerly, and the report says why. With a graph, and with the
             cache that `generate` makes, dense decode runs on our own kernel whatever `dense` says. So do corrections of

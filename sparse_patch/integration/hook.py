@@ -384,7 +384,8 @@ def _attend_at_best(request: Request, call: AttentionCall) -> torch.Tensor | Non
     if call.phase == "decode" or _corrects(call.kv_state):
         plan = PagePlan.every(call)
         backend = page_decode.fastest(call, plan)
-        kernel, attended = "page_decode", page_decode.attend(call, plan, backend, request.sinks is not None)
+        if backend == "triton" or request.is_step or (request.sinks is None and page_decode.is_one_kernel(call)):
+            kernel, attended = "page_decode", page_decode.attend(call, plan, backend, request.sinks is not None)
     elif request.sinks is None:  # the dense kernels give no LSE
         kernel = dense_kernels.fastest(call)
         attended = dense_kernels.attend(call, kernel) if kernel else None

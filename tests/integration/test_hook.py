@@ -341,7 +341,7 @@ def fast_dense(monkeypatch: pytest.MonkeyPatch) -> list[AttentionCall]:
 
 
 @pytest.mark.parametrize("config", DENSE_WAYS, ids=["method dense", "no method", "short"])
-def test_dense_best_changes_nothing_on_a_cpu(llama: PreTrainedModel, config: dict[str, Any]) -> None:
+def test_dense_best_changes_no_prompt_on_a_cpu(llama: PreTrainedModel, config: dict[str, Any]) -> None:
     ids = ids_of(llama)
     expected = logits_of(llama, input_ids=ids)
     with patched(llama, config, dense="best"):
@@ -350,7 +350,7 @@ def test_dense_best_changes_nothing_on_a_cpu(llama: PreTrainedModel, config: dic
 
 
 @pytest.mark.parametrize("config", DENSE_WAYS, ids=["method dense", "no method", "short"])
-def test_dense_best_serves_prefill_alone_and_is_counted(
+def test_dense_best_serves_both_phases_and_is_counted(
     llama: PreTrainedModel, config: dict[str, Any], fast_dense: list[AttentionCall]
 ) -> None:
     ids = ids_of(llama, batch=2)
@@ -364,7 +364,7 @@ def test_dense_best_serves_prefill_alone_and_is_counted(
     assert [call.layer for call in fast_dense] == [layer.layer for layer in report.layers]
     for layer in report.layers:
         assert layer.prefill.dense_kernels == {"sdpa": 1} and sum(layer.prefill.dense.values()) == 1
-        assert layer.decode.dense_kernels == {} and layer.decode.calls == 3
+        assert layer.decode.dense_kernels == {"page_decode": 3} and layer.decode.calls == 3
     assert f"prefill: {len(report.layers)} of the dense calls on sdpa" in report.notes()
 
 

@@ -113,7 +113,12 @@ class RingLayer(OrdinaryState, CacheLayerMixin):
         return GrowingLayer(self.max_length)
 
     def attend(
-        self, call: AttentionCall, before: torch.Tensor, backend: str, known: int | None, return_lse: bool
+        self,
+        call: AttentionCall,
+        before: torch.Tensor,
+        backend: str,
+        known: int | None = None,
+        return_lse: bool = False,
     ) -> Attended:
         """Attend to the ring and to the forward's own keys, and write these keys.
 

@@ -6,13 +6,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from sparse_patch.call import AttentionCall
 
 
-def why_not(call: AttentionCall) -> str | None:
-    """Why a call is not served; None if it is."""
-    if call.q.shape[2] != 1:
-        return "several tokens"
-    if call.softcap is not None:
-        return "softcap"
-    return None if call.k.shape[3] == call.v.shape[3] else "values of another size than keys"
+def serves(call: AttentionCall) -> bool:
+    """Whether the kernel serves a call, if all keys that it is given are real."""
+    return call.q.shape[2] == 1 and call.softcap is None and call.k.shape[3] == call.v.shape[3]
 
 
 def attend(

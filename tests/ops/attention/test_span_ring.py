@@ -97,6 +97,24 @@ def test_token_by_token_around_every_turn(backend: str) -> None:
     assert_ring_matches(call, ((0, 4, 12, 5), (5, GROWING, 5, None)), [1] * 36, backend, seen_on_device=True)
 
 
+@pytest.mark.parametrize("backend", EVERYWHERE)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
+def test_a_length_on_the_host_gives_the_same(backend: str, spans: Any, softcap: float | None) -> None:
+    call = make_call(60, heads=(8, 2), softcap=softcap)
+    layout, (prompt, *tokens) = RingLayout.of(*spans, room=60), forwards(call, [19, *[1] * 41])
+    rings = [Ring.empty(layout, call.k, call.v) for _ in range(2)]
+    for ring in rings:
+        write(ring, prompt.k, prompt.v, torch.zeros(len(call.q), dtype=torch.int64), backend)
+    for token in tokens:
+        before, outs = torch.full((len(call.q),), token.q_start), []
+        for ring, known in zip(rings, (None, token.q_start), strict=True):
+            write(ring, token.k, token.v, before, backend, known)
+            outs.append(attend(token, ring, before, backend, known, return_lse=known is None).out)
+        assert torch.equal(rings[0].k, rings[1].k) and torch.equal(rings[0].v, rings[1].v)
+        torch.testing.assert_close(*outs, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("heads", [(2, 2), (8, 2), (7, 1), (8, 1)], ids=str)
 def test_groups_and_softcap(backend: str, heads: tuple[int, int]) -> None:

@@ -1,7 +1,7 @@
 """Decode attention over pages: a few queries against the keys that a `PagePlan` lists, or against every key.
 
 Backends: `reference` (float32 softmax under the plan's mask, the oracle), `torch` (gathers the listed keys, unless the
-lists name more keys than there are; for CPUs) and `triton` (split-KV flash decoding: one kernel for every plan, and one
+lists name more keys than there are; for CPUs, with `one_token` where that serves) and `triton` (split-KV flash decoding: one kernel for every plan, and one
 that merges the splits).
 Contract of every backend: float16, bfloat16 or float32; grouped KV heads without repeating them; `Dv != D`; any
 positive scale; softcap; left padding per row; static buffers, which are not read at or after `kv_end`; any
@@ -12,10 +12,12 @@ is not listed has no influence if it is finite.
 
 from typing import Any
 
+from sparse_patch.call import AttentionCall
+from sparse_patch.ops.attention import one_token
 from sparse_patch.ops.attention.op import AttentionOp
 from sparse_patch.plans import PagePlan
 
-__all__ = ["OP", "attend", "fastest", "why_unsupported"]
+__all__ = ["OP", "attend", "fastest", "is_one_kernel", "why_unsupported"]
 
 
 def _module(backend: str) -> Any:
@@ -35,3 +37,8 @@ def _module(backend: str) -> Any:
 
 OP = AttentionOp(PagePlan, _module, ("reference", "torch", "triton"))
 attend, fastest, why_unsupported = OP.attend, OP.fastest, OP.why_unsupported
+
+
+def is_one_kernel(call: AttentionCall) -> bool:
+    """Whether backend `torch` attends to every key by `one_token`, which is faster than PyTorch for grouped heads."""
+    return one_token.serves(call) and call.kv_start is None and call.kv_end is None

@@ -38,7 +38,7 @@ def attend(call: AttentionCall, plan: PagePlan, return_lse: bool = False) -> Att
     """See `ops.attention.page_decode.attend`."""
     batch, heads, q_length, head_dim = call.q.shape
     keys = _keys(call, plan)
-    if not (return_lse or plan.wants_logits or one_token.why_not(call)) and keys.unreadable is None:
+    if one_token.serves(call) and keys.unreadable is None and not (return_lse or plan.wants_logits):
         return Attended(_by_one_kernel(call, keys))
     groups = batch * keys.k.shape[1]
     q = (call.q.float() * call.scale).reshape(groups, -1, head_dim)

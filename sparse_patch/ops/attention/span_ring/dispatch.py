@@ -38,9 +38,8 @@ def attend(
         backend = fastest(call)
     elif reason := why_unsupported(call, backend):
         raise UnsupportedCallError(reason)
-    if backend == "torch":
-        return _module(backend).attend(call, ring, before, known, return_lse)  # type: ignore[no-any-return]
-    attended: Attended = _module(backend).attend(call, ring, before)
+    of_host = (known, return_lse) if backend == "torch" else ()
+    attended: Attended = _module(backend).attend(call, ring, before, *of_host)
     return attended
 
 

@@ -15,7 +15,8 @@ def attend(
     call: AttentionCall, ring: Ring, before: torch.Tensor, known: int | None = None, return_lse: bool = True
 ) -> Attended:
     """See `ops.attention.span_ring.attend`."""
-    if known is not None and not return_lse and not _why_not_filled(call, ring):
+    growing = any(isinstance(run.window, GrowingWindow) for run in ring.layout.runs)  # not all filled slots are seen
+    if known is not None and one_token.serves(call) and not (return_lse or growing):
         outs = [_attend_filled(call, ring, known, run) for run in ring.layout.runs]
         return Attended(outs[0] if len(outs) == 1 else torch.cat(outs, 1))
     if call.q.shape[2] == 1:
@@ -25,13 +26,6 @@ def attend(
     out, lse = attend_in_float32(*own_keys(call, ring.layout, before))
     _add_ring(call, ring, before, out, lse)
     return Attended(out.to(call.q.dtype), lse)
-
-
-def _why_not_filled(call: AttentionCall, ring: Ring) -> str | None:
-    """Why `_attend_filled` does not serve; None if it does."""
-    if any(isinstance(run.window, GrowingWindow) for run in ring.layout.runs):
-        return "a growing window: the ring holds its widest size"
-    return one_token.why_not(call)
 
 
 def _attend_filled(call: AttentionCall, ring: Ring, known: int, run: Run) -> torch.Tensor:
