@@ -23,7 +23,7 @@ from pydantic import Field
 from sparse_patch.call import AttentionCall
 from sparse_patch.methods.base.layered import TIDAL_PRESETS, LastLogits, LayeredMethod
 from sparse_patch.methods.base.settings import Tokens
-from sparse_patch.ops.selection.rank_merge import merged_scores
+from sparse_patch.ops.selection.rank_merge import merged_list, merged_scores
 from sparse_patch.plans import PagePlan
 
 
@@ -53,11 +53,13 @@ class LessIsMore(LayeredMethod):
         """Choose the merged list; see `DecodeMethod.choose`."""
         lengths, most = call.lengths(), self.most(call.kv_length)
         recent = math.ceil(self.recency * most)
-        of_rows = recent if self.budget is not None else self._recent(self.tokens(lengths))
-        scores = merged_scores(statistics.logits, lengths - of_rows, most - recent, call.shard)
-        return PagePlan.of(
-            call, *self.highest(call, scores[:, None], lengths, first=self.sink, last=of_rows), page_size=1
-        )
+        if self.budget is not None:
+            lists = merged_list(statistics.logits, lengths, most, first=self.sink, last=recent, shard=call.shard)
+        else:
+            of_rows = self._recent(self.tokens(lengths))
+            scores = merged_scores(statistics.logits, lengths - of_rows, most - recent, shard=call.shard)
+            lists = self.highest(call, scores[:, None], lengths, first=self.sink, last=of_rows)
+        return PagePlan.of(call, *lists, page_size=1)
 
     def _recent(self, tokens: torch.Tensor) -> torch.Tensor:
         """How many of `tokens` are the last ones; both int64 `[B]`."""

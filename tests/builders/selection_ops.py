@@ -209,8 +209,13 @@ def run_pairs(x: Tensors, backend: str) -> tuple[Tensor, ...]:
 
 def run_merge(x: Tensors, backend: str) -> tuple[Tensor, ...]:
     of_backend = either(backend, merge_in_triton, merge_in_torch)
-    tokens, counts = pages_in_torch.top_pages(x["scores"], x["limits"], 5)
-    return (of_backend.merge(x["scores"], tokens, counts, 5, 2, 4),)
+    return (of_backend.merge(x["scores"], x["limits"][:, 0], 5, 1, 2, 4),)
+
+
+def run_merged_list(x: Tensors, backend: str) -> tuple[Tensor, ...]:
+    of_backend = either(backend, merge_in_triton, merge_in_torch)
+    pages, counts = of_backend.merged_list(x["scores"], x["limits"][:, 0], 7, 1, 2)
+    return pages * leading(pages, counts), counts
 
 
 def make_marks(size: Size) -> Tensors:
@@ -258,6 +263,7 @@ SELECTION = {
     "decisions' kernels": Op(make_kernels_of_scores, run_kernels_of_scores, ("triton",), "triton", slow=True),
     "top pages": Op(make_ranked, run_top_pages),
     "rank merge": Op(make_ranked, run_merge),
+    "merged list": Op(make_ranked, run_merged_list),
     "framed lists": Op(make_listed, run_frames),
     "page pairs": Op(make_listed, run_pairs),
     "compact": Op(make_marks, run_compact),

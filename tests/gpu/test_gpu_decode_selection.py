@@ -13,7 +13,8 @@ from sparse_patch.ops.selection.page_scores import page_scores
 from sparse_patch.ops.selection.page_scores.torch import page_scores as page_scores_in_torch
 from sparse_patch.ops.selection.page_statistics import bound_scores, mean_scores, page_bounds, page_means
 from sparse_patch.ops.selection.page_statistics import torch as statistics_in_torch
-from sparse_patch.ops.selection.rank_merge import merged_scores
+from sparse_patch.ops.selection.rank_merge import merged_list, merged_scores
+from sparse_patch.ops.selection.rank_merge import torch as rank_merge_in_torch
 from sparse_patch.ops.selection.top_pages import top_pages
 from sparse_patch.ops.selection.top_pages import triton as kernels
 from sparse_patch.ops.selection.top_pages.torch import top_pages as top_pages_in_torch
@@ -81,6 +82,30 @@ def test_first_and_last_pages_come_first() -> None:
 def test_merged_scores() -> None:
     scores, limits = torch.randn(2, 8, 5000), torch.tensor([5000, 777])
     assert torch.equal(merged_scores(scores.cuda(), limits.cuda(), 300).cpu(), merged_scores(scores, limits, 300))
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "alike", "holes"])
+@pytest.mark.parametrize("size, most", [(3000, 2048), (32768, 2048), (131072, 300)])
+def test_merged_list(kind: str, size: int, most: int) -> None:
+    """Whether heads choose alike, so that few of their tokens differ, or not; the kernels' order does not matter."""
+    scores = torch.randn(2, 32, size, device="cuda")
+    if kind == "ties":
+        scores = scores.mul(8).round()
+    elif kind == "equal":
+        scores.zero_()
+    elif kind == "alike":
+        scores = scores[:, :1] + 1e-3 * scores
+    elif kind == "holes":
+        scores[scores < 1] = -INF
+    lengths = torch.tensor([size, size // 2 + 1], device="cuda")
+    merged = rank_merge_in_torch.merge(scores, lengths, most - 100, 100, 0, 32)
+    assert torch.equal(merged_scores(scores, lengths, most - 100, spared=100), merged)
+    expected, expected_counts = top_pages_in_torch(merged[:, None].clone(), lengths[:, None], most, 4, 100)
+    for _ in range(3):
+        pages, counts = merged_list(scores, lengths, most, first=4, last=100)
+        assert torch.equal(counts, expected_counts)
+        listed = torch.arange(most, device="cuda") < counts[..., None]
+        assert torch.equal(pages.where(listed, 0), expected.where(listed, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -167,6 +192,7 @@ def test_no_op_waits_for_the_gpu() -> None:
         mean_scores(call.q[:, :, -1], page_means(replace(call, kv_state=None), 16, 4), lengths, 16, 4)
         top_pages(page_scores(logits, logits.logsumexp(-1), lengths, 16)[:, None], lengths // 16, 20)
         merged_scores(logits, lengths, 64)
+        merged_list(logits, lengths, 64, first=4, last=16)
 
     step()
     with no_waits():

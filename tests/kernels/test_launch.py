@@ -116,6 +116,7 @@ LAUNCHES = {
     "decisions' kernels": {"quantise_keys", "decide_blocks"},
     "top pages": {"top_pages"},
     "rank merge": {"merge_ranks"},
+    "merged list": {"merged_list"},
     "framed lists": {"framed_lists"},
     "page pairs": {"add_page_pairs"},
     "compact": {"compact"},

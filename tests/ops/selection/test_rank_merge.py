@@ -6,9 +6,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_patch.ops.selection import rank_merge as ops
 from sparse_patch.ops.selection.rank_merge import merged_scores
+from sparse_patch.ops.selection.rank_merge import torch as in_torch
 from sparse_patch.ops.selection.rank_merge import triton as kernels
-from sparse_patch.ops.selection.rank_merge.torch import merge as in_torch
 from sparse_patch.ops.selection.top_pages import top_pages
+from sparse_patch.ops.selection.top_pages.triton import filter as filtering
+from sparse_patch.plans import leading
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -61,14 +63,64 @@ def test_minus_infinity_and_nan_rank_last() -> None:
     assert merged_scores(scores, torch.tensor([4]), 4).tolist() == [[2.0, 4.0, 1.0, 3.0, 0.0]]
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_the_backends_agree_on_long_lists_and_parts_of_the_heads(ties: bool) -> None:
+def structured(kind: str, *shape: int) -> torch.Tensor:
+    scores = torch.randn(shape)
+    if kind == "ties":
+        return scores.mul(3).round()
+    if kind == "equal":
+        return torch.zeros(shape)
+    if kind == "alike":  # so the upper tiers have few tokens
+        return scores[:, :1] + 0.01 * scores
+    return scores.masked_fill(scores < 0.5, -torch.inf) if kind == "holes" else scores
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name, value in {"_SAMPLE": (16, 16), "_PART": (32, 32), "_PROGRAMS": 16}.items():
+        monkeypatch.setattr(filtering, name, value)
+    for name, value in {"_BLOCK_M": 32, "_BLOCK_N": 32, "_PLACES": 16, "_PART": 32}.items():
+        monkeypatch.setattr(kernels, name, value)
+    return monkeypatch
+
+
+KINDS = pytest.mark.parametrize("kind", ["random", "ties", "equal", "alike", "holes"])
+
+
+@KINDS
+@pytest.mark.parametrize("margin", [4.5, 0.0], ids=["enough candidates", "too few"])
+def test_the_backends_agree_on_long_lists_and_parts_of_the_heads(
+    kind: str, margin: float, small_tiles: pytest.MonkeyPatch
+) -> None:
     """Lists that are longer than a tile, of any strides; these are the third and fourth of eight heads."""
-    scores = torch.randn(700, 2, 3).permute(2, 1, 0)
-    scores = scores.mul(3).round() if ties else scores
-    lists = top_pages(scores, torch.tensor([700, 650, 20]), 600)
-    expected = in_torch(scores, *lists, 600, 2, 8)
-    assert torch.equal(kernels.merge(scores, *lists, 600, 2, 8), expected)
+    small_tiles.setattr(filtering, "_MARGIN", margin)
+    scores = structured(kind, 2, 2, 150).permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    limits = torch.tensor([160, 130])
+    for k in (7, 70):
+        expected = in_torch.merge(scores, limits, k, 10, 2, 8)
+        assert torch.equal(kernels.merge(scores, limits, k, 10, 2, 8), expected)
+
+
+@KINDS
+@pytest.mark.parametrize("depth", [12, 1], ids=["deep", "shallow"])
+def test_the_list_is_that_of_the_merged_scores(kind: str, depth: int, small_tiles: pytest.MonkeyPatch) -> None:
+    """Whether the upper tiers have enough tokens or not; rows that are shorter than the list have all their tokens."""
+    small_tiles.setattr(kernels, "_DEPTH", depth)
+    scores = structured(kind, 3, 3, 150)
+    lengths = torch.tensor([150, 170, 44])
+    for most, first, last in ((40, 4, 10), (40, 0, 0), (45, 0, 44), (16, 4, 12)):
+        merged = merged_scores(scores, lengths, most - last, spared=last)
+        expected, expected_counts = top_pages(merged[:, None], lengths, most, first=first, last=last)
+        for backend in (in_torch, kernels):
+            pages, counts = backend.merged_list(scores, lengths, most, first, last)
+            listed = leading(pages, counts)
+            assert torch.equal(counts, expected_counts) and torch.equal(pages[listed], expected[listed])
+            assert ((pages >= 0) & (pages < 150)).all()
+
+
+def test_a_list_of_more_tokens_than_there_are() -> None:
+    for backend in (in_torch, kernels):
+        pages, counts = backend.merged_list(torch.randn(1, 2, 20), torch.tensor([20]), 30, 2, 5)
+        assert pages.tolist() == [[list(range(20))]] and counts.tolist() == [[20]]
 
 
 def test_no_host_sync() -> None:
@@ -76,7 +128,8 @@ def test_no_host_sync() -> None:
         assert merged_scores(torch.empty(2, 3, 100), torch.empty(2, dtype=torch.int64), 7).shape == (2, 100)
 
 
+@pytest.mark.usefixtures("small_tiles")
 def test_the_kernel_declares_what_it_does() -> None:
-    scores = torch.randn(2, 3, 40)
-    arguments = scores, *top_pages(scores, torch.tensor([40, 20]), 7), 7, 0, 3
-    torch.library.opcheck(kernels.merge.op, arguments, test_utils=("test_schema", "test_faketensor"))
+    scores, limits = torch.randn(1, 2, 40), torch.tensor([30])
+    for op, arguments in ((kernels.merge, (7, 0, 0, 3)), (kernels.merged_list, (7, 1, 2))):
+        torch.library.opcheck(op.op, (scores, limits, *arguments), test_utils=("test_schema", "test_faketensor"))

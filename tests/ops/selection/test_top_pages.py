@@ -11,6 +11,8 @@ from sparse_patch.ops.selection.top_pages import top_pages
 from sparse_patch.ops.selection.top_pages import top_pages as op
 from sparse_patch.ops.selection.top_pages import triton as kernels
 from sparse_patch.ops.selection.top_pages.torch import top_pages as in_torch
+from sparse_patch.ops.selection.top_pages.triton import filter as filtering
+from sparse_patch.ops.selection.top_pages.triton import lists as choosing
 from sparse_patch.plans import leading
 
 INF, NAN = math.inf, math.nan
@@ -83,8 +85,10 @@ def test_a_long_list_of_random_scores(backend: object) -> None:
 
 @pytest.fixture
 def short_lists_are_filtered(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name, value in {"_SHORT": 32, "_PART": 32, "_SAMPLE": (16, 16), "_WIDEST": 64}.items():
-        monkeypatch.setattr(kernels, name, value)
+    for name, value in {"_SHORT": 32, "_WIDEST": 64}.items():
+        monkeypatch.setattr(choosing, name, value)
+    for name, value in {"_SAMPLE": (16, 16), "_PART": (32, 32)}.items():
+        monkeypatch.setattr(filtering, name, value)
     return monkeypatch
 
 
@@ -96,8 +100,8 @@ def test_lists_that_are_filtered_first(
     kind: str, programs: int, margin: float, short_lists_are_filtered: pytest.MonkeyPatch
 ) -> None:
     """What is chosen does not depend on how many pages reach the sample's score."""
-    short_lists_are_filtered.setattr(kernels, "_MARGIN", margin)
-    short_lists_are_filtered.setattr(kernels, "_PROGRAMS", programs)
+    short_lists_are_filtered.setattr(filtering, "_MARGIN", margin)
+    short_lists_are_filtered.setattr(filtering, "_PROGRAMS", programs)
     for size, k in ((65, 3), (200, 32)):
         scores = structured(kind, 2, 2, size)
         limits = torch.tensor([[size, 60], [size - 20, 70]])
@@ -135,12 +139,11 @@ def test_first_and_last_pages_come_first(
 
 @pytest.mark.parametrize("size, k", [(5000, 64), (32768, 2048), (32768, 4096), (131072, 2048), (131072, 4096)])
 def test_the_sample_of_random_scores_leaves_the_right_number_of_candidates(size: int, k: int) -> None:
-    sample = kernels._sample(size)
-    capacity, scores = kernels._capacity(size, k, sample), torch.randn(200, size)
+    sample, capacity, scores = filtering.sample_of(size), filtering.capacity_of(size, k), torch.randn(200, size)
     place = (torch.arange(sample) * 65536 + (torch.arange(sample) * 40503 & 0xFFFF)) * size // (sample * 65536)
     of_sample = k * sample / size
-    wanted = int(of_sample + kernels._MARGIN * of_sample**0.5 + 2)
-    for reach in (wanted, wanted + wanted // 8):
+    wanted = int(of_sample + filtering._MARGIN * of_sample**0.5 + 2)
+    for reach in (wanted, wanted + wanted // 16):
         floor = scores[:, place].sort(descending=True).values[:, reach - 1 : reach]
         candidates = (scores >= floor).sum(-1)
         assert k <= candidates.min() and candidates.max() <= capacity < size // 2

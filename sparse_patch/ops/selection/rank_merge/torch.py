@@ -2,20 +2,22 @@
 
 import torch
 
+from sparse_patch.ops.selection.top_pages.torch import top_pages
 
-def merge(
-    scores: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, k: int, first_head: int, heads: int
-) -> torch.Tensor:
+
+def merge(scores: torch.Tensor, limits: torch.Tensor, k: int, spared: int, first_head: int, heads: int) -> torch.Tensor:
     """`ops.selection.rank_merge.merged_scores` of some of the heads.
 
     Args:
         scores: float32 `[B, H, N]`.
-        tokens: the top k of each head in ascending order, int32 `[B, H, n]`, of which the first `counts` count.
-        counts: int32 `[B, H]`.
+        limits: int64 `[B]`.
         k: tokens of the merged list.
+        spared: what is subtracted from the limits.
         first_head: index of the first of the H heads among all heads.
         heads: number of all heads.
     """
+    limits = (limits - spared)[:, None].expand(scores.shape[:2])
+    tokens, counts = top_pages(scores, limits, min(k, scores.shape[-1]))
     tokens = tokens.long()
     listed = torch.arange(tokens.shape[-1], device=scores.device) < counts[..., None]
     values = scores.gather(-1, tokens)
@@ -26,3 +28,13 @@ def merge(
     score = (k * heads - rank * heads - head[:, None]) * listed
     merged = scores.new_zeros(scores.shape[0], scores.shape[-1])
     return merged.scatter_reduce_(-1, in_order.flatten(1), score.flatten(1), "amax")
+
+
+def merged_list(
+    scores: torch.Tensor, limits: torch.Tensor, most: int, first: int, last: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ops.selection.rank_merge.merged_list`."""
+    merged = merge(scores, limits, most - last, last, 0, scores.shape[1])
+    return top_pages(
+        merged[:, None], limits.clamp(max=merged.shape[1])[:, None], min(most, merged.shape[1]), first, last
+    )
