@@ -8,10 +8,12 @@ from transformers.cache_utils import DynamicCache
 
 from sparse_patch.integration.caches.layers import GrowingLayer
 from sparse_patch.integration.caches.rings import RingLayer
+from sparse_patch.integration.caches.windows import WindowLayer
 from sparse_patch.integration.step import NotAStep, SteppedLayer
+from sparse_patch.kernels.room import SPARE
 
 _FEW = 6  # tokens that are not worth a graph
-_SERVED: set[type] = {GrowingLayer, RingLayer}
+_SERVED: set[type] = {GrowingLayer, RingLayer, WindowLayer}
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class SteppedCache:
         lengths = {layer.tokens for layer in layers}
         if len(rooms) > 1 or len(lengths) != 1:
             raise NotAStep("layers of different lengths")
-        return cls(layers, lengths.pop(), rooms.pop() if rooms else max(layer.max_length for layer in layers))
+        length = lengths.pop()
+        return cls(layers, length, rooms.pop() if rooms else _capacity(layers, length))
 
     @property
     def is_worth_a_graph(self) -> bool:
@@ -75,3 +78,9 @@ class SteppedCache:
         """Undo what a step left that failed, or that was only captured."""
         for layer in self.layers:
             layer.take_back()
+
+
+def _capacity(layers: Sequence[SteppedLayer], length: int) -> int:
+    """The capacity of layers with room for any number of tokens. It changes rarely, because graphs depend on it."""
+    known = max(layer.max_length for layer in layers)
+    return known if length < known else max(SPARE, 1 << length.bit_length())
