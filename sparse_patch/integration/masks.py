@@ -290,7 +290,7 @@ class LazyMask(TensorInWaiting):
 
     @once
     def row_starts(self) -> torch.Tensor | None:
-        """First key of each row that is real, in a step that it reads, int64 `[B]`; None if there is no padding mask."""
+        """First key of each row that is real, in a step that is read, int64 `[B]`; None if there is no padding."""
         if self.reach is not None:
             return self.reach.starts
         return None if self.padding is None else self.padding.to(torch.uint8).argmax(-1)

@@ -109,12 +109,12 @@ class Step:
 
 
 def room_of(window: int) -> int:
-    """Number of places of the room in which a layer keeps a window."""
+    """Number of places of the room in which a layer keeps a window of a text of any length."""
     return window - 1 + SPARE
 
 
 def place_of(token: int, window: int) -> int:
-    """Where in such a room the token with this number lies, counted from 0 and with padding.
+    """Where in its room a layer that keeps a window has the token with this number, counted from 0 and with padding.
 
     The first `window - 1` tokens lie at their numbers, the next ones after them. When the room is full, the last
     `window - 1` tokens move to its front, and so on. So the place follows from the number, also inside a graph.

@@ -87,8 +87,10 @@ def kind_of_window(mask_function: Any) -> str | None:
     """
     if getattr(mask_function, "__qualname__", "") != "and_masks.<locals>.and_mask":
         return None
-    overlay, *others = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", (None,))
-    return _WINDOWS.get(getattr(overlay, "__qualname__", "")) if others == [causal_mask_function] else None
+    functions = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
+    if len(functions) != 2 or functions[1] is not causal_mask_function:
+        return None
+    return _WINDOWS.get(getattr(functions[0], "__qualname__", ""))
 
 
 # --- generation ------------------------------------------------------------------------------------------------------

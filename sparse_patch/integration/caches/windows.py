@@ -15,7 +15,8 @@ class WindowLayer(RoomLayer, DynamicSlidingWindowLayer):
     """A `DynamicSlidingWindowLayer` that serves steps, of sliding windows and of chunks.
 
     Outside of steps it does what that layer does. Before a step its tokens move to a room, to places that follow from
-    their numbers (`place_of`). The room has places for a window and some more tokens, and is the same for all steps.
+    their numbers (`place_of`). The room is the same for all steps. It has places for a window and some more tokens, or
+    for all tokens if there will be fewer.
     """
 
     _end = 0  # the place after the last token, in the room
@@ -26,7 +27,7 @@ class WindowLayer(RoomLayer, DynamicSlidingWindowLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `DynamicSlidingWindowLayer`; in a step return the whole room, `[B, Hkv, room_of(window), D]`."""
+        """See `DynamicSlidingWindowLayer`; in a step return the whole room, `[B, Hkv, places, D]`."""
         if self.step is not None:
             return self.write(self.step.place_in(self.sliding_window), key_states, value_states)
         return super().update(key_states, value_states, *args, **kwargs)
@@ -48,24 +49,32 @@ class WindowLayer(RoomLayer, DynamicSlidingWindowLayer):
             raise NotAStep("a cache without tokens")
         if keys.shape[0] != batch:
             raise NotAStep("a cache of another number of rows")
-        if getattr(self, "record_past", False) or keys.shape[2] != self._kept:  # Transformers 5.17 records nothing
+        if getattr(self, "record_past", False) or keys.shape[2] != self._kept:  # Transformers 5.5 records nothing
             raise NotAStep("a sliding window that tokens may be taken back from")
-        end = place_of(self.tokens, self.sliding_window)
-        if not self.is_in_room or end != self._end:
-            self._move(end)
+        places, end = room_of(self.sliding_window), place_of(self.tokens, self.sliding_window)
+        if self.tokens < self.max_length:
+            places = min(places, self.max_length)
+        if not self.is_in_room or (end, places) != (self._end, self._places):
+            self._move(end, places)
 
     @property
     def _kept(self) -> int:
         """Number of tokens that the layer keeps."""
         return min(self.tokens, self.sliding_window - 1)
 
-    def _move(self, end: int) -> None:
-        """Move the tokens to the places of the room before `end`; make a room if there is none for such tensors."""
+    @property
+    def _places(self) -> int:
+        """Number of places of the room."""
+        assert self._room is not None, "made by room_for_step"
+        return self._room[0].shape[2]
+
+    def _move(self, end: int, places: int) -> None:
+        """Move the tokens to the places of the room before `end`; make a room of `places` if there is none for them."""
         assert self.keys is not None and self.values is not None, "see room_for_step"
-        kept, size = (self.keys, self.values), room_of(self.sliding_window)
+        kept = self.keys, self.values
         with ordinary_tensors():
-            if self._room is None or not all(map(partial(_is_room, size=size), self._room, kept)):
-                keys, values = (x.new_empty(*x.shape[:2], size, x.shape[3]) for x in kept)
+            if self._room is None or not all(map(partial(_is_room, places=places), self._room, kept)):
+                keys, values = (x.new_empty(*x.shape[:2], places, x.shape[3]) for x in kept)
                 self._room = keys, values
             for room, tokens in zip(self._room, kept, strict=True):
                 room[:, :, end - self._kept : end] = tokens.clone()  # which may lie in the room themselves
@@ -89,11 +98,11 @@ class WindowLayer(RoomLayer, DynamicSlidingWindowLayer):
         return []
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """See `DynamicSlidingWindowLayer`; in a step the number of places of the room."""
-        return super().get_mask_sizes(query_length) if self.step is None else (room_of(self.sliding_window), 0)
+        """See `DynamicSlidingWindowLayer`; in a step the number of places of the room, and 0."""
+        return super().get_mask_sizes(query_length) if self.step is None else (self._places, 0)
 
 
-def _is_room(room: torch.Tensor, tokens: torch.Tensor, size: int) -> bool:
-    """Whether a tensor is a room of `size` places for keys or values like these."""
+def _is_room(room: torch.Tensor, tokens: torch.Tensor, places: int) -> bool:
+    """Whether a tensor is a room of so many places for keys or values like these."""
     rows, heads, _, dim = tokens.shape
-    return room.shape == (rows, heads, size, dim) and (room.dtype, room.device) == (tokens.dtype, tokens.device)
+    return room.shape == (rows, heads, places, dim) and (room.dtype, room.device) == (tokens.dtype, tokens.device)

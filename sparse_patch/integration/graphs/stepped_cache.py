@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import cache_utils
 from transformers.cache_utils import DynamicCache
 
 from sparse_patch.integration.caches.layers import GrowingLayer
@@ -14,6 +15,8 @@ from sparse_patch.kernels.room import SPARE
 
 _FEW = 6  # tokens that are not worth a graph
 _SERVED: set[type] = {GrowingLayer, RingLayer, WindowLayer}
+# Stands in for layers of a model that read the keys of other layers; Transformers 5.17 has no such class.
+_WITHOUT_KEYS: type | None = getattr(cache_utils, "DummyLayer", None)
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class SteppedCache:
     """The layers of a cache, with room for one more token.
 
     Attributes:
-        layers: the layers.
+        layers: the layers that keep keys.
         length: tokens that they have.
         capacity: tokens that they have room for.
     """
@@ -44,7 +47,7 @@ class SteppedCache:
         """
         if type(cache) is not DynamicCache:
             raise NotAStep(f"a cache of type {type(cache).__name__}")
-        layers: list[Any] = cache.layers
+        layers: list[Any] = [layer for layer in cache.layers if type(layer) is not _WITHOUT_KEYS]
         if others := set(map(type, layers)) - _SERVED:
             raise NotAStep(f"a cache with layers of type {', '.join(sorted(other.__name__ for other in others))}")
         if with_spans and not all(layer.max_length for layer in layers):
