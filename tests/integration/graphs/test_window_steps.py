@@ -4,6 +4,7 @@ The rooms of the windows have few places here, so that the tokens move to the fr
 """
 
 import copy
+import pickle
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -139,14 +140,14 @@ def test_a_cache_that_is_cut_reordered_or_copied(build: Build) -> None:
         logits = [stepped(model, ids, 6, cache)]
         cache.crop(-4)  # the window is not full yet
         logits.append(stepped(model, ids[:, :1], 20, cache))
-        other = copy.deepcopy(cache)
+        other, loaded = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
         cache.reorder_cache(torch.tensor([1, 1]))
         logits.append(stepped(model, ids[:, :1], 8, cache))
         cache.batch_repeat_interleave(2)
         logits.append(stepped(model, ids[[0, 0, 1, 1], :1], 8, cache))
         cache.batch_select_indices(torch.tensor([0]))
         logits.append(stepped(model, ids[:1, :1], 8, cache))
-        logits.append(stepped(model, ids, 8, other))
+        logits += [stepped(model, ids, 8, other), stepped(model, ids, 8, loaded)]
         with pytest.raises(RuntimeError, match="past"):
             other.crop(-1)
         cache.reset()
@@ -154,7 +155,7 @@ def test_a_cache_that_is_cut_reordered_or_copied(build: Build) -> None:
         return logits
 
     found, report = by_graph_and_eagerly(model, DENSE, lambda: run(growing_cache))
-    assert report.graphs.replays >= 35
+    assert report.graphs.replays >= 40
     torch.testing.assert_close(found, run(lambda config: DynamicCache(config=config)), rtol=1e-4, atol=1e-4)
 
 
@@ -210,14 +211,14 @@ def test_a_room_for_a_short_text(build: Build) -> None:
 
 @SOME
 def test_tokens_are_those_of_transformers(build: Build) -> None:
-    """Between steps, keys, values, lengths and masks are those of `DynamicSlidingWindowLayer`."""
+    """Between steps, in any mode, keys, values, lengths and masks are those of `DynamicSlidingWindowLayer`."""
     model, ids = build(), prompt(90, rows=2)
     ours, theirs = growing_cache(model.config), DynamicCache(config=model.config)
     borders = [0, 7, *range(8, 30), 37, *range(38, 61), 90]
     for begin, end in pairwise(borders):
-        with patched(model, DENSE), torch.inference_mode():
+        with patched(model, DENSE), torch.inference_mode() if begin % 3 else torch.no_grad():
             model(input_ids=ids[:, begin:end], past_key_values=ours)
-        with torch.inference_mode():
+        with torch.no_grad():
             model(input_ids=ids[:, begin:end], past_key_values=theirs)
         for our, their in zip(ours.layers, theirs.layers, strict=True):
             torch.testing.assert_close([our.keys, our.values], [their.keys, their.values], rtol=1e-4, atol=1e-4)
