@@ -67,6 +67,11 @@ def qwen2() -> PreTrainedModel:
     return _build("Qwen2", hidden_size=112, num_attention_heads=14, use_sliding_window=False)
 
 
+def qwen2_windowed() -> PreTrainedModel:
+    """A full layer, then layers with a sliding window."""
+    return _build("Qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
+
+
 def qwen3() -> PreTrainedModel:
     """Query and key norms; head_dim differs from hidden_size / heads."""
     return _build("Qwen3", head_dim=32)

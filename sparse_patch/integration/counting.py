@@ -43,7 +43,7 @@ def count_sparse(
 def count_dense(
     request: Request, phase: Phase, dense: Dense | None, unserved: Dense | None, call: AttentionCall | None
 ) -> None:
-    """Record a dense call: `dense` by design or by the method's choice, or else `unserved`.
+    """Record a dense call: `dense` by design or by the method's choice of `call`, or else `unserved`.
 
     Inside a graph nothing is counted and nobody is warned; the graph notes the reason whenever it runs.
 
@@ -60,7 +60,7 @@ def count_dense(
             state.counts.of(phase).fallback_in_graph = reason.reason
         return
     if isinstance(mask, LazyMask) and mask.captured is not None:
-        mask.captured.append(StepCall(state, phase, call, None, reason.reason))
+        mask.captured.append(StepCall(state, phase, call, None, reason.reason, window=mask.window))
         return
     work = mask.work if isinstance(mask, LazyMask) else _full_work(request.query, request.key)
     with COUNTING:

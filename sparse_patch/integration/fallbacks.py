@@ -3,6 +3,7 @@
 import torch
 
 from sparse_patch.call import Phase
+from sparse_patch.integration.caches.lookup import window_of
 from sparse_patch.integration.caches.rings import RingLayer
 from sparse_patch.integration.masks import LazyMask
 from sparse_patch.integration.request import SINKS, Request
@@ -37,7 +38,7 @@ def why_unsupported(request: Request, ring: RingLayer | None = None) -> Dense | 
         return Dense("no mask was built" if mask is None else made)
     if torch.compiler.is_compiling() and (reason := _unknown_in_a_graph(mask)):
         return reason
-    if not mask.is_plain_causal:
+    if not (mask.is_plain_causal or mask.window_in_step):
         return Dense("mask is more than causal (packed sequences, prefix-LM or bidirectional blocks)")
     if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
         return Dense("attention is not causal")
@@ -59,11 +60,17 @@ def why_unsupported(request: Request, ring: RingLayer | None = None) -> Dense | 
         return reason
     keys = mask.kv_length if ring is None else mask.q_length
     described = mask.kv_length if ring is None else ring.get_mask_sizes(mask.q_length)[0]
-    if (tensors[1].shape[2], mask.kv_length) != (keys, described) or not mask.fits:
+    if (tensors[1].shape[2], mask.kv_length) != (keys, described) or not mask.fits or _has_other_window(request):
         return Dense("the cache returns other keys than the mask describes")
     if not mask.has_left_padding_only:
         return Dense("padding that is not on the left")
     return None
+
+
+def _has_other_window(request: Request) -> bool:
+    """Whether, in a step, the model and its mask want another window than the layer of the cache keeps."""
+    mask, asked = request.mask, request.kwargs.get("sliding_window") or request.mask.window
+    return request.is_step and {asked, mask.window} != {window_of(mask.forward.cache, request.state.cache_layer)}
 
 
 def _unknown_in_a_graph(mask: LazyMask) -> Dense | None:

@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from sparse_patch.errors import SparsePatchError, short
-from sparse_patch.integration.caches.layers import GrowingLayer
+from sparse_patch.integration.caches.layers import RoomLayer
 from sparse_patch.integration.caches.lookup import Prompt, note_prompt, prompt_of
 from sparse_patch.integration.caches.making import adopt
 from sparse_patch.integration.caches.rings import RingLayer, SpansOf
@@ -91,7 +91,7 @@ def prepare_cache(
         end = _prompt_length(generation_config, model_kwargs)
         note_prompt(cache, None if end is None else Prompt(end, verifies))
     for layer in cache.layers:
-        if isinstance(layer, RingLayer | GrowingLayer):
+        if isinstance(layer, RingLayer | RoomLayer):
             layer.make_room(max_cache_length)
 
 

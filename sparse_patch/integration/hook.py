@@ -215,6 +215,7 @@ def _attend_by_plan(request: Request) -> torch.Tensor | None:
         if unserved is None:
             call = _attention_call(request, phase, kv_state)
     _remember(state, call, kv_state)
+    asked = call if dense is None else None
     if dense is None and call is not None:
         plan = state.methods[phase].plan(call)
         if isinstance(plan, Dense):
@@ -225,7 +226,7 @@ def _attend_by_plan(request: Request) -> torch.Tensor | None:
                 return _attend_sparsely(request, call, plan)
             unserved = Dense(reason)
             _check_step(request, unserved)
-    count_dense(request, phase, dense, unserved, call)
+    count_dense(request, phase, dense, unserved, asked)
     if dense is not None and call is not None and may_be_best:
         return _attend_at_best(request, call)
     return None
@@ -295,7 +296,7 @@ def _attention_call(request: Request, phase: Phase, kv_state: KVState | None) ->
     key, value, q_start, end, known_end = request.key, request.value, 0, None, None
     if phase == "decode":
         end = mask.end_on_device
-        known_end = mask.step.length + 1 if mask.step is not None else None
+        known_end = None if mask.reach is None else mask.reach.length
     if end is None:  # the tail of a static cache is not valid
         q_start, valid = mask.q_start, mask.q_start + mask.q_length
         key, value = key[:, :, :valid], value[:, :, :valid]
@@ -374,8 +375,8 @@ def _may_be_best(request: Request, kv_state: KVState | None) -> bool:
     In a correction it should: on Hopper PyTorch leaves few queries to cuDNN, whose attention gives other last bits now
     and then on the same tensors, and prepares itself anew for every number of keys.
     """
-    is_asked = request.state.config.dense == "best" or request.is_step or _corrects(kv_state)
-    return is_asked and not request.has_window
+    is_asked = request.state.config.dense == "best" or _corrects(kv_state)
+    return request.is_step or (is_asked and not request.has_window)
 
 
 def _attend_at_best(request: Request, call: AttentionCall) -> torch.Tensor | None:

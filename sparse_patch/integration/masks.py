@@ -11,8 +11,13 @@ from transformers.masking_utils import causal_mask_function
 from sparse_patch.call import causal_pairs
 from sparse_patch.integration.forward import Forward
 from sparse_patch.integration.names import unpatched_name
-from sparse_patch.integration.step import Step, StepCall, running_step
-from sparse_patch.integration.transformers_internals import adds_to_causal, implementation_of, mask_function_of
+from sparse_patch.integration.step import Reach, Step, StepCall, running_step
+from sparse_patch.integration.transformers_internals import (
+    adds_to_causal,
+    implementation_of,
+    kind_of_window,
+    mask_function_of,
+)
 from sparse_patch.ops.attention.span_ring import tokens_before
 from sparse_patch.plans.once import once
 from sparse_patch.report import Work
@@ -212,6 +217,17 @@ class LazyMask(TensorInWaiting):
         """Whether only causality and padding decide what is visible."""
         return self.arguments["mask_function"] is causal_mask_function
 
+    @once
+    def window_in_step(self) -> str | None:
+        """ "sliding" or "chunked" in a step, if only causality, padding and such a window decide what is visible."""
+        return None if self.step is None else kind_of_window(self.arguments["mask_function"])
+
+    @once
+    def reach(self) -> Reach | None:
+        """What the token of a step reads; None outside of steps."""
+        kind = self.window_in_step
+        return None if self.step is None else self.step.reach(self.window if kind else None, kind == "chunked")
+
     @property
     def is_decode(self) -> bool:
         """Whether the forward generates. A part of the query rows has the phase of the whole forward.
@@ -260,6 +276,8 @@ class LazyMask(TensorInWaiting):
     @once
     def end_on_device(self) -> torch.Tensor | None:
         """Number of valid keys, int64 `[]`, if the cache is static and counts them on the device; else None."""
+        if self.reach is not None:
+            return self.reach.end
         offset = self.arguments["q_offset"]
         return (offset + self.q_length).reshape(()) if torch.is_tensor(offset) else None
 
@@ -272,9 +290,9 @@ class LazyMask(TensorInWaiting):
 
     @once
     def row_starts(self) -> torch.Tensor | None:
-        """First real key of each row, int64 `[B]`; None if the batch has no padding mask."""
-        if self.step is not None:
-            return self.step.row_starts
+        """First key of each row that is real, in a step that is read, int64 `[B]`; None if there is no padding."""
+        if self.reach is not None:
+            return self.reach.starts
         return None if self.padding is None else self.padding.to(torch.uint8).argmax(-1)
 
     @once
@@ -325,7 +343,7 @@ class LazyMask(TensorInWaiting):
         """The work of a dense call of this forward; computed on the host if this needs no host sync."""
         batch, offset = self.shape[0], self.arguments["q_offset"]
         if self.step is not None:
-            return self.step.work
+            return self.step.work(self.window)
         if self.row_starts is None and isinstance(offset, int):
             return _work(batch, offset, self.q_length, self.window)
         starts = (

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from sparse_patch.call import AttentionCall, Phase
+from sparse_patch.kernels.room import SPARE
 from sparse_patch.plans import SparsePlan
 from sparse_patch.report import Work
 
@@ -33,6 +34,7 @@ class StepCall:
         plan: the plan that was executed; None if the call was dense.
         dense: why the call was dense; None if it was not.
         keeps_all: whether the cache has every key.
+        window: width of the window of a local layer; None in full layers.
     """
 
     state: Any
@@ -41,6 +43,22 @@ class StepCall:
     plan: SparsePlan | None
     dense: str | None
     keeps_all: bool = True
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which keys the token of a step reads, of those that a layer of the cache hands over.
+
+    Attributes:
+        starts: first key of each row, int64 `[B]`; None if it is 0 for every row.
+        end: number of keys up to the token, int64 `[]`.
+        length: the same number, on the host.
+    """
+
+    starts: torch.Tensor | None
+    end: torch.Tensor
+    length: int
 
 
 @dataclass(eq=False)
@@ -62,17 +80,63 @@ class Step:
     starts: Sequence[int]
     row_starts: torch.Tensor | None
     captured: list[StepCall] | None = None
-    work: Work = field(init=False)
+    _places: dict[int, torch.Tensor] = field(default_factory=dict, init=False)
 
-    def __post_init__(self) -> None:
-        self.work = work_of(self.starts, self.length)
+    def work(self, window: int | None) -> Work:
+        """The work of a dense call of the step."""
+        return work_of(self.starts, self.length, window=window)
+
+    def place_in(self, window: int) -> torch.Tensor:
+        """`place_of` the token of the step, int64 `[]` on the device."""
+        if window not in self._places:
+            kept = window - 1
+            self._places[window] = torch.minimum(self.position, kept + (self.position - kept) % SPARE)
+        return self._places[window]
+
+    def reach(self, window: int | None, is_chunked: bool = False) -> Reach:
+        """What the token reads in layers that keep everything, or in layers that keep a window in a room.
+
+        Args:
+            window: width of the window; None in layers that keep everything.
+            is_chunked: whether the window is a chunk: rows are cut into chunks, and a token reads only its own.
+        """
+        if window is None:
+            return Reach(self.row_starts, self.position + 1, self.length + 1)
+        place, rows = self.place_in(window), len(self.starts)
+        before = self.position.expand(rows) if self.row_starts is None else self.position - self.row_starts
+        back = before % window if is_chunked else before.clamp(max=window - 1)
+        return Reach(place - back, place + 1, place_of(self.length, window) + 1)
 
 
-def work_of(starts: Sequence[int], length: int, steps: int = 1) -> Work:
-    """The dense work of consecutive steps, the first of them with `length` tokens before it."""
-    per_row = sum(length + 1 - start for start in starts)
-    pairs = steps * per_row + len(starts) * (steps * (steps - 1) // 2)
-    return Work(steps * len(starts), pairs, pairs)
+def room_of(window: int) -> int:
+    """Number of places of the room in which a layer keeps a window of a text of any length."""
+    return window - 1 + SPARE
+
+
+def place_of(token: int, window: int) -> int:
+    """Where in its room a layer that keeps a window has the token with this number, counted from 0 and with padding.
+
+    The first `window - 1` tokens lie at their numbers, the next ones after them. When the room is full, the last
+    `window - 1` tokens move to its front, and so on. So the place follows from the number, also inside a graph.
+    """
+    kept = window - 1
+    return min(token, kept + (token - kept) % SPARE)
+
+
+def work_of(starts: Sequence[int], length: int, steps: int = 1, window: int | None = None) -> Work:
+    """The dense work of consecutive steps, the first of them with `length` tokens before it; see `LazyMask.work`."""
+    rows, first = len(starts), sum(length + 1 - start for start in starts)
+    causal = _sum_of(first, rows, steps)
+    attended = causal
+    if window is not None:
+        growing = min(max(-(-(rows * window - first) // rows), 0), steps)  # steps that read less than all windows
+        attended = _sum_of(first, rows, growing) + (steps - growing) * rows * window
+    return Work(steps * rows, causal, attended)
+
+
+def _sum_of(first: int, more: int, number: int) -> int:
+    """The sum of `number` numbers that begin with `first` and grow by `more`."""
+    return number * first + more * (number * (number - 1) // 2)
 
 
 class SteppedLayer(Protocol):

@@ -23,6 +23,7 @@ class _Entry:
         plan: number of the plan among the step's plans; None if the call was dense.
         dense: why the call was dense.
         keeps_all: whether the call read by spans from a cache that keeps every key.
+        window: see `StepCall`.
     """
 
     state: Any
@@ -30,6 +31,7 @@ class _Entry:
     plan: int | None
     dense: str | None
     keeps_all: bool
+    window: int | None
 
 
 class Tally:
@@ -80,7 +82,7 @@ class Tally:
         totals = self._totals.clone()
         self._totals.zero_()
         steps = sum(count for _, count in runs)
-        work = _sum([work_of(self._starts, length, count) for length, count in runs])
+        works = {entry.window: self._work(runs, entry.window) for entry in self._entries}
         lengths = torch.tensor([length + 1 + i - at for length, n in runs for i in range(n) for at in self._starts])
         pairs = [
             total[:heads] if plan is None else _known_pairs(plan, lengths).to(totals.device)
@@ -88,12 +90,19 @@ class Tally:
         ]
         with COUNTING:
             for entry in self._entries:
-                _count(entry, work, None if entry.plan is None else pairs[entry.plan], steps)
+                _count(entry, works[entry.window], None if entry.plan is None else pairs[entry.plan], steps)
+
+    def _work(self, runs: list[list[int]], window: int | None) -> Work:
+        """The dense work of some runs."""
+        works = [work_of(self._starts, length, count, window) for length, count in runs]
+        queries, causal = sum(int(work.queries) for work in works), sum(int(work.causal) for work in works)
+        return Work(queries, causal, sum(int(work.attended) for work in works))
 
 
 def _entry(call: StepCall, number: dict[int, int]) -> _Entry:
     keeps_all = call.plan is not None and call.plan.known_beforehand and call.phase == "decode" and call.keeps_all
-    return _Entry(call.state, call.phase, None if call.plan is None else number[id(call.plan)], call.dense, keeps_all)
+    plan = None if call.plan is None else number[id(call.plan)]
+    return _Entry(call.state, call.phase, plan, call.dense, keeps_all, call.window)
 
 
 def _is_known(plan: SparsePlan) -> bool:
@@ -113,11 +122,6 @@ def _known_pairs(plan: SparsePlan, lengths: torch.Tensor) -> torch.Tensor:
     pairs = plan.pairs_at(lengths)
     assert pairs is not None, "see _is_known"
     return pairs
-
-
-def _sum(works: Sequence[Work]) -> Work:
-    queries, pairs = sum(int(work.queries) for work in works), sum(int(work.causal) for work in works)
-    return Work(queries, pairs, pairs)
 
 
 def _count(entry: _Entry, work: Work, by_head: torch.Tensor | None, steps: int) -> None:

@@ -73,6 +73,26 @@ def adds_to_causal(mask_function: Any) -> bool:
     return causal_mask_function in inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
 
 
+_WINDOWS = {
+    "sliding_window_overlay.<locals>.inner_mask": "sliding",
+    "chunked_overlay.<locals>.inner_mask": "chunked",
+}
+
+
+def kind_of_window(mask_function: Any) -> str | None:
+    """ "sliding" or "chunked" if a mask function is causality within such a window and nothing else; else None.
+
+    Such a function is what `masking_utils.and_masks` makes of an overlay and of causality. It is recognised by its name
+    and its closure variable `mask_functions`, the overlay by its name.
+    """
+    if getattr(mask_function, "__qualname__", "") != "and_masks.<locals>.and_mask":
+        return None
+    functions = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
+    if len(functions) != 2 or functions[1] is not causal_mask_function:
+        return None
+    return _WINDOWS.get(getattr(functions[0], "__qualname__", ""))
+
+
 # --- generation ------------------------------------------------------------------------------------------------------
 
 PREPARE_CACHE = "_prepare_cache_for_generation"

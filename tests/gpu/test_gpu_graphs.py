@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from builders.stepping import generated, prompt, stepped
@@ -69,6 +70,26 @@ def test_growing_rooms_and_a_chat(model: PreTrainedModel, monkeypatch: pytest.Mo
             captures = sparsity_report(model).graphs.captures
     assert torch.equal(*found)
     assert captures > 3
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma4", "mistral", "qwen2_windowed"])
+def test_windows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row is padded by more than a window, and the tokens move to the front of their rooms every few steps."""
+    monkeypatch.setattr("sparse_patch.integration.step.SPARE", 16)
+    model = getattr(families, name)().to("cuda", torch.bfloat16)
+    ids = on_gpu(60, rows=3)
+    mask = torch.ones_like(ids)
+    mask[1, :50] = mask[2, :7] = 0
+    found = []
+    for decode_graph in ("off", "auto"):
+        with patched(model, QUEST, decode_graph=decode_graph):
+            found.append((generated(model, ids, 100, attention_mask=mask), sparsity_report(model)))
+    (eager, of_eager), (by_graph, of_graph) = found
+    assert torch.equal(by_graph, eager)
+    assert not of_graph.graphs.eager
+    assert of_graph.graphs.captures <= 2 and of_graph.graphs.replays >= 95
+    for one, other in zip(of_graph.layers, of_eager.layers, strict=True):
+        assert (one.decode.calls, one.decode.pairs) == (other.decode.calls, other.decode.pairs)
 
 
 @pytest.mark.parametrize("config", ["quest", "streamingllm"])

@@ -21,27 +21,73 @@ from sparse_patch.kernels.inference_mode import OrdinaryState, ordinary_tensors
 from sparse_patch.kernels.room import SPARE
 
 
-class GrowingLayer(OrdinaryState, DynamicLayer):
-    """A `DynamicLayer` that keeps room after its last token. It is for inference, because it writes in place.
+class RoomLayer(OrdinaryState, DynamicLayer):
+    """A `DynamicLayer` whose steps write the token into a room, tensors that stay in their place.
 
     Attributes:
         max_length: tokens of prompt and answer together; 0 if not known. The layer can grow beyond it.
-        kv_state: what a decode method keeps with the keys.
         step: see `SteppedLayer`.
     """
 
     step: Step | None = None
     _room: tuple[torch.Tensor, torch.Tensor] | None = None
-    _views: tuple[torch.Tensor, torch.Tensor] | None = None  # `keys` and `values` as this class made them
+    _views: tuple[torch.Tensor, torch.Tensor] | None = None  # `keys` and `values`, if they lie in the room
 
     def __init__(self, max_length: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.max_length = max_length
-        self.kv_state = KVState()
 
     def make_room(self, length: int) -> None:
         """Raise `max_length` to `length`, unless `max_length` is not known."""
         self.max_length = max(self.max_length, length) if self.max_length else 0
+
+    @property
+    def is_in_room(self) -> bool:
+        """Whether the tokens lie in the room; they do not if something replaced them, such as beam search."""
+        views = self._views
+        return views is not None and views[0] is self.keys and views[1] is self.values
+
+    def look(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let `keys` and `values` be these places of the room."""
+        assert self._room is not None, "made by room_for_step"
+        keys, values = self._room
+        self.keys, self.values = self._views = keys.narrow(2, begin, end - begin), values.narrow(2, begin, end - begin)
+        return self._views
+
+    def place(self) -> tuple[Any, ...]:
+        """See `SteppedLayer`."""
+        assert self._room is not None, "made by room_for_step"
+        keys, values = self._room
+        return keys.data_ptr(), values.data_ptr(), keys.dtype, keys.shape[0], self.max_length
+
+    def write(self, place: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the keys and values of one token to a place, int64 `[]`; return the whole room."""
+        assert self._room is not None, "made by room_for_step"
+        for room, new in zip(self._room, states, strict=True):
+            room.index_copy_(2, place.reshape(1), new)
+        return self._room
+
+    def get_seq_length(self) -> Any:
+        """Number of tokens; in a step, int64 `[]` on the device."""
+        return super().get_seq_length() if self.step is None else self.step.position
+
+    def reset(self) -> None:
+        self.keys = self.values = None  # Transformers up to 5.17 would zero them and keep their length
+        self.is_initialized = False
+        super().reset()
+        self._room = self._views = None
+
+
+class GrowingLayer(RoomLayer):
+    """A `DynamicLayer` that keeps room after its last token. It is for inference, because it writes in place.
+
+    Attributes:
+        kv_state: what a decode method keeps with the keys.
+    """
+
+    def __init__(self, max_length: int = 0, **kwargs: Any) -> None:
+        super().__init__(max_length, **kwargs)
+        self.kv_state = KVState()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -52,7 +98,7 @@ class GrowingLayer(OrdinaryState, DynamicLayer):
         cannot trace where tensors lie.
         """
         if self.step is not None:
-            return self._write(self.step, key_states, value_states)
+            return self.write(self.step.position, key_states, value_states)
         recorded = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         if recorded or torch.compiler.is_compiling():
             self._room = None
@@ -66,13 +112,12 @@ class GrowingLayer(OrdinaryState, DynamicLayer):
         keys, values = room or self._reserve(key_states, value_states, length, end)
         keys.narrow(2, length, added).copy_(key_states)
         values.narrow(2, length, added).copy_(value_states)
-        self.keys, self.values = self._views = keys.narrow(2, 0, end), values.narrow(2, 0, end)
-        return self._views
+        return self.look(0, end)
 
     def _has_room(self, new_keys: torch.Tensor, new_values: torch.Tensor, end: int) -> bool:
         """Whether nothing but this class changed the tensors, and `end` tokens of these dtypes fit."""
-        room, views = self._room, self._views
-        if room is None or views is None or views[0] is not self.keys or views[1] is not self.values:
+        room = self._room
+        if room is None or not self.is_in_room:
             return False
         fits = end <= room[0].shape[2] and len(new_keys) == len(room[0])
         return fits and new_keys.dtype == room[0].dtype and new_values.dtype == room[1].dtype
@@ -113,35 +158,19 @@ class GrowingLayer(OrdinaryState, DynamicLayer):
         rows, _, length, _ = keys.shape
         if rows != batch or not length:
             raise NotAStep("a cache of another number of rows, or without tokens")
-        views, room = self._views, self._room
-        untouched = views is not None and views[0] is keys and views[1] is values
-        if room is None or not untouched or length >= room[0].shape[2]:
+        room = self._room
+        if room is None or not self.is_in_room or length >= room[0].shape[2]:
             room = self._reserve(keys, values, length, length + 1)
         return room[0].shape[2]
-
-    def place(self) -> tuple[Any, ...]:
-        """See `SteppedLayer`."""
-        assert self._room is not None, "made by room_for_step"
-        keys, values = self._room
-        return keys.data_ptr(), values.data_ptr(), keys.dtype, keys.shape[0], self.max_length
 
     def places_of_state(self) -> list[int]:
         """See `SteppedLayer`."""
         return self.kv_state.places()
 
-    def _write(self, step: Step, *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a step's token; return the whole room."""
-        assert self._room is not None, "made by room_for_step"
-        for room, new in zip(self._room, states, strict=True):
-            room.index_copy_(2, step.position.reshape(1), new)
-        return self._room
-
     def advance(self) -> None:
         """See `SteppedLayer`."""
-        assert self._room is not None and self.keys is not None, "made by room_for_step"
-        length = self.keys.shape[2]
-        keys, values = self._room
-        self.keys, self.values = self._views = keys.narrow(2, 0, length + 1), values.narrow(2, 0, length + 1)
+        length = self.tokens
+        self.look(0, length + 1)
         if self.kv_state.covered == length:
             self.kv_state.covered += 1
 
@@ -149,19 +178,12 @@ class GrowingLayer(OrdinaryState, DynamicLayer):
         """See `SteppedLayer`. The tensors of a decode method do not cover the token of the step."""
         self.kv_state.covered = min(self.kv_state.covered, self.tokens)
 
-    def get_seq_length(self) -> Any:
-        """Number of tokens; in a step, int64 `[]` on the device."""
-        return super().get_seq_length() if self.step is None else self.step.position
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Number of keys of the mask, and its offset; in a step, of all that there is room for."""
         return super().get_mask_sizes(query_length) if self.step is None else (self.step.capacity, 0)
 
     def reset(self) -> None:
-        self.keys = self.values = None  # Transformers up to 5.17 would zero them and keep their length
-        self.is_initialized = False
         super().reset()
-        self._room = self._views = None
         self.kv_state.clear()
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from sparse_patch.call import KVState
 from sparse_patch.integration.caches.layers import GrowingLayer
 from sparse_patch.integration.caches.rings import RingLayer
+from sparse_patch.integration.caches.windows import WindowLayer
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ def max_length_of(cache: Any, layer: int) -> int | None:
     if isinstance(found, RingLayer | GrowingLayer):
         return found.max_length or None
     return found.max_cache_len if isinstance(found, StaticLayer) else None
+
+
+def window_of(cache: Any, layer: int) -> int | None:
+    """The width of the window that one layer of a cache keeps for steps; None if it keeps none."""
+    found = _layer(cache, layer)
+    return found.sliding_window if isinstance(found, WindowLayer) else None
 
 
 def kv_state_of(cache: Any, layer: int) -> KVState | None:

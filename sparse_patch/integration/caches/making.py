@@ -4,15 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from sparse_patch.errors import SparsePatchError, short
 from sparse_patch.integration.caches.layers import FixedLayer, GrowingLayer
 from sparse_patch.integration.caches.rings import FixedRingLayer, RingLayer, SpansOf
+from sparse_patch.integration.caches.windows import WindowLayer
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:
-    """The cache that `generate` makes for a model, with growing layers instead of layers that copy.
+    """The cache that `generate` makes for a model, with layers that grow in place instead of layers that copy.
 
     Raises:
         SparsePatchError: the argument is not a model's config.
@@ -25,7 +26,7 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
 
 
 def adopt(cache: Cache, spans: Mapping[int, SpansOf] | None = None, max_length: int = 0) -> None:
-    """Give a new cache of Transformers our layers. Layers of other kinds, such as sliding windows, stay as they are.
+    """Give a new cache of Transformers our layers. Layers of other kinds stay as they are.
 
     Args:
         cache: the cache to change.
@@ -37,8 +38,10 @@ def adopt(cache: Cache, spans: Mapping[int, SpansOf] | None = None, max_length: 
 
 
 def _ours(layer: Any, spans: SpansOf | None, max_length: int) -> Any:
-    if type(layer) not in (DynamicLayer, StaticLayer) or layer.is_initialized:
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer) or layer.is_initialized:
         return layer
+    if type(layer) is DynamicSlidingWindowLayer:
+        return WindowLayer(layer.sliding_window, max_length)
     if type(layer) is DynamicLayer:
         return GrowingLayer(max_length) if spans is None else RingLayer(spans, max_length)
     length = layer.max_cache_len

@@ -4,14 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import cache_utils
 from transformers.cache_utils import DynamicCache
 
 from sparse_patch.integration.caches.layers import GrowingLayer
 from sparse_patch.integration.caches.rings import RingLayer
+from sparse_patch.integration.caches.windows import WindowLayer
 from sparse_patch.integration.step import NotAStep, SteppedLayer
+from sparse_patch.kernels.room import SPARE
 
 _FEW = 6  # tokens that are not worth a graph
-_SERVED: set[type] = {GrowingLayer, RingLayer}
+_SERVED: set[type] = {GrowingLayer, RingLayer, WindowLayer}
+# Stands in for layers of a model that read the keys of other layers; Transformers 5.17 has no such class.
+_WITHOUT_KEYS: type | None = getattr(cache_utils, "DummyLayer", None)
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class SteppedCache:
     """The layers of a cache, with room for one more token.
 
     Attributes:
-        layers: the layers.
+        layers: the layers that keep keys.
         length: tokens that they have.
         capacity: tokens that they have room for.
     """
@@ -42,7 +47,7 @@ class SteppedCache:
         """
         if type(cache) is not DynamicCache:
             raise NotAStep(f"a cache of type {type(cache).__name__}")
-        layers: list[Any] = cache.layers
+        layers: list[Any] = [layer for layer in cache.layers if type(layer) is not _WITHOUT_KEYS]
         if others := set(map(type, layers)) - _SERVED:
             raise NotAStep(f"a cache with layers of type {', '.join(sorted(other.__name__ for other in others))}")
         if with_spans and not all(layer.max_length for layer in layers):
@@ -51,7 +56,8 @@ class SteppedCache:
         lengths = {layer.tokens for layer in layers}
         if len(rooms) > 1 or len(lengths) != 1:
             raise NotAStep("layers of different lengths")
-        return cls(layers, lengths.pop(), rooms.pop() if rooms else max(layer.max_length for layer in layers))
+        length = lengths.pop()
+        return cls(layers, length, rooms.pop() if rooms else _capacity(layers, length))
 
     @property
     def is_worth_a_graph(self) -> bool:
@@ -75,3 +81,9 @@ class SteppedCache:
         """Undo what a step left that failed, or that was only captured."""
         for layer in self.layers:
             layer.take_back()
+
+
+def _capacity(layers: Sequence[SteppedLayer], length: int) -> int:
+    """The capacity of layers with room for any number of tokens. It changes rarely, because graphs depend on it."""
+    known = max(layer.max_length for layer in layers)
+    return known if length < known else max(SPARE, 1 << length.bit_length())
