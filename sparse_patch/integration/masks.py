@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 from transformers.masking_utils import causal_mask_function
 
 from sparse_patch.call import causal_pairs
 from sparse_patch.integration.forward import Forward
 from sparse_patch.integration.names import unpatched_name
 from sparse_patch.integration.step import Reach, Step, StepCall, running_step
+from sparse_patch.integration.tensor_in_waiting import TensorInWaiting
 from sparse_patch.integration.transformers_internals import (
     adds_to_causal,
     implementation_of,
@@ -24,54 +24,6 @@ from sparse_patch.report import Work
 
 DECODE_MAX_QUERIES = 16  # speculative decoding verifies a few tokens at once, which is still decode
 _ALL = slice(None)
-
-
-class TensorInWaiting:
-    """Behaves like the tensor that `tensor` makes, if something is asked that the class itself does not have.
-
-    Some decoders compute on their mask between making it and attending (Doge, DeepSeek-V3.2, GLM-5). They get what they
-    get without the patch, and pass a tensor on.
-    """
-
-    def tensor(self) -> torch.Tensor:
-        raise NotImplementedError
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # protocols of copying, pickling and printing
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.tensor(), name)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call a function of PyTorch with the tensor; see `torch.overrides`."""
-        return func(*tree_map(_made, args), **tree_map(_made, kwargs or {}))
-
-
-def _made(value: Any) -> Any:
-    return value.tensor() if isinstance(value, TensorInWaiting) else value
-
-
-def _operator(name: str) -> Any:
-    def operate(self: TensorInWaiting, *others: Any) -> Any:
-        return getattr(self.tensor(), name)(*(_made(other) for other in others))
-
-    operate.__name__ = name
-    return operate
-
-
-_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
-_COMPARED = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
-TensorInWaiting.__hash__ = object.__hash__  # type: ignore[method-assign]
-for _name in (
-    *(f"__{r}{name}__" for name in _BINARY for r in ("", "r")),
-    *_COMPARED,
-    "__neg__",
-    "__abs__",
-    "__invert__",
-):
-    setattr(TensorInWaiting, _name, _operator(_name))
 
 
 @dataclass(frozen=True, eq=False)

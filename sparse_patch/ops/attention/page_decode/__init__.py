@@ -1,7 +1,7 @@
 """Decode attention over pages: a few queries against the keys that a `PagePlan` lists, or against every key.
 
 Backends: `reference` (float32 softmax under the plan's mask, the oracle), `torch` (gathers the listed keys, unless the
-lists name more keys than there are; for CPUs, with `one_token` where that serves) and `triton` (split-KV flash decoding:
+lists name more keys than there are; for CPUs, by `one_token` where that serves) and `triton` (split-KV flash decoding:
 one kernel for every plan, and one that merges the splits).
 Contract of every backend: float16, bfloat16 or float32; grouped KV heads without repeating them; `Dv != D`; any
 positive scale; softcap; left padding per row; static buffers, which are not read at or after `kv_end`; any
