@@ -187,22 +187,23 @@ def _versions(machine: dict[str, Any]) -> str:
 
 
 def decode_tables(results: Path = ROOT / "benchmarks" / "results") -> str:
-    """One table for each machine: of `bench model` if it wrote `<machine>/generate.json`, else of `bench decode`."""
-    files = [*results.glob("*/decode*.json"), *results.glob("*/generate.json")]
-    tables = [
-        generate_table(json.loads((folder / "generate.json").read_text()))
-        if (folder / "generate.json").is_file()
-        else decode_table(folder)
-        for folder in sorted({path.parent for path in files})
-    ]
-    return "\n\n".join(tables) or "No measured machine is recorded yet."
+    """The table of `bench model`, of the machine with the most rows in `<machine>/generate.json`, and links to others.
+
+    Machines without that file have a table of `bench decode`.
+    """
+    timed = sorted(results.glob("*/generate.json"), key=lambda path: -len(json.loads(path.read_text())["rows"]))
+    others = {path.parent for path in results.glob("*/decode*.json")} - {path.parent for path in timed}
+    tables = [generate_table(json.loads(path.read_text())) for path in timed[:1]]
+    links = [f"[{path.parent.name}](benchmarks/results/{path.parent.name}/generate.json)" for path in timed[1:]]
+    tables += [f"The same on other machines: {', '.join(links)}."] * bool(links)
+    return "\n\n".join(tables + list(map(decode_table, sorted(others)))) or "No measured machine is recorded yet."
 
 
 def generate_table(result: dict[str, Any]) -> str:
     """One row for each row of `sparse-patch bench model`, whichever way it turned out."""
     titles = ["what the user types", "prompt tokens", "batch", "first token s", "ms a token", "x unpatched"]
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-    for row in sorted(result["rows"], key=lambda row: (row["batch"], row["length"])):
+    for row in sorted(result["rows"], key=lambda row: (row["batch"], row["length"], row["label"] != "unpatched")):
         cells = [
             _typed(row),
             f"{row['length']:,}",
@@ -234,7 +235,8 @@ def _generate_note(result: dict[str, Any]) -> str:
     )
     return (
         "The second of two runs; ms a token is the median of those after the first. x unpatched is the time of a token "
-        f"relative to the unpatched model with the same cache argument, so more than 1 is slower. {capture}{skipped}"
+        "relative to the fastest run of the unpatched model with the same cache argument, so more than 1 is slower. "
+        f"{capture}{skipped}"
         f"Weights: {result['weights']}. {machine['device']}, {machine['dtype']}, {shape['layers']} layers, "
         f"{shape['heads']['heads']} query heads, {shape['heads']['kv_heads']} KV heads, {_versions(machine)}."
     )

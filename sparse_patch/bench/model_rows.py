@@ -33,7 +33,8 @@ class Row:
         kv_mb: memory of the cache's keys and values.
         planned_mb: the part of `kv_mb` that the method's spans need; all of it without spans.
         fallbacks: reason -> number of calls that a method could not serve. Compiled decode steps are not counted.
-        x_unpatched: `token_ms` divided by that of the unpatched model with the same cache argument.
+        x_unpatched: `token_ms` divided by that of the unpatched model with the same cache argument; in a file of
+            several runs by the fastest of them, because the host of a GPU is not equally fast in every run.
         x_best: `token_ms` divided by that of our own dense decode in the same mode.
     """
 
@@ -82,6 +83,8 @@ def against_dense(rows: Sequence[Row]) -> list[Row]:
 def added(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, Any]:
     """An earlier result with a new one. If both timed a variant at a length, or could not, the new one counts.
 
+    Of the unpatched model the faster one counts, and all rows are compared with that.
+
     Args:
         old: what `as_json` made earlier, read from `path`.
         new: what `as_json` makes now.
@@ -92,10 +95,10 @@ def added(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, Any
     """
     new = json.loads(json.dumps(new))  # as it will be read
     check_same_run(old, new, path, lambda config: config)
+    slower = _slower_unpatched(old, new)
+    new = {**new, "rows": [row for row in new["rows"] if _measured(row) not in slower]}
     settled = timed_in(new)
-    kept = [
-        row for row in old["rows"] if (name_of(row["label"], row["mode"], row["batch"]), row["length"]) not in settled
-    ]
+    kept = [row for row in old["rows"] if _measured(row) not in settled]
     skipped = {
         what: [length for length in lengths if (what.rpartition(": ")[0], length) not in settled]
         for what, lengths in old["skipped"].items()
@@ -106,12 +109,33 @@ def added(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, Any
         **new,
         "configs": {**old["configs"], **new["configs"]},
         "skipped": {what: lengths for what, lengths in skipped.items() if lengths},
-        "rows": [*kept, *new["rows"]],
+        "rows": _against_unpatched([*kept, *new["rows"]]),
     }
+
+
+def _measured(row: dict[str, Any]) -> tuple[str, int]:
+    return name_of(row["label"], row["mode"], row["batch"]), row["length"]
+
+
+def _slower_unpatched(old: dict[str, Any], new: dict[str, Any]) -> set[tuple[str, int]]:
+    """What the new result timed of the unpatched model, more slowly than the old one."""
+    before = {_measured(row): row["token_ms"] for row in old["rows"] if row["label"] == UNPATCHED}
+    return {key for row in new["rows"] if (key := _measured(row)) in before and row["token_ms"] > before[key]}
+
+
+def _against_unpatched(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with `x_unpatched` by the unpatched model among them."""
+    ms = {_measured(row): row["token_ms"] for row in rows if row["label"] == UNPATCHED}
+
+    def by(row: dict[str, Any]) -> float | None:
+        key = name_of(UNPATCHED, without_patch(row["mode"]), row["batch"]), row["length"]
+        return row["token_ms"] / ms[key] if key in ms else None
+
+    return [{**row, "x_unpatched": by(row)} for row in rows]
 
 
 def timed_in(data: dict[str, Any]) -> set[tuple[str, int]]:
     """(Variant, mode and batch in words; length) of all that a result has timed or skipped."""
-    timed = {(name_of(row["label"], row["mode"], row["batch"]), row["length"]) for row in data["rows"]}
+    timed = set(map(_measured, data["rows"]))
     skipped = data["skipped"].items()
     return timed | {(what.rpartition(": ")[0], length) for what, lengths in skipped for length in lengths}

@@ -1,7 +1,8 @@
 """Pages of keys for the last queries: what decode methods decide."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -32,6 +33,7 @@ class PagePlan(SparsePlan):
         counts: int32 `[B, L]`; None reads every page.
         wants_logits: whether the method asks for the logits of the last query (see `DecodeMethod.select`); only a plan
             of every page may ask.
+        kept: what a backend made of the lists, for the other layers that read by the same plan.
     """
 
     page_size: int
@@ -43,6 +45,7 @@ class PagePlan(SparsePlan):
     pages: torch.Tensor | None = None
     counts: torch.Tensor | None = None
     wants_logits: bool = False
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def every(cls, call: AttentionCall, page_size: int = 1, wants_logits: bool = False) -> "PagePlan":
@@ -112,7 +115,7 @@ class PagePlan(SparsePlan):
         pages = [plan.pages for plan in plans if plan.pages is not None]
         counts = [plan.counts for plan in plans if plan.counts is not None]
         lists = (torch.cat(pages), torch.cat(counts)) if pages and counts else (None, None)
-        return replace(self, lengths=lengths, kv_start=None, pages=lists[0], counts=lists[1])
+        return replace(self, lengths=lengths, kv_start=None, pages=lists[0], counts=lists[1], kept={})
 
     def causal_pairs(self) -> torch.Tensor:
         """See `SparsePlan.causal_pairs`."""

@@ -44,22 +44,37 @@ def test_times_are_relative_to_the_same_cache_argument() -> None:
 
 
 def test_a_file_has_the_rows_of_several_runs_and_the_newest_of_each() -> None:
-    old = a_result(a_row(), a_row("delta"), configs={"delta": {"a": 1}})
+    old = a_result(a_row(batch=2), a_row("delta"), configs={"delta": {"a": 1}})
     new = a_result(
         a_row(token_ms=21.0),
-        *[a_row(batch=8), a_row(length=32), a_row(mode="static"), a_row("quest")],
+        *[a_row(batch=8), a_row(length=32), a_row(mode="static"), a_row("quest"), a_row("delta", token_ms=30.0)],
         configs={"quest": {"a": 2}, "delta": {"a": 1}},
     )
     both = added(old, new, HERE)
     assert [(row["label"], row["mode"], row["batch"], row["length"], row["token_ms"]) for row in both["rows"]] == [
-        ("delta", "default", 1, 4096, 20.0),
+        (UNPATCHED, "default", 2, 4096, 20.0),
         (UNPATCHED, "default", 1, 4096, 21.0),
         (UNPATCHED, "default", 8, 4096, 20.0),
         (UNPATCHED, "default", 1, 32, 20.0),
         (UNPATCHED, "static", 1, 4096, 20.0),
         ("quest", "default", 1, 4096, 20.0),
+        ("delta", "default", 1, 4096, 30.0),
     ]
     assert both["configs"] == {"delta": {"a": 1}, "quest": {"a": 2}} and both["machine"] == old["machine"]
+
+
+@pytest.mark.parametrize("old_ms, new_ms", [(20.0, 25.0), (25.0, 20.0)])
+def test_rows_of_several_runs_are_relative_to_the_fastest_unpatched_run(old_ms: float, new_ms: float) -> None:
+    """A slow host must not make a patch look fast."""
+    old = a_result(*against_dense([a_row(token_ms=old_ms), a_row("delta", token_ms=10.0)]))
+    new = a_result(*against_dense([a_row(token_ms=new_ms), a_row("delta", "eager", 40.0), a_row("quest", "static")]))
+    rows = {(row["label"], row["mode"]): row for row in added(old, new, HERE)["rows"]}
+    assert rows[UNPATCHED, "default"]["token_ms"] == 20.0
+    found = {key: row["x_unpatched"] for key, row in rows.items()}
+    assert found == {
+        **{(UNPATCHED, "default"): 1.0, ("delta", "default"): 0.5},
+        **{("delta", "eager"): 2.0, ("quest", "static"): None},
+    }
 
 
 def test_what_was_skipped_is_replaced_by_what_ran_and_the_other_way_round() -> None:
@@ -129,4 +144,14 @@ def test_a_gpu_without_such_a_file_keeps_the_table_of_kernels(tmp_path: Path) ->
             (tmp_path / folder / name).write_text(source)
     drawn = program("update_readme").decode_tables(tmp_path)
     assert drawn.count("| decode |") == 1 and drawn.count("| what the user types |") == 1
-    assert drawn.index("| decode |") < drawn.index("| what the user types |")
+    assert drawn.index("| what the user types |") < drawn.index("| decode |")
+
+
+def test_the_readme_shows_the_machine_with_the_most_rows_and_links_to_the_others(tmp_path: Path) -> None:
+    for name, rows in {"small": [a_row()], "large": [a_row("delta", token_ms=7.25), a_row()], "none": []}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "generate.json").write_text(json.dumps(a_result(*rows)))
+    drawn = program("update_readme").decode_tables(tmp_path)
+    assert drawn.count("| what the user types |") == 1 and drawn.index("20.00") < drawn.index("7.25")
+    links = [f"[{name}](benchmarks/results/{name}/generate.json)" for name in ("small", "none")]
+    assert drawn.endswith(f"The same on other machines: {', '.join(links)}.")

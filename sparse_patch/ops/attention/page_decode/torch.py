@@ -8,8 +8,8 @@ A weight of 0 does not silence a NaN. Therefore unused entries of a list read it
 which padding or the tail of a static buffer may lie become 0 in a copy.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -19,7 +19,12 @@ from sparse_patch.ops.attention.op import Attended
 from sparse_patch.ops.attention.weights import lse_of, weights_of
 from sparse_patch.plans import PagePlan, leading, marked
 
+T = TypeVar("T")
 _CHUNK = 2048  # keys that a copy in float32 holds at a time, so that it stays in the processor's cache
+
+
+class _Places(dict[tuple[int, ...], torch.Tensor]):
+    """Indices of listed keys in memory, by number of KV heads and by strides."""
 
 
 class _Keys(NamedTuple):
@@ -112,14 +117,30 @@ def _in_place(call: AttentionCall, plan: PagePlan | None) -> _Keys:
     """The keys of a call whose keys are all real. Those that are not in the lists are hidden."""
     hidden = empty = None
     if plan is not None and plan.pages is not None and plan.counts is not None:
-        unlisted = ~marked(plan.pages, plan.counts, plan.num_pages)
-        of_tokens = unlisted[..., None].expand(*unlisted.shape, plan.page_size).flatten(-2)
-        hidden, empty = of_tokens[:, :, None, : call.kv_length], plan.counts[..., None] == 0
+        hidden, empty = _once(plan, ("unlisted", call.kv_length), lambda: _unlisted(plan, call.kv_length))
     if call.q.shape[2] > 1:
         position = torch.arange(call.kv_length, device=call.k.device).view(1, 1, -1)
         hidden = _later(call, position) if hidden is None else hidden | _later(call, position)
         empty = hidden.all(-1)
     return _Keys(call.k, call.v, hidden, empty)
+
+
+def _once(plan: PagePlan, name: Hashable, make: Callable[[], T]) -> T:
+    """What `make` returns, made once for all layers that read by a plan."""
+    if torch.compiler.is_compiling():
+        return make()
+    if name not in plan.kept:
+        plan.kept[name] = make()
+    made: T = plan.kept[name]
+    return made
+
+
+def _unlisted(plan: PagePlan, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys of `length` that no list names, and lists that are empty, as `_Keys.hidden` and `_Keys.empty`."""
+    assert plan.pages is not None and plan.counts is not None
+    unlisted = ~marked(plan.pages, plan.counts, plan.num_pages)
+    of_tokens = unlisted[..., None].expand(*unlisted.shape, plan.page_size).flatten(-2)
+    return of_tokens[:, :, None, :length], plan.counts[..., None] == 0
 
 
 def _partly_in_place(call: AttentionCall) -> _Keys:
@@ -148,41 +169,51 @@ def _gathered(call: AttentionCall, plan: PagePlan, pages: torch.Tensor, counts: 
         whole: whether pages are copied whole. The last page of a row is then a window that ends with the row, of which
             the tokens before the page are hidden. All keys of the call must be real.
     """
+    name = "slots", call.kv_length, call.q.shape[2], whole
+    slot, hidden, empty, places = _once(plan, name, lambda: (*_slots(call, plan, pages, counts, whole), _Places()))
+    k, v = _rows((call.k, call.v), slot, plan.page_size if whole else 1, places)
+    return _Keys(k, v, hidden, empty)
+
+
+def _slots(
+    call: AttentionCall, plan: PagePlan, pages: torch.Tensor, counts: torch.Tensor, whole: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where the listed keys lie, `[B, L, n]`, and `_Keys.hidden` and `_Keys.empty`; arguments as for `_gathered`."""
     page_size, tokens = plan.page_size, torch.arange(plan.page_size, device=pages.device)
     first, listed = pages.long() * page_size, leading(pages, counts)
     if whole:
-        slot, size = first.clamp(0, call.kv_length - page_size), page_size
+        slot = first.clamp(0, call.kv_length - page_size)
         hidden = tokens < torch.where(listed, first - slot, page_size)[..., None]
     else:
         position, starts = first[..., None] + tokens, call.row_starts()[:, None, None, None]
         hidden = (position >= call.lengths()[:, None, None, None]) | ~listed[..., None]
         instead = torch.where(counts[..., None, None] > 0, position[:, :, :1, :1] + starts, 0)
-        slot, size = torch.where(hidden, instead, position + starts).flatten(-2), 1
+        slot = torch.where(hidden, instead, position + starts).flatten(-2)
     hidden, empty = hidden.flatten(-2)[:, :, None], counts[..., None] == 0
     if call.q.shape[2] > 1:
         hidden = hidden | _later(call, ((slot if whole else first)[..., None] + tokens).flatten(-2))
         empty = hidden.all(-1)
-    k, v = _rows((call.k, call.v), slot, size)
-    return _Keys(k, v, hidden, empty)
+    return slot, hidden, empty
 
 
-def _rows(tensors: tuple[torch.Tensor, ...], slot: torch.Tensor, size: int) -> list[torch.Tensor]:
+def _rows(tensors: tuple[torch.Tensor, ...], slot: torch.Tensor, size: int, places: _Places) -> list[torch.Tensor]:
     """Windows of `size` tokens of tensors `[B, Hkv, S, D]` from slots `[B, L, n]` on: `[B, groups, n * size, D]` each.
 
-    One `index_select` over a view in which each row is a window: it copies at the speed of memory.
+    One `index_select` over a view in which each row is a window: it copies at the speed of memory. `places` keeps its
+    indices, by where rows and heads lie, which is alike in keys and values and in most layers.
     """
     batch, kv_heads, length, _ = tensors[0].shape
     slot = slot.unflatten(1, (kv_heads, -1)) if slot.shape[1] >= kv_heads else slot[:, None]
-    places: dict[tuple[int, int], torch.Tensor] = {}  # by where rows and heads lie: alike in keys and values, mostly
     found = []
     for x in tensors:
         dim = x.shape[3]
         if x.stride(3) != 1 or x.stride(2) != dim or x.stride(0) % dim or x.stride(1) % dim:
             x = x.contiguous()
         strides = x.stride(0) // dim, x.stride(1) // dim  # in tokens
-        if strides not in places:
-            places[strides] = _places(slot, batch, kv_heads, strides)
-        place = places[strides]
+        key = kv_heads, *strides
+        if key not in places:
+            places[key] = _places(slot, batch, kv_heads, strides)
+        place = places[key]
         windows = (batch - 1) * strides[0] + (kv_heads - 1) * strides[1] + length - size + 1
         rows = x.as_strided((windows, size * dim), (dim, 1)).index_select(0, place.flatten())
         found.append(rows.view(batch, place.shape[1] * place.shape[2], -1, dim))

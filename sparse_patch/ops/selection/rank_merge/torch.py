@@ -2,7 +2,7 @@
 
 import torch
 
-from sparse_patch.ops.selection.top_pages.torch import top_pages
+from sparse_patch.ops.selection.top_pages.torch import ordered, top_pages
 
 
 def merge(scores: torch.Tensor, limits: torch.Tensor, k: int, spared: int, first_head: int, heads: int) -> torch.Tensor:
@@ -17,17 +17,12 @@ def merge(scores: torch.Tensor, limits: torch.Tensor, k: int, spared: int, first
         heads: number of all heads.
     """
     limits = (limits - spared)[:, None].expand(scores.shape[:2])
-    tokens, counts = top_pages(scores, limits, min(k, scores.shape[-1]))
-    tokens = tokens.long()
-    listed = torch.arange(tokens.shape[-1], device=scores.device) < counts[..., None]
-    values = scores.gather(-1, tokens)
-    values = values.masked_fill(values.isnan() | ~listed, -torch.inf)  # stable: unlisted tokens come last
-    in_order = tokens.gather(-1, values.sort(dim=-1, descending=True, stable=True).indices)
-    rank = torch.arange(tokens.shape[-1], dtype=torch.float32, device=scores.device)
+    tokens = ordered(scores, limits).topk(min(k, scores.shape[-1])).indices  # by rank
+    rank = torch.arange(tokens.shape[-1], device=scores.device)
     head = first_head + torch.arange(scores.shape[1], dtype=torch.float32, device=scores.device)
-    score = (k * heads - rank * heads - head[:, None]) * listed
+    score = (k * heads - rank.float() * heads - head[:, None]) * (rank < limits[..., None])
     merged = scores.new_zeros(scores.shape[0], scores.shape[-1])
-    return merged.scatter_reduce_(-1, in_order.flatten(1), score.flatten(1), "amax")
+    return merged.scatter_reduce_(-1, tokens.flatten(1), score.flatten(1), "amax")
 
 
 def merged_list(

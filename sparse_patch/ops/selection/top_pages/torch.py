@@ -22,7 +22,7 @@ def top_pages(
     """
     if first or last:
         scores = with_forced(scores, limits, first, last)
-    chosen = _ordered(scores, limits).topk(k, sorted=False).indices
+    chosen = ordered(scores, limits).topk(k, sorted=False).indices
     return _ascending(chosen, scores.shape[-1]), limits.clamp(0, k).int()
 
 
@@ -37,7 +37,7 @@ def _ascending(pages: torch.Tensor, size: int) -> torch.Tensor:
     return lists[..., 0, :k]
 
 
-def _ordered(scores: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+def ordered(scores: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
     """Int64 numbers in the order of the scores, without ties: of two equal scores, the lower page is higher.
 
     So a page beyond the limit never wins over a page of `-inf` within it.
