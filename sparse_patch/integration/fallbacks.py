@@ -1,6 +1,7 @@
 """Why a call is dense: the configuration wants it, the model does, or no sparse path can serve the call."""
 
 import torch
+from torch import nn
 
 from sparse_patch.call import Phase
 from sparse_patch.integration.caches.lookup import window_of
@@ -49,7 +50,7 @@ def why_unsupported(request: Request, ring: RingLayer | None = None) -> Dense | 
         return Dense("gradients are needed (use torch.no_grad for inference)")
     if kwargs.get("dropout"):
         return Dense("attention dropout")
-    if request.sinks is None and getattr(module, "sinks", None) is not None:
+    if request.sinks is None and _has(module, "sinks"):
         return Dense("attention sinks that are not handed to the attention function")
     if request.sinks is not None and request.sinks.shape != (tensors[0].shape[1],):
         return Dense("attention sinks that are not one for each query head")
@@ -65,6 +66,12 @@ def why_unsupported(request: Request, ring: RingLayer | None = None) -> Dense | 
     if not mask.has_left_padding_only:
         return Dense("padding that is not on the left")
     return None
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether a module has an attribute that is not None. `getattr` of a missing one is slow, and this is per call."""
+    owners = vars(module), module._parameters, module._buffers
+    return any(owner.get(name) is not None for owner in owners)
 
 
 def _has_other_window(request: Request) -> bool:

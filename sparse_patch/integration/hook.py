@@ -297,9 +297,10 @@ def _attention_call(request: Request, phase: Phase, kv_state: KVState | None) ->
     if phase == "decode":
         end = mask.end_on_device
         known_end = None if mask.reach is None else mask.reach.length
-    if end is None:  # the tail of a static cache is not valid
+    if end is None:
         q_start, valid = mask.q_start, mask.q_start + mask.q_length
-        key, value = key[:, :, :valid], value[:, :, :valid]
+        if valid != key.shape[2]:  # the tail of a static cache is not valid
+            key, value = key[:, :, :valid], value[:, :, :valid]
     return AttentionCall(
         q=query,
         k=key,

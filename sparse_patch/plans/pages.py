@@ -45,7 +45,7 @@ class PagePlan(SparsePlan):
     pages: torch.Tensor | None = None
     counts: torch.Tensor | None = None
     wants_logits: bool = False
-    kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def every(cls, call: AttentionCall, page_size: int = 1, wants_logits: bool = False) -> "PagePlan":
@@ -115,7 +115,7 @@ class PagePlan(SparsePlan):
         pages = [plan.pages for plan in plans if plan.pages is not None]
         counts = [plan.counts for plan in plans if plan.counts is not None]
         lists = (torch.cat(pages), torch.cat(counts)) if pages and counts else (None, None)
-        return replace(self, lengths=lengths, kv_start=None, pages=lists[0], counts=lists[1], kept={})
+        return replace(self, lengths=lengths, kv_start=None, pages=lists[0], counts=lists[1])
 
     def causal_pairs(self) -> torch.Tensor:
         """See `SparsePlan.causal_pairs`."""

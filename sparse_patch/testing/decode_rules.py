@@ -118,6 +118,22 @@ def a_static_cache_is_as_a_growing_one(case: Case) -> None:
         )
 
 
+def one_plan_serves_a_range_of_lengths(case: Case) -> None:
+    """A decode step that runs as a CUDA graph is planned once, and its host knows a length that grows."""
+    method, calls = case.bound(), [in_buffer(call, 77) for call in _calls(case, row_starts=[0, 21])]
+    planned, grown = ([replace(call, known_end=LENGTH + more) for call in calls] for more in (0, 50))
+    if any((method.why_dense(a) is None) != (method.why_dense(b) is None) for a, b in zip(planned, grown, strict=True)):
+        return  # the step is planned again
+    for call, mask, later in zip(calls, _masks(method, planned), _masks(method, grown), strict=True):
+        require(
+            torch.equal(mask, later),
+            "a step is planned by the length that the host knows in `why_dense` only",
+            f"layer {call.layer} reads other keys if the host says {LENGTH + 50} and not {LENGTH}",
+            "`call.length`, `call.known_end` or `call.decisive_length` in `choose` or `plan`; a CUDA graph would keep "
+            "what it gave first. `call.lengths()` is the number on the device",
+        )
+
+
 def what_is_kept_gives_the_plans_of_a_fresh_start(case: Case) -> None:
     """A prompt, then token by token; also after the rows of the cache changed places (beam search)."""
     method, kept = case.bound(), [KVState() for _ in _calls(case)]
@@ -217,6 +233,7 @@ RULES = (
     a_short_cache_is_dense,
     a_padded_row_is_the_row_without_the_batch,
     a_static_cache_is_as_a_growing_one,
+    one_plan_serves_a_range_of_lengths,
     what_is_kept_gives_the_plans_of_a_fresh_start,
     forwards_do_not_meet,
     several_queries_are_served,

@@ -1,5 +1,6 @@
 """`check_method`: every packaged method keeps its rules, and each planted fault is named."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -152,6 +153,18 @@ class TakesTheBufferForTheCache(Means):
         return PagePlan.of(call, last, torch.ones_like(last[..., 0]), 8)
 
 
+class LooksAtTheLengthItself(Means):
+    """Half of the budget for long texts."""
+
+    method: Literal["looks_at_the_length"] = "looks_at_the_length"  # type: ignore[assignment]
+
+    def choose(self, call: AttentionCall, statistics: Any) -> PagePlan:
+        plan = super().choose(call, statistics)
+        assert plan.counts is not None
+        is_long = call.known_end is not None and call.known_end > 320
+        return replace(plan, counts=plan.counts // 2) if is_long else plan
+
+
 class SharesAListAmongForwards(Means):
     """What the first layer of a forward chose, kept on the class."""
 
@@ -180,6 +193,7 @@ FAULTS: list[tuple[type[Method], str]] = [
     (WritesToItsInputs, "planning leaves queries, keys and values as they are"),
     (KeepsStateInSecret, "a method that keeps tensors beside the cache says so"),
     (TakesTheBufferForTheCache, "a static cache is read as a growing one"),
+    (LooksAtTheLengthItself, "a step is planned by the length that the host knows in `why_dense` only"),
     (SharesAListAmongForwards, "two forwards in turn read what each reads by itself"),
 ]
 
