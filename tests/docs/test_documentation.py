@@ -34,6 +34,7 @@ from sparse_patch.evaluation.document import needle_document
 from sparse_patch.evaluation.lm_eval import TASKS
 from sparse_patch.integration.patch import is_patched
 from sparse_patch.kernels import availability
+from sparse_patch.model_shape import ModelShape
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
@@ -115,8 +116,16 @@ def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {name: replace(shape, head_dim=64) for name, shape in common.SHAPES.items()}  # those of needle-llama
     monkeypatch.setattr(common, "SHAPES", shapes)
     small = {"hidden": 64, "intermediate": 64, "vocabulary": 128}
+    real = {replace(each.model_shape, hidden_size=64): each.model_shape for each in common.ARCHITECTURES.values()}
+    shape_of: Any = ModelShape.of
+
+    def as_methods_see_it(config: Any, num_layers: int) -> ModelShape:
+        shape = shape_of(config, num_layers)
+        return real.get(shape, shape)
+
+    monkeypatch.setattr(ModelShape, "of", as_methods_see_it)
     for name, architecture in list(common.ARCHITECTURES.items()):
-        kind = type("Small", (common.Architecture,), {"model_shape": architecture.model_shape})  # as methods see it
+        kind = type("Small", (common.Architecture,), {"model_shape": architecture.model_shape})
         heads = replace(architecture.heads, head_dim=16)
         monkeypatch.setitem(common.ARCHITECTURES, name, kind(**{**vars(architecture), **small, "heads": heads}))
 
