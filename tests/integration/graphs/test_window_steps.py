@@ -4,7 +4,6 @@ The rooms of the windows have few places here, so that the tokens move to the fr
 """
 
 import copy
-import pickle
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -140,14 +139,14 @@ def test_a_cache_that_is_cut_reordered_or_copied(build: Build) -> None:
         logits = [stepped(model, ids, 6, cache)]
         cache.crop(-4)  # the window is not full yet
         logits.append(stepped(model, ids[:, :1], 20, cache))
-        other, loaded = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+        other = copy.deepcopy(cache)
         cache.reorder_cache(torch.tensor([1, 1]))
         logits.append(stepped(model, ids[:, :1], 8, cache))
         cache.batch_repeat_interleave(2)
         logits.append(stepped(model, ids[[0, 0, 1, 1], :1], 8, cache))
         cache.batch_select_indices(torch.tensor([0]))
         logits.append(stepped(model, ids[:1, :1], 8, cache))
-        logits += [stepped(model, ids, 8, other), stepped(model, ids, 8, loaded)]
+        logits.append(stepped(model, ids, 8, other))
         with pytest.raises(RuntimeError, match="past"):
             other.crop(-1)
         cache.reset()
