@@ -82,7 +82,7 @@ class Tally:
         totals = self._totals.clone()
         self._totals.zero_()
         steps = sum(count for _, count in runs)
-        works = {entry.window: self._work(runs, entry.window) for entry in self._entries}
+        works = {window: self._work(runs, window) for window in {entry.window for entry in self._entries}}
         lengths = torch.tensor([length + 1 + i - at for length, n in runs for i in range(n) for at in self._starts])
         pairs = [
             total[:heads] if plan is None else _known_pairs(plan, lengths).to(totals.device)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.plans import SpanPlan, Window, check_spans, spans_of, widest
+from sparse_patch.plans import GrowingWindow, SpanPlan, Window, check_spans, spans_of, widest
 from sparse_patch.plans.once import once
 
 
@@ -127,6 +127,11 @@ class RingLayout:
             runs.append(Run(of_heads, of_slots, sink, window, slots - sink))
             head, slot = of_heads.stop, of_slots.stop
         return runs
+
+    @once
+    def grows(self) -> bool:
+        """Whether a window grows: its ring holds the widest size, so not all filled slots are read."""
+        return any(isinstance(window, GrowingWindow) for window in self.windows)
 
     def positions(self, tokens: torch.Tensor) -> torch.Tensor:
         """Positions of the tokens in the slots once rows have seen `tokens` `[B]`: int64 `[B, total]`, -1 if empty."""

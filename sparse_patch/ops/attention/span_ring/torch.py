@@ -15,8 +15,7 @@ def attend(
     call: AttentionCall, ring: Ring, before: torch.Tensor, known: int | None = None, return_lse: bool = True
 ) -> Attended:
     """See `ops.attention.span_ring.attend`."""
-    growing = any(isinstance(run.window, GrowingWindow) for run in ring.layout.runs)  # not all filled slots are seen
-    if known is not None and one_token.serves(call) and not (return_lse or growing):
+    if known is not None and one_token.serves(call) and not (return_lse or ring.layout.grows):
         outs = [_attend_filled(call, ring, known, run) for run in ring.layout.runs]
         return Attended(outs[0] if len(outs) == 1 else torch.cat(outs, 1))
     if call.q.shape[2] == 1:
