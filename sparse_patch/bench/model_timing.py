@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,11 @@ class Generation:
     times: list[float]
     peaks: tuple[int, int] | None
     kv: CacheBytes
+
+    @property
+    def steps_ms(self) -> list[float]:
+        """Milliseconds of each token after the first."""
+        return [1000 * (after - before) for before, after in pairwise(self.times)]
 
 
 class _Clock(BaseStreamer):

@@ -76,8 +76,11 @@ def _has(module: nn.Module, name: str) -> bool:
 
 def _has_other_window(request: Request) -> bool:
     """Whether, in a step, the model and its mask want another window than the layer of the cache keeps."""
-    mask, asked = request.mask, request.kwargs.get("sliding_window") or request.mask.window
-    return request.is_step and {asked, mask.window} != {window_of(mask.forward.cache, request.state.cache_layer)}
+    mask = request.mask
+    if mask.step is None:
+        return False
+    asked, kept = request.kwargs.get("sliding_window"), window_of(mask.forward.cache, request.state.cache_layer)
+    return mask.window != kept or (asked or mask.window) != kept
 
 
 def _unknown_in_a_graph(mask: LazyMask) -> Dense | None:

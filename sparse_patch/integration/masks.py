@@ -70,11 +70,11 @@ class LazyMask(TensorInWaiting):
     def shape(self) -> tuple[int, int, int, int]:
         return self.arguments["batch_size"], 1, self.q_length, self.kv_length
 
-    @property
+    @once
     def q_length(self) -> int:
         return int(self.arguments["q_length"])
 
-    @property
+    @once
     def kv_length(self) -> int:
         """Number of keys that the cache returns; for a static cache, the buffer size."""
         return int(self.arguments["kv_length"])
@@ -89,7 +89,7 @@ class LazyMask(TensorInWaiting):
         padding: torch.Tensor | None = self.arguments["attention_mask"]
         return padding
 
-    @property
+    @once
     def window(self) -> int | None:
         """Width of the window in sliding-window and chunked layers; None in full layers."""
         window: int | None = self.arguments.get("local_size")
@@ -164,7 +164,7 @@ class LazyMask(TensorInWaiting):
         if not self.is_decode:
             _ = self.q_start
 
-    @property
+    @once
     def is_plain_causal(self) -> bool:
         """Whether only causality and padding decide what is visible."""
         return self.arguments["mask_function"] is causal_mask_function
@@ -188,6 +188,8 @@ class LazyMask(TensorInWaiting):
         decoding may verify many at once. Outside `generate`, a forward generates if it has few queries that follow
         tokens in a cache. The same holds for a static cache, where the number of earlier tokens is only on the device.
         """
+        if self.step is not None:
+            return True
         if self.parent is not None:
             return self.parent[0].is_decode
         offset, prompt = self.arguments["q_offset"], self.forward.prompt

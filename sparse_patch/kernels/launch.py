@@ -149,16 +149,15 @@ def precision_of(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def attention_constants(q: torch.Tensor, v: torch.Tensor, softcap: float) -> dict[str, Any]:
-    """Compile-time constants of every attention kernel, for queries and values `[..., D]`; a softcap of 0 is none."""
-    head_dim, value_dim = q.shape[-1], v.shape[-1]
+def attention_constants(head_dim: int, value_dim: int, dtype: torch.dtype, has_softcap: bool) -> dict[str, Any]:
+    """Compile-time constants of every attention kernel."""
     return {
         "D": head_dim,
         "DV": value_dim,
         "BLOCK_D": block_of(head_dim),
         "BLOCK_DV": block_of(value_dim),
-        "HAS_SOFTCAP": softcap > 0,
-        "PRECISION": precision_of(q.dtype),
+        "HAS_SOFTCAP": has_softcap,
+        "PRECISION": precision_of(dtype),
     }
 
 

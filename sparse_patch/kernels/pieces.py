@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import block_of
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)  # to log2 units: there an exponential is one instruction
@@ -120,7 +121,7 @@ def merge_splits(part: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor, 
     )
 
 
-@triton.jit(do_not_specialize=["q_length", "splits"])
+@jit(["q_length", "splits"])
 def _merge_kernel(
     part,
     part_lse,

@@ -106,6 +106,7 @@ def test_the_time_of_a_token_is_the_median_of_the_second_run(
     way = Way("delta", "default", benchmark_.methods["delta"])
     row = bench._row(benchmark_, model, benchmark_.prompt(model, 60), way)
     assert row.first_token_s == 1 and row.token_ms == pytest.approx(200)
+    assert row.first_run_token_ms == pytest.approx(900_000)
     assert row.slowest_token_ms == pytest.approx(500) and row.capture_s == 0.25
     assert (row.peak_memory_mb, row.decode_memory_mb, row.kv_mb, row.planned_mb) == (4, 2, 3, 1)
     assert not is_patched(model)

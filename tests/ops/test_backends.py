@@ -29,6 +29,7 @@ class _OnGpu:
 @pytest.mark.parametrize("major, runs", [(7, False), (8, True), (9, True)])
 def test_gpus_from_ampere_on(major: int, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    monkeypatch.setattr(availability, "_is_recent_once", availability._is_recent)
     assert backends.prefers_triton(_OnGpu()) == runs  # type: ignore[arg-type]
     assert (backends.why_no_triton(_OnGpu()) is None) == runs  # type: ignore[arg-type]
 

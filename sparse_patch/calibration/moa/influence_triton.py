@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import block_of, rows_in_one_piece
 from sparse_patch.kernels.pieces import LOG2_E, add_to_exp_sum
 
@@ -76,7 +77,7 @@ def _tile(b_q, p_k, stride_ks, j, i, length, scale, D: tl.constexpr, BLOCK_D: tl
     return tl.where(offs_j[None, :] <= i[:, None], s, -float("inf"))
 
 
-@triton.jit(do_not_specialize=["length", "blocks"])
+@jit(["length", "blocks"])
 def _influence_kernel(
     q, k, v, grad, mean, sink, alone, together,
     stride_qh, stride_qs, stride_kh, stride_ks, stride_vh, stride_vs, stride_gh, stride_gs,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import Cache, EncoderDecoderCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from sparse_patch.call import KVState
@@ -79,7 +79,7 @@ def copies(cache: Any, layer: int) -> bool:
 
 
 def _layer(cache: Any, layer: int) -> Any:
-    layers = _layers(cache)
+    layers = cache.layers if type(cache) is DynamicCache else _layers(cache)  # asked several times for every layer
     return layers[layer] if layer < len(layers) else None
 
 

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import launch_op
 
 
@@ -24,7 +25,7 @@ def compact(marked: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, t
     return lists, counts
 
 
-@triton.jit(do_not_specialize=["length"])
+@jit(["length"])
 def _compact_kernel(
     marked, values, lists, counts, heads, queries, length, stride_b, stride_h, stride_q, stride_n, BLOCK: tl.constexpr
 ):

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import given, launch_op
 
 
@@ -58,7 +59,7 @@ def _pairs(x, page):
     return inside * (inside + 1) // 2 + tl.maximum(x - page, 0).to(tl.int64) * page
 
 
-@triton.jit(do_not_specialize=["batch", "q_length"])
+@jit(["batch", "q_length"])
 def _pairs_kernel(
     total, lengths, pages, counts, stride_t, stride_length, page_strides, count_strides, batch, q_length,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, EVERY: tl.constexpr,

@@ -1,5 +1,6 @@
 """Every backend of the ring against plain attention with the same spans over all keys ever seen, and against counts."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from sparse_patch.ops.attention.span_ring import (
     RingLayout,
     attend,
     fastest,
+    launches,
     tokens_before,
     why_unsupported,
     write,
@@ -40,9 +42,12 @@ SPANS: dict[str, tuple[tuple[int, ...], tuple[Window, ...]]] = {
 
 
 @pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pieces of 16 slots, so that small rings have several."""
-    monkeypatch.setattr("sparse_patch.ops.attention.span_ring.triton.piece_of", lambda capacities: 16)
+    monkeypatch.setattr(launches, "piece_of", lambda capacities: 16)
+    launches.launch_of.cache_clear()
+    yield
+    launches.launch_of.cache_clear()
 
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
@@ -245,10 +250,10 @@ def test_after_prepare_a_step_brings_nothing_to_the_device() -> None:
     call = make_call(1, heads=(4, 2))
     ring, before = Ring.empty(layout, call.k, call.v), torch.tensor([7])
     kernels.prepare(layout, call.q.device)
-    known = kernels._heads.cache_info().misses, kernels._work.cache_info().misses
+    known = launches.heads_of.cache_info().misses, launches.pieces_of.cache_info().misses
     write(ring, call.k, call.v, before, "triton")
     attend(call, ring, before, "triton")
-    assert (kernels._heads.cache_info().misses, kernels._work.cache_info().misses) == known
+    assert (launches.heads_of.cache_info().misses, launches.pieces_of.cache_info().misses) == known
 
 
 def test_the_custom_ops_are_sound() -> None:

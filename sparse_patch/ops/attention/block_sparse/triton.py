@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import (
     Tile,
     attention_constants,
@@ -127,7 +128,7 @@ def block_sparse_attention(
         scale,
         softcap,
         pv_threshold or 0.0,
-        **attention_constants(q, v, softcap),
+        **attention_constants(q.shape[-1], v.shape[-1], q.dtype, softcap > 0),
         BLOCK=block_size,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -148,7 +149,7 @@ def _is_near(s, m_i, to_log2, real, pv_threshold):
     return tl.max(above, 0) + pv_threshold > 0
 
 
-@triton.jit(do_not_specialize=["num_query_blocks", "q_length", "q_start", "num_entries", "num_columns"])
+@jit(["num_query_blocks", "q_length", "q_start", "num_entries", "num_columns"])
 def _block_sparse_kernel(
     q,
     k,

@@ -8,12 +8,15 @@ graph serves every length of its buffers.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import (
     attention_constants,
     attention_outputs,
@@ -99,32 +102,25 @@ def page_decode_attention(
         `[B, Hq, capacity]`, empty if not asked for.
     """
     out, lse, logits = _outputs(q, k, v, wants_logits)
-    batch, heads, q_length, head_dim = q.shape
-    kv_heads, capacity, value_dim = k.shape[1], k.shape[2], v.shape[3]
+    batch, heads, q_length, _ = q.shape
     k, v = rows_in_one_piece(k), rows_in_one_piece(v)
-    every = pages is None or counts is None
+    capacity = tokens = k.shape[2]
+    lists, page_strides, count_strides = 0, (0, 0), (0, 0)
     if pages is None or counts is None:
         pages = counts = lse  # any tensor; it is not read
-        groups, tokens, page_strides, count_strides = kv_heads, capacity, (0, 0), (0, 0)
     else:
         pages = rows_in_one_piece(pages)
         lists, tokens = pages.shape[1], pages.shape[2] * page_size
-        groups = max(kv_heads, lists)  # groups of query heads that read the same keys
         step = int(lists > 1)
         page_strides, count_strides = ((x.stride(0), step * x.stride(1)) for x in (pages, counts))
-    group = heads // groups
-    rows = group * q_length
-    block_m = 16 if q.dtype == torch.float32 else min(64, block_of(rows))
-    programs = batch * groups * triton.cdiv(rows, block_m)
-    sms, capability = gpu_properties(q.device)
-    tile = tile_of(max(head_dim, value_dim), q.element_size(), capability)
-    splits = splits or max(1, min(triton.cdiv(tokens, tile.block_n), tile.programs_per_sm * sms // programs))
-    tiles = triton.cdiv(tokens, splits * tile.block_n)  # tiles per split; a deeper pipeline would not be filled
+    sizes = batch, heads, k.shape[1], lists, q_length, tokens, page_size, splits
+    flags = softcap > 0, kv_start is not None, kv_end is not None, wants_logits
+    grid, groups, splits, constants = _layout(sizes, flags, q.shape[3], v.shape[3], q.dtype, q.device)
     part, part_lse = out, lse
     if splits > 1:
-        part = q.new_empty(batch, heads, q_length, splits, value_dim, dtype=torch.float32)
-        part_lse = q.new_empty(batch, heads, q_length, splits, dtype=torch.float32)
-    _split_kernel[(programs * splits,)](
+        part = q.new_empty((batch, heads, q_length, splits, v.shape[3]), dtype=torch.float32)
+        part_lse = q.new_empty((batch, heads, q_length, splits), dtype=torch.float32)
+    _split_kernel[grid](
         q,
         k,
         v,
@@ -148,26 +144,59 @@ def page_decode_attention(
         splits,
         scale,
         softcap,
-        **attention_constants(q, v, softcap),
-        BLOCK_M=block_m,
-        BLOCK_N=tile.block_n,
-        GROUP=group,
-        KV_GROUP=heads // kv_heads,
-        PAGE=1 if every else page_size,
-        EVERY=every,
-        HAS_START=kv_start is not None,
-        HAS_END=kv_end is not None,
-        WANTS_LOGITS=wants_logits,
-        SPLIT=splits > 1,
-        num_warps=tile.num_warps,
-        num_stages=max(2, min(tile.num_stages, tiles)),
+        **constants,
     )
     if splits > 1:
         merge_splits(part, part_lse, out, lse)
     return out, lse, logits
 
 
-@triton.jit(do_not_specialize=["q_length", "capacity", "splits"])
+@lru_cache(maxsize=1024)
+def _layout(
+    sizes: tuple[int, ...],
+    flags: tuple[bool, ...],
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[tuple[int], int, int, dict[str, Any]]:
+    """The grid, the groups of query heads, the splits and the constants of a launch, once for calls of one shape.
+
+    Args:
+        sizes: batch, Hq, Hkv, lists of pages (0 for a plan of every page), Sq, the most keys that a row reads, tokens
+            of a page, and splits (0 to choose them here).
+        flags: whether there are a softcap, starts of rows and an end, and whether logits are wanted.
+    """
+    batch, heads, kv_heads, lists, q_length, tokens, page_size, splits = sizes
+    has_softcap, has_start, has_end, wants_logits = flags
+    groups = max(kv_heads, lists)  # groups of query heads that read the same keys
+    group = heads // groups
+    rows = group * q_length
+    block_m = 16 if dtype == torch.float32 else min(64, block_of(rows))
+    programs = batch * groups * triton.cdiv(rows, block_m)
+    sms, capability = gpu_properties(device)
+    tile = tile_of(max(head_dim, value_dim), dtype.itemsize, capability)
+    splits = splits or max(1, min(triton.cdiv(tokens, tile.block_n), tile.programs_per_sm * sms // programs))
+    tiles = triton.cdiv(tokens, splits * tile.block_n)  # tiles per split; a deeper pipeline would not be filled
+    constants = {
+        **attention_constants(head_dim, value_dim, dtype, has_softcap),
+        "BLOCK_M": block_m,
+        "BLOCK_N": tile.block_n,
+        "GROUP": group,
+        "KV_GROUP": heads // kv_heads,
+        "PAGE": page_size if lists else 1,
+        "EVERY": not lists,
+        "HAS_START": has_start,
+        "HAS_END": has_end,
+        "WANTS_LOGITS": wants_logits,
+        "SPLIT": splits > 1,
+        "num_warps": tile.num_warps,
+        "num_stages": max(2, min(tile.num_stages, tiles)),
+    }
+    return (programs * splits,), groups, splits, constants
+
+
+@jit(["q_length", "capacity", "splits"])
 def _split_kernel(
     q,
     k,

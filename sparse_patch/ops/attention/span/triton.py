@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import (
     attention_constants,
     attention_outputs,
@@ -125,7 +126,7 @@ def span_attention(
         capacity,
         scale,
         softcap,
-        **attention_constants(q, v, softcap),
+        **attention_constants(q.shape[-1], v.shape[-1], q.dtype, softcap > 0),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         HAS_START=kv_start is not None,
@@ -148,7 +149,7 @@ def _longest_first(sinks: tuple[int, ...], windows: tuple[int, ...], device: tor
     return torch.tensor(sorted(spans, key=lambda span: -span[1] - span[2]), dtype=torch.int64, device=device)
 
 
-@triton.jit(do_not_specialize=["q_length", "capacity"])
+@jit(["q_length", "capacity"])
 def _span_kernel(
     q,
     k_desc,

@@ -8,42 +8,26 @@ graph serves every length, because the number of tokens that a row has seen is r
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
-from sparse_patch.kernels.launch import (
-    attention_constants,
-    attention_outputs,
-    block_of,
-    given,
-    gpu_properties,
-    launch_op,
-    rows_in_one_piece,
-)
+from sparse_patch.kernels.jit import jit
+from sparse_patch.kernels.launch import attention_outputs, given, launch_op, rows_in_one_piece
 from sparse_patch.kernels.pieces import LN2, LOG2_E, add_split_tile, merge_splits, softcap_logits, window_at
 from sparse_patch.ops.attention.op import Attended
-from sparse_patch.ops.attention.page_decode.triton import tile_of
-from sparse_patch.ops.attention.span.triton import attend_in_float32, by_head, flat, grows
-from sparse_patch.ops.attention.span_ring.ring import Ring, RingLayout, first_slots, own_keys
-
-_MOST_SPLITS = 128  # splits per head; the second kernel merges them at once
-_LEAST_PIECE = 256  # slots; with fewer, a program has too little work
-
-
-def piece_of(capacities: Sequence[int]) -> int:
-    """The most slots that a program reads for one token."""
-    return max(_LEAST_PIECE, triton.next_power_of_2(triton.cdiv(max(capacities), _MOST_SPLITS)))
+from sparse_patch.ops.attention.span.triton import attend_in_float32, flat
+from sparse_patch.ops.attention.span_ring.launches import heads_of, launch_of, piece_of, pieces_of
+from sparse_patch.ops.attention.span_ring.ring import Ring, RingLayout, own_keys
 
 
 def prepare(layout: RingLayout, device: torch.device) -> None:
     """See `ops.attention.span_ring.prepare`; for single tokens."""
     sinks, windows = zip(*layout.spans, strict=True)
-    _heads(sinks, layout.capacities, device)
-    _work(sinks, tuple(flat(windows)), layout.capacities, piece_of(layout.capacities), device)
+    heads_of(sinks, layout.capacities, device)
+    pieces_of(sinks, tuple(flat(windows)), layout.capacities, piece_of(layout.capacities), device)
 
 
 def attend(call: AttentionCall, ring: Ring, before: torch.Tensor) -> Attended:
@@ -103,33 +87,29 @@ def span_ring_attention(
     """
     out, lse = _outputs(q, ring_v)
     batch, heads, q_length, head_dim = q.shape
-    kv_heads, value_dim = len(sinks), ring_v.shape[2]
-    group = heads // kv_heads
-    rows = group * q_length
-    block_m = 16 if q.dtype == torch.float32 else min(64, block_of(rows))
-    tile = tile_of(max(head_dim, value_dim), q.element_size(), gpu_properties(q.device)[1])
-    piece = piece_of(capacities) if own is None else max(capacities)
-    splits = triton.cdiv(max(capacities), piece)
+    value_dim, keys = ring_v.shape[2], (tuple(sinks), tuple(windows), tuple(capacities))
+    sizes, flags = (batch, heads, q_length, head_dim, value_dim), (softcap > 0, own is not None)
+    grid, splits, piece, work, constants = launch_of(sizes, keys, flags, q.dtype, q.device)
+    own, own_lse = given(own, out), given(own_lse, lse)
     part, part_lse = out, lse
     if splits > 1:
-        part = q.new_empty(batch, heads, q_length, splits, value_dim, dtype=torch.float32)
+        part = q.new_empty((batch, heads, q_length, splits, value_dim), dtype=torch.float32)
         part_lse = q.new_full((batch, heads, q_length, splits), -torch.inf, dtype=torch.float32)
-    work = _work(tuple(sinks), tuple(windows), tuple(capacities), piece, q.device)
-    _ring_kernel[(len(work) * batch * triton.cdiv(rows, block_m),)](
+    _ring_kernel[grid](
         q,
         ring_k,
         ring_v,
         part,
         part_lse,
-        given(own, out),
-        given(own_lse, lse),
+        own,
+        own_lse,
         before.contiguous(),
         work,
         q.stride(),
         ring_k.stride(),
         ring_v.stride(),
         part.stride()[:3],
-        given(own, out).stride()[:3],
+        own.stride()[:3],
         heads,
         batch,
         q_length,
@@ -137,15 +117,7 @@ def span_ring_attention(
         piece,
         scale,
         softcap,
-        **attention_constants(q, ring_v, softcap),
-        BLOCK_M=block_m,
-        BLOCK_N=tile.block_n,
-        GROUP=group,
-        HAS_OWN=own is not None,
-        GROWS=grows(windows),
-        SPLIT=splits > 1,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **constants,
     )
     if splits > 1:
         merge_splits(part, part_lse, out, lse)
@@ -173,7 +145,7 @@ def span_ring_write(
         ring_k,
         ring_v,
         before.contiguous(),
-        _heads(tuple(sinks), tuple(capacities), k.device),
+        heads_of(tuple(sinks), tuple(capacities), k.device),
         k.stride()[:3],
         v.stride()[:3],
         ring_k.stride(),
@@ -188,29 +160,7 @@ def span_ring_write(
     )
 
 
-@lru_cache(maxsize=1024)
-def _heads(sinks: tuple[int, ...], capacities: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Sink, capacity and first slot of each KV head, int32 `[Hkv, 3]`; cached like spans in `attention.span.triton`."""
-    heads = list(zip(sinks, capacities, first_slots(capacities), strict=True))
-    return torch.tensor(heads, dtype=torch.int32, device=device)
-
-
-@lru_cache(maxsize=1024)
-def _work(
-    sinks: tuple[int, ...],
-    windows: tuple[int, ...],
-    capacities: tuple[int, ...],
-    piece: int,
-    device: torch.device,
-) -> torch.Tensor:
-    """The pieces of all heads, largest heads first: piece, head and the head's numbers, int64 `[pieces, 9]`."""
-    heads = zip(range(len(sinks)), sinks, capacities, first_slots(capacities), by_head(windows), strict=True)
-    largest_first = sorted(heads, key=lambda head: -head[2])
-    pieces = [(i, *head, *window) for *head, window in largest_first for i in range(triton.cdiv(head[2], piece))]
-    return torch.tensor(pieces, dtype=torch.int64, device=device)
-
-
-@triton.jit(do_not_specialize=["batch", "q_length", "splits", "piece"])
+@jit(["batch", "q_length", "splits", "piece"])
 def _ring_kernel(
     q,
     k,
@@ -340,7 +290,7 @@ def _ring_kernel(
     tl.store(p_o[:, None] + offs_dv[None, :], acc.to(o.dtype.element_ty), mask=mask_o)
 
 
-@triton.jit(do_not_specialize=["length"])
+@jit(["length"])
 def _write_kernel(
     k,
     v,

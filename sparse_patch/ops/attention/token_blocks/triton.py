@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import (
     attention_constants,
     attention_outputs,
@@ -143,7 +144,7 @@ def token_block_attention(
         dense_blocks,
         scale,
         softcap,
-        **attention_constants(q, v, softcap),
+        **attention_constants(q.shape[-1], v.shape[-1], q.dtype, softcap > 0),
         BLOCK=block_size,
         BLOCK_N=tile.block_n,
         GROUP=group,
@@ -166,7 +167,7 @@ def _next_block(u, inits, fixed, low, p_list, count):
     return block, tl.where(u < fixed, -1, listed)
 
 
-@triton.jit(do_not_specialize=["tiles", "q_length", "q_start", "num_entries", "init", "local", "dense"])
+@jit(["tiles", "q_length", "q_start", "num_entries", "init", "local", "dense"])
 def _token_block_kernel(
     q,
     k_desc,

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import by_row, launch_op
 from sparse_patch.plans import BlockGrid
 
@@ -86,7 +87,7 @@ def block_means(
     return means, similarities
 
 
-@triton.jit(do_not_specialize=["blocks", "length"])
+@jit(["blocks", "length"])
 def _block_kernel(
     x, first, low, means, similarities, center, stride_xb, stride_xh, stride_xs, stride_xd, heads, blocks, length,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import launch_op
 from sparse_patch.ops.selection.framed_lists.frame import Frame
 
@@ -59,7 +60,7 @@ def write_lists(
     return pages, read
 
 
-@triton.jit(do_not_specialize=["lists", "size", "spared", "first", "greatest"])
+@jit(["lists", "size", "spared", "first", "greatest"])
 def _list_kernel(
     blocks, counts, lengths, pages, read, block_strides, count_strides, stride_length,
     lists, size, spared, first, greatest, P: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import block_of, by_row, launch_op, precision_of
 from sparse_patch.kernels.pieces import LOG2_E, add_to_exp_sum, softcap_logits
 
@@ -121,7 +122,7 @@ def _queries_and_split(
     return i_bh, i_s, first, tl.minimum(first + tiles * R, keys), b_q, p_k
 
 
-@triton.jit(do_not_specialize=["keys", "first_query", "splits", "tiles"])
+@jit(["keys", "first_query", "splits", "tiles"])
 def _lse_kernel(
     q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     heads, group, keys, first_query, splits, tiles, scale, softcap, partial,
@@ -144,7 +145,7 @@ def _lse_kernel(
     tl.store(partial + (i_bh.to(tl.int64) * splits + i_s) * R + offs_r, m_i + tl.math.log2(l_i))
 
 
-@triton.jit(do_not_specialize=["keys", "first_query", "splits", "tiles"])
+@jit(["keys", "first_query", "splits", "tiles"])
 def _profile_kernel(
     q, k, kv_start, stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     heads, group, keys, first_query, splits, tiles, scale, softcap, partial, profiles,

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import launch_op
 
 _BLOCK = 128  # tokens per program, 4 per thread; many small programs hide the memory latency of the logits
@@ -46,7 +47,7 @@ def score_pages(logits: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor, 
     return scores
 
 
-@triton.jit(do_not_specialize=["pages"])
+@jit(["pages"])
 def _score_kernel(
     logits, lse, lengths, scores, stride_b, stride_h, stride_s, stride_length, heads, size, pages,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr,

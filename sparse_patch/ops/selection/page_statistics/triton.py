@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import block_of, by_row, given, launch_op, precision_of, rows_in_one_piece
 from sparse_patch.ops.selection.page_statistics.pages import pages_of
 
@@ -92,7 +93,7 @@ def _refresh(
     )
 
 
-@triton.jit(do_not_specialize=["end", "tokens", "offset"])
+@jit(["end", "tokens", "offset"])
 def _refresh_kernel(
     k, kv_start, kv_end, first, second, stride_kb, stride_kh, stride_ks,
     stride_1b, stride_1h, stride_1n, stride_1d, stride_2b, stride_2h, stride_2n, stride_2d,
@@ -215,7 +216,7 @@ def score_pages(
     return scores
 
 
-@triton.jit(do_not_specialize=["pages", "offset"])
+@jit(["pages", "offset"])
 def _score_kernel(
     q, high, low, lengths, scores, stride_length, stride_qb, stride_qh, stride_b, stride_h, stride_n,
     kv_heads, pages, offset,

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import launch_op
 from sparse_patch.kernels.pieces import rising
 from sparse_patch.ops.selection.top_pages.triton.filter import filter_pages
@@ -160,7 +161,7 @@ def _members(
     return key, token
 
 
-@triton.jit(do_not_specialize=["size", "k", "spared", "room", "first_head", "heads", "first", "wanted"])
+@jit(["size", "k", "spared", "room", "first_head", "heads", "first", "wanted"])
 def _rank_kernel(
     scores, limits, score_strides, limit_strides, here, size, k, spared, candidates, tokens, found, room, merged, order,
     first_head, heads, first, wanted,
@@ -225,7 +226,7 @@ def _rank_kernel(
             tl.atomic_add(p_seen, tl.sum(new.to(tl.int32), 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["size", "best", "most", "first", "last"])
+@jit(["size", "best", "most", "first", "last"])
 def _cut_kernel(
     limits, merged, order, pages, counts, stride_limit, size, best, most, first, last,
     PLACES: tl.constexpr, BLOCK: tl.constexpr,

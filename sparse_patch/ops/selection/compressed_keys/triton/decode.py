@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import launch_op
 from sparse_patch.kernels.pieces import LOG2_E, add_to_exp_sum, softcap_logits
 from sparse_patch.ops.selection.compressed_keys.params import (
@@ -94,7 +95,7 @@ def score_blocks(
     return scores
 
 
-@triton.jit(do_not_specialize=["pages"])
+@jit(["pages"])
 def _lse_kernel(
     of_pages,
     lengths,
@@ -127,7 +128,7 @@ def _lse_kernel(
     tl.store(lse + i_bh + tl.arange(0, 1), m_i + tl.math.log2(tl.where(l_i > 0, l_i, 1.0)))  # in log2 units
 
 
-@triton.jit(do_not_specialize=["pages", "number", "init", "local"])
+@jit(["pages", "number", "init", "local"])
 def _block_kernel(
     of_pages,
     lengths,

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.ops.selection.compressed_keys.params import BLOCK
 from sparse_patch.ops.selection.compressed_keys.triton.part import Part, candidates
 from sparse_patch.plans import BLOCK_BITS
@@ -85,7 +86,7 @@ def _floor(key, count):
     return floor
 
 
-@triton.jit(do_not_specialize=["q_start", "q_length", "first_block", "width", "init", "local", "dense"])
+@jit(["q_start", "q_length", "first_block", "width", "init", "local", "dense"])
 def _choose_kernel(
     highest,
     last,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import block_of, precision_of
 from sparse_patch.kernels.pieces import LOG2_E, add_to_exp_sum, softcap_logits, tiles_of
 from sparse_patch.ops.selection.compressed_keys.params import BLOCK, COLUMNS
@@ -88,7 +89,7 @@ def write_scores(
     )
 
 
-@triton.jit(do_not_specialize=["q_start", "q_length", "first_block", "width", "init", "local", "dense"])
+@jit(["q_start", "q_length", "first_block", "width", "init", "local", "dense"])
 def _score_kernel(
     q,
     k1_desc,

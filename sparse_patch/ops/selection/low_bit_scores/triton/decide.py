@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import by_row, launch_op
 from sparse_patch.kernels.pieces import LN2, LOG2_E, add_to_exp_sum, softcap_logits, tiles_of
 from sparse_patch.ops.selection.low_bit_scores.params import DENSE_BELOW, QUERY_TILE, SEGMENT
@@ -154,7 +155,7 @@ def _bounds(tile, length, WINDOW: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.
     return visible, 1 + segments * (SEGMENT // 32)
 
 
-@triton.jit(do_not_specialize=["programs", "num_tiles", "num_words", "q_length", "kv_length", "q_start"])
+@jit(["programs", "num_tiles", "num_words", "q_length", "kv_length", "q_start"])
 def _decide_kernel(
     q,
     k,

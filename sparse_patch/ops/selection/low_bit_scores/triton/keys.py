@@ -1,9 +1,9 @@
 """Triton kernel that quantises the keys: one program smooths 128 keys and writes their codes and scales."""
 
 import torch
-import triton
 import triton.language as tl
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import by_row, launch_op
 from sparse_patch.ops.selection.low_bit_scores.params import KEY_BLOCK, WORD_KEYS
 from sparse_patch.ops.selection.low_bit_scores.triton.codes import scale_of, smoothed, to_codes
@@ -71,7 +71,7 @@ def quantise_keys(
     return codes, scales, mean_term
 
 
-@triton.jit(do_not_specialize=["steps", "kv_length"])
+@jit(["steps", "kv_length"])
 def _quantise_kernel(
     k,
     mean_k,

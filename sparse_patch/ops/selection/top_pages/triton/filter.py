@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.ops.selection.top_pages.triton.search import (
     LEAST,
     bisect,
@@ -149,7 +150,7 @@ def _sampled_floor(p_scores, stride_n, real, first, last, k, upper, margin, SAMP
     return floor, until, high
 
 
-@triton.jit(do_not_specialize=["k", "spared", "first", "last", "steps", "fits", "upper"])
+@jit(["k", "spared", "first", "last", "steps", "fits", "upper"])
 def filter_kernel(
     scores, limits, score_strides, limit_strides, lists, size, k, page_size, spared, first, last,
     kept, pages, found, zeros, steps, fits, upper, margin,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import launch_op
 from sparse_patch.kernels.pieces import rising
 from sparse_patch.ops.selection.top_pages.triton.filter import capacity_of, filter_pages
@@ -108,7 +109,7 @@ def _finish(p_pages, counts, i_list, count, k, BLOCK: tl.constexpr):
     tl.store(counts + i_list, count)
 
 
-@triton.jit(do_not_specialize=["k", "spared", "first", "last"])
+@jit(["k", "spared", "first", "last"])
 def _select_kernel(
     scores, limits, score_strides, limit_strides, lists, size, k, page_size, spared, first, last, pages, counts,
     BLOCK: tl.constexpr,
@@ -125,7 +126,7 @@ def _select_kernel(
     _finish(pages + i_list * k, counts, i_list, count, k, BLOCK)
 
 
-@triton.jit(do_not_specialize=["k", "spared", "first", "last", "room"])
+@jit(["k", "spared", "first", "last", "room"])
 def _narrow_kernel(
     scores, limits, score_strides, limit_strides, lists, size, k, page_size, spared, first, last,
     kept, candidates, found, room, pages, counts, PARTS: tl.constexpr, BLOCK: tl.constexpr,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import launch_op
 from sparse_patch.kernels.pieces import softcap_logits
 from sparse_patch.ops.selection.last_queries.triton import stacked_profiles
@@ -123,7 +124,7 @@ def _pooled(
     return pooled
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "first_query", "keys", "blocks"])
+@jit(["batch", "heads", "first_query", "keys", "blocks"])
 def _pool_kernel(
     profiles, q, mean_k, row_starts, pooled, stride_qb, stride_qh, stride_qs, stride_qd, batch, heads, group,
     first_query, keys, blocks, scale, softcap, HAS_SOFTCAP: tl.constexpr, FROM_START: tl.constexpr, D: tl.constexpr,
@@ -194,7 +195,7 @@ def _largest(mass, exists, offs, wanted):
     return (above != 0) | ((ties != 0) & (tl.cumsum(ties, 0) <= wanted - tl.sum(above, 0)))
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "keys", "blocks", "min_blocks", "max_blocks", "dense_length"])
+@jit(["batch", "heads", "keys", "blocks", "min_blocks", "max_blocks", "dense_length"])
 def _choose_kernel(
     pooled, counts, row_starts, lines, aware, batch, heads, keys, blocks, gamma, tau, min_blocks, max_blocks,
     dense_length, REACH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,

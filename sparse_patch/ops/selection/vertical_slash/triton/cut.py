@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import block_of
 from sparse_patch.kernels.pieces import LOG2_E, add_to_exp_sum, query_blocks_of_row, softcap_logits
 from sparse_patch.kernels.slices import slices
@@ -165,7 +166,7 @@ def _find_floors_of_long(cut: PooledCut, part: slice) -> None:
         )
 
 
-@triton.jit(do_not_specialize=["q_start", "keys", "first", "heads", "queries", "blocks"])
+@jit(["q_start", "keys", "first", "heads", "queries", "blocks"])
 def _pooled_kernel(
     q, mean_k, aware, order, attention, row_starts, stride_qb, stride_qh, stride_qs, stride_qd, q_start, keys, first,
     heads, group, queries, blocks, scale, softcap, HAS_SOFTCAP: tl.constexpr, EACH_ROW: tl.constexpr, D: tl.constexpr,
@@ -236,7 +237,7 @@ def _pooled_kernel(
         tl.store(p_o + offs_j[None, :], tl.math.exp2(s - lse[:, None]), mask=mask)
 
 
-@triton.jit(do_not_specialize=["q_start", "keys", "first", "heads", "n", "most"])
+@jit(["q_start", "keys", "first", "heads", "n", "most"])
 def _floor_kernel(
     attention, aware, order, row_starts, q_start, keys, floors, first, heads, n, gamma, most,
     ROWS: tl.constexpr, EACH_ROW: tl.constexpr, LIMITED: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -255,7 +256,7 @@ def _floor_kernel(
     tl.store(floors + i_bh * ROWS + pid % ROWS, floor)
 
 
-@triton.jit(do_not_specialize=["q_start", "keys", "first", "heads", "n", "chunks", "step"])
+@jit(["q_start", "keys", "first", "heads", "n", "chunks", "step"])
 def _digit_kernel(
     attention, aware, order, row_starts, q_start, keys, sums, sums_before, floors, first, heads, n, chunks, gamma, step,
     SIDE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import launch_op
 from sparse_patch.kernels.pieces import query_blocks_of_row
 from sparse_patch.ops.selection.vertical_slash.params import QueryAware
@@ -117,7 +118,7 @@ def _lists(
     return indices, counts
 
 
-@triton.jit(do_not_specialize=["q_start", "keys", "first", "heads", "queries", "blocks"])
+@jit(["q_start", "keys", "first", "heads", "queries", "blocks"])
 def _plan_kernel(
     verticals, slashes, aware, order, attention, floors, row_starts, q_start, keys, indices, counts, first, heads,
     queries, blocks, AWARE: tl.constexpr, EACH_ROW: tl.constexpr, FLOORS: tl.constexpr, SIDE: tl.constexpr,

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import launch_op
 
 
@@ -73,7 +74,7 @@ def search(p_x, n, limit, most, REACH: tl.constexpr, LIMITED: tl.constexpr, BLOC
     return found
 
 
-@triton.jit(do_not_specialize=["n"])
+@jit(["n"])
 def _count_kernel(x, counts, gamma, n, BLOCK: tl.constexpr):
     """`tokens_within` of one row."""
     pid = tl.program_id(0)
