@@ -35,7 +35,7 @@ class Row:
         decode_memory_mb: the same after the first token.
         kv_mb: memory of the cache's keys and values.
         planned_mb: the part of `kv_mb` that the method's spans need; all of it without spans.
-        fallbacks: reason -> number of calls that a method could not serve. Compiled decode steps are not counted.
+        fallbacks: reason -> number of calls that a method could not serve.
         x_unpatched: `token_ms` divided by that of the unpatched model with the same cache argument; in a file of
             several runs by the fastest of them, because the host of a GPU is not equally fast in every run.
         x_best: `token_ms` divided by that of our own dense decode in the same mode.

@@ -12,31 +12,32 @@ from sparse_patch.integration.masks import LazyMask
 from sparse_patch.integration.request import Request
 from sparse_patch.integration.step import StepCall
 from sparse_patch.plans import Dense, Plan, SparsePlan
-from sparse_patch.report import COUNTING, Work
+from sparse_patch.report import COUNTING, PhaseCompiledCounts, Work
 
 
 def count_sparse(
-    state: LayerState, call: AttentionCall, plan: SparsePlan | None, mask: LazyMask, keeps_all: bool = True
+    state: LayerState, call: AttentionCall, plan: SparsePlan, mask: LazyMask, keeps_all: bool = True
 ) -> None:
-    """Record a call that ran a sparse plan. Inside a graph the plan is not read.
+    """Record a call that ran a sparse plan.
 
     `keeps_all` says whether the cache has every key, or only those that the plan's queries read.
     """
-    if torch.compiler.is_compiling():  # a graph would be compiled anew for every value of a Python counter
-        state.counts.compiled = True
-        return
-    assert plan is not None
     if mask.captured is not None:
         mask.captured.append(StepCall(state, call.phase, call, plan, None, keeps_all))
+        return
+    keeping = plan.known_beforehand and call.phase == "decode" and keeps_all
+    copying = not plan.known_beforehand and copies(mask.forward.cache, state.cache_layer)
+    if torch.compiler.is_compiling():
+        if (in_graph := _counts_in_graph(state, call.phase, call.q)) is not None:
+            in_graph.add_sparse(mask.work, plan, copying, keeping)
         return
     decided, work, by_head = plan.decided_pairs, mask.work, plan.pairs_by_head
     with COUNTING:
         counts = state.counts.of(call.phase)
         counts.add_sparse(work, by_head, decided)
-        if plan.known_beforehand:
-            counts.keeping_calls += call.phase == "decode" and keeps_all
-        else:
-            counts.copying_calls += copies(mask.forward.cache, state.cache_layer)
+        counts.keeping_calls += keeping
+        counts.copying_calls += copying
+        state.serve_graphs(call.q)
         _capture(state, call.phase, plan)
 
 
@@ -45,7 +46,7 @@ def count_dense(
 ) -> None:
     """Record a dense call: `dense` by design or by the method's choice of `call`, or else `unserved`.
 
-    Inside a graph nothing is counted and nobody is warned; the graph notes the reason whenever it runs.
+    Inside a graph nobody is warned.
 
     Raises:
         UnsupportedCallError: the call is `unserved`, and the configuration says `on_unsupported: error`.
@@ -54,27 +55,52 @@ def count_dense(
     assert reason is not None
     if dense is None:
         _complain(state, phase, reason.reason)
-    if torch.compiler.is_compiling():
-        state.counts.compiled = True
-        if dense is None:
-            state.counts.of(phase).fallback_in_graph = reason.reason
-        return
     if isinstance(mask, LazyMask) and mask.captured is not None:
         mask.captured.append(StepCall(state, phase, call, None, reason.reason, window=mask.window))
         return
     work = mask.work if isinstance(mask, LazyMask) else _full_work(request.query, request.key)
+    if torch.compiler.is_compiling():
+        if (in_graph := _counts_in_graph(state, phase, request.query)) is not None:
+            in_graph.add_dense(work, reason.reason, is_fallback=dense is None)
+        elif dense is None:
+            state.counts.of(phase).uncounted_fallback = reason.reason
+        return
     with COUNTING:
         counts = state.counts.of(phase)
         (counts.fallbacks if dense is None else counts.dense)[reason.reason] += 1
         counts.add_dense(work)
+        state.serve_graphs(request.query)
         _capture(state, phase, reason)
 
 
 def count_dense_kernel(request: Request, phase: Phase, kernel: str) -> None:
     """Record which kernel ran a dense call instead of the model's own."""
-    if not torch.compiler.is_compiling() and request.mask.captured is None:
+    if torch.compiler.is_compiling():
+        if (in_graph := _counts_in_graph(request.state, phase, request.query)) is not None:
+            in_graph.add_kernel(kernel)
+    elif request.mask.captured is None:
         with COUNTING:
             request.state.counts.of(phase).dense_kernels[kernel] += 1
+
+
+def _counts_in_graph(state: LayerState, phase: Phase, query: torch.Tensor) -> PhaseCompiledCounts | None:
+    """What a graph adds a call to: a graph would be compiled anew for every value of a Python counter.
+
+    None if the layer has no counts on this device, and in `torch.export`, whose graph leaves the model; the report says
+    so.
+    """
+    in_graphs = state.in_graphs
+    state.counts.compiled = True
+    if in_graphs is None or not in_graphs.serves(query) or _is_exporting():
+        state.counts.uncounted = True
+        return None
+    return in_graphs.of(phase)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_exporting() -> bool:
+    """Whether `torch.export` traces. torch.compile (2.11) takes PyTorch's own function for always true."""
+    return torch.compiler.is_exporting()
 
 
 def _full_work(query: torch.Tensor, key: torch.Tensor) -> Work:

@@ -257,8 +257,7 @@ def _attend_to_ring(ring: RingLayer, request: Request) -> torch.Tensor:
         raise _refusal(state, ring, phase, reason)
     attended = ring.attend(call, mask.tokens_before, backend, mask.known_before, return_lse=request.sinks is not None)
     attended = _with_sinks(request, attended)
-    plan = None if torch.compiler.is_compiling() else _ring_plan(ring, call, mask)
-    count_sparse(state, call, plan, mask, keeps_all=False)
+    count_sparse(state, call, _ring_plan(ring, call, mask), mask, keeps_all=False)
     return attended.out.transpose(1, 2).contiguous().to(dtype)
 
 

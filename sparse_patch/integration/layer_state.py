@@ -12,7 +12,7 @@ from sparse_patch.integration.forward import PatchMark
 from sparse_patch.integration.transformers_internals import implementation_of
 from sparse_patch.methods.base.bound import BoundMethod
 from sparse_patch.plans import Plan
-from sparse_patch.report import LayerCounts
+from sparse_patch.report import CompiledCounts, LayerCounts
 from sparse_patch.tensor_parallel import HeadShard
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -38,6 +38,8 @@ class LayerState:
         warned: reasons that were warned about; shared by all layers.
         shard: the heads that this process has, if tensor parallelism splits them; shared by all layers.
         counts: what was computed, for the report.
+        in_graphs: what `torch.compile` graphs computed and `counts` does not have yet; None if not known on which
+            device the layer runs.
         captured: the plans of the calls that ran, newest last; None if they are not captured.
         decoder: the method that plans decode; None if decode is dense.
         has_weights: whether the implementation that the model had before gives attention weights.
@@ -55,6 +57,7 @@ class LayerState:
     warned: set[str]
     shard: HeadShard
     counts: LayerCounts = field(default_factory=LayerCounts)
+    in_graphs: CompiledCounts | None = None
     captured: list[tuple[Phase, Plan]] | None = None
     decoder: BoundMethod | None = field(init=False)
     has_weights: bool = field(init=False)
@@ -67,6 +70,17 @@ class LayerState:
     def __post_init__(self) -> None:
         self.has_weights = implementation_of(self.original_config) in (None, "eager")
         self.decoder = self.methods.get("decode")
+
+    def serve_graphs(self, query: torch.Tensor) -> None:
+        """Outside of a graph: see to it that graphs can count calls with such queries `[B, Hq, Sq, D]`."""
+        if self.in_graphs is None or not self.in_graphs.serves(query):
+            self.settle()
+            self.in_graphs = CompiledCounts.zeros(query.shape[1], query.device)
+
+    def settle(self) -> None:
+        """Move what `torch.compile` graphs counted into `counts`."""
+        if self.in_graphs is not None:
+            self.in_graphs.move_to(self.counts)
 
     @property
     def keeps_state(self) -> bool:

@@ -298,26 +298,26 @@ class LazyMask(TensorInWaiting):
         batch, offset = self.shape[0], self.arguments["q_offset"]
         if self.step is not None:
             return self.step.work(self.window)
-        if self.row_starts is None and isinstance(offset, int):
+        starts = self.real_row_starts if self.is_prepared else self.row_starts
+        if starts is None and isinstance(offset, int):
             return _work(batch, offset, self.q_length, self.window)
-        starts = (
-            torch.zeros(batch, dtype=torch.int64, device=self.device) if self.row_starts is None else self.row_starts
-        )
+        same = 1 if starts is not None else batch  # rows that one start stands for
+        if starts is None:
+            starts = torch.zeros(1, dtype=torch.int64, device=self.device)
         end = offset + self.q_length
         causal = causal_pairs(offset, end, starts).sum()
         queries = (end - torch.maximum(starts, starts.new_zeros(()) + offset)).clamp(min=0).sum()
         attended = causal if self.window is None else torch.minimum(causal, queries * self.window)
-        return Work(queries, causal, attended)
+        return Work(same * queries, same * causal, same * attended)
 
 
 def _work(batch: int, q_start: int, q_length: int, window: int | None) -> Work:
     end = q_start + q_length
     causal = (end * (end + 1) - q_start * (q_start + 1)) // 2
     attended = causal
-    if window is not None and end > window:
-        inside = max(window - q_start, 0)  # queries that see fewer keys than a whole window
-        triangle = (window * (window + 1) - q_start * (q_start + 1)) // 2 if inside else 0
-        attended = triangle + (q_length - inside) * window
+    if window is not None:
+        inside = max(min(end, window) - q_start, 0)  # queries that see no more keys than a whole window has
+        attended = inside * q_start + inside * (inside + 1) // 2 + (q_length - inside) * window
     return Work(batch * q_length, batch * causal, batch * attended)
 
 

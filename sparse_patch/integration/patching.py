@@ -49,8 +49,10 @@ from sparse_patch.kernels.availability import prefers_triton
 from sparse_patch.model_shape import (
     ModelShape,
     attention_kind,
+    config_of_layer,
     layer_with_keys,
 )
+from sparse_patch.report import CompiledCounts
 from sparse_patch.tensor_parallel import HeadShard
 
 
@@ -220,9 +222,18 @@ def _states(root: PreTrainedModel, config: PatchConfig, attention: dict[str, nn.
                 dense=unpatched_function(module, original),
                 warned=warned,
                 shard=shard,
+                in_graphs=_counts_of_graphs(module, config_of_layer(text, layer), shard),
             )
         )
     return states
+
+
+def _counts_of_graphs(module: nn.Module, config: PreTrainedConfig, shard: HeadShard) -> CompiledCounts | None:
+    """Where `torch.compile` graphs count the calls of a layer; None if its weights are nowhere yet."""
+    weight = next(module.parameters(), None)
+    if weight is None or weight.is_meta:
+        return None
+    return CompiledCounts.zeros(int(config.num_attention_heads) // shard.size, weight.device)
 
 
 def _takes_own_config(module: nn.Module, attention: dict[str, nn.Module]) -> bool:

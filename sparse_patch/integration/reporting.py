@@ -10,7 +10,7 @@ from torch import nn
 from sparse_patch.call import PHASES, Phase
 from sparse_patch.integration.layer_state import LayerState
 from sparse_patch.integration.names import is_hook
-from sparse_patch.integration.patch import PATCHING, config_of, patch_of, states_on, transformers_model
+from sparse_patch.integration.patch import PATCHING, Patch, config_of, patch_of, states_on, transformers_model
 from sparse_patch.integration.transformers_internals import implementation_of
 from sparse_patch.plans import Plan
 from sparse_patch.report import (
@@ -33,7 +33,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
     """
     with PATCHING:
         patch, states = patch_of(transformers_model(model)), states_on(model)
-        patch.mark.settle()
+        _settle(patch, states)
         active = all(is_hook(implementation_of(config_of(module))) for module in patch.attention)
     with COUNTING:
         layers = [_layer_report(state) for state in states]
@@ -47,6 +47,14 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
         graphs=GraphReport.of(patch.graphs),
         remarks=_remarks(states),
     )
+
+
+def _settle(patch: Patch, states: Sequence[LayerState]) -> None:
+    """Move what graphs counted into the counts of the layers."""
+    patch.mark.settle()
+    with COUNTING:
+        for state in states:
+            state.settle()
 
 
 def _remarks(states: Sequence[LayerState]) -> list[str]:
@@ -75,7 +83,7 @@ def reset_report(model: nn.Module) -> None:
         PatchError: the model is not patched.
     """
     states, patch = states_on(model), patch_of(transformers_model(model))
-    patch.mark.settle()
+    _settle(patch, states)
     patch.graphs = GraphCounts()
     for state in states:
         state.counts = LayerCounts()
@@ -94,7 +102,7 @@ def uncounted(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        patch.mark.settle()
+        _settle(patch, states)
         patch.graphs = graphs
         for state, count in zip(states, counts, strict=True):
             state.counts = count
@@ -128,4 +136,5 @@ def _layer_report(state: LayerState) -> LayerReport:
         prefill=PhaseReport.of(state.counts.prefill),
         decode=PhaseReport.of(state.counts.decode),
         compiled=state.counts.compiled,
+        uncounted=state.counts.uncounted,
     )

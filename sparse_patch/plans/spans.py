@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sparse_patch.call import AttentionCall, causal_pairs
+from sparse_patch.kernels.inference_mode import ordinary_tensors
 from sparse_patch.plans.plan import SparsePlan
 
 _EVERY = 1 << 40  # more keys than any row has
@@ -98,9 +99,10 @@ class SpanPlan(SparsePlan):
 
     def computed_pairs(self) -> torch.Tensor:
         """(Query, key) pairs of real tokens that the plan computes, int64 `[B, Hq]`."""
-        sinks, numbers = _numbers(tuple(self.spans), self.lengths.device)
+        numbers = tuple((sink, *window_parameters(window)) for sink, window in self.spans)
+        sinks, *window = _table(numbers, self.lengths.device)
         length = self.lengths[:, None] - self.q_length + torch.arange(1, self.q_length + 1, device=self.lengths.device)
-        keys = torch.minimum(length[..., None], sinks + _grown(length[..., None] - 1, *numbers))
+        keys = torch.minimum(length[..., None], sinks + _grown(length[..., None] - 1, *window))
         of_kv_heads = keys.masked_fill(length[..., None] < 1, 0).sum(1)
         return of_kv_heads.repeat_interleave(self.heads // len(self.sinks), 1)
 
@@ -177,9 +179,14 @@ def _grown(position: torch.Tensor, most: Any, base: Any, slope: Any, least: Any)
     return ((base + slope * (position + 1)) >> 16).clamp(least, most)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
+    """Rows of numbers as the columns of a tensor, int64. A graph gets it when it is made: it cannot copy to a GPU."""
+    return _kept_table(rows, device)
+
+
 @lru_cache(maxsize=1024)
-def _numbers(spans: tuple[tuple[int, Window], ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sinks `[Hkv]` and `window_parameters` `[4, Hkv]`, int64. Cached: copying to a GPU makes the host wait."""
-    rows = [(sink, *window_parameters(window)) for sink, window in spans]
-    table = torch.tensor(rows, dtype=torch.int64, device=device).T.contiguous()
-    return table[0], table[1:]
+def _kept_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
+    """See `_table`. Cached: copying to a GPU makes the host wait."""
+    with ordinary_tensors():
+        return torch.tensor(rows, dtype=torch.int64, device=device).T.contiguous()

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,9 +16,8 @@ MOST_WAITING = 64  # calls of a layer whose sizes are not added up yet; adding u
 Count = int | torch.Tensor  # a device tensor if only the device knows the number; read when a report is made
 
 
-@dataclass(frozen=True)
-class Work:
-    """The size of one call, summed over the rows of the batch, padding excluded.
+class Work(NamedTuple):
+    """The size of one call, summed over the rows of the batch, padding excluded. A graph can hand it to the host.
 
     Attributes:
         queries: query tokens.
@@ -50,7 +49,7 @@ class PhaseCounts:
     dense_kernels: Counter[str] = field(default_factory=Counter)
     copying_calls: int = 0
     keeping_calls: int = 0
-    fallback_in_graph: str | None = None  # the last reason recorded in a torch.compile graph
+    uncounted_fallback: str | None = None  # the last reason of a call in a `torch.compile` graph that was not counted
     waiting: list[tuple[Work, torch.Tensor | PairsInWaiting | None]] = field(default_factory=list)  # None: dense
 
     def add_dense(self, work: Work, calls: int = 1) -> None:
@@ -107,11 +106,17 @@ class PhaseCounts:
 
 @dataclass
 class LayerCounts:
-    """The totals of one layer, and whether it also ran inside `torch.compile` graphs, whose calls are not counted."""
+    """The totals of one layer.
+
+    Attributes:
+        compiled: whether calls ran inside `torch.compile` graphs.
+        uncounted: whether such calls could not be counted.
+    """
 
     prefill: PhaseCounts = field(default_factory=PhaseCounts)
     decode: PhaseCounts = field(default_factory=PhaseCounts)
     compiled: bool = False
+    uncounted: bool = False
 
     def of(self, phase: Phase) -> PhaseCounts:
         return self.prefill if phase == "prefill" else self.decode

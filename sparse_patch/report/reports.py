@@ -31,14 +31,14 @@ class PhaseReport(BaseModel):
     """The report of one layer in one phase.
 
     Attributes:
-        calls: number of attention calls, without those inside `torch.compile` graphs.
+        calls: number of attention calls.
         sparse_calls: number of calls that ran a sparse plan.
         density: computed share of the causal triangle, mean over heads, dense calls included; None without calls.
         density_by_head: the same for each query head; empty if no call was sparse.
         attended: keys read per query token, mean over heads; None without calls.
         dense: reason -> number of calls that were dense by the configuration or by the model's design.
-        fallbacks: reason -> number of calls that were dense because the method could not serve them. All calls inside
-            `torch.compile` graphs count as one.
+        fallbacks: reason -> number of calls that were dense because the method could not serve them. Calls that could
+            not be counted, see `LayerReport`, are one call here.
         dense_kernels: kernel -> number of calls in `dense` that ran on a faster kernel than the model's own: with
             `dense: best`, in decode steps and in corrections of the cache.
         copying_calls: number of calls in `sparse_calls` that read a cache which copies all its keys for every token.
@@ -76,7 +76,9 @@ class PhaseReport(BaseModel):
             density_by_head=[pairs / causal for pairs in attended] if causal and counts.sparse_calls else [],
             attended=mean / queries if queries else None,
             dense=dict(counts.dense),
-            fallbacks=dict(counts.fallbacks + Counter([counts.fallback_in_graph] if counts.fallback_in_graph else [])),
+            fallbacks=dict(
+                counts.fallbacks + Counter([counts.uncounted_fallback] if counts.uncounted_fallback else [])
+            ),
             dense_kernels=dict(counts.dense_kernels),
             copying_calls=counts.copying_calls,
             keeping_calls=counts.keeping_calls,
@@ -88,7 +90,8 @@ class PhaseReport(BaseModel):
 class LayerReport(BaseModel):
     """The report of one attention module: layer index, path in the model, method per phase, and what it computed.
 
-    `compiled` tells whether it also ran inside `torch.compile` graphs, whose calls are not counted.
+    `compiled` tells whether calls ran inside `torch.compile` graphs. They are counted like any others, unless
+    `uncounted`: the model has moved to another device since it was patched, or was exported.
     """
 
     layer: int
@@ -98,6 +101,7 @@ class LayerReport(BaseModel):
     prefill: PhaseReport
     decode: PhaseReport
     compiled: bool = False
+    uncounted: bool = False
 
     def phase(self, phase: Phase) -> PhaseReport:
         return self.prefill if phase == "prefill" else self.decode
@@ -211,10 +215,10 @@ class SparsityReport(BaseModel):
                 f"{self.graphs.capture_s:.2f} s"
             )
         notes += [f"decode: {count} steps without a CUDA graph: {why}" for why, count in self.graphs.eager.items()]
-        if compiled := sum(layer.compiled for layer in self.layers):
+        if uncounted := sum(layer.uncounted for layer in self.layers):
             notes.append(
-                f"{compiled} layers also ran inside compiled graphs, whose calls are not counted; "
-                "generate(disable_compile=True) counts them"
+                f"{uncounted} layers also ran inside compiled graphs, whose calls are not counted; patch the model on "
+                "the device where it runs"
             )
         if not self.hook_active:
             notes.append("the hook is not active: the attention implementation was changed after patch_model")
@@ -245,6 +249,7 @@ def merged(reports: Sequence[SparsityReport]) -> SparsityReport:
                 "prefill": _merged_phase([layer.prefill for layer in layers]),
                 "decode": _merged_phase([layer.decode for layer in layers]),
                 "compiled": any(layer.compiled for layer in layers),
+                "uncounted": any(layer.uncounted for layer in layers),
             }
         )
         for layers in zip(*(report.layers for report in reports), strict=True)
