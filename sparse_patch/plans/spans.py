@@ -179,10 +179,15 @@ def _grown(position: torch.Tensor, most: Any, base: Any, slope: Any, least: Any)
     return ((base + slope * (position + 1)) >> 16).clamp(least, most)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
-    """Rows of numbers as the columns of a tensor, int64. A graph gets it when it is made: it cannot copy to a GPU."""
-    return _kept_table(rows, device)
+    """Rows of numbers as the columns of a tensor, int64.
+
+    A graph fills the tensor itself: it cannot copy to a GPU, and a graph for any length does not know all numbers.
+    """
+    if not torch.compiler.is_compiling():
+        return _kept_table(rows, device)
+    numbers = [torch.full((), number, dtype=torch.int64, device=device) for row in rows for number in row]
+    return torch.stack(numbers).view(len(rows), -1).T
 
 
 @lru_cache(maxsize=1024)

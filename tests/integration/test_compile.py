@@ -216,6 +216,21 @@ def test_prompts_of_any_length_in_one_graph(name: str, plans: Path) -> None:
         torch.testing.assert_close(logits, sparse[length] if name == "streamingllm" else plain, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", SPANS)
+@torch.no_grad()
+def test_spans_that_follow_from_the_length_in_one_graph(name: str, plans: Path, two_layers: PreTrainedModel) -> None:
+    """The first length makes a graph for itself, the second one a graph for any length."""
+    lengths = (700, 830, 510)
+    with patched(two_layers, configurations(plans, layers=2)[name]):
+        expected = [two_layers(ids(length)).logits for length in lengths]
+        report = sparsity_report(two_layers)
+        reset_report(two_layers)
+        graph = compiled(two_layers)
+        for length, logits in zip(lengths, expected, strict=True):
+            torch.testing.assert_close(graph(ids(length)).logits, logits, atol=1e-4, rtol=1e-4)
+        assert counted_in_graphs(sparsity_report(two_layers)) == report.layers
+
+
 @torch.no_grad()
 def test_a_graph_of_before_is_not_run_after(plans: Path, two_layers: PreTrainedModel) -> None:
     """The model is compiled unpatched, then patched, unpatched, and patched with another configuration."""
