@@ -113,7 +113,7 @@ def added(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, Any
         **new,
         "configs": {**old["configs"], **new["configs"]},
         "skipped": {what: lengths for what, lengths in skipped.items() if lengths},
-        "rows": _against_unpatched([*kept, *new["rows"]]),
+        "rows": _against_dense([*kept, *new["rows"]]),
     }
 
 
@@ -127,15 +127,22 @@ def _slower_unpatched(old: dict[str, Any], new: dict[str, Any]) -> set[tuple[str
     return {key for row in new["rows"] if (key := _measured(row)) in before and row["token_ms"] > before[key]}
 
 
-def _against_unpatched(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with `x_unpatched` by the unpatched model among them."""
-    ms = {_measured(row): row["token_ms"] for row in rows if row["label"] == UNPATCHED}
+def _against_dense(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with `x_unpatched` by the unpatched model among them, and with `x_best` if their own run had none."""
+    ms = {_measured(row): row["token_ms"] for row in rows if row["label"] in (UNPATCHED, BEST)}
 
-    def by(row: dict[str, Any]) -> float | None:
-        key = name_of(UNPATCHED, without_patch(row["mode"]), row["batch"]), row["length"]
+    def by(row: dict[str, Any], label: str, mode: Mode) -> float | None:
+        key = name_of(label, mode, row["batch"]), row["length"]
         return row["token_ms"] / ms[key] if key in ms else None
 
-    return [{**row, "x_unpatched": by(row)} for row in rows]
+    return [
+        {
+            **row,
+            "x_unpatched": by(row, UNPATCHED, without_patch(row["mode"])),
+            "x_best": row["x_best"] or by(row, BEST, row["mode"]),
+        }
+        for row in rows
+    ]
 
 
 def timed_in(data: dict[str, Any]) -> set[tuple[str, int]]:

@@ -78,6 +78,16 @@ def test_rows_of_several_runs_are_relative_to_the_fastest_unpatched_run(old_ms: 
     }
 
 
+def test_our_own_dense_decode_may_be_of_another_run_than_a_method() -> None:
+    old = a_result(*against_dense([a_row(BEST, token_ms=10.0), a_row("delta", token_ms=5.0)]))
+    new = a_result(*against_dense([a_row(BEST, token_ms=8.0), a_row("quest", token_ms=6.0), a_row("moa", "static")]))
+    for first, second in ((old, new), (new, old)):
+        found = {row["label"]: row["x_best"] for row in added(first, second, HERE)["rows"]}
+        assert found == {BEST: 1.0, "delta": 0.5, "quest": 0.75, "moa": None}
+    alone = a_result(*against_dense([a_row("delta", token_ms=4.0)]))
+    assert {row["label"]: row["x_best"] for row in added(new, alone, HERE)["rows"]}["delta"] == 0.5
+
+
 def test_what_was_skipped_is_replaced_by_what_ran_and_the_other_way_round() -> None:
     skipped = {f"{BEST}, default, batch 1: out of memory": [64, 128]}
     old = a_result(a_row(), a_row(length=64), skipped=skipped)
