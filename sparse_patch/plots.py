@@ -55,6 +55,9 @@ def plot_sparsity(
 def plot_accuracy(result: dict[str, Any], path: str | Path) -> None:
     """Draw the mean score against the computed share of dense attention: one panel per length, one line per method.
 
+    For tasks that compare with dense attention, it is the mean KL divergence; a result with both kinds has two rows of
+    panels.
+
     The share is prefill density. For configurations without a prefill method, it is the number of keys read per decoded
     token, relative to the dense row.
 
@@ -67,23 +70,34 @@ def plot_accuracy(result: dict[str, Any], path: str | Path) -> None:
     """
     figure_class, _ = require_matplotlib()
     lengths = list(dict.fromkeys(row["length"] for row in result["rows"]))
-    figure = figure_class(figsize=(1 + 3.6 * len(lengths), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
-    for length, axes in zip(lengths, panels, strict=True):
-        for method, points in _lines(result, length).items():
-            points.sort()
-            shares, scores, labels = zip(*points, strict=True)
-            axes.plot(shares, scores, marker="o", label=method)
-            for share, score, label in {points[0], points[-1]}:
-                name = _short(label, labels)
-                axes.annotate(name, (share, score), xytext=(3, -10), textcoords="offset points", fontsize=7)
-        axes.set(title=f"{length} tokens", xlabel="share of dense attention", xscale="log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.grid(alpha=0.3, which="both")
-    panels[0].set_ylabel("score, mean over tasks")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+    figures = [name for name in _FIGURES if any(row.get(name) is not None for row in result["rows"])]
+    figure = figure_class(figsize=(1 + 3.6 * len(lengths), 3.8 * len(figures)), layout="constrained")
+    panels = figure.subplots(len(figures), len(lengths), sharey="row", squeeze=False)
+    for name, row in zip(figures, panels, strict=True):
+        for length, axes in zip(lengths, row, strict=True):
+            _draw_lines(axes, _lines(result, length, name))
+            axes.set(title=f"{length} tokens", xlabel="share of dense attention", xscale="log")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.grid(alpha=0.3, which="both")
+        row[0].set_ylabel(_FIGURES[name])
+        if name == "kl":
+            row[0].set_yscale("symlog", linthresh=1e-4)
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3 * len(lengths)))
     _save(figure, path)
+
+
+_FIGURES = {"score": "score, mean over tasks", "kl": "KL from dense, nats a token, mean over tasks"}
+
+
+def _draw_lines(axes: "Axes", lines: dict[str, list[tuple[float, float, str]]]) -> None:
+    for method, points in lines.items():
+        points.sort()
+        shares, values, labels = zip(*points, strict=True)
+        axes.plot(shares, values, marker="o", label=method)
+        for share, value, label in {points[0], points[-1]}:
+            name = _short(label, labels)
+            axes.annotate(name, (share, value), xytext=(3, -10), textcoords="offset points", fontsize=7)
 
 
 def _short(label: str, labels: Sequence[str]) -> str:
@@ -195,9 +209,9 @@ def plot_spans(result: dict[str, Any], path: str | Path) -> None:
     _save(figure, path)
 
 
-def _lines(result: dict[str, Any], length: int) -> dict[str, list[tuple[float, float, str]]]:
-    """Method -> (share, mean score, configuration) of each of its configurations."""
-    rows = [row for row in result["rows"] if row["length"] == length]
+def _lines(result: dict[str, Any], length: int, figure: str) -> dict[str, list[tuple[float, float, str]]]:
+    """Method -> (share, mean of the figure, configuration) of each of its configurations."""
+    rows = [row for row in result["rows"] if row["length"] == length and row.get(figure) is not None]
     dense = [row for row in rows if row["config"] == "dense"]
     lines: dict[str, list[tuple[float, float, str]]] = {}
     for label in dict.fromkeys(row["config"] for row in rows):
@@ -208,7 +222,7 @@ def _lines(result: dict[str, Any], length: int) -> dict[str, list[tuple[float, f
             share = fmean(row["density"] for row in mine)
         else:
             share = fmean(row["attended"] or 0 for row in mine) / fmean(row["attended"] or 0 for row in dense)
-        lines.setdefault(method, []).append((share, fmean(row["score"] for row in mine), label))
+        lines.setdefault(method, []).append((share, fmean(row[figure] for row in mine), label))
     return lines
 
 

@@ -122,7 +122,7 @@ def test_accuracy_lines_are_scores_against_shares(tmp_path: Path) -> None:
     flex, delta = {"method": "flexprefill"}, {"method": "delta"}
     configs = {"dense": {"prefill": {"method": "dense"}, "decode": {"method": "dense"}}, "a": {"prefill": flex}}
     result = {"rows": rows, "configs": {**configs, "b": {"prefill": flex}, "d": {"decode": delta}}}
-    assert _lines(result, 9) == {
+    assert _lines(result, 9, "score") == {
         "dense": [(1.0, 0.9, "dense")],
         "flexprefill": [(0.5, 0.8, "a"), (0.2, 0.6, "b")],
         "delta": [(0.25, 0.7, "d")],

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from sparse_patch.bench.common import Architecture
 from sparse_patch.errors import TaskError
 from sparse_patch.model_shape import ModelShape
-from sparse_patch.models.loading import load_weights, native_config
+from sparse_patch.models.loading import load_weights, model_name, native_config
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,9 @@ class SavedWeights:
     @property
     def about(self) -> dict[str, Any]:
         """What the JSON says about the model: the last part of the path, and the sizes."""
-        name = Path(self.path).resolve().name if Path(self.path).is_dir() else self.path
         heads = {"heads": self.shape.num_heads, "kv_heads": self.shape.num_kv_heads}
         sizes = {"layers": self.shape.num_layers, "hidden": self.shape.hidden_size, "heads": heads}
-        return {"weights": name, "shape": {"model_type": self.shape.model_type, **sizes}}
+        return {"weights": model_name(self.path), "shape": {"model_type": self.shape.model_type, **sizes}}
 
     def load(self, dtype: torch.dtype, device: str, context: int) -> PreTrainedModel:
         """Load the model, in evaluation mode; its context is its own.

@@ -209,7 +209,7 @@ def run(
     from transformers.utils import logging as transformers_logging
 
     from sparse_patch.calibration.base import shape_of
-    from sparse_patch.models.loading import load_model
+    from sparse_patch.models.loading import load_model, model_name
     from sparse_patch.workbench.progress import progress_steps
 
     check_outputs(out, json_file, plot=plot)
@@ -219,7 +219,7 @@ def run(
     console = Console() if sys.stdout.isatty() else Console(width=160)
     with calibration.journal(out, name) as journal:
         loaded, tokenizer = load_model(name)
-        shape, model_id = shape_of(loaded), Path(name).resolve().name if Path(name).is_dir() else name
+        shape, model_id = shape_of(loaded), model_name(name)
         with progress_steps(console, max(0, calibration.steps(shape) - len(journal.records))) as step:
             found = calibration.search(loaded, tokenizer, journal, step)
         for part in calibration.table(found):

@@ -56,13 +56,13 @@ def evaluate(
     plot: PlotOption = None,
     add: Annotated[bool, typer.Option("--add", help="Keep the rows that FILE has of other configurations.")] = False,
 ) -> None:
-    """Compare configurations with dense attention on the offline tasks: scores, density and seconds."""
+    """Compare configurations with dense attention on the offline tasks: scores or damage, density and seconds."""
     from transformers.utils import logging as transformers_logging
 
     from sparse_patch.evaluation.results import Record, add_to, as_json
     from sparse_patch.evaluation.suite import Evaluation, configurations, header
     from sparse_patch.evaluation.suite import evaluate as run_evaluation
-    from sparse_patch.models.loading import load_model
+    from sparse_patch.models.loading import load_model, model_name
     from sparse_patch.plots import plot_accuracy
     from sparse_patch.workbench.adding import earlier_result
     from sparse_patch.workbench.journal import Journal
@@ -80,8 +80,7 @@ def evaluate(
         haystack=None if haystack is None else read_haystack(haystack),
     )
     name = str(model or shipped_model())
-    said = Path(name).resolve().name if Path(name).is_dir() else name
-    about = header(said, evaluation, None if haystack is None else str(haystack))
+    about = header(model_name(name), evaluation, None if haystack is None else str(haystack))
     old = earlier_result(json_file, "eval", _read_rows) if add else None
     if old is not None and json_file is not None:
         # Before the work: raise if the results do not fit together.
@@ -157,11 +156,11 @@ def lm_eval(context: typer.Context) -> None:
 
 
 def _show_rows(rows: "Sequence[Row]", lengths: Sequence[int], console: Console) -> None:
-    from sparse_patch.evaluation.results import summary, table
+    from sparse_patch.evaluation.results import summaries, tables
 
     for length in lengths:
-        console.print(table(rows, length))
-    console.print(summary(rows))
+        console.print(*tables(rows, length))
+    console.print(*summaries(rows))
 
 
 def _showed_lm_eval_help(arguments: Sequence[str]) -> bool:

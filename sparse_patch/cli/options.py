@@ -15,7 +15,7 @@ ConfigsOption = Annotated[
     list[str] | None,
     typer.Option("--config", help="A packaged configuration or a YAML file. Can be given several times."),
 ]
-SuiteOption = Annotated[str, typer.Option(help="Suite of tasks: needle, niah, ruler or all.")]
+SuiteOption = Annotated[str, typer.Option(help="Suite of tasks: needle, niah, ruler, damage or all.")]
 TasksOption = Annotated[
     str, typer.Option(help="Comma-separated names of tasks, instead of a suite; see `sparse-patch tasks`.")
 ]
@@ -25,7 +25,9 @@ SeedOption = Annotated[int, typer.Option(help="Seed of texts, keys and values.")
 HaystackOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Text to hide things in.", show_default="Python's help topics")
 ]
-ModelOption = Annotated[str | None, typer.Option(help="Model folder or hub id.", show_default="examples/needle-llama")]
+ModelOption = Annotated[
+    str | None, typer.Option(help="Model folder, GGUF file or hub id.", show_default="examples/needle-llama")
+]
 PlotOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a picture and write it here (PNG).")]
 DtypeOption = Annotated[
     str | None,

@@ -170,16 +170,16 @@ class _Talk:
 
     def answers(self, start: Prefilled) -> Iterator[str]:
         """Yield the greedy answers, each up to a full stop."""
-        logits, cache = start.logits, start.cache
+        logits, cache = start.logits[-1], start.cache
         for number, question in enumerate(self.questions):
             if number:
                 cache.crop(len(self.document) - cache.get_seq_length())  # negative: tokens to drop
-                logits = forward(self.model, question, cache)
+                logits = forward(self.model, question, cache)[-1]
             text = ""
             for _ in range(_ANSWER_TOKENS):
                 token = int(logits.argmax())
                 text += self.tokenizer.decode([token])
                 if token == self.tokenizer.eos_token_id or "." in text:
                     break
-                logits = forward(self.model, [token], cache)
+                logits = forward(self.model, [token], cache)[-1]
             yield text.split(".")[0].strip()

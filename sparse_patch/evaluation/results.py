@@ -1,7 +1,7 @@
 """The measurements: one record per prompt, one row per task, length and configuration; as tables and JSON."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -11,9 +11,11 @@ from rich import box
 from rich.table import Table
 
 from sparse_patch.config import PatchConfig
-from sparse_patch.evaluation.scoring import interval
+from sparse_patch.evaluation.damage import Damage
+from sparse_patch.evaluation.scoring import interval, mean_interval
 from sparse_patch.workbench.adding import check_same_run
 
+Interval = tuple[float, float]
 Pairs = tuple[float, int, int]
 Key = tuple[str, str, str, int, int]  # configuration, its fingerprint, task, length, number of the sample
 
@@ -23,10 +25,12 @@ class Record:
     """The measurements of one prompt under one configuration: everything that a row needs.
 
     Attributes:
-        found: (expected strings that the generated text contains, expected strings).
+        found: (expected strings that the generated text contains, expected strings); None if the answer is compared
+            with that of dense attention.
         right: (expected tokens that the model predicted, expected tokens).
         prefill, decode: (pairs computed, pairs of the causal triangle, queries) of each phase.
-        text: what the model generated, or what it predicted if the task is forced.
+        text: what the model generated, or what it predicted if the task is forced or compared.
+        damage: the comparison with dense attention; None if the answer is scored.
     """
 
     config: str
@@ -34,7 +38,6 @@ class Record:
     task: str
     length: int
     index: int
-    found: tuple[int, int]
     right: tuple[int, int]
     prefill: Pairs
     decode: Pairs
@@ -42,6 +45,8 @@ class Record:
     decode_s: float
     fallbacks: dict[str, int]
     text: str
+    found: tuple[int, int] | None = None
+    damage: Damage | None = None
 
     @property
     def key(self) -> Key:
@@ -51,6 +56,8 @@ class Record:
 @dataclass(frozen=True)
 class Row:
     """One configuration on one task at one length.
+
+    Tasks have a score and exact match, or figures of damage; the others are None.
 
     Attributes:
         config: the configuration's label; `dense` for dense attention.
@@ -64,24 +71,37 @@ class Row:
         prefill_s: median seconds to read a prompt.
         decode_s: median seconds to decode an answer of the expected length.
         fallbacks: reason -> number of attention calls that ran densely because the method could not serve them.
-        score_ci, exact_match_ci, token_accuracy_ci: 95 % intervals.
+        kl: KL(dense || configuration) of the predictions, nats a token, mean over prompts.
+        agreement: share of the tokens whose most probable prediction is that of dense attention.
+        loss: cross-entropy of the true tokens, nats a token, mean over prompts; `exp` of it is the perplexity.
+        added_loss: the loss above that of dense attention, mean over prompts.
+        score_ci, exact_match_ci, token_accuracy_ci, kl_ci, agreement_ci, loss_ci, added_loss_ci: 95 % intervals; those
+            of means are None for a single prompt.
     """
 
     config: str
     task: str
     length: int
     samples: int
-    score: float
-    exact_match: float
+    score: float | None
+    exact_match: float | None
     token_accuracy: float
     density: float
     attended: float | None
     prefill_s: float
     decode_s: float
     fallbacks: dict[str, int]
-    score_ci: tuple[float, float]
-    exact_match_ci: tuple[float, float]
-    token_accuracy_ci: tuple[float, float]
+    score_ci: Interval | None
+    exact_match_ci: Interval | None
+    token_accuracy_ci: Interval
+    kl: float | None
+    agreement: float | None
+    loss: float | None
+    added_loss: float | None
+    kl_ci: Interval | None
+    agreement_ci: Interval | None
+    loss_ci: Interval | None
+    added_loss_ci: Interval | None
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
@@ -113,58 +133,100 @@ def add_to(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, An
     return {**new, "configs": {**old["configs"], **new["configs"]}, "rows": [*kept, *new["rows"]]}
 
 
-def table(rows: Sequence[Row], length: int) -> Table:
-    """A table of the tasks and configurations at one length."""
-    result = Table(title=f"{length} tokens", title_justify="left", box=box.SIMPLE)
+def tables(rows: Sequence[Row], length: int) -> list[Table]:
+    """The tables of one length: the scores of answers, and the damage of tasks that compare with dense attention."""
+    chosen = [row for row in rows if row.length == length]
+    scored = [row for row in chosen if row.score is not None]
+    compared = [row for row in chosen if row.kl is not None]
+    return [
+        _table(part, columns, f"{length} tokens")
+        for part, columns in ((scored, _SCORES | _COSTS), (compared, _DAMAGE | _COSTS))
+        if part
+    ]
+
+
+def summaries(rows: Sequence[Row]) -> list[Table]:
+    """Tables of means over tasks, with one line per length and configuration: of scores, and of damage."""
+    scored = [row for row in rows if row.score is not None]
+    compared = [row for row in rows if row.kl is not None]
+    scores = {"score": ("score", ".3f"), "exact": ("exact_match", ".3f")}
+    damage = {"KL": ("kl", ".2g"), "same": ("agreement", ".3f"), "added": ("added_loss", ".3f")}
+    return [
+        _summary(part, title, means)
+        for part, title, means in (
+            (scored, "mean over tasks", scores),
+            (compared, "mean over tasks, compared with dense", damage),
+        )
+        if part
+    ]
+
+
+Columns = dict[str, Callable[[Row], str]]  # title -> cell of a row
+
+_SCORES: Columns = {
+    "score": lambda row: _number(row.score, 2),
+    "95 %": lambda row: "" if row.score_ci is None else f"{row.score_ci[0]:.2f}-{row.score_ci[1]:.2f}",
+    "exact": lambda row: _number(row.exact_match, 2),
+}
+_DAMAGE: Columns = {
+    "KL": lambda row: "" if row.kl is None else f"{row.kl:.2g}",
+    "95 %": lambda row: "" if row.kl_ci is None else f"{row.kl_ci[0]:.2g}-{row.kl_ci[1]:.2g}",
+    "same": lambda row: _number(row.agreement, 3),
+    "loss": lambda row: _number(row.loss, 3),
+    "added": lambda row: _number(row.added_loss, 3),
+}
+_COSTS: Columns = {
+    "tokens": lambda row: _number(row.token_accuracy, 3),
+    "density": lambda row: _number(row.density, 2),
+    "attended": lambda row: _number(row.attended, 0),
+    "prefill s": lambda row: _number(row.prefill_s, 2),
+    "decode s": lambda row: _number(row.decode_s, 2),
+}
+
+
+def _table(rows: Sequence[Row], columns: Columns, title: str) -> Table:
+    """A table of tasks and configurations."""
+    result = Table(title=title, title_justify="left", box=box.SIMPLE)
     result.add_column("task", no_wrap=True)
     result.add_column("config", no_wrap=True)
-    for column in ("score", "95 %", "exact", "tokens", "density", "attended", "prefill s", "decode s"):
+    for column in columns:
         result.add_column(column, justify="right")
-    chosen = [row for row in rows if row.length == length]
-    for number, row in enumerate(chosen):
-        low, high = row.score_ci
+    for number, row in enumerate(rows):
         result.add_row(
-            row.task if number == 0 or chosen[number - 1].task != row.task else "",
+            row.task if number == 0 or rows[number - 1].task != row.task else "",
             row.config,
-            f"{row.score:.2f}",
-            f"{low:.2f}-{high:.2f}",
-            f"{row.exact_match:.2f}",
-            f"{row.token_accuracy:.3f}",
-            f"{row.density:.2f}",
-            "" if row.attended is None else f"{row.attended:.0f}",
-            f"{row.prefill_s:.2f}",
-            f"{row.decode_s:.2f}",
-            end_section=number + 1 < len(chosen) and chosen[number + 1].task != row.task,
+            *(cell(row) for cell in columns.values()),
+            end_section=number + 1 < len(rows) and rows[number + 1].task != row.task,
         )
     return result
 
 
-def summary(rows: Sequence[Row]) -> Table:
-    """A table of means over tasks, with one line per length and configuration."""
-    result = Table(title="mean over tasks", title_justify="left", box=box.SIMPLE)
-    for column in ("length", "config", "score", "exact", "tokens", "density", "prefill s", "decode s", "fallbacks"):
+def _summary(rows: Sequence[Row], title: str, means: dict[str, tuple[str, str]]) -> Table:
+    """A table of means over tasks. `means`: column -> a figure of the rows, and its format."""
+    result = Table(title=title, title_justify="left", box=box.SIMPLE)
+    means = {**means, "tokens": ("token_accuracy", ".3f"), "density": ("density", ".3f")}
+    means |= {"prefill s": ("prefill_s", ".2f"), "decode s": ("decode_s", ".2f")}
+    for column in ("length", "config", *means, "fallbacks"):
         result.add_column(column, justify="left" if column == "config" else "right", no_wrap=True)
     for length, config in dict.fromkeys((row.length, row.config) for row in rows):
         chosen = [row for row in rows if (row.length, row.config) == (length, config)]
         result.add_row(
             str(length),
             config,
-            f"{fmean(row.score for row in chosen):.3f}",
-            f"{fmean(row.exact_match for row in chosen):.3f}",
-            f"{fmean(row.token_accuracy for row in chosen):.3f}",
-            f"{fmean(row.density for row in chosen):.3f}",
-            f"{fmean(row.prefill_s for row in chosen):.2f}",
-            f"{fmean(row.decode_s for row in chosen):.2f}",
+            *(f"{fmean(getattr(row, name) for row in chosen):{form}}" for name, form in means.values()),
             str(sum(sum(row.fallbacks.values()) for row in chosen)),
         )
     return result
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _row(records: Sequence[Record]) -> Row:
     first = records[0]
     computed, causal, _ = (sum(values) for values in zip(*(record.prefill for record in records), strict=True))
     read, _, queries = (sum(values) for values in zip(*(record.decode for record in records), strict=True))
-    exact = [int(record.right[0] == record.right[1]) for record in records]
     fallbacks: Counter[str] = Counter()
     for record in records:
         fallbacks.update(record.fallbacks)
@@ -173,20 +235,53 @@ def _row(records: Sequence[Record]) -> Row:
         task=first.task,
         length=first.length,
         samples=len(records),
-        score=fmean(record.found[0] / record.found[1] for record in records),
-        exact_match=fmean(exact),
         token_accuracy=sum(record.right[0] for record in records) / sum(record.right[1] for record in records),
         density=computed / causal,
         attended=read / queries if queries else None,
         prefill_s=median(record.prefill_s for record in records),
         decode_s=median(record.decode_s for record in records),
         fallbacks=dict(fallbacks),
-        score_ci=_interval(record.found for record in records),
-        exact_match_ci=interval(exact, [1] * len(exact)),
         token_accuracy_ci=_interval(record.right for record in records),
+        **_scores(records),
+        **_damage(records),
     )
 
 
-def _interval(shares: Iterable[tuple[int, int]]) -> tuple[float, float]:
+def _scores(records: Sequence[Record]) -> dict[str, Any]:
+    """The figures of answers that are scored."""
+    found = [record.found for record in records if record.found is not None]
+    if not found:
+        return dict.fromkeys(("score", "exact_match", "score_ci", "exact_match_ci"))
+    exact = [int(record.right[0] == record.right[1]) for record in records]
+    return {
+        "score": fmean(there / expected for there, expected in found),
+        "exact_match": fmean(exact),
+        "score_ci": _interval(found),
+        "exact_match_ci": interval(exact, [1] * len(exact)),
+    }
+
+
+def _damage(records: Sequence[Record]) -> dict[str, Any]:
+    """The figures of answers that are compared with those of dense attention."""
+    found = [(record.damage, record.right[1]) for record in records if record.damage is not None]
+    if not found:
+        names = ("kl", "agreement", "loss", "added_loss")
+        return dict.fromkeys((*names, *(f"{name}_ci" for name in names)))
+    least = {"kl": 0.0, "loss": 0.0}  # neither can be negative
+    same = [(damage.same, tokens) for damage, tokens in found]
+    means = {
+        "kl": [damage.kl for damage, _ in found],
+        "loss": [damage.loss for damage, _ in found],
+        "added_loss": [damage.loss - damage.dense_loss for damage, _ in found],
+    }
+    return {
+        **{name: fmean(values) for name, values in means.items()},
+        **{f"{name}_ci": mean_interval(values, least.get(name)) for name, values in means.items()},
+        "agreement": sum(there for there, _ in same) / sum(tokens for _, tokens in same),
+        "agreement_ci": _interval(same),
+    }
+
+
+def _interval(shares: Iterable[tuple[int, int]]) -> Interval:
     successes, trials = zip(*shares, strict=True)
     return interval(successes, trials)

@@ -1,8 +1,10 @@
-"""Scores: RULER's recall, exact match, and a confidence interval for shares that come in clusters."""
+"""Scores: RULER's recall, exact match, and confidence intervals for shares that come in clusters and for means."""
 
 from collections.abc import Sequence
 from math import sqrt
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev
+
+from scipy.special import stdtrit
 
 
 def found(text: str, expected: Sequence[str]) -> int:
@@ -35,6 +37,26 @@ def interval(successes: Sequence[int], trials: Sequence[int], confidence: float 
     center = (share + z * z / (2 * size)) / (1 + z * z / size)
     half = z / (1 + z * z / size) * sqrt(share * (1 - share) / size + z * z / (4 * size * size))
     return max(0.0, center - half), min(1.0, center + half)
+
+
+def mean_interval(
+    values: Sequence[float], least: float | None = None, confidence: float = 0.95
+) -> tuple[float, float] | None:
+    """Student's t interval for a mean over prompts; None for a single prompt.
+
+    It suits few prompts; a bootstrap of three values never leaves their range.
+
+    Args:
+        values: one value per prompt.
+        least: the least possible value; the interval ends there.
+        confidence: how often such an interval contains the true mean, if the values are about normally distributed.
+    """
+    number = len(values)
+    if number < 2:
+        return None
+    middle, half = fmean(values), float(stdtrit(number - 1, (1 + confidence) / 2)) * stdev(values) / sqrt(number)
+    low = middle - half
+    return low if least is None else max(low, least), middle + half
 
 
 def _design_effect(successes: Sequence[int], trials: Sequence[int], share: float) -> float:

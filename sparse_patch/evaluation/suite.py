@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from sparse_patch.config import PatchConfig, load_config
 from sparse_patch.errors import TaskError
+from sparse_patch.evaluation.damage import damage, predict
 from sparse_patch.evaluation.results import Key, Record, Row, rows
 from sparse_patch.evaluation.scoring import found
 from sparse_patch.integration.patching import patched
 from sparse_patch.integration.reporting import sparsity_report, versions
 from sparse_patch.models.loading import check_context
+from sparse_patch.report import SparsityReport
 from sparse_patch.workbench.generation import continue_greedily, encode, force, prefill, stop_tokens
 from sparse_patch.workbench.journal import Journal
 from sparse_patch.workbench.machine import machine
@@ -72,11 +75,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Asked:
-    """A sample, with the tokens of its prompt and of its answer."""
+    """A sample, with the tokens of its prompt and of its answer (of a compared sample, those that are compared)."""
 
     sample: Sample
     tokens: list[int]
     answer: list[int]
+
+    @classmethod
+    def of(cls, sample: Sample, tokenizer: Any) -> "Asked":
+        tokens, answer = encode(tokenizer, sample.prompt, sample.answer)
+        return cls(sample, tokens, answer[: sample.compared or None])
 
 
 def configurations(sources: Sequence[str]) -> dict[str, PatchConfig]:
@@ -124,19 +132,26 @@ def evaluate(
         if not todo:
             continue
         sample = evaluation.sample(tokenizer, *prompt)
-        asked = Asked(sample, *encode(tokenizer, sample.prompt, sample.answer))
+        asked = Asked.of(sample, tokenizer)
         if not warm:
             _warm_up(model, asked.tokens, evaluation.configs)
             warm = True
-        for label in todo:
-            progress(f"{sample.task}, {sample.length} tokens, {label}")
-            journal.add(measure(model, tokenizer, asked, label, evaluation.configs[label]))
+        how = compare if sample.compared else score
+        for record in how(model, tokenizer, asked, evaluation.configs, todo, progress):
+            journal.add(record)
     keys = (key for prompt in evaluation.prompts() for key in evaluation.keys(*prompt).values())
     return rows(journal.records[key] for key in keys)
 
 
-def measure(model: PreTrainedModel, tokenizer: Any, asked: Asked, label: str, config: PatchConfig) -> Record:
-    """Measure one prompt under one configuration.
+def score(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    asked: Asked,
+    configs: dict[str, PatchConfig],
+    labels: Sequence[str],
+    progress: Step,
+) -> Iterator[Record]:
+    """Measure the answers to one prompt under the named configurations.
 
     The expected answer is fed token by token. This gives token accuracy and exact match, and takes the same decode
     steps under every configuration. At the model's first wrong prediction, free generation continues from a copy of the
@@ -144,29 +159,78 @@ def measure(model: PreTrainedModel, tokenizer: Any, asked: Asked, label: str, co
     expected answer anyway.) For a forced sample (`Sample.forced`) the score is taken from the predictions.
     """
     sample = asked.sample
-    with patched(model, config):
-        start = prefill(model, asked.tokens, answer=max(len(asked.answer), sample.max_new_tokens))
-        forced = force(model, start, asked.answer, fork=not sample.forced)
-        report = sparsity_report(model)
-        tokens = forced.predicted
-        if forced.detour is not None:
-            tokens = continue_greedily(model, *forced.detour, sample.max_new_tokens, stop_tokens(model, tokenizer))
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    for label in labels:
+        progress(_described(sample, label))
+        with patched(model, configs[label]):
+            start = prefill(model, asked.tokens, answer=max(len(asked.answer), sample.max_new_tokens))
+            forced = force(model, start, asked.answer, fork=not sample.forced)
+            report = sparsity_report(model)
+            tokens = forced.predicted
+            if forced.detour is not None:
+                tokens = continue_greedily(model, *forced.detour, sample.max_new_tokens, stop_tokens(model, tokenizer))
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        yield _record(
+            sample,
+            label,
+            configs[label],
+            report,
+            found=(found(text, sample.outputs), len(sample.outputs)),
+            right=(sum(forced.right), len(forced.right)),
+            prefill_s=start.seconds,
+            decode_s=forced.seconds,
+            text=text,
+        )
+
+
+def compare(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    asked: Asked,
+    configs: dict[str, PatchConfig],
+    labels: Sequence[str],
+    progress: Step,
+) -> Iterator[Record]:
+    """Compare the named configurations with dense attention on one prompt.
+
+    Dense attention runs first, also if its record is there already: its predictions are in no journal.
+    """
+    dense: torch.Tensor | None = None
+    for label in dict.fromkeys([DENSE, *labels]):
+        if label in labels:
+            progress(_described(asked.sample, label))
+        predicted = predict(model, asked.tokens, asked.answer, configs[label])
+        dense = predicted.log_probs if dense is None else dense
+        if label in labels:
+            right = [guess == token for guess, token in zip(predicted.tokens, asked.answer, strict=True)]
+            yield _record(
+                asked.sample,
+                label,
+                configs[label],
+                predicted.report,
+                right=(sum(right), len(right)),
+                damage=damage(dense, predicted.log_probs, asked.answer),
+                prefill_s=predicted.prefill_s,
+                decode_s=predicted.decode_s,
+                text=tokenizer.decode(predicted.tokens, skip_special_tokens=True),
+            )
+
+
+def _record(sample: Sample, label: str, config: PatchConfig, report: SparsityReport, **figures: Any) -> Record:
     return Record(
         config=label,
         fingerprint=config.fingerprint(),
         task=sample.task,
         length=sample.length,
         index=sample.index,
-        found=(found(text, sample.outputs), len(sample.outputs)),
-        right=(sum(forced.right), len(forced.right)),
         prefill=report.pairs("prefill"),
         decode=report.pairs("decode"),
-        prefill_s=start.seconds,
-        decode_s=forced.seconds,
         fallbacks=report.fallbacks(),
-        text=text,
+        **figures,
     )
+
+
+def _described(sample: Sample, label: str) -> str:
+    return f"{sample.task}, {sample.length} tokens, {label}"
 
 
 def header(model: str, evaluation: Evaluation, haystack: str | None) -> dict[str, Any]:

@@ -13,15 +13,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from sparse_patch.errors import SparsePatchError, TaskError, one_line
+from sparse_patch.models.gguf import check_gguf, gguf_file, splitting
 from sparse_patch.models.loaders import loader_of
 
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # files of a tokenizer
 
 
 def load_model(path: str | Path) -> tuple[PreTrainedModel, Any]:
-    """Load model and tokenizer from a local folder or a hub id: float32 on a CPU, bfloat16 on a GPU, evaluation mode.
+    """Load model and tokenizer: float32 on a CPU, bfloat16 on a GPU, in evaluation mode.
 
-    A checkpoint with a loader of its own (MiniCPM) is loaded as a native model; the code that comes with it never runs.
+    A path is that of a folder or of a GGUF file, or a hub id. A folder may have a GGUF file in place of a checkpoint. A
+    checkpoint with a loader of its own (MiniCPM) is loaded as a native model; the code that comes with it never runs.
 
     Raises:
         SparsePatchError: the model or its tokenizer cannot be loaded.
@@ -40,8 +42,9 @@ def load_weights(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     check_config("--model", path)
     own = loader_of(path)
     load = own.load if own else partial(AutoModelForCausalLM.from_pretrained, weights_only=True)
+    place, extra = _source(path, "--model")
     with loading("--model", path):
-        model = load(path, dtype=dtype)
+        model = load(place, dtype=dtype, **extra)
         model = model.cuda() if torch.cuda.is_available() else model  # type: ignore[call-arg]
     return model.eval()
 
@@ -53,23 +56,43 @@ def native_config(path: str | Path) -> PreTrainedConfig:
         SparsePatchError: there is no config, or it cannot be read.
     """
     check_config("--model", path)
+    place, extra = _source(path, "--model")
     with loading("--model", path):
         own = loader_of(path)
-        config: PreTrainedConfig = own.config(path) if own else AutoConfig.from_pretrained(path)
+        config: PreTrainedConfig = own.config(path) if own else AutoConfig.from_pretrained(place, **extra)
     return config
 
 
 def load_tokenizer(path: str | Path, option: str = "--model") -> Any:
-    """Load a tokenizer from a local folder or a hub id.
+    """Load a tokenizer from a local folder, a GGUF file or a hub id.
 
     Raises:
         SparsePatchError: it cannot be loaded. The message begins with the option that named it.
     """
+    if file := gguf_file(path, option):
+        check_gguf(file, option)
+        rule = splitting(file, option)
+        with loading(option, path, "tokenizer: "):
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            if rule is not None:
+                tokenizer.backend_tokenizer.pre_tokenizer = rule
+            return tokenizer
     _check_folder(option, path, _TOKENIZERS, "tokenizer; put it there with `tokenizer.save_pretrained(folder)`")
     # Without a config, Transformers would look for the checkpoint's own class and ask whether to run its code.
     config = PreTrainedConfig() if loader_of(path) else None
     with loading(option, path, "tokenizer: "):
         return AutoTokenizer.from_pretrained(path, config=config)
+
+
+def model_name(path: str | Path) -> str:
+    """A model's name for results: that of its folder or GGUF file, or its hub id."""
+    return Path(gguf_file(path) or path).resolve().name if Path(path).exists() else str(path)
+
+
+def _source(path: str | Path, option: str) -> tuple[str | Path, dict[str, str]]:
+    """What `from_pretrained` is to load: a folder or hub id, and the name of the GGUF file in it if there is one."""
+    file = gguf_file(path, option)
+    return (path, {}) if file is None else (file.parent, {"gguf_file": file.name})
 
 
 @contextmanager
@@ -101,7 +124,7 @@ def _reason(path: Path, error: Exception) -> str:
         return "its weights are a pickle of more than tensors, which is never opened; save them as safetensors"
     if not path.exists():
         return f"no such folder; as a hub id: {text}"
-    if not path.is_dir():
+    if not path.is_dir() and path.suffix != ".gguf":
         return "it is not a folder; name that of a checkpoint"
     return text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"
 
@@ -113,11 +136,14 @@ def _check_folder(option: str, path: str | Path, needed: Sequence[str], what: st
 
 
 def check_config(option: str, path: str | Path) -> None:
-    """Raise if a folder has no config.json, or one that is not a JSON object. A hub id passes.
+    """Raise if a folder has no config.json, or one that is not a JSON object, nor a GGUF file. A hub id passes.
 
     Raises:
-        SparsePatchError: see above.
+        SparsePatchError: see above, or the GGUF file is none.
     """
+    if gguf := gguf_file(path, option):
+        check_gguf(gguf, option)
+        return
     _check_folder(option, path, ["config.json"], "config.json; name the folder of a checkpoint")
     file = Path(path) / "config.json"
     if file.is_file():

@@ -16,14 +16,20 @@ from sparse_patch.workbench.machine import synchronize
 
 @dataclass(frozen=True)
 class Prefilled:
-    """The state after a prompt was read: the logits of its last token, the cache, and the seconds it took."""
+    """The state after a prompt was read.
+
+    Attributes:
+        logits: the logits of its last token or tokens, `[tokens, vocabulary]`.
+        cache: its keys and values.
+        seconds: the time it took.
+    """
 
     logits: torch.Tensor
     cache: DynamicCache
     seconds: float
 
 
-def prefill(model: PreTrainedModel, tokens: Sequence[int], answer: int | None = None) -> Prefilled:
+def prefill(model: PreTrainedModel, tokens: Sequence[int], answer: int | None = None, keep: int = 1) -> Prefilled:
     """Read a prompt in one forward.
 
     Args:
@@ -31,21 +37,22 @@ def prefill(model: PreTrainedModel, tokens: Sequence[int], answer: int | None = 
         tokens: the prompt.
         answer: number of tokens that may follow, for a cache as `generate` makes it; None for a cache that keeps all
             keys.
+        keep: number of tokens at the end whose logits are wanted.
     """
     cache = growing_cache(model.config) if answer is None else span_cache(model, len(tokens) + answer)
     synchronize()
     start = time.perf_counter()
-    logits = forward(model, tokens, cache)
+    logits = forward(model, tokens, cache, keep)
     synchronize()
     return Prefilled(logits, cache, time.perf_counter() - start)
 
 
 @torch.no_grad()
-def forward(model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
-    """Feed tokens that follow the cached ones, and return the logits of the last token, `[vocabulary]`."""
+def forward(model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache, keep: int = 1) -> torch.Tensor:
+    """Feed tokens that follow the cached ones, and return the logits of the last ones, `[keep, vocabulary]`."""
     ids = torch.tensor([tokens], device=model.device)
-    logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
-    return logits[0, -1]
+    logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, logits_to_keep=keep).logits
+    return logits[0]
 
 
 @dataclass(frozen=True)
@@ -58,32 +65,39 @@ class Forced:
         seconds: time of the decode steps, of which there is one fewer than tokens.
         detour: at the first wrong prediction: the tokens up to and including it, and a copy of the cache from
             before it. None if all predictions were right, or if no copy was asked for.
+        logits: the logits of each prediction, `[tokens, vocabulary]`; None if they were not asked for.
     """
 
     predicted: list[int]
     right: list[bool]
     seconds: float
     detour: tuple[list[int], DynamicCache] | None
+    logits: torch.Tensor | None = None
 
 
-def force(model: PreTrainedModel, start: Prefilled, expected: Sequence[int], fork: bool = False) -> Forced:
+def force(
+    model: PreTrainedModel, start: Prefilled, expected: Sequence[int], fork: bool = False, keep: bool = False
+) -> Forced:
     """Feed an expected answer one token at a time, as generation would, and record what the model predicts.
 
-    With `fork` the cache is copied at the first wrong prediction, so that generation can continue from there.
+    With `fork` the cache is copied at the first wrong prediction, so that generation can continue from there. With
+    `keep` the logits are kept.
     """
     predicted: list[int] = []
-    seconds, detour, logits = 0.0, None, start.logits
+    kept: list[torch.Tensor] = []
+    seconds, detour, logits = 0.0, None, start.logits[-1]
     for number, token in enumerate(expected):
         predicted.append(int(logits.argmax()))
+        kept += [logits] if keep else []
         if predicted[-1] != token and fork and detour is None:
             detour = ([*expected[:number], predicted[-1]], copy.deepcopy(start.cache))
         if number + 1 < len(expected):
             begin = time.perf_counter()
-            logits = forward(model, [token], start.cache)
+            logits = forward(model, [token], start.cache)[-1]
             synchronize()
             seconds += time.perf_counter() - begin
     right = [guess == token for guess, token in zip(predicted, expected, strict=True)]
-    return Forced(predicted, right, seconds, detour)
+    return Forced(predicted, right, seconds, detour, torch.stack(kept) if keep else None)
 
 
 def continue_greedily(

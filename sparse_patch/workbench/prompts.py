@@ -5,6 +5,7 @@ as text has the same number of tokens whenever it is tokenized again.
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -105,6 +106,25 @@ def excerpt(text: str, tokens: int, count: Count, rng: Random) -> str:
     return enough
 
 
+def opening(text: str, tokens: int, count: Count) -> str:
+    """The shortest beginning of the text, up to white space, that has at least `tokens` tokens.
+
+    Raises:
+        TooShortError: the text has no such beginning.
+    """
+    ends = [match.start() for match in re.finditer(r"\s", text)]
+    number = bisect_left(ends, tokens, key=lambda end: count(text[:end]))
+    if number == len(ends):
+        raise TooShortError(f"the length is too short, about {tokens} tokens more are needed")
+    return text[: ends[number]]
+
+
+def sentence_end(text: str, depth: float) -> int:
+    """The first sentence end at or behind a depth from 0 to 1; the last one if none is behind it."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)] or list(range(1, len(text) + 1))
+    return next((end for end in ends if end >= depth * len(text)), ends[-1])
+
+
 def hide(pieces: Sequence[str], depths: Sequence[float], passage: str, head: str, tail: str) -> Draft:
     """Put the pieces into the passage, each after the first sentence end at or behind its depth.
 
@@ -115,8 +135,7 @@ def hide(pieces: Sequence[str], depths: Sequence[float], passage: str, head: str
         head: what stands before everything.
         tail: what stands after everything.
     """
-    ends = [match.end() for match in _SENTENCE_END.finditer(passage)] or list(range(1, len(passage) + 1))
-    cuts = [next((end for end in ends if end >= depth * len(passage)), ends[-1]) for depth in depths]
+    cuts = [sentence_end(passage, depth) for depth in depths]
     parts = [passage[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(passage)], strict=True)]
     longest = max(range(len(parts)), key=lambda number: len(parts[number]))
     before = "".join(part + piece for part, piece in zip(parts[:longest], pieces, strict=False))

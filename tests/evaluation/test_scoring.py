@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from sparse_patch.evaluation.scoring import exact_match, found, interval
+from sparse_patch.evaluation.scoring import exact_match, found, interval, mean_interval
 
 
 def test_found_counts_strings_in_any_case() -> None:
@@ -45,3 +45,23 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
         low, high = interval(successes, [20] * 20)
         inside += low <= 0.8 <= high
     assert 0.91 <= inside / 1000 <= 0.99
+
+
+def test_the_interval_of_a_mean() -> None:
+    """The t quantiles are those of the tables: 12.706 for two values, 2.262 for ten."""
+    assert mean_interval([1.0, 3.0]) == pytest.approx((2 - 12.706, 2 + 12.706), abs=1e-3)
+    ten = [float(number) for number in range(10)]
+    half = 2.2622 * (55 / 6) ** 0.5 / 10**0.5
+    assert mean_interval(ten) == pytest.approx((4.5 - half, 4.5 + half), abs=1e-3)
+    assert mean_interval([1.0, 3.0], least=0.0) == pytest.approx((0, 14.706), abs=1e-3)
+    assert mean_interval([1.0]) is None
+
+
+def test_the_interval_of_a_mean_holds_the_truth_as_often_as_it_says() -> None:
+    rng = random.Random(0)
+    inside = 0
+    for _ in range(1000):
+        ends = mean_interval([rng.gauss(5, 2) for _ in range(3)])
+        assert ends is not None
+        inside += ends[0] <= 5 <= ends[1]
+    assert 0.93 <= inside / 1000 <= 0.97

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from sparse_patch.config import load_config
 from sparse_patch.errors import ConfigError, TaskError
-from sparse_patch.evaluation.results import Record, Row, add_to, as_json, rows, summary, table
+from sparse_patch.evaluation.results import Record, Row, add_to, as_json, rows, summaries, tables
 from sparse_patch.evaluation.scoring import found
-from sparse_patch.evaluation.suite import Asked, Evaluation, configurations, evaluate, header, measure
+from sparse_patch.evaluation.suite import Asked, Evaluation, configurations, evaluate, header, score
 from sparse_patch.files.writing import WriteError, write_file
 from sparse_patch.integration.patch import is_patched
 from sparse_patch.models.loading import load_model
@@ -105,7 +105,8 @@ def test_the_score_of_reciting_is_forced(loaded: tuple[PreTrainedModel, Any], mo
         logits = model(torch.tensor([tokens + answer])).logits[0, len(tokens) - 1 : -1]
     text = tokenizer.decode(logits.argmax(-1), skip_special_tokens=True)
     monkeypatch.setattr("sparse_patch.evaluation.suite.continue_greedily", None)  # without free generation
-    record = measure(model, tokenizer, Asked(sample, tokens, answer), "dense", load_config("dense.yaml"))
+    asked, dense = Asked(sample, tokens, answer), {"dense": load_config("dense.yaml")}
+    (record,) = score(model, tokenizer, asked, dense, ["dense"], lambda _: None)
     assert record.text == text and record.found == (found(text, sample.outputs), 5)
     assert 0 < record.found[0] < 5, "the model makes a mistake here, so the test can fail"
 
@@ -306,7 +307,7 @@ def test_tables_name_everything(evaluation: Evaluation) -> None:
 
     console = Console(width=120, color_system=None)
     with console.capture() as capture:
-        console.print(table(rows([record(), record(config="b")]), 9), summary(rows([record(fallbacks={"x": 7})])))
+        console.print(*tables(rows([record(), record(config="b")]), 9), *summaries(rows([record(fallbacks={"x": 7})])))
     text = capture.get()
     assert "vt" in text and "0.50" in text and "0.750" in text and " 7" in text
     assert header("m", evaluation, None)["haystack"] == "pydoc_data.topics"

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from sparse_patch.errors import TaskError
 from sparse_patch.evaluation.document import needle_document
-from sparse_patch.workbench.prompts import read_haystack
+from sparse_patch.workbench.generation import encode
+from sparse_patch.workbench.prompts import default_haystack, read_haystack
 from sparse_patch.workbench.tasks import SUITES, TASKS, NeedleTask, Sample, export_jsonl, tasks_of
 
 
@@ -156,6 +157,28 @@ def test_needles_stand_at_every_depth(tokenizer: Any) -> None:
     assert min(depths) < 0.25 and max(depths) > 0.75
 
 
+def test_a_passage_is_copied_from_far_back(tokenizer: Any) -> None:
+    depths = []
+    for index in range(8):
+        sample = make(tokenizer, "copy", index=index)
+        place = sample.prompt.index(sample.answer)
+        assert sample.prompt[place - 40 : place] == sample.prompt[-40:], "the passage begins again"
+        depths.append(place / len(sample.prompt))
+        prompt, answer = encode(tokenizer, sample.prompt, sample.answer)
+        assert len(prompt) == 2048 and len(answer) >= sample.compared == sample.max_new_tokens == 64
+        assert sample.outputs == [] and sample.prompt == sample.input
+    assert min(depths) < 0.3 and max(depths) < 0.65
+
+
+def test_prose_goes_on_as_the_text_does(tokenizer: Any) -> None:
+    text = default_haystack()
+    for index in range(4):
+        sample = make(tokenizer, "prose", index=index, haystack=text)
+        assert text.count(sample.prompt[-500:] + sample.answer) >= 1
+        prompt, answer = encode(tokenizer, sample.prompt, sample.answer)
+        assert len(prompt) == 2048 and len(answer) >= sample.compared == 64
+
+
 def test_export(tokenizer: Any, tmp_path: Path) -> None:
     samples = [make(tokenizer, "vt", 1024, index=index) for index in range(3)]
     assert export_jsonl(samples, tmp_path / "vt.jsonl") == 3
@@ -166,18 +189,21 @@ def test_export(tokenizer: Any, tmp_path: Path) -> None:
 
 def test_suites() -> None:
     assert {"niah_multikey_1", "niah_multivalue", "vt", "recite"} <= set(SUITES["needle"])
+    assert SUITES["damage"] == ["copy", "prose"] == [task.name for task in tasks_of("all") if task.compared]
     assert len(SUITES["niah"]) == 8 and set(SUITES["all"]) == set(TASKS)
     assert [task.name for task in tasks_of("ruler")] == SUITES["ruler"]
     assert [task.name for task in tasks_of("needle", ["recite", "vt"])] == ["vt", "recite"]
 
 
 BAD = [
-    (lambda t: tasks_of("neddle"), "--suite: expected one of needle, niah, ruler, all, got 'neddle'"),
+    (lambda t: tasks_of("neddle"), "--suite: expected one of needle, niah, ruler, damage, all, got 'neddle'"),
     (lambda t: tasks_of("needle", ["niah_single"]), "--tasks: there is no task 'niah_single', did you mean 'niah_sing"),
     (lambda t: make(t, "niah_single_2", 50), "niah_single_2: the length is too short for what is hidden; "),
     (lambda t: make(t, "recite", 80), "recite: the length is too short for what is hidden; at least "),
     (lambda t: make(t, "niah_multikey_3", 100), "niah_multikey_3: length 100 is too short, about 2"),
     (lambda t: make(t, "vt", haystack="unused"), None),
+    (lambda t: make(t, "copy", 60), "copy: the length is too short, about "),
+    (lambda t: make(t, "prose", haystack="A few words. " * 20), "prose: the haystack has "),
     (lambda t: make(t, "niah_single_2", haystack="A few words. " * 20), "niah_single_2: the haystack has "),
     (lambda t: make(t, "niah_single_2", 10_000_000), "niah_single_2: the haystack has "),
     (lambda t: read_haystack("no-such-file.txt"), "--haystack: no-such-file.txt: cannot be read as UTF-8 text: "),

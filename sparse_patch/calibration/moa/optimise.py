@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations, product
-from typing import Any
 
 import numpy as np
+from scipy import optimize
 
-from sparse_patch.errors import SparsePatchError, TaskError
+from sparse_patch.errors import TaskError
 
 MOST_RULES = 3  # most rules of a layer if their number is limited: all sets of this size are tried
 _PENALTY = 1e4  # cost per unit by which a linear program exceeds a limit; losses are scaled to 1
@@ -113,9 +113,6 @@ def solve(problem: Problem, primary: int, limits: Sequence[float] | None = None)
         problem: the problem to solve.
         primary: index of the length.
         limits: largest loss at each length; infinity if unlimited.
-
-    Raises:
-        SparsePatchError: scipy is not installed.
     """
     search = _Search.of(problem.per_head() if problem.sets is None else problem, primary, limits)
     search.add_uniform()
@@ -152,7 +149,6 @@ def sweep(problem: Problem) -> list[Solution]:
 
     Raises:
         TaskError: no solution is within the bounds.
-        SparsePatchError: scipy is not installed.
     """
     lengths = range(len(problem.losses))
     alone = [solve(problem, primary) for primary in lengths]
@@ -176,15 +172,6 @@ def frontier(problem: Problem, primary: int, bounds: Sequence[float]) -> list[So
     """The solution of smallest loss at one length under each of several bounds on the density, without floors."""
     same = [replace(problem, bounds=np.full_like(problem.bounds, bound), floors=None) for bound in bounds]
     return [solve(one, primary) for one in same]
-
-
-def require_scipy() -> Any:
-    """Return scipy's module of solvers; raise SparsePatchError if scipy is not installed."""
-    try:
-        from scipy import optimize
-    except ImportError as error:
-        raise SparsePatchError('calibrate: scipy is missing; pip install "sparse_patch[calibrate]"') from error
-    return optimize
 
 
 def _solution(problem: Problem, primary: int, choice: np.ndarray, bound: float) -> Solution:
@@ -269,7 +256,6 @@ class _Search:
 
         The solution is None if none of them is within the limits.
         """
-        optimize = require_scipy()
         cost, use, layer = self._arrays()
         of_layer = np.arange(self.problem.layers)[:, None] == layer
         limits = [
@@ -340,7 +326,7 @@ class _Search:
         """
         cost, use, layer = self._arrays()
         rows = len(self.room)
-        found = require_scipy().linprog(
+        found = optimize.linprog(
             np.concatenate([cost, np.full(rows, _PENALTY)]),
             A_ub=np.concatenate([use, -np.eye(rows)], 1),
             b_ub=self.room,

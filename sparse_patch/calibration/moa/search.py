@@ -17,7 +17,6 @@ from sparse_patch.artefacts.head_schedules import HeadSchedules, write_head_sche
 from sparse_patch.calibration.base import Calibration, shape_of
 from sparse_patch.calibration.moa.candidates import Candidate, Profile
 from sparse_patch.calibration.moa.influence import influence_of_prompt
-from sparse_patch.calibration.moa.optimise import require_scipy
 from sparse_patch.calibration.moa.prompts import Prompt, answer_of, check_lengths, pieces, task_prompts
 from sparse_patch.calibration.moa.records import RECORD, Answered, Profiled, Scored, Settings, profiled
 from sparse_patch.calibration.moa.report import Found, as_json, spans_table, table
@@ -48,9 +47,7 @@ def search(
     Raises:
         PatchError: the model is already patched, or cannot be patched.
         TaskError: a setting does not fit the model, or no schedules are within the density.
-        SparsePatchError: scipy is not installed.
     """
-    require_scipy()
     _check(model, settings)
     prompts = _prompts(model, tokenizer, settings)
 
@@ -192,9 +189,6 @@ class MoACalibration(Calibration[Found]):
     @property
     def measured(self) -> dict[str, Any]:
         return self.options.measured
-
-    def check(self) -> None:
-        require_scipy()
 
     def steps(self, shape: ModelShape) -> int:
         return self.options.steps

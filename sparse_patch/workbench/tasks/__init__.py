@@ -1,7 +1,8 @@
 """The offline tasks: RULER's needles and variable tracking, key-value retrieval and reciting, at any prompt length.
 
 `drafts` makes random keys and fits text to a length. `base` defines a task and its samples. `needles`,
-`variable_tracking` and `key_value_retrieval` are the tasks. `table` names them and their suites. `export` writes
+`variable_tracking` and `key_value_retrieval` are the tasks with answers that are scored. `continuations` are those in
+which the model is compared with dense attention, token by token. `table` names them and their suites. `export` writes
 samples.
 
 Wording and names are RULER's (Hsieh et al. 2024, arXiv 2404.06654, section 3 and appendix B). The tasks differ from

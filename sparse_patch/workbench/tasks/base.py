@@ -47,6 +47,8 @@ class Sample:
         max_new_tokens: tokens to generate for the score: RULER's number, or the answer's tokens if they are more.
         forced: whether the score looks at the model's prediction of each answer token after the right tokens before it,
             not at freely generated text.
+        compared: number of the answer's first tokens at which the model's predictions are compared with those of dense
+            attention; 0 if the answer is scored.
     """
 
     task: str
@@ -58,6 +60,7 @@ class Sample:
     length: int
     max_new_tokens: int
     forced: bool
+    compared: int
 
     @property
     def prompt(self) -> str:
@@ -71,14 +74,15 @@ class Task(ABC):
     Attributes:
         name: RULER's name, if RULER has the task.
         summary: the question, in one line.
-        max_new_tokens: least number of tokens to generate for the score.
-        forced: see `Sample`.
+        max_new_tokens: least number of tokens to generate for the score, or of tokens that are compared.
+        forced, compared: see `Sample`.
     """
 
     name: str
     summary: str
     max_new_tokens: int
     forced: ClassVar[bool] = False
+    compared: ClassVar[int] = 0
 
     def sample(self, tokenizer: Any, length: int, seed: int = 0, index: int = 0, haystack: str | None = None) -> Sample:
         """Make the sample of this seed, length and index for a Transformers tokenizer.
@@ -108,8 +112,9 @@ class Task(ABC):
             outputs=question.outputs,
             answer=question.answer,
             length=length,
-            max_new_tokens=max(self.max_new_tokens, count(question.answer)),
+            max_new_tokens=self.compared or max(self.max_new_tokens, count(question.answer)),
             forced=self.forced,
+            compared=self.compared,
         )
 
     @abstractmethod

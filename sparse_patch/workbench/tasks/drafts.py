@@ -46,8 +46,8 @@ def first_fit(make: Callable[[], tuple[Draft, Asked]], length: int, count: Count
     """The first draft that can be cut to the length, and the question about it."""
     reason = TaskError(f"no prompt of exactly {length} tokens was found for this tokenizer; try another length")
     for _ in range(20):
-        draft, question = make()
         try:
+            draft, question = make()
             text = fit(draft, length, count)
         except TooShortError as error:  # another draft may hide its pieces elsewhere
             reason = error

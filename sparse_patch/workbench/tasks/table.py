@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from sparse_patch.errors import TaskError, nearest
 from sparse_patch.workbench.tasks.base import Task
+from sparse_patch.workbench.tasks.continuations import Copy, Prose
 from sparse_patch.workbench.tasks.key_value_retrieval import KeyValueRetrieval
 from sparse_patch.workbench.tasks.needles import NeedleTask, Recite
 from sparse_patch.workbench.tasks.variable_tracking import VariableTracking
@@ -23,6 +24,8 @@ _TASKS = (
     VariableTracking("vt", "five variables of a chain in noise", 64),
     KeyValueRetrieval("kv_retrieval", "a value of a large JSON object", 128),
     Recite("recite", "every number in a text, in order", 64),
+    Copy("copy", "a passage of the text again, after its first words", 64),
+    Prose("prose", "how a text goes on", 64),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 _NIAH = [name for name in TASKS if name.startswith("niah") and name != "niah_single_words"]
@@ -30,6 +33,7 @@ SUITES: dict[str, list[str]] = {
     "needle": [name for name in _NIAH if name not in ("niah_multikey_3", "niah_multiquery")] + ["vt", "recite"],
     "niah": _NIAH,
     "ruler": [*_NIAH, "vt"],
+    "damage": ["copy", "prose"],
     "all": list(TASKS),
 }
 
