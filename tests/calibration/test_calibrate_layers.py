@@ -47,7 +47,7 @@ class Tokenizer:
 def sample(number: int) -> Sample:
     generator = torch.Generator().manual_seed(number)
     text = "".join(chr(97 + int(letter)) for letter in torch.randint(0, 26, (200,), generator=generator))
-    return Sample(f"task{number}", number, text, "", ["x"], f"{text[40:70]}", 200, 30, False)
+    return Sample(f"task{number}", number, text, "", ["x"], f"{text[40:70]}", 200, 30, False, 0)
 
 
 def run(path: Path, number: int = 2, model: Any = None, **changes: Any) -> list[Measured]:
@@ -74,6 +74,9 @@ def test_what_is_measured_against_attention_written_out(tmp_path: Path) -> None:
         logits = call.q[0].double() @ k.transpose(-1, -2) * call.scale
         above = torch.ones(230, 230, dtype=torch.bool).triu(1)
         maps.append(logits.masked_fill(above, -torch.inf).softmax(-1)[:, positions])
+    near = torch.arange(230) < 4, torch.arange(230) > positions[:, None] - 64
+    whole, maps = maps, [one.masked_fill(near[0] | near[1], 0) for one in maps]
+    assert found.far == pytest.approx([one.sum(-1).mean().item() for one in maps], abs=1e-4)
     for chosen in range(3):
         for layer in range(3):
             if chosen > layer:
@@ -85,12 +88,12 @@ def test_what_is_measured_against_attention_written_out(tmp_path: Path) -> None:
                 "shared": maps[chosen].amax(0).topk(BUDGET).indices.expand(4, -1, -1),
             }
             for kind, keys in lists.items():
-                mass = maps[layer].gather(-1, keys).sum(-1).mean().item()
+                mass = (maps[layer].gather(-1, keys).sum() / maps[layer].sum()).item()
                 both = [len(best & set(row.tolist())) for best, row in zip(own, keys.flatten(0, 1), strict=True)]
                 assert getattr(found, f"mass_{kind}")[chosen][layer] == pytest.approx(mass, abs=2e-4)
                 overlap = sum(both) / len(both) / BUDGET
                 assert getattr(found, f"overlap_{kind}")[chosen][layer] == pytest.approx(overlap, abs=2e-3)
-    one, other = maps[0].amax(0), maps[1].amax(0)
+    one, other = whole[0].amax(0), whole[1].amax(0)
     cosine = (one * other).sum(-1) / (one.norm(dim=-1) * other.norm(dim=-1))
     assert found.jumps[1] == pytest.approx(1 - cosine.mean().item(), abs=1e-4) and found.jumps[0] == 0
 
@@ -98,17 +101,19 @@ def test_what_is_measured_against_attention_written_out(tmp_path: Path) -> None:
 def curves_of(size: int, seed: int = 0) -> Curves:
     generator = torch.Generator().manual_seed(seed)
     matrices = [torch.rand(size, size, generator=generator, dtype=torch.float64).triu() for _ in range(4)]
-    return Curves([3 * layer for layer in range(size)], *matrices, jumps=[0.5] * size)
+    far = torch.rand(size, generator=generator, dtype=torch.float64).tolist()
+    return Curves([3 * layer for layer in range(size)], far, *matrices, jumps=[0.5] * size)
 
 
-def held(curves: Curves, select: Sequence[int], full: int) -> list[float]:
-    """What each sparse layer finds, layer by layer."""
+def held(curves: Curves, select: Sequence[int], full: int) -> list[tuple[float, float]]:
+    """What each sparse layer finds, and how much of its attention is far, layer by layer."""
     found, last = [], full
     for layer in range(full + 1, len(curves.layers)):
         if layer in select:
             last = layer
         else:
-            found.append((curves.mass_per_head[last, layer] + curves.mass_shared[last, layer]).item() / 2)
+            mass = (curves.mass_per_head[last, layer] + curves.mass_shared[last, layer]).item() / 2
+            found.append((mass, curves.far[layer]))
     return found
 
 
@@ -116,10 +121,14 @@ def held(curves: Curves, select: Sequence[int], full: int) -> list[float]:
 def test_the_choice_leaves_most_to_the_sparse_layers(reselect: int) -> None:
     curves = curves_of(9)
     choice = choose(curves, reselect)
-    means = {chosen: sum(held(curves, chosen, 2)) / (6 - reselect) for chosen in combinations(range(3, 8), reselect)}
+    means = {
+        chosen: sum(mass * far for mass, far in held(curves, chosen, 2))
+        / sum(far for _, far in held(curves, chosen, 2))
+        for chosen in combinations(range(3, 8), reselect)
+    }
     best = max(means, key=lambda chosen: means[chosen])
     assert choice == Choice([0, 3], [6, *(3 * layer for layer in best)], pytest.approx(means[best]), choice.worst)  # type: ignore[arg-type]
-    assert choice.worst == pytest.approx(min(held(curves, best, 2)))
+    assert choice.worst == pytest.approx(min(1 - far + far * mass for mass, far in held(curves, best, 2)))
 
 
 def test_many_layers_are_chosen_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +196,7 @@ def test_the_layer_of_the_shipped_model_is_found(
         assert choose(Curves.of([one]), 1).select == [2, 5], one.task
     curves = Curves.of(measured)
     choice = choose(curves, 1)
-    assert (choice.full, choice.select) == ([0, 1], [2, 5]) and choice.mass > choice.worst
+    assert (choice.full, choice.select) == ([0, 1], [2, 5]) and 0 < choice.mass < choice.worst < 1
     rows = list(curve(curves))
     assert [row["layer"] for row in rows] == [3, 4, 5, 6]
     for measure_ in ("mass", "mass_per_head", "mass_shared", "worst_layer", "overlap_per_head", "jump"):

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
-from statistics import fmean
 
 import torch
 
@@ -20,6 +19,7 @@ class Curves:
     """The means over all prompts; the attributes are those of `Measured`."""
 
     layers: list[int]
+    far: list[float]
     mass_per_head: torch.Tensor
     mass_shared: torch.Tensor
     overlap_per_head: torch.Tensor
@@ -31,7 +31,8 @@ class Curves:
         def mean(name: str) -> torch.Tensor:
             return torch.tensor([getattr(one, name) for one in measured], dtype=torch.float64).mean(0)
 
-        return cls(measured[0].layers, **{name: mean(name) for name in MATRICES}, jumps=mean("jumps").tolist())
+        far, jumps = mean("far").tolist(), mean("jumps").tolist()
+        return cls(measured[0].layers, far, **{name: mean(name) for name in MATRICES}, jumps=jumps)
 
     @property
     def mass(self) -> torch.Tensor:
@@ -46,8 +47,8 @@ class Choice:
     Attributes:
         full: layers that are dense and select nothing.
         select: layers that are dense and select for the sparse layers after them.
-        mass: share of a sparse layer's attention that lies on their lists, mean over the sparse layers.
-        worst: the same share of the sparse layer that finds least.
+        mass: share of the sparse layers' attention to far tokens that lies on their lists.
+        worst: share of all its attention that the sparse layer keeps which loses most.
     """
 
     full: list[int]
@@ -89,13 +90,16 @@ def choice_of(curves: Curves, full: int, reselect: Sequence[int]) -> Choice:
     """A choice of layers, with what its sparse layers find. `reselect`: ascending indices into `curves.layers`."""
     select = [full, *reselect]
     mass = curves.mass
-    found = [
-        float(mass[max(chosen for chosen in select if chosen < layer), layer])
-        for layer in range(full + 1, len(curves.layers))
-        if layer not in select
-    ]
+    sparse = [layer for layer in range(full + 1, len(curves.layers)) if layer not in select]
+    found = [float(mass[max(chosen for chosen in select if chosen < layer), layer]) for layer in sparse]
     names = curves.layers
-    return Choice(names[:full], [names[layer] for layer in select], fmean(found), min(found))
+    far = [curves.far[layer] for layer in sparse]
+    kept = [1 - share * (1 - part) for part, share in zip(found, far, strict=True)]
+    return Choice(names[:full], [names[layer] for layer in select], weighted_mean(found, far), min(kept))
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
 
 
 def candidates_of(curves: Curves, full: int) -> range:

@@ -18,6 +18,7 @@ from sparse_patch.workbench.tasks import TASKS, Sample
 
 PROMPTS = ("recite", "niah_multikey_1", "niah_multikey_2", "niah_multivalue")
 POSITIONS = 16  # tokens of each answer whose attention is measured
+FIRST, LAST = 4, 64  # tokens that are not far: most attention lies on them, and every list has them
 MATRICES = ("mass_per_head", "mass_shared", "overlap_per_head", "overlap_shared")
 
 Matrix = list[list[float]]  # [selecting layer][layer]; 0 if the layer comes before the selecting layer
@@ -31,7 +32,8 @@ class Measured:
         sample: index of the prompt.
         task: task of the prompt.
         layers: indices of the layers that can run sparse attention.
-        mass_per_head: attention mass on the lists of a layer, for lists per query head.
+        far: share of each layer's attention that lies on far tokens.
+        mass_per_head: share of the attention to far tokens on the lists of a layer, for lists per query head.
         mass_shared: the same for one list of all heads.
         overlap_per_head: share of the best keys that the lists contain, for lists per query head.
         overlap_shared: the same for one list of all heads.
@@ -41,6 +43,7 @@ class Measured:
     sample: int
     task: str
     layers: list[int]
+    far: list[float]
     mass_per_head: Matrix
     mass_shared: Matrix
     overlap_per_head: Matrix
@@ -114,6 +117,7 @@ class _Lists:
         positions: positions of the queries to measure, int64 `[n]`.
         budget: keys per list.
         layers: indices of the layers seen so far.
+        far: the share of far tokens in the attention of each seen layer.
         found: for each seen layer, a list with (mass per head, mass shared, overlap per head, overlap shared) in the
             lists of every layer up to itself.
         jumps: the jump of each seen layer.
@@ -122,6 +126,7 @@ class _Lists:
     def __init__(self, positions: torch.Tensor, budget: int) -> None:
         self.positions, self.budget = positions, budget
         self.layers: list[int] = []
+        self.far: list[float] = []
         self.found: list[list[list[float]]] = []
         self.jumps: list[float] = []
         self._per_head: list[torch.Tensor] = []  # int32 [Hq, n, budget] of each layer
@@ -129,14 +134,17 @@ class _Lists:
         self._before: torch.Tensor | None = None
 
     def see(self, call: AttentionCall) -> None:
-        probability = attention_of(call, self.positions.to(call.q.device))
+        positions = self.positions.to(call.q.device)
+        probability = attention_of(call, positions)
         together = probability.amax(0, keepdim=True)
-        own = probability.topk(self.budget, -1).indices
+        far = far_part(probability, positions)
+        own = far.topk(self.budget, -1).indices
         self._per_head.append(own.int())
-        self._shared.append(together.topk(self.budget, -1).indices.int())
-        best = torch.zeros_like(probability).scatter_(-1, own, 1 / self.budget)
+        self._shared.append(far.amax(0, keepdim=True).topk(self.budget, -1).indices.int())
+        best = torch.zeros_like(far).scatter_(-1, own, 1 / self.budget)
         lists = zip(self._per_head, self._shared, strict=True)
-        self.found.append([[_held(x, keys) for x in (probability, best) for keys in pair] for pair in lists])
+        self.found.append([[_held(x, keys) for x in (far, best) for keys in pair] for pair in lists])
+        self.far.append(float(far.sum(-1).mean()))
         if self._before is None:
             self.jumps.append(0.0)
         else:
@@ -150,7 +158,8 @@ class _Lists:
             name: [[round(self.found[at][by][kind], 5) if by <= at else 0.0 for at in size] for by in size]
             for kind, name in enumerate(MATRICES)
         }
-        return Measured(number, task, self.layers, **matrices, jumps=[round(jump, 5) for jump in self.jumps])
+        far = [round(share, 5) for share in self.far]
+        return Measured(number, task, self.layers, far, **matrices, jumps=[round(jump, 5) for jump in self.jumps])
 
 
 def attention_of(call: AttentionCall, positions: torch.Tensor) -> torch.Tensor:
@@ -161,6 +170,13 @@ def attention_of(call: AttentionCall, positions: torch.Tensor) -> torch.Tensor:
     return apply_softcap(logits, call.softcap).masked_fill_(later, -torch.inf).softmax(-1)
 
 
+def far_part(probability: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The attention `[Hq, n, Skv]` of queries at these positions with 0 for the first and the last tokens."""
+    key = torch.arange(probability.shape[-1], device=probability.device)
+    return probability.masked_fill((key < FIRST) | (key > (positions - LAST)[:, None]), 0)
+
+
 def _held(weights: torch.Tensor, keys: torch.Tensor) -> float:
-    """The weight on the listed keys, mean over heads and queries."""
-    return float(weights.gather(-1, keys.long().expand(len(weights), -1, -1)).sum(-1).mean())
+    """The share of the weight that is on the listed keys, of all heads and queries together."""
+    on_keys = weights.gather(-1, keys.long().expand(len(weights), -1, -1)).sum()
+    return float(on_keys / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny))

@@ -1,14 +1,13 @@
 """The results of the search for selecting layers, as tables and plain data."""
 
 from collections.abc import Iterator, Sequence
-from statistics import fmean
 from typing import Any
 
 import torch
 from rich import box
 from rich.table import Table
 
-from sparse_patch.calibration.layers.choose import FULL, Choice, Curves, candidates_of, choice_of
+from sparse_patch.calibration.layers.choose import FULL, Choice, Curves, candidates_of, choice_of, weighted_mean
 from sparse_patch.calibration.layers.measure import PROMPTS, Measured
 
 
@@ -20,7 +19,8 @@ def curve(curves: Curves, full: int = FULL) -> Iterator[dict[str, Any]]:
         sparse = [other for other in range(full + 1, len(curves.layers)) if other != layer]
 
         def mean(matrix: torch.Tensor, nearest: list[int] = nearest, sparse: list[int] = sparse) -> float:
-            return round(fmean(float(matrix[nearest[other], other]) for other in sparse), 4)
+            found = [float(matrix[nearest[other], other]) for other in sparse]
+            return round(weighted_mean(found, [curves.far[other] for other in sparse]), 4)
 
         yield {
             "layer": curves.layers[layer],
@@ -53,8 +53,8 @@ def table(curves: Curves, choice: Choice, length: int, budget: int) -> Table:
 def summary(choice: Choice) -> str:
     """The choice, in one line."""
     return (
-        f"full {choice.full}, select {choice.select}: of the attention of a sparse layer their lists hold "
-        f"{choice.mass:.3f}, in the worst one {choice.worst:.3f}"
+        f"full {choice.full}, select {choice.select}: of the attention of sparse layers to far tokens their lists hold "
+        f"{choice.mass:.3f}; the worst layer keeps {choice.worst:.3f} of all its attention"
     )
 
 
