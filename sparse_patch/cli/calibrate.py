@@ -112,7 +112,7 @@ def calibrate_layers(
     ],
     model: ModelOption = None,
     length: Annotated[int, typer.Option(min=256, help="Tokens of the prompts; use the length of your prompts.")] = 8192,
-    samples: Annotated[int, typer.Option(min=1, help="Number of prompts, of four tasks in turn.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, help="Number of prompts, of five tasks in turn.")] = 5,
     seed: SeedOption = 0,
     budget: Annotated[int, typer.Option(min=1, help="Tokens that a sparse layer reads.")] = 512,
     select: Annotated[

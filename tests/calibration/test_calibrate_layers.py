@@ -189,7 +189,7 @@ def test_the_layer_of_the_shipped_model_is_found(
 ) -> None:
     """The search finds layer 5, as in the model card; every prompt and every measure finds it by itself."""
     model, tokenizer = load_model(needle_llama_path)
-    samples = samples_of(tokenizer, length, 4, seed=1)
+    samples = samples_of(tokenizer, length, 5, seed=1)
     measured = measure(model, tokenizer, samples, budget, Journal(None, {}, None))
     assert [one.task for one in measured] == list(PROMPTS)
     for one in measured:
@@ -202,7 +202,7 @@ def test_the_layer_of_the_shipped_model_is_found(
     for measure_ in ("mass", "mass_per_head", "mass_shared", "worst_layer", "overlap_per_head", "jump"):
         assert max(rows, key=lambda row: row[measure_])["layer"] == 5, measure_
     path = tmp_path / "layers.yaml"
-    calibration, found = LayersCalibration(length, 4, 1, budget), Found(measured, curves, choice)
+    calibration, found = LayersCalibration(length, 5, 1, budget), Found(measured, curves, choice)
     calibration.write(path, found, shape_of(model), "needle-llama")
     data = yaml.safe_load(path.read_text())
     sizes = {"model_type": "llama", "num_layers": 8, "num_heads": 8, "num_kv_heads": 2, "hidden_size": 384}
@@ -211,7 +211,7 @@ def test_the_layer_of_the_shipped_model_is_found(
     result = calibration.as_json(found, shape_of(model), "needle-llama")
     assert result["model"] == {key: value for key, value in sizes.items() if key != "num_kv_heads"}
     assert result["measured"]["candidates"] == rows and result["measured"]["budget"] == budget
-    assert json.loads(json.dumps(result))["select"] == [2, 5] and len(result["prompts"]) == 4
+    assert json.loads(json.dumps(result))["select"] == [2, 5] and len(result["prompts"]) == 5
     plot_layers(result, tmp_path / "l.png")
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
     drawn = calibration.table(found)[0]

@@ -16,7 +16,7 @@ from sparse_patch.workbench.journal import Journal
 from sparse_patch.workbench.progress import Step
 from sparse_patch.workbench.tasks import TASKS, Sample
 
-PROMPTS = ("recite", "niah_multikey_1", "niah_multikey_2", "niah_multivalue")
+PROMPTS = ("copy", "recite", "niah_multikey_1", "niah_multikey_2", "niah_multivalue")  # all look up far tokens
 POSITIONS = 16  # tokens of each answer whose attention is measured
 FIRST, LAST = 4, 64  # tokens that are not far: most attention lies on them, and every list has them
 MATRICES = ("mass_per_head", "mass_shared", "overlap_per_head", "overlap_shared")

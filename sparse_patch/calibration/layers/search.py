@@ -39,7 +39,7 @@ class LayersCalibration(Calibration[Found]):
 
     Attributes:
         length: tokens of the prompts.
-        samples: number of prompts, of four tasks in turn.
+        samples: number of prompts, of five tasks in turn.
         seed: determines everything random.
         budget: number of tokens that a sparse layer reads.
         select: number of layers that select again after the first selecting layer.
@@ -51,7 +51,7 @@ class LayersCalibration(Calibration[Found]):
     used_by = "decode.calibration"
 
     length: int = 8192
-    samples: int = 4
+    samples: int = 5
     seed: int = 0
     budget: int = 512
     select: int = 1
