@@ -12,6 +12,7 @@ import torch
 import triton
 
 _MOST = 512  # kinds of launches that a kernel remembers
+_INT32, _UINT64 = -(2**31), 2**63  # the least int32; the least number that needs an unsigned int64
 
 
 def jit(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
@@ -28,8 +29,8 @@ class Kernel:
     """A Triton kernel that remembers what it compiled.
 
     Two launches are of one kind if Triton would compile the same for both: dtypes and alignment of tensors, the values
-    of constants, and what Triton asks about other numbers (is it 1, a multiple of 16, in 32 bits). Here kinds may be
-    finer than Triton's, never coarser.
+    of constants, and what Triton asks about other numbers (is it 1, a multiple of 16, how wide). Here kinds may be finer
+    than Triton's, never coarser.
     """
 
     def __init__(self, function: Any) -> None:
@@ -67,8 +68,8 @@ class Kernel:
             if kind is torch.Tensor:
                 kinds.append((value.dtype, value.data_ptr() % 16 == 0))
             elif kind is int:
-                is_short = value.bit_length() < 32
-                kinds.append((is_short, value == 1, value % 16 == 0) if specialises else is_short)
+                width = 32 if _INT32 <= value < -_INT32 else 64 if value < _UINT64 else 65
+                kinds.append((width, value == 1, value % 16 == 0) if specialises else width)
             elif kind is float or kind is tuple or value is None:
                 kinds.append(value)
             else:

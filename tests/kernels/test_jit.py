@@ -1,14 +1,16 @@
 """Launches of a kind that a kernel remembers, and whether kinds are at least as fine as those of Triton."""
 
+import ast
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import triton
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_patch.kernels import jit
@@ -110,6 +112,7 @@ def test_few_kinds_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert function.compilations == 4 and len(kernel._compiled) == 2
 
 
+@settings(max_examples=2000, deadline=None)
 @given(*(NUMBERS | TENSORS | OTHERS,) * 2)
 def test_kinds_are_at_least_as_fine_as_those_of_triton(one: Any, other: Any) -> None:
     from triton._C.libtriton import native_specialize_impl
@@ -129,6 +132,21 @@ def test_kinds_are_at_least_as_fine_as_those_of_triton(one: Any, other: Any) -> 
 def test_the_interpreter_gets_what_triton_makes() -> None:
     made = jit.jit()(_empty)
     assert isinstance(made, Kernel) != triton.knobs.runtime.interpret
+
+
+def test_every_kernel_is_made_by_jit_and_has_its_constants_last() -> None:
+    kernels = {
+        f"{path.name}: {node.name}": node
+        for path in Path(jit.__file__).parent.parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and node.decorator_list
+    }
+    assert len(kernels) > 30
+    for name, node in kernels.items():
+        made = node.decorator_list[0]
+        assert isinstance(made, ast.Call) and ast.unparse(made.func) == "jit", name
+        constants = ["constexpr" in ast.unparse(arg.annotation) if arg.annotation else False for arg in node.args.args]
+        assert constants == sorted(constants), name
 
 
 def _empty(x: Any, BLOCK: triton.language.constexpr) -> None:

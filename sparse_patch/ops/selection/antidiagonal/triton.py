@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from sparse_patch.call import AttentionCall
+from sparse_patch.kernels.jit import jit
 from sparse_patch.kernels.launch import by_row, launch_op
 from sparse_patch.kernels.pieces import LOG2_E, softcap_logits
 from sparse_patch.kernels.slices import slices
@@ -162,11 +163,7 @@ def _logits(
     return tl.where(future, -float("inf"), s)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_tiles", "q_length", "kv_length", "q_start", "first_block", "num_query_blocks", "num_key_blocks",
-    ]
-)  # fmt: skip
+@jit(["num_tiles", "q_length", "kv_length", "q_start", "first_block", "num_query_blocks", "num_key_blocks"])
 def _antidiagonal_kernel(
     q,
     k,

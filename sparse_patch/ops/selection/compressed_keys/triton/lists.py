@@ -139,9 +139,7 @@ def _choose_kernel(
         tl.store(chosen + row + offs_b[None, :], taken.to(tl.int8), mask=(offs_b < low)[None, :])
 
 
-@triton.jit(
-    do_not_specialize=["q_start", "q_length", "first_block", "width", "init", "local", "dense", "tiles", "capacity"]
-)
+@jit(["q_start", "q_length", "first_block", "width", "init", "local", "dense", "tiles", "capacity"])
 def _list_kernel(
     chosen,
     entries,
