@@ -27,8 +27,8 @@ class Row:
         first_token_s: seconds from the call of `generate` to the first token.
         token_ms: median milliseconds per token after the first.
         first_run_token_ms: the same of the first run at this length, in which kernels are compiled. On Hopper, PyTorch
-            up to 2.11 gives one query to cuDNN, which prepares itself anew for every number of keys, for a millisecond
-            or more a layer. A user who generates once pays for that in every token.
+            (2.11) gives one query to cuDNN, which prepares itself anew for every number of keys, for a millisecond or
+            more a layer. A user who generates once pays for that in every token.
         slowest_token_ms: longest time of a token after the first.
         capture_s: seconds that the capture of the decode step's graph took; None without a capture.
         peak_memory_mb: peak allocated memory, weights included, in MB of 2^20 bytes; None on a CPU.

@@ -29,8 +29,8 @@ class Kernel:
     """A Triton kernel that remembers what it compiled.
 
     Two launches are of one kind if Triton would compile the same for both: dtypes and alignment of tensors, the values
-    of constants, and what Triton asks about other numbers (is it 1, a multiple of 16, how wide). Here kinds may be finer
-    than Triton's, never coarser.
+    of constants, and what Triton asks about other numbers (is it 1, a multiple of 16, how wide). Here kinds may be
+    finer than Triton's, never coarser.
     """
 
     def __init__(self, function: Any) -> None:
