@@ -200,7 +200,7 @@ def bench_model(
     old = earlier_result(json_file, "bench model", timed_in) if add else None
     if old is not None and json_file is not None:
         added(old, benches.as_json(common.Result([], {}), benchmark), json_file)  # raises if they do not fit together
-    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console = Console() if sys.stdout.isatty() else Console(width=180)
     with progress_steps(console, benchmark.steps) as step:
         result = benches.bench_model(benchmark, step)
     _show_bench(console, benches.table(result, benchmark), benches.notes(result))

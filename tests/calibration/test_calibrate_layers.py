@@ -221,7 +221,7 @@ def test_the_layer_of_the_shipped_model_is_found(
 def test_the_artefact_of_the_shipped_model_is_one_that_methods_take(needle_llama_path: Path) -> None:
     path = Path(__file__).parent.parent.parent / "recipes" / "needle-llama" / "layers.yaml"
     data = yaml.safe_load(path.read_text())
-    assert (data["full"], data["select"], data["measured"]["length"]) == ([0, 1], [2, 5], 8192)
+    assert (data["full"], data["select"], data["artefact"]["settings"]["length"]) == ([0, 1], [2, 5], 8192)
     shape = ModelShape.of(AutoConfig.from_pretrained(needle_llama_path), 8)
     for method in ("delta", "tidaldecode", "lessismore"):
         decode = load_config({"decode": {"method": method, "calibration": str(path)}}).bind(shape).decode

@@ -120,7 +120,7 @@ def test_bench_model_times_what_a_user_types_and_adds_to_a_file(tmp_path: Path, 
     command = ["bench", "model", "--lengths", "96", "--new-tokens", "3", "--json", str(tmp_path / "g.json")]
     mine = [*command, "--model", str(needle_llama_path), "--config", "quest.yaml"]
     result = run(*mine, "--cache", "default,static", "--dense", "unpatched")
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0 and "x unpatched" in result.stdout, result.stderr
     added = run(*mine, "--batch", "2", "--dense", "", "--add")
     assert added.returncode == 0 and "x unpatched" in added.stdout, added.stderr
     data = json.loads((tmp_path / "g.json").read_text())
