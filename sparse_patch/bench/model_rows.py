@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,16 +72,8 @@ def name_of(label: str, mode: str, batch: int) -> str:
 
 
 def against_dense(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one length with `x_unpatched` and `x_best` set: times relative to both dense variants."""
-    ms = {(row.label, row.mode): row.token_ms for row in rows}
-
-    def by(row: Row, label: str, mode: Mode) -> float | None:
-        return row.token_ms / ms[label, mode] if (label, mode) in ms else None
-
-    return [
-        replace(row, x_unpatched=by(row, UNPATCHED, without_patch(row.mode)), x_best=by(row, BEST, row.mode))
-        for row in rows
-    ]
+    """The rows of one run with `x_unpatched` and `x_best` set: times relative to both dense variants."""
+    return [Row(**row) for row in _against_dense([asdict(row) for row in rows])]
 
 
 def added(old: dict[str, Any], new: dict[str, Any], path: Path) -> dict[str, Any]:

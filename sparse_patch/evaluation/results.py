@@ -94,14 +94,14 @@ class Row:
     score_ci: Interval | None
     exact_match_ci: Interval | None
     token_accuracy_ci: Interval
-    kl: float | None
-    agreement: float | None
-    loss: float | None
-    added_loss: float | None
-    kl_ci: Interval | None
-    agreement_ci: Interval | None
-    loss_ci: Interval | None
-    added_loss_ci: Interval | None
+    kl: float | None = None
+    agreement: float | None = None
+    loss: float | None = None
+    added_loss: float | None = None
+    kl_ci: Interval | None = None
+    agreement_ci: Interval | None = None
+    loss_ci: Interval | None = None
+    added_loss_ci: Interval | None = None
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
@@ -265,8 +265,7 @@ def _damage(records: Sequence[Record]) -> dict[str, Any]:
     """The figures of answers that are compared with those of dense attention."""
     found = [(record.damage, record.right[1]) for record in records if record.damage is not None]
     if not found:
-        names = ("kl", "agreement", "loss", "added_loss")
-        return dict.fromkeys((*names, *(f"{name}_ci" for name in names)))
+        return {}
     least = {"kl": 0.0, "loss": 0.0}  # neither can be negative
     same = [(damage.same, tokens) for damage, tokens in found]
     means = {

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import comb
 
+import numpy as np
 import torch
 
 from sparse_patch.calibration.layers.measure import MATRICES, Measured
@@ -95,11 +96,8 @@ def choice_of(curves: Curves, full: int, reselect: Sequence[int]) -> Choice:
     names = curves.layers
     far = [curves.far[layer] for layer in sparse]
     kept = [1 - share * (1 - part) for part, share in zip(found, far, strict=True)]
-    return Choice(names[:full], [names[layer] for layer in select], weighted_mean(found, far), min(kept))
-
-
-def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+    mean = float(np.average(found, weights=far))
+    return Choice(names[:full], [names[layer] for layer in select], mean, min(kept))
 
 
 def candidates_of(curves: Curves, full: int) -> range:

@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from rich import box
 from rich.table import Table
 
-from sparse_patch.calibration.layers.choose import FULL, Choice, Curves, candidates_of, choice_of, weighted_mean
+from sparse_patch.calibration.layers.choose import FULL, Choice, Curves, candidates_of, choice_of
 from sparse_patch.calibration.layers.measure import PROMPTS, Measured
 
 
@@ -20,7 +21,7 @@ def curve(curves: Curves, full: int = FULL) -> Iterator[dict[str, Any]]:
 
         def mean(matrix: torch.Tensor, nearest: list[int] = nearest, sparse: list[int] = sparse) -> float:
             found = [float(matrix[nearest[other], other]) for other in sparse]
-            return round(weighted_mean(found, [curves.far[other] for other in sparse]), 4)
+            return round(float(np.average(found, weights=[curves.far[other] for other in sparse])), 4)
 
         yield {
             "layer": curves.layers[layer],
